@@ -1,0 +1,36 @@
+"""A rotated int4 key/value cache for mlx-lm."""
+
+# Every interpreter start runs this file (see _startup.py), so it imports nothing: names are
+# loaded on first use, and type checkers take this constant for typing.TYPE_CHECKING.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from . import ops
+    from .model import disable, enable, make_prompt_cache
+    from .spec import Spec
+
+__version__ = "0.1.0"
+
+__all__ = ["Spec", "__version__", "disable", "enable", "make_prompt_cache", "ops"]
+
+_MODULES = {
+    "Spec": "spec",
+    "disable": "model",
+    "enable": "model",
+    "make_prompt_cache": "model",
+    "ops": "ops",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f"{__name__}.{_MODULES[name]}")
+    value = module if name == _MODULES[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

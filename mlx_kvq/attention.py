@@ -1,0 +1,98 @@
+"""Attention over a packed cache: what mlx-lm's shared attention function is led to."""
+
+import mlx.core as mx
+
+from . import ops
+from .format import Format
+
+DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
+
+
+class PackedView:
+    """What a packed cache's ``update_and_fetch`` returns in place of keys or values.
+
+    Models hand it to ``scaled_dot_product_attention`` unread; ``shape`` and ``dtype`` answer
+    for those that size a mask by it.
+    """
+
+    def __init__(
+        self,
+        rows: mx.array,
+        length: int,
+        fmt: Format,
+        dtype: mx.Dtype,
+        dim: int,
+        exact: mx.array | None = None,
+    ):
+        self.rows = rows
+        self.length = length
+        self.format = fmt
+        self.dtype = dtype
+        self.shape = (rows.shape[0], rows.shape[1], length, dim)
+        self.ndim = 4
+        # The first chunk of a prompt attends on what was just computed, before packing.
+        self.exact = exact
+
+
+def packed_attention(
+    queries: mx.array,
+    keys: PackedView,
+    values: PackedView,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention of queries [B, Hq, L, Dk] over packed keys and values -> [B, Hq, L, Dv].
+
+    The first chunk of a prompt attends on the exact keys and values; up to
+    ``DECODE_QUERIES`` queries attend straight from the rows; longer chunks dequantize this one
+    layer and attend in the rotated domain.
+    """
+    if keys.exact is not None and values.exact is not None:
+        return _exact(queries, keys.exact, values.exact, scale, mask, sinks)
+    if queries.shape[2] <= DECODE_QUERIES:
+        return ops.attend(queries, keys.rows, keys.length, keys.format, scale, mask, sinks)
+    return _prefill(queries, keys, scale, mask, sinks)
+
+
+def _exact(q, k, v, scale, mask, sinks) -> mx.array:
+    dtype = _compute_dtype(q.dtype)
+    out = mx.fast.scaled_dot_product_attention(
+        q.astype(dtype),
+        k.astype(dtype),
+        v.astype(dtype),
+        scale=scale,
+        mask=_mask_as(mask, dtype),
+        sinks=None if sinks is None else sinks.astype(dtype),
+    )
+    return out.astype(q.dtype)
+
+
+def _prefill(q, keys: PackedView, scale, mask, sinks) -> mx.array:
+    fmt = keys.format
+    calibrated = fmt.keys.calibration.mu is not None or fmt.values.calibration.mu is not None
+    if sinks is not None and calibrated:
+        # With sinks the centres do not cancel; the decode operation accounts for them.
+        return ops.attend(q, keys.rows, keys.length, fmt, scale, mask, sinks)
+    dtype = _compute_dtype(q.dtype)
+    k, v = ops.dequantize(keys.rows, keys.length, fmt, dtype)
+    out = mx.fast.scaled_dot_product_attention(
+        fmt.keys.query(q).astype(dtype),
+        k,
+        v,
+        scale=scale,
+        mask=_mask_as(mask, dtype),
+        sinks=None if sinks is None else sinks.astype(dtype),
+    )
+    return fmt.values.output(out).astype(q.dtype)
+
+
+def _compute_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Half precision is emulated, hence slow, on CPU."""
+    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else dtype
+
+
+def _mask_as(mask, dtype):
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        return mask.astype(dtype)
+    return mask

@@ -1,0 +1,260 @@
+"""Packed caches for one sequence, method by method like mlx-lm's KVCache and RotatingKVCache.
+
+Keys and values live in one array of packed rows, uint32 [B, Hkv, capacity, W]; nothing else
+is kept of any token.
+"""
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import _BaseCache, create_attention_mask
+
+from . import ops
+from .attention import PackedView
+from .format import Format, parse_signature
+
+
+class _PackedCache(_BaseCache):
+    """What the growing and the rotating cache share."""
+
+    step = 256
+
+    def __init__(self, fmt: Format):
+        self.format = fmt
+        self.rows: mx.array | None = None
+        self.dtype: mx.Dtype = mx.float16
+        self.offset = 0
+
+    # mlx-lm sends a cache with these two to its quantized attention function.
+    @property
+    def bits(self) -> int:
+        return self.format.layout.k_bits
+
+    @property
+    def group_size(self) -> int:
+        return self.format.layout.k_group
+
+    def _length(self) -> int:
+        """Rows that hold tokens."""
+        raise NotImplementedError
+
+    def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
+        self.dtype = keys.dtype
+        return ops.quantize_pack(keys, values, self.format)
+
+    def _views(self, keys: mx.array | None = None, values: mx.array | None = None):
+        assert self.rows is not None
+        lay = self.format.layout
+        shared = (self.rows, self._length(), self.format, self.dtype)
+        return PackedView(*shared, lay.k_dim, keys), PackedView(*shared, lay.v_dim, values)
+
+    def keys_and_values(self) -> tuple[PackedView, PackedView]:
+        return self._views()
+
+    def _zeros(self, like: mx.array, tokens: int) -> mx.array:
+        return mx.zeros((*like.shape[:2], tokens, like.shape[3]), mx.uint32)
+
+    # Strings and the calibration go along, so that a saved cache says what it is.
+    @property
+    def _format_state(self) -> list:
+        dtype = str(self.dtype).rpartition(".")[2]
+        return [dtype, self.format.signature, self.format.arrays]
+
+    @_format_state.setter
+    def _format_state(self, v: list) -> None:
+        dtype, signature, arrays = v
+        if dtype not in ("float16", "bfloat16", "float32"):
+            raise ValueError(f"The cache's dtype is {dtype!r}, which is not one of a model.")
+        self.dtype = getattr(mx, dtype)
+        self.format = parse_signature(signature, arrays)
+        words = self.format.layout.words
+        if self.rows is not None and (
+            self.rows.dtype != mx.uint32 or self.rows.ndim != 4 or self.rows.shape[3] != words
+        ):
+            raise ValueError(
+                f"The cache holds {self.rows.dtype} {self.rows.shape}, not the uint32 rows of "
+                f"{words} words that {signature!r} describes."
+            )
+
+    def empty(self) -> bool:
+        return self.rows is None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.rows is None else self.rows.nbytes
+
+
+class PackedKVCache(_PackedCache):
+    """The packed ``mlx_lm.models.cache.KVCache``: grows in steps of 256 tokens.
+
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.make_format`.
+    """
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PackedView, PackedView]:
+        """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
+        prev = self.offset
+        new = self._pack(keys, values)
+        if self.rows is None or prev + new.shape[2] > self.rows.shape[2]:
+            steps = (self.step + new.shape[2] - 1) // self.step
+            grown = self._zeros(new, steps * self.step)
+            if self.rows is not None:
+                if prev % self.step != 0:
+                    self.rows = self.rows[..., :prev, :]
+                grown = mx.concatenate([self.rows, grown], axis=2)
+            self.rows = grown
+        self.offset += new.shape[2]
+        self.rows[..., prev : self.offset, :] = new
+        return self._views(keys, values) if prev == 0 else self._views()
+
+    def _length(self) -> int:
+        return self.offset
+
+    def size(self) -> int:
+        return self.offset
+
+    @property
+    def state(self):
+        return self.rows, self.offset, *self._format_state
+
+    @state.setter
+    def state(self, v):
+        self.rows, self.offset, *self._format_state = v
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        n = min(self.offset, n)
+        self.offset -= n
+        return n
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        return create_attention_mask(N, self.offset, return_array, window_size)
+
+
+class PackedRotatingKVCache(_PackedCache):
+    """The packed ``mlx_lm.models.cache.RotatingKVCache``: the last ``max_size`` tokens.
+
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.make_format`.
+        max_size (int): Tokens kept.
+        keep (int): Of these, the first tokens of the sequence that are never dropped.
+    """
+
+    def __init__(self, fmt: Format, max_size: int, keep: int = 0):
+        super().__init__(fmt)
+        self.keep = keep
+        self.max_size = max_size
+        self._idx = 0
+
+    def _trim(self, trim_size: int, append: mx.array | None = None) -> mx.array:
+        assert self.rows is not None
+        parts = [self.rows]
+        if trim_size > 0:
+            parts = [self.rows[..., : self.keep, :], self.rows[..., trim_size + self.keep :, :]]
+        if append is not None:
+            parts.append(append)
+        return mx.concatenate(parts, axis=2)
+
+    def _temporal_order(self, v: mx.array) -> mx.array:
+        """Rows in the order of their tokens, without an unused end."""
+        if self._idx == v.shape[2]:
+            return v
+        if self._idx < self.offset:
+            return mx.concatenate(
+                [
+                    v[..., : self.keep, :],
+                    v[..., self._idx :, :],
+                    v[..., self.keep : self._idx, :],
+                ],
+                axis=2,
+            )
+        return v[..., : self._idx, :]
+
+    def _update_concat(self, new: mx.array) -> None:
+        if self.rows is None:
+            self.rows = new
+        else:
+            self.rows = self._temporal_order(self.rows)
+            self._idx = self.rows.shape[2]
+            # Up to max_size + L - 1 rows, so that every new token sees max_size of them.
+            self.rows = self._trim(self._idx - self.max_size + 1, new)
+        self.offset += new.shape[2]
+        self._idx = self.rows.shape[2]
+
+    def _update_in_place(self, new: mx.array) -> None:
+        prev = self.offset
+        if self.rows is None or (prev >= self.rows.shape[2] and self.rows.shape[2] < self.max_size):
+            grown = self._zeros(new, min(self.step, self.max_size - prev))
+            if self.rows is not None:
+                grown = mx.concatenate([self.rows, grown], axis=2)
+            self.rows = grown
+            self._idx = prev
+        trim_size = self.rows.shape[2] - self.max_size
+        if trim_size > 0:
+            self.rows = self._trim(trim_size)
+            self._idx = self.max_size
+        if self._idx == self.max_size:
+            self._idx = self.keep
+        self.rows[..., self._idx : self._idx + 1, :] = new
+        self.offset += 1
+        self._idx += 1
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PackedView, PackedView]:
+        """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
+        kept, in ring order after a single token and in temporal order after several."""
+        first = self.offset == 0
+        new = self._pack(keys, values)
+        if keys.shape[2] == 1:
+            self._update_in_place(new)
+        else:
+            self._update_concat(new)
+        return self._views(keys, values) if first else self._views()
+
+    def _length(self) -> int:
+        assert self.rows is not None
+        return min(self.offset, self.rows.shape[2])
+
+    def size(self) -> int:
+        return min(self.offset, self.max_size)
+
+    @property
+    def state(self):
+        return (
+            self.rows,
+            self.offset,
+            self.keep,
+            self.max_size,
+            self._idx,
+            *self._format_state,
+        )
+
+    @state.setter
+    def state(self, v):
+        self.rows, self.offset, self.keep, self.max_size, self._idx, *self._format_state = v
+
+    def is_trimmable(self) -> bool:
+        return self.offset < self.max_size
+
+    def trim(self, n: int) -> int:
+        n = min(self.offset, n)
+        self.offset -= n
+        self._idx -= n
+        return n
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+        if N > 1:
+            window_size = window_size or self.max_size
+            offset = min(self.max_size - 1, self.offset)
+            if offset + N > window_size or return_array:
+                return create_causal_mask(N, offset, window_size=window_size)
+            return "causal"
+        if window_size is None:
+            return None
+        # The window may be smaller than what is kept.
+        if self.offset >= window_size and self.max_size > window_size:
+            idx = 0 if self._idx >= self.max_size else self._idx
+            mask_size = min(self.offset + 1, self.max_size)
+            mask = mx.arange(mask_size) >= (mask_size - window_size)
+            return mx.roll(mask, idx + 1)
+        return None

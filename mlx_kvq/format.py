@@ -1,0 +1,219 @@
+"""Format: a spec made concrete for one layer, and its signature in saved caches."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+from . import rotation
+from .layout import RowLayout, choose_group
+from .spec import Spec
+
+VERSION = 1  # of the packed row; a saved cache of another version is refused
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Per KV head and channel, fp32 [Hkv, D]; ``None`` stands for the neutral value.
+
+    y = λ ⊙ R((x − μ) ⊘ σ), separately for keys and values.
+    """
+
+    mu: mx.array | None = None
+    sigma: mx.array | None = None
+    lam: mx.array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """The way from an exact vector x to the vector y whose codes are kept, and back."""
+
+    rotation: str
+    seed: int
+    stream: int
+    dim: int
+    calibration: Calibration = Calibration()
+
+    @cached_property
+    def matrix(self) -> mx.array | None:
+        return rotation.matrix(self.rotation, self.seed, self.stream, self.dim)
+
+    def forward(self, x: mx.array) -> mx.array:
+        """x [B, H, L, D] in any float dtype -> y = λ ⊙ R((x − μ) ⊘ σ), fp32."""
+        c = self.calibration
+        x = x.astype(mx.float32)
+        if c.mu is not None:
+            x = x - c.mu[:, None]
+        if c.sigma is not None:
+            x = x / c.sigma[:, None]
+        x = self._rotate(x)
+        return x if c.lam is None else x * c.lam[:, None]
+
+    def query(self, q: mx.array) -> mx.array:
+        """q [B, Hq, L, D] -> q̃ = R(q ⊙ σ) ⊘ λ, fp32, so that q̃ · ŷ is the logit."""
+        c = self.calibration
+        q = q.astype(mx.float32)
+        if c.sigma is not None:
+            q = _per_kv_head(q, c.sigma, mx.multiply)
+        q = self._rotate(q)
+        return q if c.lam is None else _per_kv_head(q, c.lam, mx.divide)
+
+    def output(self, o: mx.array) -> mx.array:
+        """o [B, Hq, L, D] = Σ p ŷ -> (Rᵀ(o ⊘ λ)) ⊙ σ + μ, fp32."""
+        c = self.calibration
+        o = o.astype(mx.float32)
+        if c.lam is not None:
+            o = _per_kv_head(o, c.lam, mx.divide)
+        if self.matrix is not None:
+            o = o @ self.matrix
+        if c.sigma is not None:
+            o = _per_kv_head(o, c.sigma, mx.multiply)
+        return o if c.mu is None else _per_kv_head(o, c.mu, mx.add)
+
+    def _rotate(self, x: mx.array) -> mx.array:
+        return x if self.matrix is None else x @ self.matrix.T
+
+
+def _per_kv_head(x: mx.array, c: mx.array, op) -> mx.array:
+    """Apply ``op`` between x [B, Hq, L, D] and c [Hkv, D]; heads of a group share a row of c."""
+    B, Hq, L, D = x.shape
+    Hkv = c.shape[0]
+    x = op(x.reshape(B, Hkv, Hq // Hkv, L, D), c[:, None, None])
+    return x.reshape(B, Hq, L, D)
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """How one layer's keys and values become rows: layout, transforms, scale rule."""
+
+    spec: Spec
+    layout: RowLayout
+    keys: Transform
+    values: Transform
+
+    @property
+    def scale(self) -> str:
+        return self.spec.scale
+
+    @cached_property
+    def signature(self) -> str:
+        """Identifies the bytes of a row: two caches may be mixed only if these are equal."""
+        lay = self.layout
+        parts = [
+            f"mlx_kvq/{VERSION}",
+            f"{self.spec.bits}-{self.spec.rotation}",
+            f"scale={self.spec.scale}",
+            f"seed={self.spec.seed}",
+            f"dims={lay.k_dim},{lay.v_dim}",
+            f"groups={lay.k_group},{lay.v_group}",
+        ]
+        if self.arrays is not None:
+            digest = hashlib.sha256()
+            for a in self.arrays:
+                digest.update(b"-" if a is None else np.array(a, dtype=np.float32).tobytes())
+            parts.append(f"calibration={digest.hexdigest()[:16]}")
+        return ";".join(parts)
+
+    @cached_property
+    def arrays(self) -> tuple[mx.array | None, ...] | None:
+        """μ, σ, λ of keys, then of values; ``None`` if nothing is calibrated."""
+        k, v = self.keys.calibration, self.values.calibration
+        arrays = (k.mu, k.sigma, k.lam, v.mu, v.sigma, v.lam)
+        return None if all(a is None for a in arrays) else arrays
+
+    def __deepcopy__(self, memo) -> "Format":
+        return self  # immutable, and shared by every cache of a layer
+
+
+_shared: dict[tuple, Format] = {}
+
+
+def make_format(
+    spec: Spec,
+    k_dim: int,
+    v_dim: int | None = None,
+    *,
+    k_group: int | None = None,
+    v_group: int | None = None,
+    keys: Calibration | None = None,
+    values: Calibration | None = None,
+) -> Format:
+    """The :class:`Format` of ``spec`` for a layer with these head sizes.
+
+    ``k_group`` and ``v_group`` default to what ``spec`` says.
+
+    Raises:
+        ValueError: If the head sizes cannot be packed with this spec; the message says why.
+    """
+    v_dim = k_dim if v_dim is None else v_dim
+    key = (spec, k_dim, v_dim, k_group, v_group)
+    shared = keys is None and values is None
+    if shared and key in _shared:
+        return _shared[key]
+    for D in (k_dim, v_dim):
+        if reason := rotation.why_not(spec.rotation, D):
+            raise ValueError(reason)
+    layout = RowLayout(
+        k_dim,
+        v_dim,
+        spec.k_bits,
+        spec.v_bits,
+        choose_group(k_dim, k_group or spec.group_size),
+        choose_group(v_dim, v_group or spec.group_size),
+    )
+    fmt = Format(
+        spec,
+        layout,
+        Transform(spec.rotation, spec.seed, rotation.KEYS, k_dim, keys or Calibration()),
+        Transform(spec.rotation, spec.seed, rotation.VALUES, v_dim, values or Calibration()),
+    )
+    if shared:
+        _shared[key] = fmt
+    return fmt
+
+
+_SIGNATURE = re.compile(
+    r"mlx_kvq/(\d+);([a-z0-9-]+);scale=([a-z]+);seed=(\d+);dims=(\d+),(\d+)"
+    r";groups=(\d+),(\d+)(?:;calibration=([0-9a-f]{16}))?"
+)
+
+
+def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = None) -> Format:
+    """The format that a saved cache's signature and calibration describe.
+
+    Raises:
+        ValueError: If the signature is not one, is of another version, or does not fit
+            ``arrays``.
+    """
+    if not (match := _SIGNATURE.fullmatch(str(signature))):
+        raise ValueError(f"{str(signature)[:80]!r} is not the signature of an mlx_kvq cache.")
+    version, name, scale, seed, k_dim, v_dim, k_group, v_group, _ = match.groups()
+    if int(version) != VERSION:
+        raise ValueError(
+            f"The cache was written in format version {version}; this mlx_kvq reads {VERSION}."
+        )
+    spec = Spec.parse(f"{name}:scale={scale},seed={seed}")
+    if spec is None:
+        raise ValueError(f"{signature!r} is not the signature of an mlx_kvq cache.")
+    k = v = None
+    if arrays is not None:
+        k, v = Calibration(*arrays[:3]), Calibration(*arrays[3:])
+    fmt = make_format(
+        spec,
+        int(k_dim),
+        int(v_dim),
+        k_group=int(k_group),
+        v_group=int(v_group),
+        keys=k,
+        values=v,
+    )
+    if fmt.signature != signature:
+        raise ValueError(
+            f"The cache's calibration does not belong to its signature {signature!r}: the file "
+            "is damaged."
+        )
+    return fmt

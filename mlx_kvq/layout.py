@@ -1,0 +1,79 @@
+"""The packed row: everything the cache keeps for one token and one KV head.
+
+``W`` uint32 words, in this order::
+
+    K codes | V codes | K scales | V scales
+
+Codes are ``32 / bits`` to a word, lowest bits first: MLX's own affine order, so codes and
+scales feed ``mx.quantized_matmul`` as they are. Scales are fp16, two to a word, lower half
+first; one zero half pads an odd count. For D = 128, 4 bits and groups of 32 a row is
+16 + 16 + 2 + 2 = 36 words, 144 bytes, against 512 bytes in fp16.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the parts of a row are, in uint32 words.
+
+    Args:
+        k_dim (int), v_dim (int): Head sizes of keys and values, multiples of 8.
+        k_bits (int), v_bits (int): 4 or 8.
+        k_group (int), v_group (int): Channels that share a scale.
+    """
+
+    k_dim: int
+    v_dim: int
+    k_bits: int
+    v_bits: int
+    k_group: int
+    v_group: int
+
+    @property
+    def k_words(self) -> int:
+        return self.k_dim * self.k_bits // 32
+
+    @property
+    def v_words(self) -> int:
+        return self.v_dim * self.v_bits // 32
+
+    @property
+    def k_scales(self) -> int:
+        return self.k_dim // self.k_group
+
+    @property
+    def v_scales(self) -> int:
+        return self.v_dim // self.v_group
+
+    @property
+    def codes_words(self) -> int:
+        """First word of the scales."""
+        return self.k_words + self.v_words
+
+    @property
+    def words(self) -> int:
+        """W, the length of a row."""
+        return self.codes_words + (self.k_scales + self.v_scales + 1) // 2
+
+    @property
+    def bits_per_value(self) -> float:
+        return 32 * self.words / (self.k_dim + self.v_dim)
+
+
+def choose_group(D: int, group_size: int | None) -> int:
+    """The group size for head size D: as asked, or 32, or the next divisor above 32.
+
+    Raises:
+        ValueError: If D cannot be packed, or the asked group size does not divide it.
+    """
+    if D % 8:
+        raise ValueError(f"head size {D} is not a multiple of 8")
+    if group_size is None:
+        return next((g for g in range(32, D, 8) if D % g == 0), D)
+    if D % group_size:
+        fits = [str(g) for g in range(8, D + 1, 8) if D % g == 0]
+        raise ValueError(
+            f"group_size={group_size} does not divide head size {D} (possible: {', '.join(fits)})"
+        )
+    return group_size

@@ -1,0 +1,107 @@
+"""The three operations on packed rows, and the one place that chooses their backend.
+
+``rows`` is uint32 [B, Hkv, capacity, W] (``mlx_kvq.layout``); the whole buffer and a length
+are passed, never a slice.
+"""
+
+import os
+from types import ModuleType
+
+import mlx.core as mx
+
+from . import reference
+from .format import Format
+
+
+def backend(fmt: Format) -> ModuleType:
+    """The module that runs the operations for ``fmt`` on the default device.
+
+    Raises:
+        ValueError: If ``MLX_KVQ_BACKEND`` names a backend that does not exist.
+    """
+    asked = os.environ.get("MLX_KVQ_BACKEND", "")
+    if asked not in ("", "reference"):
+        raise ValueError(f"MLX_KVQ_BACKEND is 'reference' or unset, got {asked!r}.")
+    return reference
+
+
+def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
+    """Rotate, quantize and pack new keys and values.
+
+    Args:
+        k (mx.array): Post-RoPE keys [B, Hkv, L, Dk], fp16, bf16 or fp32.
+        v (mx.array): Values [B, Hkv, L, Dv], same dtype.
+        fmt (Format): The layer's format.
+
+    Returns:
+        mx.array: Rows, uint32 [B, Hkv, L, W].
+
+    Raises:
+        ValueError: If the shapes do not fit each other or ``fmt``.
+    """
+    lay = fmt.layout
+    if k.shape[:-1] != v.shape[:-1] or k.ndim != 4:
+        raise ValueError(f"Keys {k.shape} and values {v.shape} are not [B, Hkv, L, D] of one size.")
+    if k.shape[-1] != lay.k_dim or v.shape[-1] != lay.v_dim:
+        raise ValueError(
+            f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
+            f"{lay.k_dim} and {lay.v_dim}."
+        )
+    return backend(fmt).quantize_pack(k, v, fmt)
+
+
+def attend(
+    q: mx.array,
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention of a few queries straight over the packed rows.
+
+    Args:
+        q (mx.array): Queries [B, Hq, L, Dk]; Hq is a multiple of Hkv.
+        rows (mx.array): uint32 [B, Hkv, capacity, W].
+        length (int): Rows that hold tokens, 1 to capacity.
+        fmt (Format): The layer's format.
+        scale (float): Softmax scale, usually Dk ** -0.5.
+        mask: ``None``, ``"causal"`` (the queries are the last L tokens), or an array
+            broadcastable to [B, Hq, L, length], boolean (True attends) or additive.
+        sinks (mx.array, optional): [Hq] logits that take probability and add no value.
+
+    Returns:
+        mx.array: [B, Hq, L, Dv] in q's dtype. A query that may attend to nothing gets a
+        finite, otherwise unspecified output.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    _check_rows(rows, length, fmt)
+    B, Hq, _, D = q.shape
+    if B != rows.shape[0] or Hq % rows.shape[1] or fmt.layout.k_dim != D:
+        raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
+    return backend(fmt).attend(q, rows, length, fmt, scale, mask, sinks)
+
+
+def dequantize(
+    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype = mx.float32
+) -> tuple[mx.array, mx.array]:
+    """Rows to keys and values in the rotated domain, for prefill.
+
+    Returns:
+        K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``.
+    """
+    _check_rows(rows, length, fmt)
+    return backend(fmt).dequantize(rows, length, fmt, dtype)
+
+
+def _check_rows(rows: mx.array, length: int, fmt: Format) -> None:
+    if rows.ndim != 4 or rows.shape[3] != fmt.layout.words or rows.dtype != mx.uint32:
+        raise ValueError(
+            f"Rows are uint32 [B, Hkv, capacity, {fmt.layout.words}] for {fmt.signature}, "
+            f"got {rows.dtype} {rows.shape}."
+        )
+    if not 0 < length <= rows.shape[2]:
+        raise ValueError(f"Length {length} is not 1 to the capacity {rows.shape[2]}.")

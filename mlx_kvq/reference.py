@@ -1,0 +1,220 @@
+"""The reference backend: the three operations in plain ``mx`` ops, on any device.
+
+Everything is computed in fp32, also for half-precision models: half precision is emulated on
+CPU (``quantized_matmul`` is about 48x slower there in fp16), and a half-precision rotation
+costs accuracy on any device.
+"""
+
+import mlx.core as mx
+
+from .format import Format
+from .layout import RowLayout
+
+SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # fractions of the abs-max scale that are tried
+_HALF_MAX = 65504.0
+
+
+def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, mx.array]:
+    """Quantize along the last axis.
+
+    Args:
+        y (mx.array): fp32 [..., D].
+        bits (int): 4 or 8.
+        group (int): Channels that share a scale.
+        rule (str): ``"search"``, ``"absmax"`` or ``"paper"``; at 8 bits clipping never pays, so
+            ``"search"`` is ``"absmax"``.
+
+    Returns:
+        Codes uint32 [..., D] and scales fp16 [..., D / group]. A group that holds a NaN or an
+        infinity gets a NaN scale, so the damage shows as it would in fp16. A finite group whose
+        scale would overflow fp16 saturates.
+    """
+    y = y.reshape(*y.shape[:-1], -1, group)  # [..., G, g]
+    middle = 1 << (bits - 1)
+    top = mx.abs(y).max(axis=-1, keepdims=True)
+    finite = mx.all(mx.isfinite(y), axis=-1, keepdims=True)
+
+    def to_half(s):
+        return mx.minimum(s, _HALF_MAX).astype(mx.float16).astype(mx.float32)
+
+    def codes_of(scale):
+        n = y / mx.where(scale > 0, scale, 1.0)
+        if rule == "paper":
+            return mx.clip(mx.round(n) + middle, 1, 2 * middle - 1)
+        return mx.clip(mx.floor(n) + middle, 0, 2 * middle - 1)
+
+    if rule == "paper":
+        scale = to_half(top / (middle - 1))
+        codes = codes_of(scale)
+    elif rule == "absmax" or bits == 8:
+        scale = to_half(top / (middle - 0.5))
+        codes = codes_of(scale)
+    else:
+        scale = codes = error = None
+        for c in SEARCH:
+            s = to_half(c * top / (middle - 0.5))
+            n = codes_of(s)
+            e = mx.square(y - s * (n - (middle - 0.5))).sum(axis=-1, keepdims=True)
+            if error is None:
+                scale, codes, error = s, n, e
+            else:
+                better = e < error
+                scale = mx.where(better, s, scale)
+                codes = mx.where(better, n, codes)
+                error = mx.where(better, e, error)
+    codes = mx.where(finite, mx.where(scale > 0, codes, middle), 0).astype(mx.uint32)
+    scale = mx.where(finite, scale, mx.nan).astype(mx.float16)
+    return codes.flatten(-2), scale.squeeze(-1)
+
+
+def pack_codes(codes: mx.array, bits: int) -> mx.array:
+    """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first."""
+    per_word = 32 // bits
+    codes = codes.reshape(*codes.shape[:-1], -1, per_word)
+    return (codes << (bits * mx.arange(per_word, dtype=mx.uint32))).sum(axis=-1)
+
+
+def unpack_codes(words: mx.array, bits: int) -> mx.array:
+    """Words uint32 [..., n] -> codes fp32 [..., 32 * n / bits]."""
+    shifts = bits * mx.arange(32 // bits, dtype=mx.uint32)
+    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(-2).astype(mx.float32)
+
+
+def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
+    """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W]."""
+    lay = fmt.layout
+    k_codes, k_scales = quantize(fmt.keys.forward(k), lay.k_bits, lay.k_group, fmt.scale)
+    v_codes, v_scales = quantize(fmt.values.forward(v), lay.v_bits, lay.v_group, fmt.scale)
+    scales = [k_scales, v_scales]
+    if (lay.k_scales + lay.v_scales) % 2:
+        scales.append(mx.zeros((*k_scales.shape[:-1], 1), mx.float16))
+    return mx.concatenate(
+        [
+            pack_codes(k_codes, lay.k_bits),
+            pack_codes(v_codes, lay.v_bits),
+            mx.contiguous(mx.concatenate(scales, axis=-1)).view(mx.uint32),
+        ],
+        axis=-1,
+    )
+
+
+def split(rows: mx.array, lay: RowLayout) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16)."""
+    scales = mx.contiguous(rows[..., lay.codes_words :]).view(mx.float16)
+    return (
+        rows[..., : lay.k_words],
+        rows[..., lay.k_words : lay.codes_words],
+        scales[..., : lay.k_scales],
+        scales[..., lay.k_scales : lay.k_scales + lay.v_scales],
+    )
+
+
+def _middle(bits: int, rule: str) -> float:
+    """The level of code 0 is minus this many scales."""
+    return (1 << (bits - 1)) - (0.0 if rule == "paper" else 0.5)
+
+
+def _values(words: mx.array, scales: mx.array, bits: int, group: int, rule: str) -> mx.array:
+    """Codes and scales -> fp32 [..., D]."""
+    levels = unpack_codes(words, bits) - _middle(bits, rule)
+    levels = levels.reshape(*levels.shape[:-1], -1, group)
+    return (levels * scales.astype(mx.float32)[..., None]).flatten(-2)
+
+
+def dequantize(
+    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype = mx.float32
+) -> tuple[mx.array, mx.array]:
+    """rows [B, H, capacity, W] -> rotated K [B, H, length, Dk] and V [B, H, length, Dv]."""
+    lay = fmt.layout
+    kc, vc, ks, vs = split(rows[..., :length, :], lay)
+    k = _values(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
+    v = _values(vc, vs, lay.v_bits, lay.v_group, fmt.scale)
+    return k.astype(dtype), v.astype(dtype)
+
+
+def _matmul(
+    x: mx.array,
+    words: mx.array,
+    scales: mx.array,
+    bits: int,
+    group: int,
+    rule: str,
+    transpose: bool,
+) -> mx.array:
+    """x @ Ŷᵀ (``transpose``) or x @ Ŷ with Ŷ given by codes and scales, fp32.
+
+    ``mx.quantized_matmul`` knows groups of 32, 64 and 128; larger groups repeat their scale,
+    smaller ones are dequantized first.
+    """
+    if group % 32:
+        y = _values(words, scales, bits, group, rule)
+        return x @ (y.swapaxes(-1, -2) if transpose else y)
+    unit = next(g for g in (128, 64, 32) if group % g == 0)
+    scales = scales.astype(mx.float32)
+    if unit != group:
+        scales = mx.repeat(scales, group // unit, axis=-1)
+    return mx.quantized_matmul(
+        x,
+        words,
+        scales,
+        -_middle(bits, rule) * scales,
+        transpose=transpose,
+        group_size=unit,
+        bits=bits,
+    )
+
+
+def attend(
+    q: mx.array,
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention over the first ``length`` rows; shapes as in :func:`mlx_kvq.ops.attend`."""
+    lay = fmt.layout
+    B, Hq, L, _ = q.shape
+    Hkv = rows.shape[1]
+    kc, vc, ks, vs = split(rows[..., :length, :], lay)
+
+    qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
+    qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
+    scores = _matmul(qr, kc, ks, lay.k_bits, lay.k_group, fmt.scale, transpose=True)
+    scores = scores.reshape(B, Hq, L, length)
+    if isinstance(mask, str):
+        mask = mx.arange(length - L, length)[:, None] >= mx.arange(length)
+    if mask is not None:
+        if mask.dtype == mx.bool_:
+            scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
+        else:
+            scores = scores + mask
+    if sinks is not None:
+        sink = sinks.astype(mx.float32).reshape(1, Hq, 1, 1)
+        if (mu := fmt.keys.calibration.mu) is not None:
+            # The centre was taken off every key; beside a sink it no longer cancels.
+            q32 = q.astype(mx.float32).reshape(B, Hkv, -1, lay.k_dim)
+            dot = (q32 * mu[:, None]).sum(axis=-1).reshape(B, Hq, L, 1)
+            sink = sink - scale * dot
+        scores = mx.concatenate([mx.broadcast_to(sink, (B, Hq, L, 1)), scores], axis=-1)
+    p = mx.softmax(scores, axis=-1, precise=True)
+    if sinks is not None:
+        p = p[..., 1:]
+    p = p.reshape(B, Hkv, -1, length)
+    o = _matmul(p, vc, vs, lay.v_bits, lay.v_group, fmt.scale, transpose=False)
+    return _output(o.reshape(B, Hq, L, lay.v_dim), p, fmt, q.dtype, sinks is not None)
+
+
+def _output(o: mx.array, p: mx.array, fmt: Format, dtype: mx.Dtype, sinks: bool) -> mx.array:
+    mu = fmt.values.calibration.mu
+    out = fmt.values.output(o)
+    if sinks and mu is not None:
+        # The sink takes part of the probability, so the values' centre counts Σp < 1 times.
+        B, Hq, L, D = out.shape
+        missing = 1.0 - p.sum(axis=-1).reshape(B, mu.shape[0], -1, L, 1)
+        out = (out.reshape(B, mu.shape[0], -1, L, D) - missing * mu[:, None, None]).reshape(
+            B, Hq, L, D
+        )
+    return out.astype(dtype)

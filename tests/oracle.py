@@ -1,0 +1,364 @@
+"""The mathematics of the cache in float64 numpy: what every backend is compared with.
+
+Written from the design alone and by direct definition, so that it shares no code, and no mistake,
+with the package. Slow on purpose: nothing here is fused, folded or reordered.
+
+Shapes: B batch, Hq query heads, Hkv = H key/value heads, L queries, T positions, D head dimension
+(Dk for keys, Dv for values), G = D / group_size groups, W words per row.
+Source: arXiv 2605.05699; the centre, the balanced scale and the half-step levels are the project's.
+"""
+
+import numpy as np
+
+KEYS, VALUES = 0, 1  # the streams of `signs`
+SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+FP16_MAX = 65504.0
+MASK64 = 2**64 - 1
+
+
+def signs(seed: int, stream: int, D: int) -> np.ndarray:
+    """[D] of +-1.0: the top bits of splitmix64 started at 2 * seed + stream (1 means -1)."""
+    state = (2 * int(seed) + int(stream)) & MASK64
+    out = np.empty(D)
+    for i in range(D):
+        state = (state + 0x9E3779B97F4A7C15) & MASK64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+        z ^= z >> 31
+        out[i] = -1.0 if z >> 63 else 1.0
+    return out
+
+
+def rotate(x, rotation: str, seed: int, stream: int) -> np.ndarray:
+    """R x over the last axis: [..., D] -> [..., D]. "srft" needs an even D, "srht" a power of 2."""
+    x = np.asarray(x, np.float64)
+    D = x.shape[-1]
+    _check_rotation(rotation, D)
+    if rotation == "none":
+        return x.copy()
+    z = x * signs(seed, stream, D)
+    if rotation == "srht":
+        return z @ _hadamard(D)  # symmetric
+    X = np.fft.rfft(z, axis=-1) / np.sqrt(D)
+    y = np.empty_like(z)
+    y[..., 0] = X[..., 0].real
+    y[..., 1] = X[..., D // 2].real
+    y[..., 2::2] = np.sqrt(2) * X[..., 1 : D // 2].real
+    y[..., 3::2] = np.sqrt(2) * X[..., 1 : D // 2].imag
+    return y
+
+
+def unrotate(y, rotation: str, seed: int, stream: int) -> np.ndarray:
+    """R^T y over the last axis, the inverse of `rotate`: [..., D] -> [..., D]."""
+    y = np.asarray(y, np.float64)
+    D = y.shape[-1]
+    _check_rotation(rotation, D)
+    if rotation == "none":
+        return y.copy()
+    if rotation == "srht":
+        return (y @ _hadamard(D)) * signs(seed, stream, D)
+    X = np.zeros((*y.shape[:-1], D // 2 + 1), np.complex128)
+    X[..., 0] = y[..., 0]
+    X[..., D // 2] = y[..., 1]
+    X[..., 1 : D // 2] = (y[..., 2::2] + 1j * y[..., 3::2]) / np.sqrt(2)
+    return np.fft.irfft(X * np.sqrt(D), n=D, axis=-1) * signs(seed, stream, D)
+
+
+def _check_rotation(rotation: str, D: int) -> None:
+    if rotation not in ("srft", "srht", "none"):
+        raise ValueError(f"rotation is {rotation!r}; accepted: 'srft', 'srht', 'none'")
+    if rotation == "srft" and (D < 2 or D % 2):
+        raise ValueError(f"srft needs an even D, got {D}")
+    if rotation == "srht" and (D < 1 or D & (D - 1)):
+        raise ValueError(f"srht needs D to be a power of 2, got {D}")
+
+
+def _hadamard(D: int) -> np.ndarray:
+    """[D, D] orthonormal, Sylvester's order: (-1)^(number of common 1 bits of row and column)."""
+    index = range(D)
+    return np.array([[(-1.0) ** (i & j).bit_count() for j in index] for i in index]) / np.sqrt(D)
+
+
+def _per_head(parameter, default: float) -> np.ndarray:
+    """[H, D] -> [H, 1, D], to broadcast against [B, H, T, D]; None -> default, others as given."""
+    parameter = np.asarray(default if parameter is None else parameter, np.float64)
+    return parameter[:, None, :] if parameter.ndim == 2 else parameter
+
+
+def forward(x, rotation: str, seed: int, stream: int, mu=None, sigma=None, lam=None) -> np.ndarray:
+    """lam * R((x - mu) / sigma): x [B, H, T, D], parameters [H, D] or None -> [B, H, T, D]."""
+    x = np.asarray(x, np.float64)
+    z = (x - _per_head(mu, 0.0)) / _per_head(sigma, 1.0)
+    return _per_head(lam, 1.0) * rotate(z, rotation, seed, stream)
+
+
+def backward(y, rotation: str, seed: int, stream: int, mu=None, sigma=None, lam=None) -> np.ndarray:
+    """The inverse of `forward`: (R^T(y / lam)) * sigma + mu, [B, H, T, D] -> [B, H, T, D]."""
+    y = np.asarray(y, np.float64)
+    x = unrotate(y / _per_head(lam, 1.0), rotation, seed, stream)
+    return x * _per_head(sigma, 1.0) + _per_head(mu, 0.0)
+
+
+def _fp16(x: np.ndarray) -> np.ndarray:
+    """x >= 0 rounded to fp16 (to nearest, ties to even), saturated at 65504, as float64."""
+    return np.minimum(x, FP16_MAX).astype(np.float16).astype(np.float64)
+
+
+def _offset(bits: int, rule: str) -> float:
+    """The code, as a real number, that stands for 0."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits is {bits}; accepted: 4, 8")
+    if rule not in ("search", "absmax", "paper"):
+        raise ValueError(f"rule is {rule!r}; accepted: 'search', 'absmax', 'paper'")
+    return 2.0 ** (bits - 1) - (0.0 if rule == "paper" else 0.5)
+
+
+def _encode(y: np.ndarray, scale: np.ndarray, bits: int, rule: str) -> np.ndarray:
+    """Codes, int64 [..., G, g], of finite y [..., G, g] under finite scales [..., G, 1]."""
+    middle, top = 2 ** (bits - 1), 2**bits - 1
+    ratio = y / np.where(scale == 0, 1.0, scale)
+    if rule == "paper":
+        n = np.clip(np.rint(ratio) + middle, 1, top)
+    else:
+        n = np.clip(np.floor(ratio) + middle, 0, top)
+    return np.where(scale == 0, middle, n).astype(np.int64)
+
+
+def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Round y [..., D] in groups of group_size neighbours.
+
+    Returns codes (int64 [..., D]), scales (float64 [..., G], each an fp16 number) and
+    values (float64 [..., D]).
+
+    rule "absmax": scale = fp16(max|y| / 7.5), value = scale * (n - 7.5), n = 0 ... 15; for 8 bits
+    127.5 and 0 ... 255. "search": for 4 bits the scale fp16(c * max|y| / 7.5), c in `SEARCH`, with
+    the least squared error, the first on ties; for 8 bits the same as "absmax". "paper":
+    scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255.
+
+    A scale beyond fp16 is 65504. A scale of 0 gives code 8 (128) and value 0. A group with a NaN or
+    an infinity has scale NaN, codes 0 and values NaN.
+    """
+    y = np.asarray(y, np.float64)
+    offset = _offset(bits, rule)
+    D = y.shape[-1]
+    if D % group_size:
+        raise ValueError(f"group_size {group_size} does not divide D = {D}")
+    groups = y.reshape(*y.shape[:-1], D // group_size, group_size)
+    broken = ~np.isfinite(groups).all(axis=-1, keepdims=True)
+    groups = np.where(broken, 0.0, groups)
+
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    top_level = offset - 1.0 if rule == "paper" else offset
+    factors = SEARCH if rule == "search" and bits == 4 else (1.0,)
+    for i, factor in enumerate(factors):
+        candidate = _fp16(factor * largest / top_level)
+        n = _encode(groups, candidate, bits, rule)
+        error = ((candidate * (n - offset) - groups) ** 2).sum(axis=-1, keepdims=True)
+        if i == 0:
+            scale, least = candidate, error
+        else:
+            scale = np.where(error < least, candidate, scale)
+            least = np.minimum(error, least)
+
+    codes = np.where(broken, 0, _encode(groups, scale, bits, rule))
+    scale = np.where(broken, np.nan, scale)
+    values = scale * (codes - offset)
+    return codes.reshape(y.shape), scale[..., 0], values.reshape(y.shape)
+
+
+def fake_quantize(
+    x,
+    bits: int,
+    group_size: int,
+    rule: str,
+    rotation: str,
+    seed: int,
+    stream: int,
+    mu=None,
+    sigma=None,
+    lam=None,
+) -> np.ndarray:
+    """What the cache remembers of x, in the original domain: [B, H, T, D] -> [B, H, T, D]."""
+    y = forward(x, rotation, seed, stream, mu, sigma, lam)
+    _, _, y_hat = quantize(y, bits, group_size, rule)
+    return backward(y_hat, rotation, seed, stream, mu, sigma, lam)
+
+
+def _code_words(D: int, bits: int) -> int:
+    if D * bits % 32:
+        raise ValueError(f"D = {D} codes of {bits} bits do not fill whole 32-bit words")
+    return D * bits // 32
+
+
+def row_words(Dk: int, Dv: int, k_bits: int, v_bits: int, k_group: int, v_group: int) -> int:
+    """W: the uint32 words of one row."""
+    if Dk % k_group or Dv % v_group:
+        raise ValueError(f"groups ({k_group}, {v_group}) do not divide Dk, Dv = ({Dk}, {Dv})")
+    scales = Dk // k_group + Dv // v_group
+    return _code_words(Dk, k_bits) + _code_words(Dv, v_bits) + (scales + 1) // 2
+
+
+def _join(fields: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned fields [..., N] -> uint32 [..., N * bits / 32], the first field lowest."""
+    if ((fields < 0) | (fields >= 2**bits)).any():
+        raise ValueError(f"a code is outside 0 ... {2**bits - 1}")
+    per_word = 32 // bits
+    fields = fields.astype(np.uint64).reshape(*fields.shape[:-1], -1, per_word)
+    shifts = bits * np.arange(per_word, dtype=np.uint64)
+    return (fields << shifts).sum(axis=-1, dtype=np.uint64).astype(np.uint32)
+
+
+def _split(words: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `_join`: uint32 [..., N * bits / 32] -> uint32 [..., N]."""
+    shifts = bits * np.arange(32 // bits, dtype=np.uint32)
+    fields = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+    return fields.reshape(*words.shape[:-1], -1)
+
+
+def pack_row(k_codes, k_scales, v_codes, v_scales, k_bits: int, v_bits: int) -> np.ndarray:
+    """uint32 [..., W], laid out K codes | V codes | K scales | V scales.
+
+    codes [..., D], 32 / bits to a word, lowest bits first; scales [..., G], fp16 numbers, K's then
+    V's without a gap, two to a word, low half first, a zero half last when their count is odd.
+    """
+    k_words = _join(_code_array(k_codes, k_bits), k_bits)
+    v_words = _join(_code_array(v_codes, v_bits), v_bits)
+    scales = np.concatenate([np.asarray(k_scales), np.asarray(v_scales)], axis=-1)
+    halves = scales.astype(np.float16)
+    if not np.array_equal(halves.astype(np.float64), scales, equal_nan=True):
+        raise ValueError("a scale is not an fp16 number; take the scales of `quantize`")
+    halves = halves.view(np.uint16)
+    if halves.shape[-1] % 2:
+        halves = np.concatenate([halves, np.zeros_like(halves[..., :1])], axis=-1)
+    return np.concatenate([k_words, v_words, _join(halves, 16)], axis=-1)
+
+
+def _code_array(codes, bits: int) -> np.ndarray:
+    codes = np.asarray(codes)
+    _code_words(codes.shape[-1], bits)
+    return codes.astype(np.int64)
+
+
+def unpack_row(
+    rows, Dk: int, Dv: int, k_bits: int, v_bits: int, k_group: int, v_group: int, rule: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 rows [..., W] -> rotated-domain values (float64 [..., Dk], float64 [..., Dv])."""
+    rows = np.asarray(rows, np.uint32)
+    W = row_words(Dk, Dv, k_bits, v_bits, k_group, v_group)
+    if rows.shape[-1] != W:
+        raise ValueError(f"rows have {rows.shape[-1]} words; this layout has {W}")
+    k_end = _code_words(Dk, k_bits)
+    v_end = k_end + _code_words(Dv, v_bits)
+    halves = _split(rows[..., v_end:], 16).astype(np.uint16)
+    scales = halves.view(np.float16).astype(np.float64)
+    k_groups, v_groups = Dk // k_group, Dv // v_group
+
+    def decode(words, scales, bits, group):
+        return np.repeat(scales, group, axis=-1) * (_split(words, bits) - _offset(bits, rule))
+
+    k_scales, v_scales = scales[..., :k_groups], scales[..., k_groups : k_groups + v_groups]
+    k_values = decode(rows[..., :k_end], k_scales, k_bits, k_group)
+    v_values = decode(rows[..., k_end:v_end], v_scales, v_bits, v_group)
+    return k_values, v_values
+
+
+def _heads(x: np.ndarray, Hq: int) -> np.ndarray:
+    """[B, Hkv, ...] -> [B, Hq, ...]: query head h uses KV head h // (Hq // Hkv)."""
+    Hkv = x.shape[1]
+    if Hq % Hkv:
+        raise ValueError(f"{Hq} query heads are not a multiple of {Hkv} KV heads")
+    return np.repeat(x, Hq // Hkv, axis=1)
+
+
+def _softmax(logits: np.ndarray, mask, sinks) -> np.ndarray:
+    """Masked logits [B, Hq, L, T] -> probabilities [B, Hq, L, T]; with sinks they sum to < 1."""
+    B, Hq, L, T = logits.shape
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise ValueError(f"mask is {mask!r}; accepted: None, 'causal', a bool or float array")
+        mask = np.arange(T) <= T - L + np.arange(L)[:, None]  # [L, T]
+    if mask is not None:
+        mask = np.asarray(mask)
+        if mask.dtype == bool:
+            logits = np.where(mask, logits, -np.inf)
+        elif np.issubdtype(mask.dtype, np.floating):
+            logits = logits + mask.astype(np.float64)
+        else:
+            raise ValueError(f"mask has dtype {mask.dtype}; accepted: bool (True attends), floats")
+        if logits.shape != (B, Hq, L, T):
+            raise ValueError(f"mask {mask.shape} does not broadcast to {(B, Hq, L, T)}")
+    if sinks is not None:
+        column = np.asarray(sinks, np.float64).reshape(1, Hq, 1, 1)
+        logits = np.concatenate([logits, np.broadcast_to(column, (B, Hq, L, 1))], axis=-1)
+    with np.errstate(invalid="ignore"):  # -inf - -inf: a row without any position
+        p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        p = p / p.sum(axis=-1, keepdims=True)
+    return p[..., :T]
+
+
+def attend(
+    q,
+    k_hat,
+    v_hat,
+    scale: float,
+    *,
+    rotation: str,
+    seed: int,
+    mask=None,
+    sinks=None,
+    k_params=(None, None, None),
+    v_params=(None, None, None),
+) -> np.ndarray:
+    """Attention in the rotated domain: nothing stored is ever inverted.
+
+    q [B, Hq, L, Dk] in the original domain; k_hat [B, Hkv, T, Dk] and v_hat [B, Hkv, T, Dv] in the
+    rotated one; k_params and v_params (mu, sigma, lam), each [Hkv, D] or None. mask: None, "causal"
+    (the queries are the last L of the T positions), bool (True attends) or additive, broadcastable
+    to [B, Hq, L, T]. sinks: None or [Hq], logits of one more softmax column that has no value.
+    Returns [B, Hq, L, Dv] in the original domain.
+
+    With sinks the softmax is not invariant to a shift of the positions' logits, so scale * q . mu_k
+    comes back, and the probabilities sum to P < 1, so the value centre counts P times, not once:
+    sum p (v + mu) = sum p v + P mu. Without sinks P = 1.
+
+    A query all of whose positions are masked gives NaN, unless there are sinks (then P = 0 and the
+    output is 0). A masked position still has p = 0 times its value, so a NaN value shows.
+    """
+    q, k_hat, v_hat = (np.asarray(a, np.float64) for a in (q, k_hat, v_hat))
+    Hq, Hkv = q.shape[1], k_hat.shape[1]
+
+    def per_query_head(parameter, default, D):
+        full = np.broadcast_to(_per_head(parameter, default), (1, Hkv, 1, D))
+        return _heads(full, Hq)
+
+    Dk, Dv = k_hat.shape[-1], v_hat.shape[-1]
+    defaults = (0.0, 1.0, 1.0)
+    mu_k, sigma_k, lam_k = (
+        per_query_head(p, d, Dk) for p, d in zip(k_params, defaults, strict=True)
+    )
+    mu_v, sigma_v, lam_v = (
+        per_query_head(p, d, Dv) for p, d in zip(v_params, defaults, strict=True)
+    )
+
+    q_rotated = rotate(q * sigma_k, rotation, seed, KEYS) / lam_k
+    logits = scale * np.einsum("bhld,bhtd->bhlt", q_rotated, _heads(k_hat, Hq))
+    if sinks is not None:
+        logits = logits + scale * (q * mu_k).sum(axis=-1, keepdims=True)
+    p = _softmax(logits, mask, sinks)
+    mixed = np.einsum("bhlt,bhtd->bhld", p, _heads(v_hat, Hq))
+    out = unrotate(mixed / lam_v, rotation, seed, VALUES) * sigma_v
+    return out + p.sum(axis=-1, keepdims=True) * mu_v
+
+
+def attend_exact(q, k, v, scale: float, mask=None, sinks=None) -> np.ndarray:
+    """Plain attention: q [B, Hq, L, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv] -> [B, Hq, L, Dv].
+
+    mask and sinks as in `attend`; a query all of whose positions are masked gives NaN without sinks
+    and 0 with them.
+    """
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    Hq = q.shape[1]
+    logits = scale * np.einsum("bhld,bhtd->bhlt", q, _heads(k, Hq))
+    p = _softmax(logits, mask, sinks)
+    return np.einsum("bhlt,bhtd->bhld", p, _heads(v, Hq))
