@@ -33,6 +33,15 @@ class _PackedCache(_BaseCache):
     def group_size(self) -> int:
         return self.format.layout.k_group
 
+    # mlx-lm's pipeline-parallel models tie a send to the cache through this name.
+    @property
+    def keys(self) -> mx.array | None:
+        return self.rows
+
+    @keys.setter
+    def keys(self, rows: mx.array) -> None:
+        self.rows = rows
+
     def _length(self) -> int:
         """Rows that hold tokens."""
         raise NotImplementedError
@@ -258,3 +267,6 @@ class PackedRotatingKVCache(_PackedCache):
             mask = mx.arange(mask_size) >= (mask_size - window_size)
             return mx.roll(mask, idx + 1)
         return None
+
+
+CLASSES = (PackedKVCache, PackedRotatingKVCache)

@@ -1,0 +1,124 @@
+"""Adds ``--kv-cache`` to mlx-lm's commands, which have no plug-in point.
+
+``patch`` gets each command's module right after its import (see ``_startup``). The module then
+sees an ``argparse`` whose parsers know the option, and a ``load`` that enables what was asked.
+It must not import from ``mlx_lm`` itself, which may be half imported.
+"""
+
+import argparse
+import functools
+import sys
+from types import ModuleType
+from typing import Any
+
+from .spec import Spec
+
+HELP = (
+    "Keep keys and values packed, for example 'int4-srft' (4.5 bits per value), 'k8v4-srft', "
+    "'int8-srft'; 'fp16' is the model's own cache. From mlx_kvq."
+)
+CHUNK = 128  # tokens per step of mlx_lm.perplexity, which has no cache of its own
+
+_asked: str | None = None  # --kv-cache of this process
+
+
+def patch(module: ModuleType) -> None:
+    """Give a command module of mlx-lm the option ``--kv-cache``."""
+    names: dict[str, Any] = vars(module)
+    names["argparse"] = _Argparse("argparse")
+    for name in ("load", "sharded_load"):
+        if name in names:
+            names[name] = _enabling(names[name], is_server="APIHandler" in names)
+    if "load_prompt_cache" in names:
+        names["load_prompt_cache"] = _knowing_our_caches(names["load_prompt_cache"])
+    if "eval_ppl" in names:
+        names["eval_ppl"] = _through_the_cache(names["eval_ppl"])
+
+
+def _spec(text: str) -> str:
+    try:
+        Spec.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    """Adds the option last, below the command's own."""
+
+    def _add_kv_cache(self) -> None:
+        if "--kv-cache" not in self._option_string_actions:
+            self.add_argument("--kv-cache", type=_spec, metavar="SPEC", help=HELP)
+
+    def format_help(self) -> str:
+        self._add_kv_cache()
+        return super().format_help()
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._add_kv_cache()
+        parsed, rest = super().parse_known_args(args, namespace)
+        if parsed.kv_cache is not None and getattr(parsed, "kv_bits", None) is not None:
+            self.error("--kv-cache and --kv-bits are two ways to quantize the cache: give one")
+        global _asked
+        _asked = parsed.kv_cache
+        return parsed, rest
+
+
+class _Argparse(ModuleType):
+    """The module ``argparse`` with our parser in it."""
+
+    ArgumentParser = _Parser
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(argparse, name)
+
+
+def _enabling(load, is_server: bool):
+    @functools.wraps(load)
+    def wrapper(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        if _asked is not None:
+            from .model import enable
+
+            try:
+                enable(loaded[0], _asked)
+            except ValueError as error:
+                if is_server:  # answers the request with it and goes on
+                    raise
+                sys.exit(f"[mlx_kvq] error: {error}")
+        return loaded
+
+    return wrapper
+
+
+def _knowing_our_caches(load_prompt_cache):
+    @functools.wraps(load_prompt_cache)
+    def wrapper(*args, **kwargs):
+        from . import seams
+
+        seams.install()
+        return load_prompt_cache(*args, **kwargs)
+
+    return wrapper
+
+
+def _through_the_cache(eval_ppl):
+    """mlx_lm.perplexity runs without a cache; with --kv-cache it reads one, chunk by chunk."""
+
+    @functools.wraps(eval_ppl)
+    def wrapper(model, *args, **kwargs):
+        if _asked is None:
+            return eval_ppl(model, *args, **kwargs)
+        import mlx.core as mx
+
+        def chunked(tokens):
+            cache = model.make_cache()
+            steps = range(0, tokens.shape[1], CHUNK)
+            return mx.concatenate(
+                [model(tokens[:, i : i + CHUNK], cache=cache) for i in steps], axis=1
+            )
+
+        print(f"[mlx_kvq] perplexity over chunks of {CHUNK} tokens", file=sys.stderr)
+        return eval_ppl(chunked, *args, **kwargs)
+
+    return wrapper

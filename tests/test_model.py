@@ -1,0 +1,291 @@
+"""enable, disable and make_prompt_cache on the bundled models and on models made to be awkward."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm import generate, load, stream_generate
+from mlx_lm.models import cache as stock
+from mlx_lm.models.base import scaled_dot_product_attention
+
+import mlx_kvq
+from mlx_kvq import reference
+from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+
+MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
+PROMPT = "It was a dark night, and the old man"
+
+
+@pytest.fixture(scope="module", params=["tiny-qwen2-8bit", "tiny-gemma3-8bit"])
+def loaded(request):
+    return load(str(MODELS / request.param))
+
+
+@pytest.fixture
+def model(loaded):
+    yield loaded[0]
+    mlx_kvq.disable(loaded[0])
+
+
+def fake_quantized(cache, fmt):
+    """mlx-lm's own cache, fed with what ours would remember of each token."""
+
+    def remembered(x, transform, bits, group):
+        y = transform.forward(x)
+        codes, scales = reference.quantize(y, bits, group, fmt.scale)
+        levels = codes.astype(mx.float32) - (2 ** (bits - 1) - 0.5)
+        y = levels * mx.repeat(scales.astype(mx.float32), group, axis=-1)
+        return (y @ transform.matrix).astype(x.dtype)
+
+    class Fake(type(cache)):
+        def update_and_fetch(self, keys, values):
+            first = self.offset == 0
+            lay = fmt.layout
+            fetched = super().update_and_fetch(
+                remembered(keys, fmt.keys, lay.k_bits, lay.k_group),
+                remembered(values, fmt.values, lay.v_bits, lay.v_group),
+            )
+            return (keys, values) if first else fetched  # the first chunk attends exactly
+
+    cache.__class__ = Fake
+    return cache
+
+
+def types(caches):
+    return [type(c).__name__ for c in caches]
+
+
+def test_enable_follows_the_models_own_caches(model):
+    before = types(stock.make_prompt_cache(model))
+    report = mlx_kvq.enable(model, "int4-srft")
+    after = types(stock.make_prompt_cache(model))
+    assert after == [f"Packed{name}" for name in before]
+    assert sorted(report.packed) == list(range(len(before)))
+    assert not report.left
+    packed = model.make_cache()
+    mlx_kvq.disable(model)
+    own = stock.make_prompt_cache(model)
+    assert types(own) == before
+    for a, b in zip(own, packed, strict=True):
+        assert getattr(a, "max_size", None) == getattr(b, "max_size", None)
+        assert getattr(a, "keep", None) == getattr(b, "keep", None)
+    mlx_kvq.disable(model)  # again: nothing to do
+
+
+def test_one_line_says_what_was_applied(model, capsys):
+    n = len(model.layers)
+    mlx_kvq.enable(model, "int4-srft")
+    line = (
+        f"[mlx_kvq] int4-srft: packed {n} of {n} layers, 4.50 bits per value, "
+        "3.56x smaller than fp16\n"
+    )
+    assert capsys.readouterr() == ("", line)
+    mlx_kvq.enable(model, "k8v4-srft:group_size=64", verbose=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_fp16_is_disable(model):
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    assert mlx_kvq.enable(model, "fp16") is None
+    assert not any(name.startswith("Packed") for name in types(stock.make_prompt_cache(model)))
+
+
+def test_enable_again_replaces(model):
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    mlx_kvq.enable(model, "int8-srht", verbose=False)
+    assert {str(c.format.spec) for c in model.make_cache()} == {"int8-srht"}
+
+
+def test_max_kv_size_bounds_the_growing_layers(model):
+    own = types(stock.make_prompt_cache(model))
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    for make in (
+        lambda: stock.make_prompt_cache(model, 40),
+        lambda: stock.make_prompt_cache(model, max_kv_size=40),
+        lambda: mlx_kvq.make_prompt_cache(model, "int4-srft", 40),
+    ):
+        caches = make()
+        assert set(types(caches)) == {"PackedRotatingKVCache"}
+        for name, cache in zip(own, caches, strict=True):
+            assert (cache.max_size, cache.keep) == ((40, 4) if name == "KVCache" else (256, 0))
+
+
+def test_generation_with_max_kv_size_runs_past_it(loaded, model):
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    caches = stock.make_prompt_cache(model, 24)
+    for _ in stream_generate(model, loaded[1], PROMPT, max_tokens=40, prompt_cache=caches):
+        pass
+    assert all(c.offset >= 40 for c in caches)
+    bounded = [c for c in caches if c.max_size == 24]
+    assert bounded
+    assert all(c.rows.shape[2] == 24 for c in bounded)
+
+
+def test_no_history_stays_unpacked(loaded, model):
+    """After a prompt and some tokens a cache holds rows and nothing else that is large."""
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    caches = stock.make_prompt_cache(model)
+    for _ in stream_generate(model, loaded[1], PROMPT, max_tokens=4, prompt_cache=caches):
+        pass
+    for c in caches:
+        arrays = {k for k, v in vars(c).items() if isinstance(v, mx.array)}
+        assert arrays == {"rows"}
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_bytes_at_4k_tokens(model, dtype):
+    """At least 3.5x smaller than the model's own cache, which holds ``dtype``."""
+
+    packed = mlx_kvq.make_prompt_cache(model, "int4-srft")
+    own = stock.make_prompt_cache(model)
+    for a, b in zip(own, packed, strict=True):
+        k = mx.zeros((1, model.args.num_key_value_heads, 4096, b.format.layout.k_dim), dtype)
+        a.update_and_fetch(k, k)
+        b.update_and_fetch(k, k)
+    assert sum(a.nbytes for a in own) >= 3.5 * sum(b.nbytes for b in packed)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2-8bit", "tiny-gemma3-8bit"])
+def test_generate_200_tokens_as_an_unpacked_fake_quantized_cache_does(name):
+    """Greedy, past the sliding window of tiny-gemma3 (256), token for token; in fp32, where the
+    fake's way back to the original domain rounds nothing away."""
+    model, tokenizer = load(str(MODELS / name))
+    model.set_dtype(mx.float32)
+    text = (MODELS / "README.md").read_text() * 2
+    prompt = tokenizer.encode(text)[:150]
+
+    def tokens(caches):
+        steps = stream_generate(model, tokenizer, prompt, max_tokens=200, prompt_cache=caches)
+        return [step.token for step in steps]
+
+    own = stock.make_prompt_cache(model)
+    ours = mlx_kvq.make_prompt_cache(model, "int4-srft")
+    fakes = [fake_quantized(c, o.format) for c, o in zip(own, ours, strict=True)]
+    expected = tokens(fakes)
+    assert len(expected) == 200
+    assert tokens(ours) == expected
+    assert tokens(own) != expected  # quantization does show
+
+
+class Attention(nn.Module):
+    def __init__(self, D, shared=True):
+        super().__init__()
+        self.D, self.shared = D, shared
+
+    def __call__(self, x, cache):
+        h = mx.broadcast_to(x[:, None, :, None], (x.shape[0], 2, x.shape[1], self.D)) * 1.0
+        k, v = cache.update_and_fetch(h, h)
+        if self.shared:
+            return scaled_dot_product_attention(h, k, v, cache=cache, scale=1.0, mask=None)
+        return mx.softmax(h @ k.swapaxes(-1, -2), axis=-1) @ v
+
+
+class Model(nn.Module):
+    """Layers of given head sizes and kinds of caches."""
+
+    def __init__(self, *layers, caches=None):
+        super().__init__()
+        self.layers = list(layers)
+        if caches is not None:
+            self._caches = caches
+
+    def __call__(self, x, cache):
+        x = x.astype(mx.float32)
+        for layer, c in zip(self.layers, cache, strict=True):
+            if isinstance(c, stock.CacheList):
+                c = c[1]
+            if isinstance(c, stock.ArraysCache):
+                continue
+            x = x + layer(x, c).sum(axis=(1, 3))
+        return x
+
+
+class Hybrid(Model):
+    def make_cache(self):
+        return self._caches()
+
+
+def test_layers_that_cannot_be_packed_are_left_and_named(capsys):
+    layers = [Attention(64), Attention(12), Attention(64, shared=False), Attention(32)]
+    model = Hybrid(
+        *layers,
+        Attention(64),
+        Attention(64),
+        caches=lambda: [
+            stock.KVCache(),
+            stock.KVCache(),
+            stock.ChunkedKVCache(16),
+            stock.CacheList(stock.ArraysCache(1), stock.RotatingKVCache(8, keep=2)),
+            stock.ArraysCache(2),
+            stock.ArraysCache(2),
+        ],
+    )
+    report = mlx_kvq.enable(model, "int4-srft:group_size=32")
+    assert sorted(report.packed) == [0, 3]
+    line = capsys.readouterr().err
+    assert "packed 2 of 6 layers" in line
+    assert "left 1: head size 12 is not a multiple of 8" in line
+    assert "left 2: ChunkedKVCache is not a plain key/value cache" in line
+    assert "left 4-5: ArraysCache is not a plain key/value cache" in line
+    caches = model.make_cache()
+    assert isinstance(caches[0], PackedKVCache)
+    assert isinstance(caches[3], stock.CacheList)
+    ring = caches[3][1]
+    assert isinstance(ring, PackedRotatingKVCache)
+    assert (ring.max_size, ring.keep) == (8, 2)
+    mx.eval(model(mx.array([[1, 2, 3]]), cache=caches))
+    assert (caches[0].offset, ring.offset) == (3, 3)
+
+
+def test_attention_that_reads_keys_itself_is_left(capsys):
+    model = Model(Attention(64), Attention(32, shared=False), Attention(64))
+    mlx_kvq.enable(model, "int4-srft")
+    assert "left 1: its attention is not mlx-lm's shared one" in capsys.readouterr().err
+    assert types(model.make_cache()) == ["PackedKVCache", "KVCache", "PackedKVCache"]
+
+
+@pytest.mark.parametrize(
+    "model, spec, reason",
+    [
+        (Model(Attention(12)), "int4-srft", "head size 12 is not a multiple of 8"),
+        (Model(Attention(64, shared=False)), "int4-srft", "its attention is not mlx-lm's shared"),
+        (Model(Attention(64)), "int4-srft:group_size=48", "group_size=48 does not divide"),
+        (Model(Attention(96)), "int4-srht", "srht needs a head size that is a power of two"),
+        (Hybrid(Attention(64), caches=lambda: [stock.ArraysCache(1)]), "int4-srft", "ArraysCache"),
+    ],
+)
+def test_nothing_to_pack_is_an_error(model, spec, reason):
+    had = "make_cache" in vars(model)
+    for call in (mlx_kvq.enable, mlx_kvq.make_prompt_cache):
+        with pytest.raises(ValueError, match=f"{spec} cannot pack any layer.*{reason}"):
+            call(model, spec)
+    assert ("make_cache" in vars(model)) == had
+
+
+def test_a_bad_spec_is_an_error(model):
+    with pytest.raises(ValueError, match="Did you mean 'int4-srht'"):
+        mlx_kvq.enable(model, "int4-sht")
+
+
+def test_stock_quantized_cache_still_works(loaded, model):
+    """The replaced attention function hands other caches to the original."""
+    prompt = loaded[1].encode(PROMPT)
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    mlx_kvq.disable(model)
+    if not hasattr(type(model), "make_cache"):
+        text = generate(model, loaded[1], prompt, max_tokens=5, kv_bits=8, quantized_kv_start=0)
+        assert text
+
+
+@pytest.mark.parametrize("spec", ["int4-srft", "int8-none", "k8v4-srht"])
+def test_save_and_load_a_prompt_cache(loaded, model, tmp_path, spec):
+    mlx_kvq.enable(model, spec, verbose=False)
+    prompt = loaded[1].encode(PROMPT)
+    caches = stock.make_prompt_cache(model)
+    model(mx.array([prompt[:-1]]), cache=caches)
+    stock.save_prompt_cache(str(tmp_path / "cache.safetensors"), caches)
+    again = stock.load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert types(again) == types(caches)
+    last = mx.array([prompt[-1:]])
+    assert mx.array_equal(model(last, cache=caches), model(last, cache=again))
