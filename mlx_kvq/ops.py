@@ -58,6 +58,8 @@ def attend(
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
+    starts: mx.array | None = None,
+    window: int | None = None,
 ) -> mx.array:
     """Attention of a few queries straight over the packed rows.
 
@@ -70,6 +72,8 @@ def attend(
         mask: ``None``, ``"causal"`` (the queries are the last L tokens), or an array
             broadcastable to [B, Hq, L, length], boolean (True attends) or additive.
         sinks (mx.array, optional): [Hq] logits that take probability and add no value.
+        starts (mx.array, optional): int32 [B], the first position each batch row may attend to.
+        window (int, optional): The query at position p attends to positions above p - window.
 
     Returns:
         mx.array: [B, Hq, L, Dv] in q's dtype. A query that may attend to nothing gets a
@@ -82,7 +86,7 @@ def attend(
     B, Hq, _, D = q.shape
     if B != rows.shape[0] or Hq % rows.shape[1] or fmt.layout.k_dim != D:
         raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
-    return backend(fmt).attend(q, rows, length, fmt, scale, mask, sinks)
+    return backend(fmt).attend(q, rows, length, fmt, scale, mask, sinks, starts, window)
 
 
 def dequantize(

@@ -165,6 +165,15 @@ def _matmul(
     )
 
 
+def positions(L: int, length: int, causal: bool, window: int | None) -> mx.array | None:
+    """Which of ``length`` positions the last L of them may see, boolean [L, length]."""
+    if not causal and window is None:
+        return None
+    query, key = mx.arange(length - L, length)[:, None], mx.arange(length)
+    allowed = query >= key if causal else key >= 0
+    return allowed if window is None else allowed & (key > query - window)
+
+
 def attend(
     q: mx.array,
     rows: mx.array,
@@ -173,6 +182,8 @@ def attend(
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
+    starts: mx.array | None = None,
+    window: int | None = None,
 ) -> mx.array:
     """Attention over the first ``length`` rows; shapes as in :func:`mlx_kvq.ops.attend`."""
     lay = fmt.layout
@@ -184,13 +195,16 @@ def attend(
     qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
     scores = _matmul(qr, kc, ks, lay.k_bits, lay.k_group, fmt.scale, transpose=True)
     scores = scores.reshape(B, Hq, L, length)
-    if isinstance(mask, str):
-        mask = mx.arange(length - L, length)[:, None] >= mx.arange(length)
-    if mask is not None:
-        if mask.dtype == mx.bool_:
-            scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
-        else:
-            scores = scores + mask
+    least = mx.finfo(mx.float32).min
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        scores = scores + mask
+    elif isinstance(mask, mx.array):
+        scores = mx.where(mask, scores, least)
+    allowed = positions(L, length, mask == "causal" if isinstance(mask, str) else False, window)
+    if allowed is not None:
+        scores = mx.where(allowed, scores, least)
+    if starts is not None:
+        scores = mx.where(mx.arange(length) >= starts.reshape(B, 1, 1, 1), scores, least)
     if sinks is not None:
         sink = sinks.astype(mx.float32).reshape(1, Hq, 1, 1)
         if (mu := fmt.keys.calibration.mu) is not None:
