@@ -1,8 +1,14 @@
-"""The command ``mlx_kvq``."""
+"""The command ``mlx_kvq``: one module of the package for each of its commands."""
 
 import argparse
+import sys
+from importlib import import_module
 
 from . import __version__, spec
+
+# name -> what --help says. Module mlx_kvq.<name> has `add_arguments(parser)` and `run(args)`,
+# which returns the exit status or None; a ValueError from it becomes one line and status 1.
+COMMANDS: dict[str, str] = {}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -13,5 +19,16 @@ def main(argv: list[str] | None = None) -> None:
         epilog=f"Caches: {', '.join(spec.names())}.",
     )
     parser.add_argument("--version", action="version", version=f"mlx_kvq {__version__}")
-    parser.parse_args(argv)
-    parser.print_help()
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=bool(COMMANDS))
+    arguments = sys.argv[1:] if argv is None else argv
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if name in arguments:  # the others need not be imported
+            import_module(f"{__package__}.{name}").add_arguments(sub)
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        return parser.print_help()
+    try:
+        sys.exit(import_module(f"{__package__}.{args.command}").run(args))
+    except ValueError as error:
+        sys.exit(f"mlx_kvq {args.command}: error: {error}")
