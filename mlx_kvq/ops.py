@@ -2,18 +2,25 @@
 
 ``rows`` is uint32 [B, Hkv, capacity, W] (``mlx_kvq.layout``); the whole buffer and a length
 are passed, never a slice.
+
+The fused kernels (``mlx_kvq.fused``) run on Metal and CUDA, the reference anywhere. A format
+they do not cover, or a kernel that fails on this machine, falls back with one line on stderr.
 """
 
 import os
+import sys
 from types import ModuleType
 
 import mlx.core as mx
 
-from . import reference
+from . import fused, reference
 from .format import Format
 
+_tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
+_said: set[str] = set()
 
-def backend(fmt: Format) -> ModuleType:
+
+def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
     """The module that runs the operations for ``fmt`` on the default device.
 
     Raises:
@@ -22,7 +29,41 @@ def backend(fmt: Format) -> ModuleType:
     asked = os.environ.get("MLX_KVQ_BACKEND", "")
     if asked not in ("", "reference"):
         raise ValueError(f"MLX_KVQ_BACKEND is 'reference' or unset, got {asked!r}.")
-    return reference
+    if asked == "reference" or fused.language() is None:
+        return reference
+    if reason := fused.why_not(fmt, dtype):
+        _say(f"{reason}: using plain mx operations, which are slower.")
+        return reference
+    return fused
+
+
+def _say(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        print(f"[mlx_kvq] {line}", file=sys.stderr)
+
+
+def _run(op: str, variant: tuple, fmt: Format, dtype: mx.Dtype, trial, *args):
+    """Run ``op`` on its backend. A kernel's first use is tried and evaluated on small zeros:
+    kernels are compiled when they are evaluated, too late to fall back by then.
+    """
+    module = backend(fmt, dtype)
+    if module is fused:
+        key = (op, fused.language(), fmt.signature, dtype, *variant)
+        if key not in _tried:
+            try:
+                mx.eval(getattr(fused, op)(*trial()))
+                _tried[key] = True
+            except Exception as error:
+                _tried[key] = False
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                _say(
+                    f"warning: the {op} kernel failed on this machine ({reason}). Using plain mx "
+                    "operations, which are slower. Please report the output of 'mlx_kvq doctor'."
+                )
+        if not _tried[key]:
+            module = reference
+    return getattr(module, op)(*args)
 
 
 def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
@@ -47,7 +88,16 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
             f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
             f"{lay.k_dim} and {lay.v_dim}."
         )
-    return backend(fmt).quantize_pack(k, v, fmt)
+    Hkv = k.shape[1]
+
+    def trial():
+        return (
+            mx.zeros((1, Hkv, 1, lay.k_dim), k.dtype),
+            mx.zeros((1, Hkv, 1, lay.v_dim), v.dtype),
+            fmt,
+        )
+
+    return _run("quantize_pack", (), fmt, k.dtype, trial, k, v, fmt)
 
 
 def attend(
@@ -86,7 +136,30 @@ def attend(
     B, Hq, _, D = q.shape
     if B != rows.shape[0] or Hq % rows.shape[1] or fmt.layout.k_dim != D:
         raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
-    return backend(fmt).attend(q, rows, length, fmt, scale, mask, sinks, starts, window)
+    Hkv, L = rows.shape[1], q.shape[2]
+    parts = 1
+    if backend(fmt, q.dtype) is fused:
+        parts = min(2, fused.attend_parts(q.shape, rows.shape, length, fmt, window))
+    kind = mask.dtype if isinstance(mask, mx.array) else None
+    variant = (kind, sinks is None, starts is None, parts)
+
+    def trial():
+        n = 64
+        return (
+            mx.zeros((1, Hq, L, D), q.dtype),
+            mx.zeros((1, Hkv, n, rows.shape[3]), mx.uint32),
+            n,
+            fmt,
+            scale,
+            None if kind is None else mx.zeros((L, n), kind),
+            sinks,
+            None if starts is None else mx.zeros((1,), mx.int32),
+            window,
+            parts,
+        )
+
+    args = (q, rows, length, fmt, scale, mask, sinks, starts, window)
+    return _run("attend", variant, fmt, q.dtype, trial, *args)
 
 
 def dequantize(
@@ -98,7 +171,11 @@ def dequantize(
         K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``.
     """
     _check_rows(rows, length, fmt)
-    return backend(fmt).dequantize(rows, length, fmt, dtype)
+
+    def trial():
+        return mx.zeros((1, rows.shape[1], 1, rows.shape[3]), mx.uint32), 1, fmt, dtype
+
+    return _run("dequantize", (), fmt, dtype, trial, rows, length, fmt, dtype)
 
 
 def _check_rows(rows: mx.array, length: int, fmt: Format) -> None:

@@ -145,9 +145,10 @@ def _matmul(
     """x @ Ŷᵀ (``transpose``) or x @ Ŷ with Ŷ given by codes and scales, fp32.
 
     ``mx.quantized_matmul`` knows groups of 32, 64 and 128; larger groups repeat their scale,
-    smaller ones are dequantized first.
+    smaller ones are dequantized first. So is everything on CUDA, where mlx 0.32 has no
+    quantized product for most lengths.
     """
-    if group % 32:
+    if group % 32 or mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available():
         y = _values(words, scales, bits, group, rule)
         return x @ (y.swapaxes(-1, -2) if transpose else y)
     unit = next(g for g in (128, 64, 32) if group % g == 0)

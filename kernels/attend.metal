@@ -1,0 +1,266 @@
+// attend: decode attention of a few queries straight from packed rows; each row is read once for
+// all query heads of its KV head (up to 8 query rows; more take another threadgroup).
+//
+// Layout: q [B, Hq, L, KD] with any strides; rows uint32 [B, Hkv, capacity, W] with any batch and
+//   head strides, the whole buffer; a threadgroup's 8 query rows are rows of the KV head's
+//   [Hq / Hkv * L], head first. info: length, heads per KV head, L, bits of the softmax scale,
+//   causal, window (0: none), starts given.
+// Grid: (splits, Hkv * blocks of 8 query rows, B) threadgroups of NSG SIMD groups. A split is a
+//   contiguous share of the tiles of TK keys; its SIMD groups take tiles in turn, each with its
+//   own online softmax, without a barrier between them; sums are merged at the end. The length
+//   and the number of splits are run-time values: one compilation serves every context.
+// Then attend_finish.metal (one split: the output) or attend_store.metal (partial sums).
+// Limits: as quantize_pack; NSG a power of two, NSG * TK * W words of threadgroup memory < 32 KB.
+// Reasons: matrix tiles (8 query rows at the price of one) because at 4 bits the arithmetic per
+//   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
+//   in units of log 2. Queries are fp16 after division by their largest magnitude, so any
+//   model's range fits; probabilities and dequantized values are fp16, every sum is fp32.
+constexpr int K_WORDS = KD * KB / 32;
+constexpr int CODES = K_WORDS + VD * VB / 32;
+constexpr int SCALES = KD / KG + VD / VG;
+constexpr int W = CODES + (SCALES + 1) / 2;
+constexpr int WIDTH = W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1;  // words a load; rows are whole loads
+constexpr int TILE = TK * W;
+constexpr int STAGE = (TILE / WIDTH + 31) / 32 * WIDTH;
+constexpr int Q_TILES = kvq::key_slots(KD, KB) * kvq::per_word(KB);
+constexpr int V_TILES = kvq::value_tiles(VD, VB);
+constexpr bool WHOLE = kvq::whole_slots(KB, KG);
+constexpr int OFFSETS = WHOLE ? KD / KG : 1;
+constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
+constexpr int MEMORY_TILES = NSG * TILE;
+constexpr int MEMORY_SUMS = NSG / 2 * SUMS > 8 * VD ? NSG / 2 * SUMS : 8 * VD;
+constexpr int MEMORY = MEMORY_TILES > MEMORY_SUMS ? MEMORY_TILES : MEMORY_SUMS;
+
+threadgroup uint4 memory[(MEMORY + 3) / 4];
+threadgroup half queries[8 * KD];
+threadgroup float query_scale[8];
+threadgroup float maxima[8 * NSG];
+threadgroup float totals[8 * NSG];
+
+const uint lane = thread_index_in_simdgroup;
+const int group = int(simdgroup_index_in_threadgroup);
+const int split = int(threadgroup_position_in_grid.x);
+const int splits = int(threadgroups_per_grid.x);
+const int length = info[0];
+const int heads = info[1];
+const int L = info[2];
+const float scale = as_type<float>(info[3]);
+const bool causal = info[4] != 0;
+const int window = info[5];
+const int query_rows = heads * L;
+const int blocks = (query_rows + 7) / 8;
+const int b = int(threadgroup_position_in_grid.z);
+const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
+const int first_row = int(threadgroup_position_in_grid.y) % blocks * 8;
+const int start = info[6] != 0 ? int(starts[b]) : 0;
+const auto at = kvq::tile_position(lane);
+
+// Which keys each position may attend to: [low, high), checked only in tiles at an edge.
+const int offset = length - L;
+const int lowest = max(start, window > 0 ? offset - window + 1 : 0);
+const int low_edge = max(start, window > 0 ? length - window : 0);
+const int high_edge = causal ? offset + 1 : length;
+
+// This SIMD group's first rows are on their way while the queries are rotated.
+const auto head_rows = rows + (b * rows_strides[0] + kv_head * rows_strides[1]);
+const int first_tile = lowest / TK;
+const int tiles = (length + TK - 1) / TK - first_tile;
+const int share = (tiles + splits - 1) / splits;
+const int tile_end = first_tile + min(tiles, (split + 1) * share);
+int tile = first_tile + split * share + group;
+uint stage[STAGE];
+if (tile < tile_end) {
+  kvq::load_tile<TILE, WIDTH>(
+      stage, head_rows + int64_t(tile) * TILE, min(TK, length - tile * TK) * W, lane);
+}
+
+for (int r = group; r < 8; r += NSG) {
+  const int row = first_row + r;
+  float2 z[kvq::points_of(KD)];
+  float peak = 0.0f;
+  if (row < query_rows) {
+    const auto x = q +
+        (b * q_strides[0] + (kv_head * heads + row / L) * q_strides[1] + row % L * q_strides[2]);
+    const auto factors = kvq::factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
+    kvq::read_vector<KD, false>(z, x, q_strides[3], factors, lane);
+    kvq::rotate<KD, ROTATION>(z, k_table, lane);
+    kvq::scale_rotated<KD, ROTATION, K_CALIBRATED>(z, factors, lane);
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
+      peak = max(peak, max(fabs(z[a].x), fabs(z[a].y)));
+    }
+    peak = simd_max(peak);
+  } else {
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) z[a] = float2(0.0f, 0.0f);
+  }
+  const float inverse = peak > 1e-30f ? 1.0f / peak : 0.0f;
+  if (lane < uint(kvq::lanes_of(KD / 2))) {
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
+      const int c = r * KD + 2 * int(kvq::rotated_index<KD, ROTATION>(lane, a));
+      queries[c] = half(z[a].x * inverse);
+      queries[c + 1] = half(z[a].y * inverse);
+    }
+  }
+  if (lane == 0) {
+    query_scale[r] = peak * scale * 1.44269504088896f;
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+// From here on a lane has two query rows: columns 2 * pair and 2 * pair + 1 of every product.
+half2 query[Q_TILES];
+UNROLL for (int i = 0; i < Q_TILES; i++) {
+  const int c = kvq::query_channel<KB>(i, int(at.row));
+  const float up = WHOLE && kvq::is_upper(KB, i) ? 0.0625f : 1.0f;
+  const float x = c < KD ? float(queries[int(at.pair) * 2 * KD + min(c, KD - 1)]) * up : 0.0f;
+  const float y = c < KD ? float(queries[int(at.pair) * 2 * KD + KD + min(c, KD - 1)]) * up : 0.0f;
+  query[i] = kvq::right_operand(half2(half(x), half(y)));
+}
+float2 offsets[OFFSETS];
+if (WHOLE) {
+  kvq::score_offset<KD, KB, WHOLE ? KG : KD, HALF_STEP>(offsets, query);
+}
+const float2 factor = float2(query_scale[2 * at.pair], query_scale[2 * at.pair + 1]);
+int low[2], high[2];
+int64_t mask_at[2];
+UNROLL for (int i = 0; i < 2; i++) {
+  const int row = min(first_row + 2 * int(at.pair) + i, query_rows - 1);
+  const int position = offset + row % L;
+  low[i] = max(start, window > 0 ? position - window + 1 : 0);
+  high[i] = causal ? position + 1 : length;
+  mask_at[i] = 0;
+  if (MASK != 0) {
+    mask_at[i] = b * mask_strides[0] + (kv_head * heads + row / L) * mask_strides[1] +
+        row % L * mask_strides[2];
+  }
+}
+
+// Finite, so that exp2(-inf - m) is 0 and never exp2(-inf + inf), also where all is masked.
+const float2 lowest_logit = float2(-3e38f, -3e38f);
+const float masked = as_type<float>(0xff800000u);
+float2 m = lowest_logit;
+float2 l = float2(0.0f, 0.0f);
+float2 sums[V_TILES];
+UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
+auto own = kvq::words_of(memory) + group * TILE;
+
+for (; tile < tile_end; tile += NSG) {
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  kvq::store_tile<TILE, WIDTH>(own, stage, lane);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  if (tile + NSG < tile_end) {
+    kvq::load_tile<TILE, WIDTH>(
+        stage,
+        head_rows + int64_t(tile + NSG) * TILE,
+        min(TK, length - (tile + NSG) * TK) * W,
+        lane);
+  }
+  auto key_lift = kvq::no_lift();
+  if (!WHOLE) {
+    key_lift = kvq::lift_of<TK, W, CODES, 0, KD / KG>(own, lane);
+  }
+  float2 s[TK / 8];
+  UNROLL for (int i = 0; i < TK / 8; i += 2) {
+    kvq::scores<KD, KB, KG, HALF_STEP, W, CODES>(
+        s[i], s[i + 1], own + 8 * i * W, query, offsets, key_lift.operand, at);
+  }
+  const int first_key = tile * TK;
+  const bool edge = first_key < low_edge || first_key + TK > high_edge;
+  float2 top = m;
+  UNROLL for (int i = 0; i < TK / 8; i++) {
+    s[i] = float2(s[i].x * (factor.x * key_lift.back), s[i].y * (factor.y * key_lift.back));
+    const int key = first_key + 8 * i + int(at.row);
+    if (MASK != 0) {
+      if (key < length) {
+        const auto x = mask[mask_at[0] + key * mask_strides[3]];
+        const auto y = mask[mask_at[1] + key * mask_strides[3]];
+        if (MASK == 1) {
+          s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
+        } else {
+          s[i] = float2(
+              s[i].x + float(x) * 1.44269504088896f, s[i].y + float(y) * 1.44269504088896f);
+        }
+      }
+    }
+    if (edge) {
+      s[i] = float2(
+          key >= low[0] && key < high[0] ? s[i].x : masked,
+          key >= low[1] && key < high[1] ? s[i].y : masked);
+    }
+    top = float2(max(top.x, s[i].x), max(top.y, s[i].y));
+  }
+  top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
+  if (simd_any(top.x > m.x || top.y > m.y)) {
+    const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
+    l = float2(l.x * f.x, l.y * f.y);
+    UNROLL for (int i = 0; i < V_TILES; i++) {
+      sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
+    }
+    m = top;
+  }
+  // Probabilities are 2^8 times as large, so that the small ones have all bits of fp16.
+  const auto lift = kvq::lift_of<TK, W, CODES, KD / KG, VD / VG>(own, lane);
+  const float enlarge = 256.0f * lift.back;
+  half2 p[TK / 8];
+  UNROLL for (int i = 0; i < TK / 8; i++) {
+    const float x = fast::exp2(s[i].x - m.x);
+    const float y = fast::exp2(s[i].y - m.y);
+    l = float2(l.x + x, l.y + y);
+    p[i] = kvq::right_operand(half2(half(x * enlarge), half(y * enlarge)));
+  }
+  UNROLL for (int i = 0; i < TK / 8; i += 2) {
+    kvq::add_values<VD, VB, VG, HALF_STEP, W, K_WORDS, CODES, KD / KG>(
+        sums, own + 8 * i * W, p[i], p[i + 1], lift.operand, at);
+  }
+}
+
+// Merge the SIMD groups: common maximum, then sums added in a tree through the tiles' memory.
+l = float2(kvq::rows_sum(l.x), kvq::rows_sum(l.y));
+if (at.row == 0) {
+  UNROLL for (int i = 0; i < 2; i++) {
+    maxima[8 * group + 2 * int(at.pair) + i] = i == 0 ? m.x : m.y;
+    totals[8 * group + 2 * int(at.pair) + i] = i == 0 ? l.x : l.y;
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+float2 top = lowest_logit;
+UNROLL for (int g = 0; g < NSG; g++) {
+  top.x = max(top.x, maxima[8 * g + 2 * int(at.pair)]);
+  top.y = max(top.y, maxima[8 * g + 2 * int(at.pair) + 1]);
+}
+{
+  // 2^-8 takes back what the probabilities were enlarged by.
+  const float2 f = float2(
+      fast::exp2(m.x - top.x) * 0.00390625f, fast::exp2(m.y - top.y) * 0.00390625f);
+  UNROLL for (int i = 0; i < V_TILES; i++) {
+    sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
+  }
+}
+auto merged = kvq::floats_of(memory);
+UNROLL for (int half_way = NSG / 2; half_way > 0; half_way /= 2) {
+  if (group >= half_way && group < 2 * half_way) {
+    UNROLL for (int i = 0; i < V_TILES; i++) {
+      const int to = ((group - half_way) * V_TILES + i) * 64 + int(lane);
+      merged[to] = sums[i].x;
+      merged[to + 32] = sums[i].y;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (group < half_way) {
+    UNROLL for (int i = 0; i < V_TILES; i++) {
+      const int from = (group * V_TILES + i) * 64 + int(lane);
+      sums[i] = float2(sums[i].x + merged[from], sums[i].y + merged[from + 32]);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+// merged [8 query rows][VD]: unnormalised sums in the rotated domain.
+if (group == 0) {
+  UNROLL for (int i = 0; i < V_TILES; i++) {
+    const int c = kvq::value_channel<VD, VB>(i, at.row);
+    if (c < VD) {
+      merged[2 * int(at.pair) * VD + c] = sums[i].x;
+      merged[(2 * int(at.pair) + 1) * VD + c] = sums[i].y;
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -1,0 +1,71 @@
+// combine: merge the splits' partial sums, invert the values' rotation, write the output.
+//
+// Layout: partial [B, Hq, L, splits, VD] and statistics [B, Hq, L, splits, 2] from attend; out
+//   [B, Hq, L, VD] in the query's dtype. info, tables and sinks as in attend.
+// Grid: one threadgroup of NSG SIMD groups per output row. SIMD groups take splits in turn; their
+//   sums meet in threadgroup memory and the first SIMD group inverts the rotation.
+// Limits: as attend.
+threadgroup float merged[NSG * VD];
+
+const uint lane = thread_index_in_simdgroup;
+const int group = int(simdgroup_index_in_threadgroup);
+const int heads = info[1];
+const int L = info[2];
+const float scale = as_type<float>(info[3]);
+const int row = int(threadgroup_position_in_grid.x);
+const int splits = partial_shape[3];
+const int head = row / L % q_shape[1];
+const int kv_head = head / heads;
+const auto row_statistics = statistics + int64_t(row) * splits * 2;
+const auto row_partial = partial + int64_t(row) * splits * VD;
+
+float top = -3e38f;
+for (int s = int(lane); s < splits; s += 32) top = max(top, row_statistics[2 * s]);
+top = simd_max(top);
+float total = 0.0f;
+for (int s = int(lane); s < splits; s += 32) {
+  total += row_statistics[2 * s + 1] * fast::exp2(row_statistics[2 * s] - top);
+}
+total = simd_sum(total);
+
+constexpr int CHANNELS = (VD + 31) / 32;
+float sums[CHANNELS];
+UNROLL for (int i = 0; i < CHANNELS; i++) sums[i] = 0.0f;
+for (int s = group; s < splits; s += NSG) {
+  const float f = fast::exp2(row_statistics[2 * s] - top);
+  UNROLL for (int i = 0; i < CHANNELS; i++) {
+    const int c = 32 * i + int(lane);
+    sums[i] += f * (c < VD ? row_partial[int64_t(s) * VD + c] : 0.0f);
+  }
+}
+UNROLL for (int i = 0; i < CHANNELS; i++) {
+  const int c = 32 * i + int(lane);
+  if (c < VD) {
+    merged[group * VD + c] = sums[i];
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+if (group == 0) {
+  UNROLL for (int i = 0; i < CHANNELS; i++) {
+    const int c = 32 * i + int(lane);
+    if (c < VD) {
+      float x = merged[c];
+      UNROLL for (int g = 1; g < NSG; g++) x += merged[g * VD + c];
+      merged[c] = x;
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  float sink = 0.0f;
+  if (SINKS) {
+    sink = float(sinks[head]);
+    if (K_CENTRED) {
+      const auto x = q +
+          (row / (q_shape[1] * L) * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]);
+      const auto factors = kvq::factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
+      sink -= scale * kvq::centre_logit<KD>(x, q_strides[3], factors, lane);
+    }
+  }
+  const float2 normal = kvq::normalise(top, total, SINKS, sink * 1.44269504088896f);
+  kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
+      out + int64_t(row) * VD, merged, normal, v_table, kv_head, lane);
+}

@@ -1,0 +1,166 @@
+// What differs between machines, NVIDIA's side: Metal's vocabulary in CUDA, and the 8x8 matrix
+// tile. machine.metal is Apple's side. Both have SIMD groups of 32 lanes.
+//
+// MLX puts this before the kernel and after its own includes (fp16, bf16, cooperative groups);
+// it compiles with every function on the device by default.
+#define device
+#define constant const
+#define thread
+#define threadgroup
+#define UNROLL _Pragma("unroll")
+
+#define thread_index_in_simdgroup (threadIdx.x & 31u)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+#define simdgroups_per_threadgroup (blockDim.x >> 5)
+#define thread_position_in_threadgroup threadIdx
+#define threads_per_threadgroup blockDim
+#define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
+#define thread_position_in_grid \
+  make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, \
+             blockIdx.z * blockDim.z + threadIdx.z)
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef __nv_bfloat16 bfloat16_t;
+
+#define float2(x, y) make_float2(x, y)
+#define uint2(x, y) make_uint2(x, y)
+#define uint4(x, y, z, w) make_uint4(x, y, z, w)
+#define half2(x, y) __halves2half2(x, y)
+
+template <typename To, typename From>
+inline To as_type(From x) {
+  static_assert(sizeof(To) == sizeof(From), "as_type needs types of one size");
+  union {
+    From from;
+    To to;
+  } both = {x};
+  return both.to;
+}
+template <>
+inline uint as_type<uint, __half2>(__half2 x) {
+  return reinterpret_cast<uint&>(x);
+}
+template <>
+inline __half2 as_type<__half2, uint>(uint x) {
+  return reinterpret_cast<__half2&>(x);
+}
+template <>
+inline ushort as_type<ushort, __half>(__half x) {
+  return __half_as_ushort(x);
+}
+template <>
+inline __half as_type<__half, ushort>(ushort x) {
+  return __ushort_as_half(x);
+}
+template <>
+inline ushort as_type<ushort, __nv_bfloat16>(__nv_bfloat16 x) {
+  return __bfloat16_as_ushort(x);
+}
+
+inline __half2 fma(__half2 a, __half2 b, __half2 c) {
+  return __hfma2(a, b, c);
+}
+inline float clamp(float x, float low, float high) {
+  return fminf(fmaxf(x, low), high);
+}
+
+namespace fast {
+inline float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+}  // namespace fast
+
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+inline void threadgroup_barrier(mem_flags) {
+  __syncthreads();
+}
+inline void simdgroup_barrier(mem_flags) {
+  __syncwarp();
+}
+template <typename T>
+inline T simd_shuffle(T x, ushort lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+template <typename T>
+inline T simd_shuffle_xor(T x, ushort mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+inline bool simd_any(bool x) {
+  return __any_sync(0xffffffffu, x);
+}
+inline float simd_sum(float x) {
+  UNROLL for (int i = 16; i > 0; i /= 2) x += simd_shuffle_xor(x, i);
+  return x;
+}
+inline float simd_max(float x) {
+  UNROLL for (int i = 16; i > 0; i /= 2) x = fmaxf(x, simd_shuffle_xor(x, i));
+  return x;
+}
+
+namespace kvq {
+
+struct tile_lane {
+  uint row;
+  uint pair;
+};
+
+inline tile_lane tile_position(uint lane) {
+  return {lane >> 2, lane & 3u};
+}
+
+// One instruction; the compiler makes two of (word & mask) | bits with two constants.
+inline uint masked_or(uint word, uint mask, uint bits) {
+  uint out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "r"(mask), "r"(bits));
+  return out;
+}
+
+inline float rows_max(float x) {
+  UNROLL for (int i = 4; i < 32; i *= 2) x = fmaxf(x, simd_shuffle_xor(x, i));
+  return x;
+}
+
+inline float rows_sum(float x) {
+  UNROLL for (int i = 4; i < 32; i *= 2) x += simd_shuffle_xor(x, i);
+  return x;
+}
+
+// mma.sync wants its right operand by columns: a transposed tile.
+inline __half2 right_operand(__half2 tile) {
+  uint out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(as_type<uint>(tile)));
+  return as_type<__half2>(out);
+}
+
+inline void multiply(
+    float2& c0,
+    float2& c1,
+    __half2 a00,
+    __half2 a10,
+    __half2 a01,
+    __half2 a11,
+    __half2 b0,
+    __half2 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
+      : "r"(as_type<uint>(a00)), "r"(as_type<uint>(a10)), "r"(as_type<uint>(a01)),
+        "r"(as_type<uint>(a11)), "r"(as_type<uint>(b0)), "r"(as_type<uint>(b1)));
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
+      : "r"(as_type<uint>(a00)), "r"(as_type<uint>(a10)), "r"(as_type<uint>(b0)));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
+      : "r"(as_type<uint>(a01)), "r"(as_type<uint>(a11)), "r"(as_type<uint>(b1)));
+#endif
+}
+
+}  // namespace kvq

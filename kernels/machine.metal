@@ -1,0 +1,72 @@
+// What differs between machines, Apple's side: vocabulary for loops and the 8x8 matrix tile.
+// machine.cuh is NVIDIA's side; every other source is the same bytes on both.
+//
+// A tile is spread over the 32 lanes of a SIMD group: each lane holds two neighbouring elements,
+// (row, 2 * pair) and (row, 2 * pair + 1). The layout is that of simdgroup_matrix's
+// thread_elements(), as MLX's own matrix kernels use it.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+namespace kvq {
+
+struct tile_lane {
+  uint row;   // 0 to 7
+  uint pair;  // 0 to 3, columns 2 * pair and 2 * pair + 1
+};
+
+inline tile_lane tile_position(uint lane) {
+  tile_lane at;
+  at.row = ((lane >> 2) & 4u) | ((lane >> 1) & 3u);
+  at.pair = ((lane >> 2) & 2u) | (lane & 1u);
+  return at;
+}
+
+// Some bits of a word among the bits of a constant.
+inline uint masked_or(uint word, uint mask, uint bits) {
+  return (word & mask) | bits;
+}
+
+// Reductions over the eight rows of a tile's column pair.
+inline float rows_max(float x) {
+  x = max(x, simd_shuffle_xor(x, 2));
+  x = max(x, simd_shuffle_xor(x, 4));
+  return max(x, simd_shuffle_xor(x, 16));
+}
+
+inline float rows_sum(float x) {
+  x += simd_shuffle_xor(x, 2);
+  x += simd_shuffle_xor(x, 4);
+  return x + simd_shuffle_xor(x, 16);
+}
+
+// The right operand of a product, from a tile in the common layout (row = k).
+inline half2 right_operand(half2 tile) {
+  return tile;
+}
+
+inline void multiply_tile(thread float2& c, half2 a, half2 b) {
+  simdgroup_matrix<half, 8, 8> A, B;
+  simdgroup_matrix<float, 8, 8> C;
+  reinterpret_cast<thread half2&>(A.thread_elements()) = a;
+  reinterpret_cast<thread half2&>(B.thread_elements()) = b;
+  reinterpret_cast<thread float2&>(C.thread_elements()) = c;
+  simdgroup_multiply_accumulate(C, A, B, C);
+  c = reinterpret_cast<thread float2&>(C.thread_elements());
+}
+
+// [c0; c1] += [a00 a01; a10 a11] x [b0; b1]: a 16 x 16 by 16 x 8 product, fp32 accumulation.
+inline void multiply(
+    thread float2& c0,
+    thread float2& c1,
+    half2 a00,
+    half2 a10,
+    half2 a01,
+    half2 a11,
+    half2 b0,
+    half2 b1) {
+  multiply_tile(c0, a00, b0);
+  multiply_tile(c1, a10, b0);
+  multiply_tile(c0, a01, b1);
+  multiply_tile(c1, a11, b1);
+}
+
+}  // namespace kvq

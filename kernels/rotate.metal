@@ -1,0 +1,254 @@
+// The rotation F and its transpose, one vector of D channels per SIMD group, in fp32 registers.
+//
+// srft: the real FFT of D channels as a complex FFT of N = D / 2 points z[n] = x[2n] + i x[2n+1].
+// N = R * M: M lanes (a power of two) hold R points each, lane l holds n = a * M + l for a < R.
+// An in-lane DFT of size R, one twiddle, M-point butterflies by simd_shuffle_xor (decimation in
+// frequency, so lane l ends with the bit-reversed index), then the split that pairs k with N - k.
+// The transpose runs the same steps backwards with conjugate twiddles.
+// srht: Hadamard butterflies over the same placement. none: nothing.
+// Lanes from M on repeat the work of lane l % M: shuffles never leave a block of M lanes.
+//
+// Twiddles come from the host in float64, rounded once (`rotation_table` in mlx_kvq/tables.py,
+// which this file's offsets must match); half precision or fast sines here would cost quality.
+namespace kvq {
+
+enum : int { SRFT = 0, SRHT = 1 };  // template value ROTATION; 2 is none
+
+// The largest power of two, at most 32, that divides n.
+constexpr int lanes_of(int n) {
+  return (n & -n) < 32 ? (n & -n) : 32;
+}
+constexpr int log2_of(int m) {
+  return (m > 1) + (m > 2) + (m > 4) + (m > 8) + (m > 16);
+}
+constexpr int points_of(int D) {
+  return D / 2 / lanes_of(D / 2);
+}
+
+// Where the parts of a table are, in floats: two factors, stage twiddles [m - 1][M],
+// lane twiddles [R - 1][M], split twiddles [R][M], roots [R], all complex; then the channels.
+enum : int { stage_twiddles = 2 };
+constexpr int lane_twiddles(int D) {
+  return stage_twiddles +
+      2 * lanes_of(D / 2) * (lanes_of(D / 2) > 1 ? log2_of(lanes_of(D / 2)) - 1 : 0);
+}
+constexpr int split_twiddles(int D) {
+  return lane_twiddles(D) + 2 * lanes_of(D / 2) * (points_of(D) - 1);
+}
+constexpr int roots(int D) {
+  return split_twiddles(D) + D;
+}
+constexpr int channel_factors(int D, int ROTATION) {
+  return ROTATION == SRFT ? roots(D) + 2 * points_of(D) : stage_twiddles;
+}
+
+inline float2 complex_product(float2 a, float2 b) {
+  return float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
+}
+
+// Entry i of a complex table; CONJUGATE for the transpose.
+template <bool CONJUGATE>
+inline float2 twiddle(const device float* table, int i) {
+  const float im = table[2 * i + 1];
+  return float2(table[2 * i], CONJUGATE ? -im : im);
+}
+
+template <int M>
+inline uint reverse_lane(uint lane) {
+  uint out = 0;
+  UNROLL for (int bit = 1; bit < M; bit *= 2) {
+    out = (out << 1) | (lane & 1u);
+    lane >>= 1;
+  }
+  return out;
+}
+
+// Natural index of a lane's point: channels 2n and 2n + 1 before the rotation ...
+template <int D>
+inline uint point_index(uint lane, int a) {
+  constexpr int M = lanes_of(D / 2);
+  return uint(a * M) + (lane & uint(M - 1));
+}
+
+// ... and after it.
+template <int D, int ROTATION>
+inline uint rotated_index(uint lane, int a) {
+  constexpr int M = lanes_of(D / 2);
+  constexpr int R = points_of(D);
+  if (ROTATION == SRFT) {
+    return uint(a) + uint(R) * reverse_lane<M>(lane & uint(M - 1));
+  }
+  return point_index<D>(lane, a);
+}
+
+// In-lane DFT of R points.
+template <int D, bool INVERSE>
+inline void dft(thread float2* z, const device float* table) {
+  constexpr int R = points_of(D);
+  if (R == 2) {
+    const float2 a = z[0], b = z[R - 1];
+    z[0] = float2(a.x + b.x, a.y + b.y);
+    z[R - 1] = float2(a.x - b.x, a.y - b.y);
+  } else if (R > 2) {
+    float2 x[R];
+    UNROLL for (int a = 0; a < R; a++) x[a] = z[a];
+    UNROLL for (int k = 1; k < R; k++) {
+      z[0] = float2(z[0].x + x[k].x, z[0].y + x[k].y);
+      z[k] = x[0];
+    }
+    UNROLL for (int j = 1; j < R; j++) {
+      const float2 w = twiddle<INVERSE>(table + roots(D), j);
+      UNROLL for (int k = 1; k < R; k++) {
+        UNROLL for (int a = 1; a < R; a++) {
+          if (a * k % R == j) {
+            const float2 p = complex_product(x[a], w);
+            z[k] = float2(z[k].x + p.x, z[k].y + p.y);
+          }
+        }
+      }
+    }
+    // Products that are a whole turn, for R that is not prime.
+    UNROLL for (int k = 1; k < R; k++) {
+      UNROLL for (int a = 1; a < R; a++) {
+        if (a * k % R == 0) {
+          z[k] = float2(z[k].x + x[a].x, z[k].y + x[a].y);
+        }
+      }
+    }
+  }
+}
+
+template <int D, bool INVERSE>
+inline void lane_turn(thread float2* z, const device float* table, uint lane) {
+  constexpr int M = lanes_of(D / 2);
+  constexpr int R = points_of(D);
+  UNROLL for (int k = 1; k < R; k++) {
+    const int at = (k - 1) * M + int(lane & uint(M - 1));
+    z[k] = complex_product(z[k], twiddle<INVERSE>(table + lane_twiddles(D), at));
+  }
+}
+
+// One butterfly stage over lanes that differ in bit h. The last stage (h = 1) has no twiddle.
+template <int D, bool INVERSE>
+inline void stage(thread float2* z, const device float* table, uint lane, int h, int s) {
+  constexpr int M = lanes_of(D / 2);
+  constexpr int R = points_of(D);
+  const float side = (lane & uint(h)) != 0 ? -1.0f : 1.0f;
+  float2 w = float2(1.0f, 0.0f);
+  if (h > 1) {
+    w = twiddle<INVERSE>(table + stage_twiddles, s * M + int(lane & uint(M - 1)));
+  }
+  UNROLL for (int a = 0; a < R; a++) {
+    float2 v = z[a];
+    if (INVERSE && h > 1) {
+      v = complex_product(v, w);
+    }
+    const float re = simd_shuffle_xor(v.x, ushort(h));
+    const float im = simd_shuffle_xor(v.y, ushort(h));
+    v = float2(re + side * v.x, im + side * v.y);
+    if (!INVERSE && h > 1) {
+      v = complex_product(v, w);
+    }
+    z[a] = v;
+  }
+}
+
+// Pairs k with N - k: DFT of complex points <-> DFT of real channels, orthonormal.
+template <int D, bool INVERSE>
+inline void split(thread float2* z, const device float* table, uint lane) {
+  constexpr int M = lanes_of(D / 2);
+  constexpr int R = points_of(D);
+  const float c = table[0];
+  const uint l = lane & uint(M - 1);
+  // Negation of the bit-reversed index flips every bit below the highest one that is set.
+  uint below = l | (l >> 1);
+  below |= below >> 2;
+  below |= below >> 4;
+  const uint partner = lane ^ (below >> 1);
+  float2 y[R];
+  UNROLL for (int k = 0; k < R; k++) {
+    const float2 v = z[k];
+    const float2 p = z[(R - k) % R];
+    float re, im;
+    if (k == 0) {
+      re = simd_shuffle(p.x, ushort(partner));
+      im = simd_shuffle(p.y, ushort(partner));
+    } else if (M > 1) {
+      re = simd_shuffle_xor(p.x, ushort(M - 1));
+      im = simd_shuffle_xor(p.y, ushort(M - 1));
+    } else {
+      re = p.x;
+      im = p.y;
+    }
+    const float2 w = twiddle<INVERSE>(table + split_twiddles(D), k * M + int(l));
+    const float2 odd = complex_product(float2(v.x - re, v.y + im), w);
+    y[k] = float2(c * (v.x + re) + odd.x, c * (v.y - im) + odd.y);
+  }
+  if (l == 0) {
+    const float unit = table[1];
+    y[0] = float2(unit * (z[0].x + z[0].y), unit * (z[0].x - z[0].y));
+  }
+  UNROLL for (int k = 0; k < R; k++) z[k] = y[k];
+}
+
+// The Hadamard transform of D = 2 * R * 32 or fewer channels; its own transpose.
+template <int D>
+inline void hadamard(thread float2* z, const device float* table, uint lane) {
+  constexpr int M = lanes_of(D / 2);
+  constexpr int R = points_of(D);
+  const float unit = table[1];
+  UNROLL for (int a = 0; a < R; a++) {
+    z[a] = float2(unit * (z[a].x + z[a].y), unit * (z[a].x - z[a].y));
+  }
+  UNROLL for (int h = 1; h < R; h *= 2) {
+    UNROLL for (int a = 0; a < R; a++) {
+      if ((a & h) == 0) {
+        const float2 u = z[a], v = z[(a | h) % R];
+        z[a] = float2(u.x + v.x, u.y + v.y);
+        z[(a | h) % R] = float2(u.x - v.x, u.y - v.y);
+      }
+    }
+  }
+  UNROLL for (int h = 1; h < M; h *= 2) {
+    const float side = (lane & uint(h)) != 0 ? -1.0f : 1.0f;
+    UNROLL for (int a = 0; a < R; a++) {
+      const float re = simd_shuffle_xor(z[a].x, ushort(h));
+      const float im = simd_shuffle_xor(z[a].y, ushort(h));
+      z[a] = float2(re + side * z[a].x, im + side * z[a].y);
+    }
+  }
+}
+
+// z, placed by point_index, becomes F z, placed by rotated_index.
+template <int D, int ROTATION>
+inline void rotate(thread float2* z, const device float* table, uint lane) {
+  if (ROTATION == SRFT) {
+    constexpr int M = lanes_of(D / 2);
+    dft<D, false>(z, table);
+    lane_turn<D, false>(z, table, lane);
+    UNROLL for (int s = 0; (M >> 1 >> s) > 0; s++) {
+      stage<D, false>(z, table, lane, M >> 1 >> s, s);
+    }
+    split<D, false>(z, table, lane);
+  } else if (ROTATION == SRHT) {
+    hadamard<D>(z, table, lane);
+  }
+}
+
+// z, placed by rotated_index, becomes the transpose's product, placed by point_index.
+template <int D, int ROTATION>
+inline void rotate_back(thread float2* z, const device float* table, uint lane) {
+  if (ROTATION == SRFT) {
+    constexpr int M = lanes_of(D / 2);
+    split<D, true>(z, table, lane);
+    UNROLL for (int s = log2_of(M) - 1; s >= 0; s--) {
+      stage<D, true>(z, table, lane, M >> 1 >> s, s);
+    }
+    lane_turn<D, true>(z, table, lane);
+    dft<D, true>(z, table);
+  } else if (ROTATION == SRHT) {
+    hadamard<D>(z, table, lane);
+  }
+}
+
+}  // namespace kvq

@@ -1,0 +1,342 @@
+// A tile of packed rows in threadgroup memory, and its two products with queries and
+// probabilities on the matrix units. Every operand is unpacked by a mask and a magic number, so
+// a code costs no conversion: OR-ing n into the bits of fp16 1024 makes 1024 + n (or 1024 + 16 n,
+// from the upper nibble of a byte).
+//
+// Keys: scores [16 keys x 8 queries]. A lane (row, pair) reads words 4 * slot + pair of keys row
+// and row + 8; which channel meets which column of the product is free as long as the queries
+// agree (`query_channel`). Codes go in raw, 1024 and all; fp32 sums start from minus what the
+// offsets will add (`score_offset`), and a group's scale multiplies its finished sum.
+// A group that is not whole slots (128 / bits channels) is dequantized before the product.
+//
+// Values: [channels x 16 keys] x [16 keys x 8 queries]. A lane reads 16-bit units of four keys,
+// pairs two keys in a word, and dequantizes to fp16; sums are fp32.
+namespace kvq {
+
+constexpr int per_word(int BITS) {
+  return 16 / BITS;  // half2 operands from one word
+}
+constexpr int key_slots(int D, int BITS) {
+  return (D * BITS / 32 + 3) / 4;
+}
+constexpr bool whole_slots(int BITS, int GROUP) {
+  return GROUP % (128 / BITS) == 0;
+}
+constexpr int value_units(int D, int BITS) {
+  return (D * BITS / 16 + 7) / 8;  // of one lane
+}
+constexpr int value_tiles(int D, int BITS) {
+  return value_units(D, BITS) * per_word(BITS);
+}
+
+inline half2 constant_pair(uint bits) {
+  return as_type<half2>(bits | (bits << 16));
+}
+
+// Codes i and i + per_word of a word, plus 1024; times 16 if `is_upper(i)`.
+constexpr bool is_upper(int BITS, int i) {
+  return BITS == 4 && i % 2 == 1;
+}
+template <int BITS>
+inline half2 raw_codes(uint word, int i) {
+  if (BITS == 8) {
+    return as_type<half2>(masked_or(i == 0 ? word : word >> 8, 0x00ff00ffu, 0x64006400u));
+  }
+  const uint mask = i % 2 == 0 ? 0x000f000fu : 0x00f000f0u;
+  return as_type<half2>(masked_or(i < 2 ? word : word >> 8, mask, 0x64006400u));
+}
+
+// Codes minus 2^(BITS - 1), exactly.
+template <int BITS>
+inline half2 centred_codes(uint word, int i) {
+  const half2 raw = raw_codes<BITS>(word, i);
+  if (BITS == 8) {
+    return raw + constant_pair(0xe480u);  // -1152
+  }
+  if (is_upper(BITS, i)) {
+    return fma(raw, constant_pair(0x2c00u), constant_pair(0xd480u));  // / 16 - 72
+  }
+  return raw + constant_pair(0xe408u);  // -1032
+}
+
+// What `raw_codes` adds to a level, in two exact summands: the magic number ...
+inline half2 raw_magic() {
+  return constant_pair(0x6400u);
+}
+// ... and the middle: 7.5 and 16 * 7.5 (half-step levels), or 8 and 16 * 8; 127.5 or 128.
+template <int BITS, bool HALF_STEP>
+inline half2 raw_middle(int i) {
+  if (BITS == 8) {
+    return constant_pair(HALF_STEP ? 0x57f8u : 0x5800u);
+  }
+  if (is_upper(BITS, i)) {
+    return constant_pair(HALF_STEP ? 0x5780u : 0x5800u);
+  }
+  return constant_pair(HALF_STEP ? 0x4780u : 0x4800u);
+}
+
+// Row `k` of the queries' operand number `tile` holds this channel (it may be past D).
+template <int BITS>
+inline int query_channel(int tile, int k) {
+  const int word = tile / per_word(BITS) * 4 + k / 2;
+  return word * (32 / BITS) + tile % per_word(BITS) + k % 2 * per_word(BITS);
+}
+
+inline half scale_at(const threadgroup uint* scales, int index) {
+  return reinterpret_cast<const threadgroup half*>(scales)[index];
+}
+
+// Dequantized fp16 operands would overflow where a scale is above 2^8, and lose bits where all
+// are below 2^-10; such a tile's operands are made 2^-7 or 2^10 times as large, and the other
+// factor takes it back. COUNT scales from number FIRST on, of KEYS keys, are looked at.
+struct tile_lift {
+  half2 operand;
+  float back;
+};
+
+inline tile_lift no_lift() {
+  tile_lift out;
+  out.operand = constant_pair(0x3c00u);  // 1
+  out.back = 1.0f;
+  return out;
+}
+
+template <int KEYS, int W, int CODES, int FIRST, int COUNT>
+inline tile_lift lift_of(const threadgroup uint* tile, uint lane) {
+  constexpr int LANES = 32 / KEYS;  // of one key
+  const threadgroup uint* row = tile + int(lane) / LANES * W;
+  uint largest = 0;
+  UNROLL for (int i = 0; i < (COUNT + LANES - 1) / LANES; i++) {
+    const int index = min(i * LANES + int(lane) % LANES, COUNT - 1);
+    // Positive halves are in the order of their bits.
+    largest = max(largest, uint(as_type<ushort>(scale_at(row + CODES, FIRST + index))));
+  }
+  tile_lift out = no_lift();
+  if (simd_any(largest > 0x5c00u)) {
+    out.operand = constant_pair(0x2000u);  // 2^-7
+    out.back = 128.0f;
+  } else if (!simd_any(largest > 0x1400u)) {
+    out.operand = constant_pair(0x6400u);  // 2^10
+    out.back = 0.0009765625f;
+  }
+  return out;
+}
+
+// Minus the sum, over each group, of queries times what raw codes are too large by.
+template <int D, int BITS, int GROUP, bool HALF_STEP>
+inline void score_offset(thread float2* offset, const thread half2* queries) {
+  constexpr int P = per_word(BITS);
+  constexpr int TILES = GROUP / (128 / BITS) * P;
+  UNROLL for (int group = 0; group < D / GROUP; group++) {
+    float2 c = float2(0.0f, 0.0f), unused = float2(0.0f, 0.0f);
+    UNROLL for (int i = 0; i < TILES; i += 2) {
+      const half2 b0 = queries[group * TILES + i];
+      const half2 b1 = queries[group * TILES + i + 1];
+      const half2 a0 = raw_middle<BITS, HALF_STEP>(i % P);
+      const half2 a1 = raw_middle<BITS, HALF_STEP>((i + 1) % P);
+      multiply(c, unused, raw_magic(), raw_magic(), raw_magic(), raw_magic(), b0, b1);
+      multiply(c, unused, a0, a0, a1, a1, b0, b1);
+    }
+    offset[group] = float2(-c.x, -c.y);
+  }
+}
+
+// Scores of keys row (s0) and row + 8 (s1) of the tile for queries 2 * pair and 2 * pair + 1.
+// W words a row; scales begin at word CODES.
+template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int CODES>
+inline void scores(
+    thread float2& s0,
+    thread float2& s1,
+    const threadgroup uint* tile,
+    const thread half2* queries,
+    const thread float2* offset,
+    half2 lift,
+    tile_lane at) {
+  constexpr int P = per_word(BITS);
+  constexpr int WORDS = D * BITS / 32;
+  constexpr int SLOTS = key_slots(D, BITS);
+  const threadgroup uint* upper = tile + int(at.row) * W;
+  const threadgroup uint* lower = upper + 8 * W;
+  s0 = float2(0.0f, 0.0f);
+  s1 = float2(0.0f, 0.0f);
+  if (whole_slots(BITS, GROUP)) {
+    constexpr int PER_GROUP = GROUP * BITS / 128 > 0 ? GROUP * BITS / 128 : 1;
+    UNROLL for (int group = 0; group < D / GROUP; group++) {
+      float2 c0 = offset[group], c1 = offset[group];
+      UNROLL for (int j = 0; j < PER_GROUP; j++) {
+        const int slot = group * PER_GROUP + j;
+        const uint a = upper[4 * slot + int(at.pair)];
+        const uint b = lower[4 * slot + int(at.pair)];
+        UNROLL for (int i = 0; i < P; i += 2) {
+          multiply(
+              c0,
+              c1,
+              raw_codes<BITS>(a, i),
+              raw_codes<BITS>(b, i),
+              raw_codes<BITS>(a, i + 1),
+              raw_codes<BITS>(b, i + 1),
+              queries[slot * P + i],
+              queries[slot * P + i + 1]);
+        }
+      }
+      const float scale0 = float(scale_at(upper + CODES, group));
+      const float scale1 = float(scale_at(lower + CODES, group));
+      s0 = float2(s0.x + scale0 * c0.x, s0.y + scale0 * c0.y);
+      s1 = float2(s1.x + scale1 * c1.x, s1.y + scale1 * c1.y);
+    }
+  } else {
+    UNROLL for (int slot = 0; slot < SLOTS; slot++) {
+      // Past the last word, any finite operand will do: its query is zero.
+      const int word = min(4 * slot + int(at.pair), WORDS - 1);
+      const int group = word * (32 / BITS) / GROUP;
+      const uint a = upper[word];
+      const uint b = lower[word];
+      const half scale0 = scale_at(upper + CODES, group);
+      const half scale1 = scale_at(lower + CODES, group);
+      const half2 step0 = half2(scale0, scale0) * lift;
+      const half2 step1 = half2(scale1, scale1) * lift;
+      const half2 middle = constant_pair(HALF_STEP ? 0x3800u : 0u);  // 0.5
+      UNROLL for (int i = 0; i < P; i += 2) {
+        multiply(
+            s0,
+            s1,
+            fma(centred_codes<BITS>(a, i), step0, middle * step0),
+            fma(centred_codes<BITS>(b, i), step1, middle * step1),
+            fma(centred_codes<BITS>(a, i + 1), step0, middle * step0),
+            fma(centred_codes<BITS>(b, i + 1), step1, middle * step1),
+            queries[slot * P + i],
+            queries[slot * P + i + 1]);
+      }
+    }
+  }
+}
+
+// Channel of a lane's accumulator `tile` (it may be past D).
+template <int D, int BITS>
+inline int value_channel(int tile, uint row) {
+  constexpr int P = per_word(BITS);
+  return (int(row) * value_units(D, BITS) + tile / P) * P + tile % P;
+}
+
+// sums += values x probabilities of 16 keys; p0 and p1 are right operands of keys 0-7 and 8-15.
+// Value codes begin at word FIRST; the values' scales are number SCALE on, from word CODES.
+template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int FIRST, int CODES, int SCALE>
+inline void add_values(
+    thread float2* sums,
+    const threadgroup uint* tile,
+    half2 p0,
+    half2 p1,
+    half2 lift,
+    tile_lane at) {
+  constexpr int P = per_word(BITS);
+  constexpr int ALL = D * BITS / 16;
+  constexpr int UNITS = value_units(D, BITS);
+  // A lane's channels share a scale, and its units fill whole words.
+  constexpr bool ONE_SCALE = ALL % 8 == 0 && GROUP % (UNITS * P) == 0;
+  constexpr bool WORDS = ALL % 8 == 0 && UNITS % 2 == 0;
+  const threadgroup uint* keys[4];
+  UNROLL for (int k = 0; k < 4; k++) {
+    keys[k] = tile + (2 * int(at.pair) + k % 2 + k / 2 * 8) * W;
+  }
+  const half2 middle = constant_pair(HALF_STEP ? 0x3800u : 0u);  // 0.5
+  half2 step[2], shift[2];
+  uint words[4];
+  UNROLL for (int unit = 0; unit < UNITS; unit++) {
+    const int u = min(int(at.row) * UNITS + unit, ALL - 1);
+    if (unit == 0 || !ONE_SCALE) {
+      const int group = u * P / GROUP;
+      UNROLL for (int k = 0; k < 2; k++) {
+        const half even = scale_at(keys[2 * k] + CODES, SCALE + group);
+        const half odd = scale_at(keys[2 * k + 1] + CODES, SCALE + group);
+        step[k] = half2(even, odd) * lift;
+        shift[k] = middle * step[k];
+      }
+    }
+    uint pairs[2];
+    if (WORDS) {
+      if (unit % 2 == 0) {
+        UNROLL for (int k = 0; k < 4; k++) {
+          words[k] = keys[k][FIRST + int(at.row) * (UNITS / 2) + unit / 2];
+        }
+        pairs[0] = (words[0] & 0xffffu) | (words[1] << 16);
+        pairs[1] = (words[2] & 0xffffu) | (words[3] << 16);
+      } else {
+        pairs[0] = (words[0] >> 16) | (words[1] & 0xffff0000u);
+        pairs[1] = (words[2] >> 16) | (words[3] & 0xffff0000u);
+      }
+    } else {
+      UNROLL for (int k = 0; k < 2; k++) {
+        const uint a = reinterpret_cast<const threadgroup ushort*>(keys[2 * k] + FIRST)[u];
+        const uint b = reinterpret_cast<const threadgroup ushort*>(keys[2 * k + 1] + FIRST)[u];
+        pairs[k] = a | (b << 16);
+      }
+    }
+    UNROLL for (int i = 0; i < P; i += 2) {
+      multiply(
+          sums[unit * P + i],
+          sums[unit * P + i + 1],
+          fma(centred_codes<BITS>(pairs[0], i), step[0], shift[0]),
+          fma(centred_codes<BITS>(pairs[0], i + 1), step[0], shift[0]),
+          fma(centred_codes<BITS>(pairs[1], i), step[1], shift[1]),
+          fma(centred_codes<BITS>(pairs[1], i + 1), step[1], shift[1]),
+          p0,
+          p1);
+    }
+  }
+}
+
+// A SIMD group's copy of a tile of rows, contiguous in memory: into registers first, so that the
+// next tile is on its way while this one is used. Words past `valid` are zero, hence finite.
+template <int WORDS, int WIDTH>
+inline void load_tile(thread uint* stage, const device uint* rows, int valid, uint lane) {
+  constexpr int LOADS = (WORDS / WIDTH + 31) / 32;
+  UNROLL for (int i = 0; i < LOADS; i++) {
+    const int at = (32 * i + int(lane)) * WIDTH;
+    thread uint* s = stage + i * WIDTH;
+    UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0;
+    if (at < valid) {
+      if (WIDTH == 4) {
+        const uint4 x = *reinterpret_cast<const device uint4*>(rows + at);
+        s[0] = x.x;
+        s[1 % WIDTH] = x.y;
+        s[2 % WIDTH] = x.z;
+        s[3 % WIDTH] = x.w;
+      } else if (WIDTH == 2) {
+        const uint2 x = *reinterpret_cast<const device uint2*>(rows + at);
+        s[0] = x.x;
+        s[1 % WIDTH] = x.y;
+      } else {
+        s[0] = rows[at];
+      }
+    }
+  }
+}
+
+template <int WORDS, int WIDTH>
+inline void store_tile(threadgroup uint* tile, const thread uint* stage, uint lane) {
+  constexpr int LOADS = (WORDS / WIDTH + 31) / 32;
+  UNROLL for (int i = 0; i < LOADS; i++) {
+    const int at = (32 * i + int(lane)) * WIDTH;
+    if (at < WORDS) {
+      const thread uint* s = stage + i * WIDTH;
+      if (WIDTH == 4) {
+        *reinterpret_cast<threadgroup uint4*>(tile + at) =
+            uint4(s[0], s[1 % WIDTH], s[2 % WIDTH], s[3 % WIDTH]);
+      } else if (WIDTH == 2) {
+        *reinterpret_cast<threadgroup uint2*>(tile + at) = uint2(s[0], s[1 % WIDTH]);
+      } else {
+        tile[at] = s[0];
+      }
+    }
+  }
+}
+
+// The same threadgroup memory holds tiles, then the sums that SIMD groups add up.
+inline threadgroup uint* words_of(threadgroup uint4* memory) {
+  return reinterpret_cast<threadgroup uint*>(memory);
+}
+inline threadgroup float* floats_of(threadgroup uint4* memory) {
+  return reinterpret_cast<threadgroup float*>(memory);
+}
+
+}  // namespace kvq

@@ -1,0 +1,73 @@
+"""Launch sizes of the fused kernels: one table, and the functions that read it."""
+
+from dataclasses import dataclass
+
+from .layout import RowLayout
+
+THREADGROUP_MEMORY = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch sizes on one kind of GPU.
+
+    Args:
+        keys (int): Keys of a tile, 16 or 32; a SIMD group works on one tile at a time.
+        simd_groups (int): SIMD groups of an attention threadgroup, fewer where rows are long.
+        threadgroups (int): Attention threadgroups that fill the GPU.
+        single (int): Up to this many tiles per SIMD group one split does, and spares a launch.
+        least (int): Tiles per SIMD group below which more splits do not pay.
+        combine_groups (int): SIMD groups of a combine threadgroup.
+        pack_rows (int): Rows of a quantize threadgroup once there are ``pack_many`` of them.
+        pack_many (int): See ``pack_rows``; below, a row has a threadgroup to itself.
+    """
+
+    keys: int
+    simd_groups: int
+    threadgroups: int
+    single: int
+    least: int
+    combine_groups: int = 4
+    pack_rows: int = 4
+    pack_many: int = 512
+
+
+TUNING = {
+    "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=4, least=1),
+    "cuda": Tuning(keys=32, simd_groups=4, threadgroups=792, single=4, least=1),
+}
+
+
+def _memory(lay: RowLayout, keys: int, simd_groups: int) -> int:
+    """Bytes of threadgroup memory that ``kernels/attend.metal`` declares."""
+    units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
+    sums = 64 * units * (16 // lay.v_bits)
+    words = max(simd_groups * keys * lay.words, simd_groups // 2 * sums, 8 * lay.v_dim)
+    return 4 * (words + 3) + 16 * lay.k_dim + 32 + 64 * simd_groups
+
+
+def attend_shape(lay: RowLayout, tuning: Tuning) -> tuple[int, int]:
+    """SIMD groups of a threadgroup and keys of a tile that fit threadgroup memory."""
+    keys, groups = tuning.keys, tuning.simd_groups
+    while _memory(lay, keys, groups) > THREADGROUP_MEMORY:
+        if keys > 16:
+            keys //= 2
+        else:
+            groups //= 2
+    return groups, keys
+
+
+def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int) -> int:
+    """Shares of a context of ``span`` keys.
+
+    Args:
+        tuning (Tuning): Of the GPU.
+        groups (int), keys (int): From :func:`attend_shape`.
+        span (int): Keys that any query may attend to.
+        parallel (int): Threadgroups of one split.
+    """
+    tiles = -(-span // keys)
+    if tiles <= tuning.single * groups:
+        return 1
+    wanted = tuning.threadgroups // parallel
+    return max(1, min(wanted, -(-tiles // (tuning.least * groups))))

@@ -1,0 +1,269 @@
+"""A packed cache and mlx-lm's own cache side by side, given the same operations.
+
+The stock cache is fed what the packed one should remember of each token: quantized and
+dequantized by the float64 oracle, back in the original domain. Every token is recognisable in
+both, so after an operation the two must hold the same tokens in the same places.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import (
+    KVCache,
+    RotatingKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
+
+from mlx_kvq.attention import packed_attention
+from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_kvq.format import Calibration, make_format
+from mlx_kvq.spec import Spec
+from tests import oracle
+
+HEADS = 2  # KV heads
+QUERY_HEADS = 4
+K_DIM, V_DIM = 64, 32  # differ, so that keys taken for values show
+TOLERANCE = 1e-4  # of attention in fp32
+NUDGE = 1e-5  # far above fp32 round-off, far below a step of the codes
+
+
+class Tokens:
+    """Recognisable tokens: what a model computes for each, and what the cache keeps of it.
+
+    Tokens near a rounding boundary are left out, so that every backend stores the same bytes.
+
+    Args:
+        spec (str): A spec string.
+        calibrated (bool): Give the format random centres and scales.
+        dtype (mx.Dtype): Of the model's keys and values.
+        count (int): How many tokens.
+    """
+
+    def __init__(
+        self,
+        spec: str = "int4-srft",
+        *,
+        calibrated: bool = False,
+        dtype: mx.Dtype = mx.float32,
+        count: int = 2048,
+    ):
+        rng = np.random.default_rng(1)
+        parsed = Spec.parse(spec)
+        k_params, v_params = (
+            _calibration(rng, D) if calibrated else (None, None, None) for D in (K_DIM, V_DIM)
+        )
+        self.format = make_format(
+            parsed,
+            K_DIM,
+            V_DIM,
+            keys=Calibration(*_arrays(k_params)) if calibrated else None,
+            values=Calibration(*_arrays(v_params)) if calibrated else None,
+        )
+        self.dtype = dtype
+        self.count = count
+        lay = self.format.layout
+        made = 3 * count
+        sides = []
+        clear = np.ones(made, bool)
+        for D, bits, group, stream, params in (
+            (K_DIM, lay.k_bits, lay.k_group, oracle.KEYS, k_params),
+            (V_DIM, lay.v_bits, lay.v_group, oracle.VALUES, v_params),
+        ):
+            x = mx.array(rng.standard_normal((HEADS, made, D))).astype(dtype)
+            way = (parsed.rotation, parsed.seed, stream, *params)
+            y = oracle.forward(np.array(x.astype(mx.float32)), *way)
+            codes, scales, y_hat = oracle.quantize(y, bits, group, parsed.scale)
+            for nudged in (y - NUDGE, y + NUDGE, y * (1 - NUDGE), y * (1 + NUDGE)):
+                c, s, _ = oracle.quantize(nudged, bits, group, parsed.scale)
+                clear &= (c == codes).all(axis=(0, 2)) & (s == scales).all(axis=(0, 2))
+            sides.append((np.array(x.astype(mx.float32)), oracle.backward(y_hat, *way)))
+            sides.append((codes, scales))
+        chosen = np.flatnonzero(clear)[:count]
+        assert len(chosen) == count, f"{clear.sum()} of {made} tokens are clear, not {count}"
+
+        k, k_quantized, v, v_quantized = ([a[:, chosen] for a in side] for side in sides)
+        self.exact_k, self.exact_v = k[0], v[0]  # [H, count, D]
+        self.kept_k, self.kept_v = k[1].astype(np.float32), v[1].astype(np.float32)
+        self.rows = oracle.pack_row(*k_quantized, *v_quantized, lay.k_bits, lay.v_bits)
+        self._by_key = _index(self.kept_k)
+        self._by_row = _index(self.rows)
+        self._queries = rng.standard_normal((4, QUERY_HEADS, 1024, K_DIM)).astype(np.float32)
+
+    def exact(self, ids) -> tuple[mx.array, mx.array]:
+        """What a model computes: ids [B, L] -> [B, H, L, Dk] and [B, H, L, Dv]."""
+        return tuple(_take(t, ids).astype(self.dtype) for t in (self.exact_k, self.exact_v))
+
+    def kept(self, ids) -> tuple[mx.array, mx.array]:
+        """What the cache should remember of it, in the original domain, fp32."""
+        return _take(self.kept_k, ids), _take(self.kept_v, ids)
+
+    def queries(self, B: int, L: int) -> mx.array:
+        """[B, Hq, L, Dk]"""
+        return mx.array(self._queries[:B, :, :L]).astype(self.dtype)
+
+    def ids_in_stock(self, keys: mx.array, values: mx.array) -> np.ndarray:
+        """[B, T]: which tokens a stock cache's arrays hold, in order."""
+        ids = _lookup(self._by_key, np.array(keys))
+        assert (ids >= 0).all(), f"the stock cache holds what is no token: {ids.tolist()}"
+        assert np.array_equal(keys, np.swapaxes(self.kept_k[:, ids], 0, 1))
+        assert np.array_equal(values, np.swapaxes(self.kept_v[:, ids], 0, 1))
+        return ids
+
+    def check_rows(self, rows: mx.array, ids: np.ndarray) -> None:
+        """Assert that rows [B, H, T, W] are, word for word, those of the tokens ids [B, T]."""
+        found = np.array(rows)
+        assert found.dtype == np.uint32
+        expected = np.swapaxes(self.rows[:, ids], 0, 1)
+        if not np.array_equal(found, expected):
+            # -1 is no token's row.
+            assert _lookup(self._by_row, found).tolist() == ids.tolist()
+            raise AssertionError("the tokens are right in the first head and wrong in another")
+
+
+class Pair:
+    """A packed cache and its stock counterpart; every operation is checked on both."""
+
+    def __init__(self, tokens: Tokens, ours, stock):
+        self.tokens = tokens
+        self.ours = ours
+        self.stock = stock
+
+    @classmethod
+    def growing(cls, tokens: Tokens) -> "Pair":
+        return cls(tokens, PackedKVCache(tokens.format), KVCache())
+
+    @classmethod
+    def rotating(cls, tokens: Tokens, max_size: int, keep: int = 0) -> "Pair":
+        ours = PackedRotatingKVCache(tokens.format, max_size=max_size, keep=keep)
+        return cls(tokens, ours, RotatingKVCache(max_size=max_size, keep=keep))
+
+    def check(self) -> None:
+        """Assert that both hold the same tokens and say the same of themselves."""
+        ours, stock = self.ours, self.stock
+        assert ours.offset == stock.offset
+        assert ours.size() == stock.size()
+        assert ours.empty() == stock.empty()
+        assert ours.is_trimmable() == stock.is_trimmable()
+        if stock.empty():
+            assert ours.nbytes == stock.nbytes == 0
+            return
+        assert ours.rows.shape[2] == stock.keys.shape[2]  # capacity
+        row, token = 4 * self.tokens.format.layout.words, 4 * (K_DIM + V_DIM)
+        assert ours.nbytes * token == stock.nbytes * row
+        self._check_views(ours.keys_and_values(), stock.keys_and_values())
+
+    def _check_views(self, views, arrays) -> np.ndarray:
+        for view, array in zip(views, arrays, strict=True):
+            assert view.shape == array.shape
+            assert view.length == array.shape[2]
+            assert view.dtype == self.tokens.dtype
+        ids = self.tokens.ids_in_stock(*arrays)
+        self.tokens.check_rows(views[0].rows[..., : views[0].length, :], ids)
+        return ids
+
+    def tokens_held(self) -> list[list[int]]:
+        return self.tokens.ids_in_stock(*self.stock.keys_and_values()).tolist()
+
+    def update(self, ids):
+        """Append the tokens ids [B, L] -> the views and the stock arrays to attend over."""
+        views = self.ours.update_and_fetch(*self.tokens.exact(ids))
+        arrays = self.stock.update_and_fetch(*self.tokens.kept(ids))
+        self._check_views(views, arrays)
+        self.check()
+        return views, arrays
+
+    def make_mask(self, N: int, **arguments):
+        """The mask of both for the next N tokens."""
+        # The stock growing cache takes no default for its arguments; models always give them.
+        arguments = {"return_array": False, "window_size": None} | arguments
+        ours, stock = (cache.make_mask(N, **arguments) for cache in (self.ours, self.stock))
+        same_mask(ours, stock)
+        return ours
+
+    def step(self, ids, **mask_arguments) -> mx.array:
+        """What a model's layer does: mask, update, attend; the output [B, Hq, L, Dv]."""
+        B, L = np.shape(ids)
+        mask = self.make_mask(L, **mask_arguments)
+        starts = self.ours.offset == 0
+        views, arrays = self.update(ids)
+        if starts:  # a prompt's first chunk attends on exact keys and values
+            arrays = tuple(a.astype(mx.float32) for a in self.tokens.exact(ids))
+        q = self.tokens.queries(B, L)
+        out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask)
+        expected = mx.fast.scaled_dot_product_attention(
+            q.astype(mx.float32), *arrays, scale=K_DIM**-0.5, mask=mask
+        )
+        assert out.dtype == q.dtype
+        assert out.shape == expected.shape
+        tolerance = TOLERANCE if q.dtype == mx.float32 else 2e-2
+        np.testing.assert_allclose(
+            np.array(out.astype(mx.float32)), np.array(expected), rtol=0, atol=tolerance
+        )
+        return out
+
+    def trim(self, n: int) -> int:
+        """Trim as mlx-lm does, which asks ``is_trimmable`` first."""
+        trimmed = trim_prompt_cache([self.ours], n)
+        assert trimmed == trim_prompt_cache([self.stock], n)
+        self.check()
+        return trimmed
+
+    def fork(self) -> "Pair":
+        copied = Pair(self.tokens, copy.deepcopy(self.ours), copy.deepcopy(self.stock))
+        copied.check()
+        return copied
+
+    def state_round_trip(self) -> None:
+        self.ours = type(self.ours).from_state(self.ours.state)
+        self.stock = type(self.stock).from_state(self.stock.state)
+        self.check()
+
+    def save_and_load(self, path) -> None:
+        """Through one file; mlx-lm must know the packed classes by name."""
+        kinds = [type(self.ours), type(self.stock)]
+        save_prompt_cache(str(path), [self.ours, self.stock])
+        self.ours, self.stock = load_prompt_cache(str(path))
+        assert [type(self.ours), type(self.stock)] == kinds
+        self.check()
+
+
+def same_mask(ours, stock) -> None:
+    if not isinstance(stock, mx.array):
+        assert type(ours) is type(stock)
+        assert ours == stock
+        return
+    assert isinstance(ours, mx.array)
+    assert ours.dtype == stock.dtype
+    assert ours.shape == stock.shape
+    assert np.array_equal(ours, stock)
+
+
+def _calibration(rng, D: int) -> tuple[np.ndarray, ...]:
+    mu = rng.standard_normal((HEADS, D))
+    sigma, lam = np.exp(rng.uniform(-0.7, 0.7, (2, HEADS, D)))
+    return tuple(a.astype(np.float32) for a in (mu, sigma, lam))
+
+
+def _arrays(params: Sequence[np.ndarray | None]) -> list[mx.array | None]:
+    return [None if a is None else mx.array(a) for a in params]
+
+
+def _take(table: np.ndarray, ids) -> mx.array:
+    return mx.array(np.swapaxes(table[:, np.asarray(ids)], 0, 1))
+
+
+def _index(table: np.ndarray) -> dict[bytes, int]:
+    """[H, count, n] -> the number of a token by its first head's bytes."""
+    index = {token.tobytes(): i for i, token in enumerate(table[0])}
+    assert len(index) == table.shape[1], "two tokens look the same"
+    return index
+
+
+def _lookup(index: dict[bytes, int], x: np.ndarray) -> np.ndarray:
+    """[B, H, T, n] -> [B, T]; -1 for what is no token."""
+    ids = [[index.get(token.tobytes(), -1) for token in sequence[0]] for sequence in x]
+    return np.array(ids, np.int64).reshape(x.shape[0], x.shape[2])

@@ -1,0 +1,324 @@
+"""The packed caches are mlx-lm's KVCache and RotatingKVCache, but for quantization."""
+
+import copy
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models import base
+from mlx_lm.models import cache as stock_caches
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlx_kvq.attention import PackedView, packed_attention
+from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_kvq.format import make_format
+from mlx_kvq.spec import Spec
+from tests.stock import HEADS, K_DIM, V_DIM, Pair, Tokens, same_mask
+
+FORMATS = {
+    "int4": {},
+    "calibrated": {"spec": "k8v4-srht:seed=7", "calibrated": True},
+    "half": {"spec": "int4-srft:group_size=16,scale=absmax", "dtype": mx.float16},
+    "bfloat": {"spec": "int8-none:scale=paper", "dtype": mx.bfloat16},
+}
+WINDOWS = [(8, 0), (8, 4), (7, 6), (1, 0), (300, 0), (300, 4)]  # max_size, keep
+
+# Updates, as numbers of tokens.
+CHUNKINGS = {
+    "decode only": [1] * 30,
+    "prompt, decode": [20, *[1] * 30],
+    "chunks": [5, 3, 2, 8, 4],
+    "chunks and decode": [3, 1, 1, 9, 1, 1, 1, 6, 2, 1],
+    "one token, prompt": [1, 40, 1, 1],
+    "long prompt in chunks": [128, 128, 100, 1, 1, 17, 1],
+    "exactly a step": [256, 1, 255, 1, 256],
+    "more than a step": [257, 1, 300, 1],
+    "up to a step": [255, 1, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def known():
+    """The same tokens for every test of a format, made once."""
+    made = {}
+
+    def tokens(name="int4"):
+        if name not in made:
+            made[name] = Tokens(**FORMATS[name])
+        return made[name]
+
+    return tokens
+
+
+@pytest.fixture
+def loadable(monkeypatch):
+    """``load_prompt_cache`` finds classes in its module, where mlx_kvq puts them."""
+    for cls in (PackedKVCache, PackedRotatingKVCache):
+        monkeypatch.setattr(stock_caches, cls.__name__, cls, raising=False)
+
+
+def kinds(tokens, windows=WINDOWS):
+    """Each kind of cache, empty."""
+    yield Pair.growing(tokens)
+    for max_size, keep in windows:
+        yield Pair.rotating(tokens, max_size, keep)
+
+
+def chunks(lengths, B=1, first=0):
+    """Fresh tokens ids [B, L] for each length; every sequence of the batch has its own."""
+    for L in lengths:
+        yield np.arange(first, first + L) + 1000 * np.arange(B)[:, None]
+        first += L
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_same_tokens_in_the_same_places(known, chunking):
+    for pair in kinds(known()):
+        for ids in chunks(CHUNKINGS[chunking], B=2):
+            pair.update(ids)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_attention_follows_the_stock_cache(known, name):
+    """Decode, few queries, prefill chunks; masks, GQA, past the window, in every format."""
+    for pair in kinds(known(name)):
+        for ids in chunks([30, 1, 1, 2, 8, 9, 1, 40, 1, 1, 1, 5, 130, 1], B=2):
+            pair.step(ids)
+
+
+@pytest.mark.parametrize("L", [1, 2, 5, 8, 9, 64, 300])
+@pytest.mark.parametrize("before", [1, 6, 290])
+def test_attention_of_every_length(known, before, L):
+    for pair in kinds(known()):
+        for ids in chunks([before, L, 1, L]):
+            pair.step(ids)
+
+
+@pytest.mark.parametrize("window_size", [1, 3, 6, 8, 40])
+def test_attention_under_a_smaller_window(known, window_size):
+    """gemma4 and others mask a cache by a window of their own, as booleans."""
+    for pair in kinds(known(), [(8, 0), (20, 0), (20, 4)]):
+        for ids in chunks([4, 1, 1, 3, 1, 12, *[1] * 12, 30, 1]):
+            pair.step(ids, window_size=window_size)
+
+
+def test_attention_with_masks_as_arrays(known):
+    for pair in kinds(known()):
+        for ids in chunks([4, 1, 3, 12, 1]):
+            pair.step(ids, return_array=True)
+
+
+@pytest.mark.parametrize("L", [1, 3, 40])
+def test_the_first_chunk_attends_exactly(known, L):
+    """On an empty cache attention sees the computed keys and values; afterwards never again."""
+    tokens = known()
+    (ids,) = chunks([L])
+    k, v = tokens.exact(ids)
+    q = tokens.queries(1, L)
+    for pair in kinds(tokens):
+        mask = pair.make_mask(L)
+        exact = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask=mask)
+        first = packed_attention(q, *pair.ours.update_and_fetch(k, v), scale=0.125, mask=mask)
+        np.testing.assert_allclose(np.array(first), np.array(exact), rtol=0, atol=1e-6)
+        again = packed_attention(q, *pair.ours.keys_and_values(), scale=0.125, mask=mask)
+        assert mx.abs(again - exact).max() > 1e-2  # what quantization costs here
+
+
+def test_a_chunk_after_trimming_all_is_a_first_chunk(known):
+    for pair in kinds(known()):
+        pair.update([[0]])
+        pair.trim(1)
+        pair.step([[1, 2, 3]])  # exact if the cache was emptied
+
+
+@pytest.mark.parametrize("max_size, keep", WINDOWS)
+def test_rotating_cache_keeps_the_first_and_the_last_tokens(known, max_size, keep):
+    """Said without the stock class: what a window of max_size is."""
+    pair = Pair.rotating(known(), max_size, keep)
+    for ids in chunks([1] * (max_size + 3)):
+        pair.update(ids)
+    seen = max_size + 3
+    last = range(seen - (max_size - keep), seen)
+    assert sorted(pair.tokens_held()[0]) == [*range(keep), *last]
+
+
+def test_capacity_grows_by_steps_of_256(known):
+    """So that a decode step copies nothing; as the stock arrays, spelled out once."""
+    growing = Pair.growing(known())
+    rotating = Pair.rotating(known(), 300)
+    capacities = []
+    for ids in chunks([1, 254, 1, 1, 300]):
+        growing.update(ids)
+        capacities.append(growing.ours.rows.shape[2])
+    assert capacities == [256, 256, 256, 512, 769]  # 257 tokens stay, two steps are added
+    capacities = []
+    for ids in chunks([1, *[1] * 256, 10, 1]):
+        rotating.update(ids)
+        capacities.append(rotating.ours.rows.shape[2])
+    assert capacities == [*[256] * 256, 300, 267, 300]
+
+
+def test_sizes_in_bytes():
+    """144 bytes a token and KV head at D = 128, against 512 in fp16."""
+    fmt = make_format(Spec.parse("int4-srft"), 128)
+    x = mx.zeros((1, HEADS, 256, 128), mx.float16)
+    ours, stock = PackedKVCache(fmt), KVCache()
+    ours.update_and_fetch(x, x)
+    stock.update_and_fetch(x, x)
+    assert ours.nbytes == 144 * HEADS * 256
+    assert stock.nbytes == 512 * HEADS * 256
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 19, 20, 25])
+def test_trim(known, n):
+    for pair in kinds(known(), [(8, 0), (21, 0), (20, 4), (300, 4)]):
+        trimmable = pair.stock.max_size > 20 if isinstance(pair.stock, RotatingKVCache) else True
+        first, more = chunks([20, 30])
+        pair.step(first)
+        assert pair.trim(n) == (min(n, 20) if trimmable else 0)
+        for i in range(12):  # overwrites the trimmed tokens, in place
+            pair.step(more[:, i : i + 1])
+        assert pair.trim(2) == (2 if pair.stock.is_trimmable() else 0)
+        pair.step(more[:, 12:])
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 6, 7, 8, 9, 20])
+def test_masks(known, prompt):
+    """Every argument a model passes, at every place of the ring, before and after decoding."""
+    for pair in kinds(known(), [(1, 0), (8, 0), (8, 4), (12, 1)]):
+        for ids in chunks([*([prompt] if prompt else []), *[1] * 14]):
+            for N, window_size, return_array in itertools.product(
+                (1, 2, 3, 7, 8, 9, 30), (None, 1, 3, 7, 8, 9, 40), (False, True)
+            ):
+                pair.make_mask(N, window_size=window_size, return_array=return_array)
+            pair.update(ids)
+
+
+def test_masks_by_position_and_by_default(known):
+    rotating = Pair.rotating(known(), 8)
+    rotating.update([[0, 1, 2]])
+    for arguments in ((1,), (4,), (4, 2), (1, 2), (2, None, True)):
+        same_mask(rotating.ours.make_mask(*arguments), rotating.stock.make_mask(*arguments))
+    growing = Pair.growing(known())
+    growing.update([[0, 1, 2]])
+    assert growing.ours.make_mask(1) is None
+    assert growing.ours.make_mask(4) == "causal"
+
+
+@pytest.mark.parametrize("N", [1, 5])
+def test_models_get_their_mask_from_the_cache(known, N):
+    """Through the function that every model calls, which asks for the cache's truth value."""
+    h = mx.zeros((1, N, 16))
+    for pair in kinds(known(), [(8, 0)]):
+        for window_size, return_array in itertools.product((None, 3), (False, True)):
+            masks = [
+                base.create_attention_mask(h, cache, window_size, return_array)
+                for cache in (pair.ours, pair.stock)
+            ]
+            same_mask(*masks)
+        pair.update([list(range(9))])
+        same_mask(*(base.create_attention_mask(h, c, 3) for c in (pair.ours, pair.stock)))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("lengths", [[], [1], [5], [20, 1, 1], [1] * 11])
+def test_state_and_files_hold_everything(known, loadable, tmp_path, name, lengths):
+    for pair in kinds(known(name), [(8, 0), (8, 4)]):
+        for ids in chunks(lengths):
+            pair.update(ids)
+        kept = pair.ours.format
+        for restore in (
+            pair.state_round_trip,
+            lambda p=pair: p.save_and_load(tmp_path / "c.safetensors"),
+        ):
+            restore()
+            assert pair.ours.format.signature == kept.signature
+            # The dtype of an empty cache is not a model's yet.
+            assert not lengths or pair.ours.dtype == known(name).dtype
+            pair.step([[900]])  # goes on where it was
+            pair.step([[901, 902, 903]])
+
+
+@pytest.mark.parametrize("lengths", [[], [5], [1] * 11, [20]])
+def test_a_copy_is_independent(known, lengths):
+    for pair in kinds(known(), [(8, 0), (30, 4)]):
+        for ids in chunks(lengths):
+            pair.update(ids)
+        copied = pair.fork()
+        for ids in chunks([1, 3, 1], first=400):  # in place, then by concatenation
+            copied.step(ids)
+        pair.check()
+        pair.step([[300]])
+        copied.check()
+
+
+def test_a_copy_shares_the_format(known):
+    """Calibration arrays are read-only, so a server's copies of a prompt need no second ones."""
+    ours = PackedKVCache(known("calibrated").format)
+    assert copy.deepcopy(ours).format is ours.format
+
+
+def test_state_can_be_evaluated(known):
+    """As mlx-lm does between the chunks of a prompt; without rows there is nothing to do."""
+    for name in FORMATS:
+        for pair in kinds(known(name), [(8, 4)]):
+            mx.eval([pair.ours.state])
+            pair.update([[0, 1, 2]])
+            mx.eval([pair.ours.state])
+            pair.check()
+
+
+def test_quantized_already(known):
+    """mlx-lm tells a quantized cache by ``bits``, and quantizes those with ``to_quantized``."""
+    for pair in kinds(known("calibrated"), [(8, 0)]):
+        pair.update([[0, 1, 2]])
+        assert (pair.ours.bits, pair.ours.group_size) == (8, 32)
+        caches = [pair.ours]
+        maybe_quantize_kv_cache(caches, quantized_kv_start=0, kv_group_size=32, kv_bits=4)
+        assert caches[0] is pair.ours
+
+
+def test_views_stand_for_arrays(known):
+    pair = Pair.growing(known())
+    (keys, values), arrays = pair.update([[0, 1, 2], [1000, 1001, 1002]])
+    for view, array in zip((keys, values), arrays, strict=True):
+        assert isinstance(view, PackedView)
+        assert (view.shape, view.ndim) == (array.shape, array.ndim)
+    assert (keys.shape[-1], values.shape[-1]) == (K_DIM, V_DIM)
+
+
+def damaged(state, **changes):
+    """State (rows, ..., dtype, signature, arrays) with some of it exchanged."""
+    places = {"rows": 0, "dtype": -3, "signature": -2, "arrays": -1}
+    state = list(state)
+    for name, value in changes.items():
+        state[places[name]] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dtype": "uint32"}, "not one of a model"),
+        ({"rows": mx.zeros((1, 2, 4, 16), mx.float32)}, "not the uint32 rows"),
+        ({"rows": mx.zeros((1, 2, 4, 9), mx.uint32)}, "not the uint32 rows"),
+        ({"signature": "a cache"}, "not the signature"),
+        ({"arrays": [None, None, None, mx.zeros((HEADS, V_DIM)), None, None]}, "damaged"),
+    ],
+)
+def test_a_damaged_state_is_refused(known, changes, message):
+    for pair in kinds(known(), [(8, 0)]):
+        pair.update([[0, 1, 2]])
+        with pytest.raises(ValueError, match=message):
+            type(pair.ours).from_state(damaged(pair.ours.state, **changes))
+
+
+def test_keys_of_other_shapes_are_refused(known):
+    for pair in kinds(known(), [(8, 0)]):
+        x = mx.zeros((1, HEADS, 3, K_DIM))
+        with pytest.raises(ValueError, match="head sizes 64 and 32"):
+            pair.ours.update_and_fetch(x, x)
+        assert pair.ours.empty()
+        assert pair.ours.offset == 0

@@ -1,0 +1,107 @@
+"""mlx_kvq doctor: with kernels (in the emulator), without a GPU, with a kernel that is wrong."""
+
+import argparse
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvq import doctor, fused, ops
+from mlx_kvq.cli import main
+from mlx_kvq.format import make_format
+from mlx_kvq.spec import Spec
+from tests.emulator import emulated
+
+ARGS = argparse.Namespace(seed=3)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(doctor, "CASES", [("int4-srft", 64, 4, 2), ("int8-srft", 128, 2, 1)])
+    monkeypatch.setattr(doctor, "LENGTHS", (1, 37))
+    monkeypatch.setattr(doctor, "REPEATS", 1)
+
+
+def test_all_kernels_pass(few, capsys):
+    with emulated("checked"):
+        assert doctor.run(ARGS) == 0
+    out = capsys.readouterr().out
+    assert "backend    metal" in out
+    assert out.count("\nok ") == 12
+    assert "12 of 12 passed" in out
+    assert "FAIL" not in out
+
+
+def test_a_wrong_kernel_fails_and_the_exit_status_says_it(few, capsys, monkeypatch):
+    right = fused.attend
+    monkeypatch.setattr(fused, "attend", lambda *a, **k: 1.01 * right(*a, **k))
+    with emulated("checked"):
+        assert doctor.run(ARGS) == 1
+    out = capsys.readouterr().out
+    assert "8 of 12 passed" in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("FAIL")] == [
+        "attend"
+    ] * 4
+
+
+def test_a_kernel_that_raises_is_one_line(few, capsys, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no\nsuch function")
+
+    monkeypatch.setattr(fused, "dequantize", broken)
+    with emulated("checked"):
+        assert doctor.run(ARGS) == 1
+    assert capsys.readouterr().out.count("RuntimeError: no such function") == 4
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor"])
+    assert exit_.value.code == 0
+    assert "backend    reference" in capsys.readouterr().out
+
+
+# ---- the choice of a backend --------------------------------------------------------------------
+def arrays(fmt, dtype=mx.float16):
+    D = fmt.layout.k_dim
+    return tuple(mx.random.normal((1, 1, 3, D)).astype(dtype) for _ in "kv")
+
+
+def test_reference_can_be_forced(monkeypatch):
+    fmt = make_format(Spec.parse("int4-srft"), 64)
+    with emulated("fast"):
+        assert ops.backend(fmt) is fused
+        monkeypatch.setenv("MLX_KVQ_BACKEND", "reference")
+        assert ops.backend(fmt) is ops.reference
+        monkeypatch.setenv("MLX_KVQ_BACKEND", "metal")
+        with pytest.raises(ValueError, match="'reference' or unset, got 'metal'"):
+            ops.backend(fmt)
+
+
+def test_an_unsupported_head_size_falls_back_with_one_line(capsys):
+    fmt = make_format(Spec.parse("int4-srft"), 88)
+    with emulated("fast") as e:
+        for _ in range(2):
+            rows = ops.quantize_pack(*arrays(fmt), fmt)
+            mx.eval(rows)
+        assert not e.counters
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[mlx_kvq]")
+    assert "88" in line
+
+
+def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(capsys, monkeypatch):
+    fmt = make_format(Spec.parse("int4-srft"), 64)
+    k, v = arrays(fmt)
+    expected = ops.quantize_pack(k, v, fmt)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("program_source:12: error: no matching function")
+
+    with emulated("fast"):
+        monkeypatch.setattr(fused, "quantize_pack", broken)
+        for _ in range(2):
+            assert mx.array_equal(ops.quantize_pack(k, v, fmt), expected)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "warning: the quantize_pack kernel failed on this machine" in line
+    assert "no matching function" in line
+    assert "mlx_kvq doctor" in line

@@ -1,0 +1,243 @@
+"""The operations: the op matrix on the reference backend, damage, accuracy, shape errors."""
+
+import itertools
+import os
+import random
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_kvq import ops, reference
+from mlx_kvq.format import Calibration, make_format
+from mlx_kvq.spec import Spec
+from tests import op_cases, op_matrix, oracle
+
+FULL = os.environ.get("MLX_KVQ_FULL", "0") not in ("", "0")
+MATRIX = [*op_matrix.CASES, *(op_matrix.product() if FULL else ())]
+CASE = op_matrix.Case(
+    dims=(64, 64),
+    group=32,
+    bits="int4",
+    rotation="srft",
+    rule="search",
+    dtype="fp32",
+    heads=(1, 2),
+    gqa=2,
+    length=33,
+    queries=2,
+    mask=None,
+    sinks=False,
+    starts=False,
+    window=None,
+    calibration="",
+    data="normal",
+)
+
+
+def normal(*shape: int, seed: int = 0, dtype=mx.float32) -> mx.array:
+    x = np.random.default_rng([seed, *shape]).standard_normal(shape)
+    return mx.array(x.astype(np.float32)).astype(dtype)
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_reference(case):
+    op_matrix.check(reference, case)
+
+
+@pytest.mark.parametrize("D", [8, 16, 24, 32, 40, 48, 72, 576])
+@pytest.mark.parametrize("bits", ["int4", "int8", "k8v4"])
+def test_unusual_head_sizes(D, bits):
+    case = replace(CASE, dims=(D, D), group=None, bits=bits, calibration="mu sigma lam")
+    op_matrix.check(reference, case)
+
+
+@pytest.mark.parametrize("case", op_matrix.CASES[:8], ids=str)
+def test_the_public_functions_are_the_backends(case):
+    op_matrix.check(ops, case)
+
+
+def test_the_matrix_meets_every_pair():
+    """All that 4000 random cases contain; the sampling could lose a factor unseen."""
+    rng = random.Random(3)
+    possible = set().union(*(op_cases.pairs(op_cases._draw(rng)) for _ in range(4000)))
+    met = set().union(*(op_cases.pairs(case) for case in op_matrix.CASES))
+    assert len(set(op_matrix.CASES)) == len(op_matrix.CASES) == 256
+    assert possible - met == set()
+    values = {(name, value) for name, values in op_cases.FACTORS.items() for value in values}
+    assert {item for pair in met for item in pair} == values
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rotation, groups", [("none", [2]), ("srft", [0, 1, 2, 3])])
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+@pytest.mark.parametrize("rule", ["search", "absmax", "paper"])
+def test_damage_stays_where_it_is(bad, rotation, groups, bits, rule):
+    """One bad number makes its own groups' scales NaN and leaves every other bit as it was."""
+    fmt = make_format(Spec(bits, rotation, 32, scale=rule), 128)
+    k, v = np.array(normal(2, 2, 5, 128)), normal(2, 2, 5, 128, seed=1)
+    before = np.array(reference.quantize_pack(mx.array(k), v, fmt))
+    k[1, 0, 3, 70] = bad
+    rows = np.array(reference.quantize_pack(mx.array(k), v, fmt))
+    halves, was = rows.view(np.uint16).copy(), before.view(np.uint16).copy()
+    first = 2 * fmt.layout.codes_words
+    scales = halves[..., first:].view(np.float16)
+    want = np.zeros(scales.shape, bool)
+    want[1, 0, 3, groups] = True  # K scales come first
+    assert np.array_equal(np.isnan(scales), want)
+    per_group = 32 * fmt.layout.k_bits // 16
+    for g in groups:
+        damaged = [*range(g * per_group, (g + 1) * per_group), first + g]
+        assert not halves[1, 0, 3, damaged[:-1]].any()
+        halves[1, 0, 3, damaged] = was[1, 0, 3, damaged] = 0
+    assert np.array_equal(halves, was)
+
+
+@pytest.mark.parametrize("sinks", [None, mx.array([0.0, 1.0])])
+def test_a_query_that_sees_nothing_is_finite(sinks):
+    fmt = make_format(Spec.parse("int4-srft"), 64)
+    rows = reference.quantize_pack(normal(1, 1, 4, 64), normal(1, 1, 4, 64, seed=1), fmt)
+    seen = mx.array([[True, False, True, True], [False] * 4])  # the second query sees nothing
+    q = normal(1, 2, 2, 64, seed=2)
+    out = reference.attend(q, rows, 4, fmt, 0.125, seen, sinks)
+    assert mx.all(mx.isfinite(out))
+    alone = reference.attend(q[:, :, :1], rows, 4, fmt, 0.125, seen[:1], sinks)
+    assert mx.allclose(out[:, :, :1], alone, atol=1e-6)
+    if sinks is not None:
+        assert not mx.any(out[:, :, 1])
+
+
+@pytest.mark.parametrize("length", [1, 2, 32, 33, 60])
+def test_only_the_first_rows_count(length):
+    """The buffer is longer than the sequence, also where the rest holds sound rows."""
+    fmt = make_format(Spec.parse("int4-srft"), 64)
+    rows = reference.quantize_pack(normal(2, 2, 60, 64), normal(2, 2, 60, 64, seed=1), fmt)
+    q = normal(2, 4, 1, 64, seed=2)
+    whole = reference.attend(q, rows, length, fmt, 0.125)
+    cut = reference.attend(q, mx.contiguous(rows[:, :, :length]), length, fmt, 0.125)
+    assert mx.array_equal(whole, cut)
+    k, _ = reference.dequantize(rows, length, fmt)
+    assert k.shape == (2, 2, length, 64)
+
+
+# Every option does something: the rows of the same vectors differ from all others.
+VARIANTS = ["int4-srft", "int4-srht", "int4-none", "int8-srft", "k8v4-srft"]
+VARIANTS += [f"int4-srft:{o}" for o in ("group_size=64", "seed=1", "scale=absmax", "scale=paper")]
+VARIANTS += ["int8-srft:scale=paper", "int8-srft:seed=1"]
+
+
+def test_every_option_changes_the_rows():
+    k, v = normal(1, 1, 8, 128), normal(1, 1, 8, 128, seed=1)
+    rows = {t: np.array(ops.quantize_pack(k, v, make_format(Spec.parse(t), 128))) for t in VARIANTS}
+    for a, b in itertools.combinations(VARIANTS, 2):
+        assert rows[a].shape != rows[b].shape or (rows[a] != rows[b]).mean() > 0.2, (a, b)
+
+
+def attention_error(text: str, seed: int, **calibration) -> float:
+    """Relative error of the attention of smooth random data, the whole way, as users get it."""
+    rng = np.random.default_rng(seed)
+    drift = rng.standard_normal((1, 2, 300, 128)).cumsum(axis=2) / 17  # neighbours are alike
+    k = rng.standard_normal((1, 2, 300, 128)) + drift + 4 * rng.standard_normal((2, 1, 128))
+    v = rng.standard_normal((1, 2, 300, 128)) + drift
+    q = rng.standard_normal((1, 8, 4, 128))
+    want = oracle.attend_exact(q, k, v, 128**-0.5, "causal")
+    fmt = make_format(Spec.parse(text), 128, **calibration)
+    k, v, q = (mx.array(x.astype(np.float32)) for x in (k, v, q))
+    rows = ops.quantize_pack(k, v, fmt)
+    got = np.array(ops.attend(q, rows, 300, fmt, 128**-0.5, "causal"))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_accuracy_rises_with_the_bits(seed):
+    int8, k8v4, int4 = (attention_error(f"{b}-srft", seed) for b in ("int8", "k8v4", "int4"))
+    assert int8 < 0.01
+    assert 3 * int8 < k8v4 < int4 / 1.5
+    assert int4 < 0.2
+
+
+def test_accuracy_of_the_scale_rules_and_groups():
+    def mean(options):
+        return np.mean([attention_error(f"int4-srft:{options}", seed) for seed in range(8)])
+
+    search, absmax, paper = (mean(f"scale={rule}") for rule in ("search", "absmax", "paper"))
+    assert search < absmax < paper
+    assert mean("group_size=8") < search < mean("group_size=128")
+
+
+def test_centring_the_keys_helps_where_they_share_a_bias():
+    rng = np.random.default_rng(0)
+    bias = 50 * rng.standard_normal((1, 128))
+    k, v = rng.standard_normal((2, 1, 1, 200, 128))
+    k, q = k + bias, rng.standard_normal((1, 2, 1, 128))
+    want = oracle.attend_exact(q, k, v, 0.1)
+    k, v, q = (mx.array(x.astype(np.float32)) for x in (k, v, q))
+    errors = []
+    for keys in None, Calibration(mu=mx.array(bias.astype(np.float32))):
+        fmt = make_format(Spec.parse("int4-srft"), 128, keys=keys)
+        got = np.array(ops.attend(q, ops.quantize_pack(k, v, fmt), 200, fmt, 0.1))
+        errors.append(np.linalg.norm(got - want) / np.linalg.norm(want))
+    assert errors[1] < 0.2 < 3 * errors[1] < errors[0]
+
+
+FMT = make_format(Spec.parse("int4-srft"), 64, 128)
+ROWS = mx.zeros((2, 2, 16, FMT.layout.words), mx.uint32)
+
+
+@pytest.mark.parametrize(
+    "k_shape, v_shape, message",
+    [
+        ((2, 4, 64), (2, 4, 128), "are not [B, Hkv, L, D] of one size."),
+        ((1, 2, 2, 4, 64), (1, 2, 2, 4, 128), "are not [B, Hkv, L, D] of one size."),
+        ((2, 2, 4, 64), (2, 2, 5, 128), "are not [B, Hkv, L, D] of one size."),
+        ((2, 2, 4, 64), (2, 1, 4, 128), "are not [B, Hkv, L, D] of one size."),
+        ((1, 2, 4, 64), (2, 2, 4, 128), "are not [B, Hkv, L, D] of one size."),
+        ((2, 2, 4, 128), (2, 2, 4, 64), "do not fit the cache's head sizes 64 and 128."),
+        ((2, 2, 4, 64), (2, 2, 4, 64), "do not fit the cache's head sizes 64 and 128."),
+    ],
+)
+def test_shape_errors_of_quantize_pack(k_shape, v_shape, message):
+    with pytest.raises(ValueError) as info:
+        ops.quantize_pack(mx.zeros(k_shape), mx.zeros(v_shape), FMT)
+    assert str(info.value) == f"Keys {k_shape} and values {v_shape} {message}"
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 64), (2, 3, 1, 64), (2, 4, 1, 128)])
+def test_shape_errors_of_attend(shape):
+    with pytest.raises(ValueError) as info:
+        ops.attend(mx.zeros(shape), ROWS, 16, FMT, 1.0)
+    assert str(info.value) == f"Queries {shape} do not fit rows {ROWS.shape} of {FMT.signature}."
+
+
+@pytest.mark.parametrize(
+    "rows", [ROWS[0], ROWS[..., :-1], ROWS.astype(mx.int32), ROWS.view(mx.float32), ROWS[None]]
+)
+def test_what_is_not_rows(rows):
+    for call in (
+        lambda: ops.attend(mx.zeros((2, 4, 1, 64)), rows, 1, FMT, 1.0),
+        lambda: ops.dequantize(rows, 1, FMT),
+    ):
+        with pytest.raises(ValueError) as info:
+            call()
+        want = f"Rows are uint32 [B, Hkv, capacity, 27] for {FMT.signature}"
+        assert str(info.value).startswith(want)
+        assert str(info.value).endswith(f"got {rows.dtype} {rows.shape}.")
+
+
+@pytest.mark.parametrize("length", [0, -1, 17])
+def test_lengths_outside_the_rows(length):
+    for call in (
+        lambda: ops.attend(mx.zeros((2, 4, 1, 64)), ROWS, length, FMT, 1.0),
+        lambda: ops.dequantize(ROWS, length, FMT),
+    ):
+        with pytest.raises(ValueError, match=f"^Length {length} is not 1 to the capacity 16.$"):
+            call()
+
+
+def test_an_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("MLX_KVQ_BACKEND", "metall")
+    with pytest.raises(ValueError, match="^MLX_KVQ_BACKEND is .*'reference'.* got 'metall'.$"):
+        ops.backend(FMT)
+    monkeypatch.setenv("MLX_KVQ_BACKEND", "reference")
+    assert ops.backend(FMT) is reference

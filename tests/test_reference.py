@@ -1,0 +1,158 @@
+"""Properties of the reference backend that hold for any data."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from mlx_kvq import reference
+from mlx_kvq.format import Calibration, make_format
+from mlx_kvq.spec import Spec
+from tests import oracle
+
+RULES = [(4, "search"), (4, "absmax"), (4, "paper"), (8, "search"), (8, "absmax"), (8, "paper")]
+any_rule = st.sampled_from(RULES)
+some = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def vectors(draw, group=None):
+    """fp32 [n, group] of multiples of 1/1024 below 1024; no group is all smaller than 1."""
+    shape = (draw(st.integers(1, 4)), group or draw(st.sampled_from([8, 16, 24, 32])))
+    y = draw(arrays(np.int32, shape, elements=st.integers(-(2**20), 2**20))) / 1024
+    y[:, draw(st.integers(0, shape[1] - 1))] = draw(st.integers(2**10, 2**20)) / 1024
+    return y.astype(np.float32)
+
+
+def quantized(y, bits, rule):
+    """Codes, scales and the values they stand for, by way of packed words."""
+    codes, scales = reference.quantize(mx.array(y), bits, y.shape[-1], rule)
+    words = reference.pack_codes(codes, bits)
+    return codes, scales, reference._values(words, scales, bits, y.shape[-1], rule)
+
+
+@given(st.data(), st.sampled_from([4, 8]), st.integers(1, 9))
+def test_pack_and_unpack(data, bits, words):
+    elements = st.integers(0, 2**bits - 1)
+    codes = data.draw(arrays(np.uint32, (2, words * 32 // bits), elements=elements))
+    packed = reference.pack_codes(mx.array(codes), bits)
+    assert (packed.dtype, packed.shape) == (mx.uint32, (2, words))
+    assert np.array_equal(packed, oracle._join(codes, bits))
+    assert np.array_equal(reference.unpack_codes(packed, bits), codes)
+
+
+@some
+@given(any_rule, vectors())
+def test_what_was_quantized_once_stays(rule, y):
+    codes, scales, values = quantized(y, *rule)
+    again = quantized(np.array(values), *rule)
+    for a, b in zip((codes, scales, values), again, strict=True):
+        assert mx.array_equal(a, b)
+
+
+@some
+@given(any_rule, vectors(), st.integers(-6, 8))
+def test_a_power_of_two_moves_to_the_scale(rule, y, exponent):
+    codes, scales, _ = quantized(y, *rule)
+    moved, moved_scales, _ = quantized(y * np.float32(2.0**exponent), *rule)
+    assert mx.array_equal(codes, moved)
+    assert mx.array_equal(scales.astype(mx.float32) * 2.0**exponent, moved_scales)
+
+
+@some
+@given(any_rule, vectors())
+def test_half_a_step_is_the_largest_error(rule, y):
+    """But for the outermost level, which the scale's rounding to fp16 moves by up to 2^-11."""
+    bits, name = rule
+    _, scales, values = quantized(y, bits, "absmax" if name == "search" else name)
+    step = np.array(scales.astype(mx.float32))
+    outermost = np.abs(y).max(axis=-1, keepdims=True) * 2.0**-11
+    assert (np.abs(np.array(values) - y) <= step / 2 * (1 + 1e-5) + outermost).all()
+
+
+@some
+@given(vectors())
+def test_the_search_is_never_worse(y):
+    def error(rule):
+        return np.square(np.array(quantized(y, 4, rule)[2]) - y, dtype=np.float64).sum(axis=-1)
+
+    assert (error("search") <= error("absmax") * (1 + 1e-5)).all()
+
+
+@given(any_rule, st.integers(1, 5))
+def test_zeros_stay_zeros(rule, n):
+    bits, name = rule
+    codes, scales, values = quantized(np.zeros((n, 16), np.float32), *rule)
+    assert mx.all(codes == 2 ** (bits - 1)) and not mx.any(scales) and not mx.any(values)
+
+
+def normal(*shape: int, seed: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+seeds = st.integers(0, 2**32 - 1)
+forms = st.sampled_from(["int4-srft", "int8-srht", "k8v4-none", "int4-srft:scale=paper"])
+
+
+@some
+@given(forms, seeds, vectors(group=64), st.lists(st.integers(-512, 512), min_size=64, max_size=64))
+def test_a_centre_absorbs_what_all_keys_share(form, seed, k, shift):
+    """The bytes are the same, hence all that follows; and the softmax is that of the keys."""
+    k, v = mx.array(k)[None, None], normal(1, 1, len(k), 64, seed=seed)
+    q = normal(1, 2, 1, 64, seed=seed + 1) / 1024
+    mu = mx.array([shift], dtype=mx.float32) / 64
+    plain = make_format(Spec.parse(form), 64)
+    centred = make_format(Spec.parse(form), 64, keys=Calibration(mu=mu))
+    rows = reference.quantize_pack(k, v, plain)
+    shifted = reference.quantize_pack(k + mu, v, centred)
+    assert mx.array_equal(rows, shifted)
+    T = len(k[0, 0])
+    a = reference.attend(q, rows, T, plain, 1.0)
+    b = reference.attend(q, shifted, T, centred, 1.0)
+    assert mx.array_equal(a, b)
+    remembered = [
+        oracle.backward(y, plain.spec.rotation, 0, stream)
+        for stream, y in enumerate(reference.dequantize(rows, T, plain))
+    ]
+    exact = oracle.attend_exact(q, remembered[0] + np.array(mu), remembered[1], 1.0)
+    np.testing.assert_allclose(b, exact, atol=2e-4)
+
+
+@some
+@given(forms, seeds, st.permutations(range(13)), st.booleans())
+def test_the_order_of_keys_does_not_matter(form, seed, order, sinks):
+    fmt, order = make_format(Spec.parse(form), 64), mx.array(order)
+    k, v, q = (normal(2, h, 13, 64, seed=seed + i) for i, h in enumerate((2, 2, 4)))
+    mask = normal(2, 1, 13, 13, seed=seed + 3)
+    sinks = mx.array([0.0, 1.0, -1.0, 2.0]) if sinks else None
+    rows = reference.quantize_pack(k, v, fmt)
+    a = reference.attend(q, rows, 13, fmt, 0.125, mask, sinks)
+    b = reference.attend(q, rows[:, :, order], 13, fmt, 0.125, mask[..., order], sinks)
+    np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@some
+@given(forms, seeds, st.integers(1, 8), st.integers(0, 30))
+def test_queries_together_or_one_by_one(form, seed, L, before):
+    """A causal chunk gives what its tokens give alone, each over the rows up to its own."""
+    fmt, T = make_format(Spec.parse(form), 64), before + L
+    k, v = normal(1, 2, T, 64, seed=seed), normal(1, 2, T, 64, seed=seed + 1)
+    q, rows = normal(1, 4, L, 64, seed=seed + 2), reference.quantize_pack(k, v, fmt)
+    together = reference.attend(q, rows, T, fmt, 0.125, "causal")
+    for i in range(L):
+        alone = reference.attend(q[:, :, i : i + 1], rows, before + i + 1, fmt, 0.125)
+        np.testing.assert_allclose(together[:, :, i : i + 1], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", ["int4-srft", "int8-none"])
+def test_batch_and_heads_are_independent(form):
+    fmt = make_format(Spec.parse(form), 64)
+    k, v, q = (normal(3, h, 20, 64, seed=h + i) for i, h in enumerate((2, 2, 6)))
+    rows = reference.quantize_pack(k, v, fmt)
+    out = reference.attend(q, rows, 20, fmt, 0.125, "causal")
+    for b, h in np.ndindex(3, 2):
+        mine = (slice(b, b + 1), slice(3 * h, 3 * h + 3))
+        alone = reference.attend(q[mine], rows[b, None, h, None], 20, fmt, 0.125, "causal")
+        np.testing.assert_allclose(out[mine], alone, atol=2e-6)

@@ -1,0 +1,144 @@
+"""Spec strings: every name and option, the way there and back, and what each mistake is told."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_kvq.spec import BITS, OFF, OPTIONS, ROTATIONS, SCALES, Spec, names
+
+NAMES = [f"{bits}-{rotation}" for bits in BITS for rotation in ROTATIONS]
+# fmt: off
+WRONG = {
+    "int5-srft": "unknown cache 'int5-srft'. Did you mean 'int8-srft'?",
+    "int4-dct": "unknown cache 'int4-dct'.",
+    "int4": "unknown cache 'int4'.",
+    "int4-": "unknown cache 'int4-'.",
+    "int4-srft-x": "unknown cache 'int4-srft-x'. Did you mean 'int4-srft'?",
+    "srft-int4": "unknown cache 'srft-int4'.",
+    "fp32": "unknown cache 'fp32'.",
+    "": "unknown cache ''.",
+    ":seed=1": "unknown cache ''.",
+    "int4-srft:sed=1": "unknown option 'sed'. Did you mean 'seed'? Known: group_size, seed,",
+    "int4-srft:bits=4": "unknown option 'bits'. Known: group_size, seed,",
+    "int4-srft:=1": "unknown option ''. Known: group_size, seed,",
+    "int4-srft:seed": "option 'seed' needs 'seed=<value>'.",
+    "int4-srft:seed=": "option 'seed' needs 'seed=<value>'.",
+    "int4-srft:seed= ": "option 'seed' needs 'seed=<value>'.",
+    "int4-srft:seed=1,seed=2": "option 'seed' is given twice.",
+    "int4-srft:seed=1,scale=paper,seed=1": "option 'seed' is given twice.",
+    "int4-srft:": "nothing follows the colon.",
+    "int4-srft:,": "nothing follows the colon.",
+    "int4-srft:scale=abs": "unknown scale 'abs'.",
+    "int4-srft:scale=paprr": "Did you mean 'paper'? Known: search, absmax, paper.",
+    "int4-srft:seed=x": "seed is an integer, got 'x'.",
+    "int4-srft:seed=1.5": "seed is an integer, got '1.5'.",
+    "int4-srft:seed=-1": "seed is 0 to 2**32 - 1, got -1.",
+    "int4-srft:seed=4294967296": "seed is 0 to 2**32 - 1, got 4294967296.",
+    "int4-srft:group_size=big": "group_size is an integer, got 'big'.",
+    "int4-srft:group_size=12": "group_size is a multiple of 8, got 12.",
+    "int4-srft:group_size=4": "group_size is a multiple of 8, got 4.",
+    "int4-srft:group_size=0": "group_size is a multiple of 8, got 0.",
+    "int4-srft:group_size=-32": "group_size is a multiple of 8, got -32.",
+    "fp16:": "'fp16' takes no options.",
+    "fp16:seed=1": "'fp16' takes no options.",
+}
+# fmt: on
+
+
+def test_the_vocabulary():
+    """Words of a spec are promised to users and stand in saved caches: none goes or changes."""
+    bits = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4)}
+    assert bits.items() <= BITS.items()
+    assert {"srft", "srht", "none"} <= set(ROTATIONS)
+    assert {"search", "absmax", "paper"} <= set(SCALES)
+    assert {"group_size", "seed", "scale"} <= set(OPTIONS) <= set(vars(Spec("int4", "srft")))
+    assert names() == ["fp16", *NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_alone_has_the_defaults(name):
+    spec = Spec.parse(name)
+    assert f"{spec.bits}-{spec.rotation}" == name == str(spec)
+    assert (spec.group_size, spec.seed, spec.scale) == (None, 0, "search")
+    assert (spec.k_bits, spec.v_bits) == BITS[name.split("-")[0]]
+
+
+@pytest.mark.parametrize(
+    "text, field, value",
+    [
+        ("int4-srft:group_size=8", "group_size", 8),
+        ("int8-srft:group_size=256", "group_size", 256),
+        ("int4-srht:seed=0", "seed", 0),
+        ("int4-srft:seed=4294967295", "seed", 2**32 - 1),
+        *((f"k8v4-none:scale={scale}", "scale", scale) for scale in SCALES),
+    ],
+)
+def test_every_option_sets_its_field_alone(text, field, value):
+    spec = Spec.parse(text)
+    plain = Spec.parse(text.partition(":")[0])
+    assert getattr(spec, field) == value
+    assert {f for f in vars(spec) if getattr(spec, f) != getattr(plain, f)} <= {field}
+
+
+def test_options_in_any_order_and_with_spaces():
+    want = Spec("int4", "srft", group_size=64, seed=7, scale="absmax")
+    assert Spec.parse("int4-srft:group_size=64,seed=7,scale=absmax") == want
+    assert Spec.parse("  int4-srft: scale = absmax , seed=7,group_size= 64 \n") == want
+
+
+def test_a_spec_is_taken_as_it_is():
+    spec = Spec("int4", "srft", seed=3)
+    assert Spec.parse(spec) is spec
+
+
+@pytest.mark.parametrize("text", [OFF, " fp16 "])
+def test_off(text):
+    assert Spec.parse(text) is None
+
+
+specs = st.builds(
+    Spec,
+    st.sampled_from(list(BITS)),
+    st.sampled_from(list(ROTATIONS)),
+    group_size=st.none() | st.integers(1, 64).map(lambda n: 8 * n),
+    seed=st.just(0) | st.integers(0, 2**32 - 1),
+    scale=st.sampled_from(list(SCALES)),
+)
+
+
+@given(specs)
+def test_str_and_back(spec):
+    assert Spec.parse(str(spec)) == spec
+
+
+@given(specs, specs)
+def test_equal_strings_mean_equal_specs(a, b):
+    assert (str(a) == str(b)) == (a == b) == (hash(a) == hash(b))
+
+
+@given(st.text(max_size=30) | st.sampled_from(NAMES).flatmap(lambda n: st.text().map(n.__add__)))
+def test_any_text_is_a_spec_or_a_value_error_that_quotes_it(text):
+    try:
+        Spec.parse(text)
+    except ValueError as error:
+        assert repr(text) in str(error)
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_mistakes_are_told(text):
+    with pytest.raises(ValueError) as info:
+        Spec.parse(text)
+    message = str(info.value)
+    assert message.startswith(f"KV cache spec {text!r}: ")
+    assert WRONG[text] in message
+    if "unknown cache" in message:
+        assert message.endswith(f" Known: {', '.join(names())}.")
+    if "unknown option" in message:
+        assert message.endswith(f" Known: {', '.join(OPTIONS)}.")
+
+
+@pytest.mark.parametrize("given", [None, 4, b"int4-srft", ["int4-srft"], ("int4", "srft")])
+def test_not_a_string(given):
+    with pytest.raises(ValueError, match="is a string such as 'int4-srft', got") as info:
+        Spec.parse(given)
+    assert repr(given) in str(info.value)
