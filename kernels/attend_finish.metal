@@ -8,16 +8,15 @@ for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
     row_total += totals[8 * g + r] * fast::exp2(maxima[8 * g + r] - row_top);
   }
   const int head = kv_head * heads + row / L;
-  float sink = 0.0f;
-  if (SINKS) {
-    sink = float(sinks[head]);
-    if (K_CENTRED) {
-      const auto x = q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]);
-      const auto factors = kvq::factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
-      sink -= scale * kvq::centre_logit<KD>(x, q_strides[3], factors, lane);
-    }
-  }
-  const float2 normal = kvq::normalise(row_top, row_total, SINKS, sink * 1.44269504088896f);
+  const float sink = kvq::sink_logit<KD, ROTATION, K_CALIBRATED, K_CENTRED, SINKS>(
+      SINKS ? float(sinks[head]) : 0.0f,
+      q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
+      q_strides[3],
+      k_table,
+      kv_head,
+      scale,
+      lane);
+  const float2 normal = kvq::normalise(row_top, row_total, SINKS, sink);
   kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
       out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
       merged + r * VD,

@@ -55,17 +55,15 @@ if (group == 0) {
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  float sink = 0.0f;
-  if (SINKS) {
-    sink = float(sinks[head]);
-    if (K_CENTRED) {
-      const auto x = q +
-          (row / (q_shape[1] * L) * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]);
-      const auto factors = kvq::factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
-      sink -= scale * kvq::centre_logit<KD>(x, q_strides[3], factors, lane);
-    }
-  }
-  const float2 normal = kvq::normalise(top, total, SINKS, sink * 1.44269504088896f);
+  const float sink = kvq::sink_logit<KD, ROTATION, K_CALIBRATED, K_CENTRED, SINKS>(
+      SINKS ? float(sinks[head]) : 0.0f,
+      q + (row / (q_shape[1] * L) * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
+      q_strides[3],
+      k_table,
+      kv_head,
+      scale,
+      lane);
+  const float2 normal = kvq::normalise(top, total, SINKS, sink);
   kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
       out + int64_t(row) * VD, merged, normal, v_table, kv_head, lane);
 }

@@ -64,6 +64,27 @@ inline float centre_logit(const device T* q, int64_t stride, const device float*
   return simd_sum(dot);
 }
 
+// A sink's logit beside the keys' logits, in units of log 2.
+template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, bool SINKS, typename T>
+inline float sink_logit(
+    float sink,
+    const device T* q,
+    int64_t stride,
+    const device float* table,
+    int kv_head,
+    float scale,
+    uint lane) {
+  if (!SINKS) {
+    return 0.0f;
+  }
+  float logit = sink;
+  if (CENTRED) {
+    const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, kv_head);
+    logit -= scale * centre_logit<D>(q, stride, factors, lane);
+  }
+  return logit * 1.44269504088896f;
+}
+
 // One row of attention's output: out = R^T(sums * factor / lambda) * sigma + mu * probability.
 template <int D, int ROTATION, bool CALIBRATED, typename T>
 inline void finish_row(

@@ -4,6 +4,8 @@ Same contract as :mod:`mlx_kvq.reference`. Kernels compile once per format: leng
 heads and of splits are run-time values.
 """
 
+import hashlib
+import itertools
 import re
 import struct
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import mlx.core as mx
 from . import tables
 from .format import Format
 from .layout import RowLayout
-from .sources import kernel_source
+from .sources import kernel_source, kernels_path
 from .tuning import TUNING, attend_shape, splits
 
 _ROTATIONS = {"srft": 0, "srht": 1, "none": 2}
@@ -41,6 +43,13 @@ _KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("attend", "attend_store"),
         _ATTEND,
         ("partial", "statistics"),
+    ),
+    # CUDA only
+    "attend_join": (
+        ("rotate", "vectors", "tile"),
+        ("attend", "attend_store", "attend_join.cuh"),
+        (*_ATTEND, "v_table", "sinks", "arrivals"),
+        ("out", "partial", "statistics"),
     ),
     "combine": (
         ("rotate", "vectors"),
@@ -73,6 +82,9 @@ def why_not(fmt: Format, dtype: mx.Dtype | None = None) -> str | None:
     return None
 
 
+_Constants = tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What the launches of a format need, made once."""
@@ -82,10 +94,10 @@ class _Plan:
     v_pack: mx.array
     k_query: mx.array
     v_output: mx.array
-    pack: list[tuple[str, Any]]  # template values
-    attend: list[tuple[str, Any]]
-    combine: list[tuple[str, Any]]
-    dequantize: list[tuple[str, Any]]
+    pack: _Constants  # compile-time constants
+    attend: _Constants
+    combine: _Constants
+    dequantize: _Constants
 
 
 _plans: "WeakKeyDictionary[Format, _Plan]" = WeakKeyDictionary()
@@ -117,37 +129,69 @@ def _make_plan(fmt: Format) -> _Plan:
         v_pack=tables.channel_table(values, "pack"),
         k_query=tables.channel_table(keys, "query"),
         v_output=tables.channel_table(values, "output"),
-        pack=[*dims, *codes, *rotation, ("RULE", _RULES[fmt.scale])],
-        attend=[*dims, *codes, *rotation, *centred, *levels],
-        combine=[*dims, *rotation, *centred],
-        dequantize=[*dims, *codes, *levels],
+        pack=(*dims, *codes, *rotation, ("RULE", _RULES[fmt.scale])),
+        attend=(*dims, *codes, *rotation, *centred, *levels),
+        combine=(*dims, *rotation, *centred),
+        dequantize=(*dims, *codes, *levels),
     )
 
 
 @lru_cache(maxsize=64)
 def _source(name: str) -> str:
     """A kernel source without comments and indentation: MLX copies and hashes the text of a
-    kernel at every call."""
-    text = re.sub(r"//.*", "", kernel_source(name))
+    kernel at every launch."""
+    text = re.sub(r"//.*", "", kernel_source(name if "." in name else f"{name}.metal"))
     return "\n".join(line for raw in text.splitlines() if (line := raw.strip())) + "\n"
 
 
-@lru_cache(maxsize=64)
-def _kernel(machine: str, name: str):
+@lru_cache(maxsize=256)
+def _kernel(machine: str, name: str, constants: tuple[tuple[str, Any], ...]):
+    """A kernel with its compile-time constants. They stand in its source and not in ``template``,
+    which MLX would convert and format again at every call, a few microseconds of decoding."""
     headers, bodies, inputs, outputs = _KERNELS[name]
-    header = "".join(_source(f"{h}.metal") for h in headers)
-    keywords: dict[str, Any] = {
-        "name": f"kvq_{name}",
-        "input_names": list(inputs),
-        "output_names": list(outputs),
-        "source": "".join(_source(f"{b}.metal") for b in bodies),
-        "ensure_row_contiguous": False,
-    }
+    keywords: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs)}
+    body = "".join(
+        f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
+        for key, value in constants
+    )
     if machine == "metal":
-        return mx.fast.metal_kernel(header=_source("machine.metal") + header, **keywords)
+        header = "".join(_source(h) for h in ("machine", *headers))
+        body += "".join(_source(b) for b in bodies)
+        digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
+        return mx.fast.metal_kernel(
+            name=f"kvq_{name}_{digest}",
+            header=header,
+            source=body,
+            ensure_row_contiguous=False,
+            **keywords,
+        )
     # Bodies declare threadgroup memory, the header's functions only point to it.
-    body_words = "#undef threadgroup\n#define threadgroup __shared__\n"
-    return mx.fast.cuda_kernel(header=_source("machine.cuh") + header + body_words, **keywords)
+    header = (
+        _include("machine.cuh", *headers) + "#undef threadgroup\n#define threadgroup __shared__\n"
+    )
+    text = "".join(_source(b) for b in bodies)
+    # MLX looks for these words to pass shapes and strides.
+    words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
+    body += f"// {' '.join(words)}\n" + _include(*bodies)
+    digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
+    return mx.fast.cuda_kernel(
+        name=f"kvq_{name}_{digest}",
+        header=header,
+        source=body,
+        ensure_row_contiguous=False,
+        **keywords,
+    )
+
+
+def _include(*names: str) -> str:
+    """CUDA reads the files itself: MLX copies and hashes the text it is given at every launch.
+    The hash of what they say makes a changed file a new kernel."""
+    lines = []
+    for name in names:
+        path = kernels_path() / (name if "." in name else f"{name}.metal")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        lines.append(f'#include "{path.as_posix()}"  // {digest}\n')
+    return "".join(lines)
 
 
 def _machine() -> str:
@@ -169,14 +213,25 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     B, H, L, _ = k.shape
     count = B * H * L
     rows = tuning.pack_rows if count >= tuning.pack_many else 1
-    return _kernel(machine, "quantize_pack")(
+    return _kernel(machine, "quantize_pack", (*plan.pack, ("ROWS", rows)))(
         inputs=[k, v, plan.k_pack, plan.v_pack],
-        template=[*plan.pack, ("ROWS", rows)],
         grid=(-(-count // rows) * rows * 64, 1, 1),
         threadgroup=(rows * 64, 1, 1),
         output_shapes=[(B, H, L, plan.layout.words)],
         output_dtypes=[mx.uint32],
     )[0]
+
+
+_ARRIVALS = 8192  # query blocks of one launch that attend_join can count
+
+
+@lru_cache(maxsize=1)
+def _arrivals() -> "itertools.cycle[mx.array]":
+    """Counters of attend_join, all zero between launches. Launches take turns, so that those
+    that MLX runs at the same time (of two models, say) have counters of their own."""
+    counters = [mx.zeros((_ARRIVALS,), mx.uint32) for _ in range(32)]
+    mx.eval(counters)
+    return itertools.cycle(counters)
 
 
 @lru_cache(maxsize=1024)
@@ -186,21 +241,40 @@ def _integers(*values: int) -> mx.array:
     return mx.array(values, dtype=mx.int32)
 
 
-def attend_parts(
-    q_shape: tuple[int, ...],
-    rows_shape: tuple[int, ...],
-    length: int,
-    fmt: Format,
-    window: int | None = None,
-) -> int:
-    """Shares of the context that :func:`attend` works on in parallel; 1 spares a launch."""
-    tuning = TUNING[_machine()]
-    B, Hq, L, _ = q_shape
-    Hkv = rows_shape[1]
+@lru_cache(maxsize=1024)
+def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> int:
+    """Shares of a context of ``span`` keys that :func:`attend` works on in parallel; 1 spares
+    a launch."""
+    parallel = B * Hkv * -(-(Hq // Hkv * L) // 8)
+    tuning = TUNING[_machine()].when(parallel)
     groups, keys = attend_shape(fmt.layout, tuning)
-    blocks = -(-(Hq // Hkv * L) // 8)
-    span = length if window is None else min(length, window + L - 1)
-    return splits(tuning, groups, keys, span, B * Hkv * blocks)
+    return splits(tuning, groups, keys, span, parallel)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What does not change from one decode step to the next."""
+
+    groups: int
+    merge: int
+    attend: _Constants  # compile-time constants
+    finish: _Constants
+    combine: _Constants
+
+
+@lru_cache(maxsize=256)
+def _launch(machine: str, fmt: Format, parallel: int, kind: int, sinks: bool) -> _Launch:
+    plan, tuning = _plan(fmt), TUNING[machine].when(parallel)
+    groups, keys = attend_shape(plan.layout, tuning)
+    attend = (*plan.attend, ("MASK", kind), ("NSG", groups), ("TK", keys))
+    with_sinks = ("SINKS", sinks)
+    return _Launch(
+        groups,
+        tuning.combine_groups,
+        attend,
+        (*attend, with_sinks),
+        (*plan.combine, with_sinks, ("NSG", tuning.combine_groups)),
+    )
 
 
 def attend(
@@ -221,47 +295,53 @@ def attend(
     that may attend to nothing gets zeros.
     """
     machine, plan = _machine(), _plan(fmt)
-    lay, tuning = plan.layout, TUNING[machine]
     B, Hq, L, _ = q.shape
     Hkv = rows.shape[1]
+    heads = Hq // Hkv
     causal = isinstance(mask, str)
-    info = _integers(length, Hq // Hkv, L, _bits(scale), causal, window or 0, starts is not None)
+    info = _integers(length, heads, L, _bits(scale), causal, window or 0, starts is not None)
     kind = 0
     dense = info  # stands in for what is not given
     if isinstance(mask, mx.array):
         kind = 1 if mask.dtype == mx.bool_ else 2
         dense = mx.broadcast_to(mask, (B, Hq, L, length))
-    groups, keys = attend_shape(lay, tuning)
-    blocks = -(-(Hq // Hkv * L) // 8)
     if parts is None:
-        parts = attend_parts(q.shape, rows.shape, length, fmt, window)
+        span = length if window is None else min(length, window + L - 1)
+        parts = attend_parts(fmt, B, Hq, Hkv, L, span)
+    blocks = -(-(heads * L) // 8)
+    launch = _launch(machine, fmt, B * Hkv * blocks, kind, sinks is not None)
     inputs = [q, rows, info, info if starts is None else starts, dense, plan.k_query]
-    template = [*plan.attend, ("MASK", kind), ("NSG", groups), ("TK", keys)]
-    with_sinks = [("SINKS", sinks is not None)]
     last = [plan.v_output, info if sinks is None else sinks]
-    grid, threadgroup = (parts * groups * 32, Hkv * blocks, B), (groups * 32, 1, 1)
-    shape = (B, Hq, L, lay.v_dim)
+    grid = (parts * launch.groups * 32, Hkv * blocks, B)
+    threadgroup = (launch.groups * 32, 1, 1)
+    shape = (B, Hq, L, plan.layout.v_dim)
     if parts == 1:
-        return _kernel(machine, "attend_finish")(
+        return _kernel(machine, "attend_finish", launch.finish)(
             inputs=inputs + last,
-            template=template + with_sinks,
             grid=grid,
             threadgroup=threadgroup,
             output_shapes=[shape],
             output_dtypes=[q.dtype],
         )[0]
-    partial, statistics = _kernel(machine, "attend_store")(
+    partials = [(B, Hq, L, parts, shape[3]), (B, Hq, L, parts, 2)]
+    if machine == "cuda" and B * Hkv * blocks <= _ARRIVALS:
+        return _kernel(machine, "attend_join", launch.finish)(
+            inputs=[*inputs, *last, next(_arrivals())],
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=[shape, *partials],
+            output_dtypes=[q.dtype, mx.float32, mx.float32],
+        )[0]
+    partial, statistics = _kernel(machine, "attend_store", launch.attend)(
         inputs=inputs,
-        template=template,
         grid=grid,
         threadgroup=threadgroup,
-        output_shapes=[(B, Hq, L, parts, lay.v_dim), (B, Hq, L, parts, 2)],
+        output_shapes=partials,
         output_dtypes=[mx.float32, mx.float32],
     )
-    merge = tuning.combine_groups
-    return _kernel(machine, "combine")(
+    merge = launch.merge
+    return _kernel(machine, "combine", launch.combine)(
         inputs=[q, info, partial, statistics, plan.k_query, *last],
-        template=[*plan.combine, *with_sinks, ("NSG", merge)],
         grid=(B * Hq * L * merge * 32, 1, 1),
         threadgroup=(merge * 32, 1, 1),
         output_shapes=[shape],
@@ -277,9 +357,8 @@ def dequantize(
     lay = plan.layout
     B, H = rows.shape[:2]
     threads = length * ((lay.k_dim + lay.v_dim) // 8)
-    k, v = _kernel(machine, "dequantize")(
+    k, v = _kernel(machine, "dequantize", plan.dequantize)(
         inputs=[rows, _integers(length)],
-        template=plan.dequantize,
         grid=(-(-threads // 256) * 256, H, B),
         threadgroup=(256, 1, 1),
         output_shapes=[(B, H, length, lay.k_dim), (B, H, length, lay.v_dim)],

@@ -1,6 +1,6 @@
 """Launch sizes of the fused kernels: one table, and the functions that read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .layout import RowLayout
 
@@ -17,6 +17,9 @@ class Tuning:
         threadgroups (int): Attention threadgroups that fill the GPU.
         single (int): Up to this many tiles per SIMD group one split does, and spares a launch.
         least (int): Tiles per SIMD group below which more splits do not pay.
+        most (int): Splits beyond which merging them costs more than they save.
+        busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
+            GPU is busy anyway and ``busy_keys``, ``busy_groups`` and ``busy_threadgroups`` hold.
         combine_groups (int): SIMD groups of a combine threadgroup.
         pack_rows (int): Rows of a quantize threadgroup once there are ``pack_many`` of them.
         pack_many (int): See ``pack_rows``; below, a row has a threadgroup to itself.
@@ -27,14 +30,45 @@ class Tuning:
     threadgroups: int
     single: int
     least: int
+    most: int = 256
+    busy: int = 1 << 30
+    busy_keys: int = 16
+    busy_groups: int = 8
+    busy_threadgroups: int = 0
     combine_groups: int = 4
     pack_rows: int = 4
     pack_many: int = 512
 
+    def when(self, parallel: int) -> "Tuning":
+        """The launch sizes for so many threadgroups of one split."""
+        if parallel < self.busy:
+            return self
+        return replace(
+            self,
+            keys=self.busy_keys,
+            simd_groups=self.busy_groups,
+            threadgroups=self.busy_threadgroups,
+        )
+
 
 TUNING = {
+    # Not measured: no Mac at hand.
     "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=4, least=1),
-    "cuda": Tuning(keys=32, simd_groups=4, threadgroups=792, single=4, least=1),
+    # H200, mlx 0.32.4, scripts/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
+    # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
+    # and 32K tokens 0.076 and 0.066 ms.
+    "cuda": Tuning(
+        keys=16,
+        simd_groups=8,
+        threadgroups=132,
+        single=4,
+        least=2,
+        most=64,
+        busy=32,
+        busy_keys=32,
+        busy_groups=4,
+        busy_threadgroups=264,
+    ),
 }
 
 

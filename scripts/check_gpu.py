@@ -328,19 +328,16 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
     fmt = make_format(Spec.parse(spec), D)
     normal = tuning.TUNING[machine]
     results = []
-    for keys, groups, total, single in itertools.product(
-        (16, 32), (2, 4, 8), (264, 396, 528, 792, 1056, 1584), (2,)
-    ):
+    for keys, groups, total in itertools.product((16, 32), (2, 4, 8), (132, 264, 396, 528)):
         tuning.TUNING[machine] = replace(
-            normal, keys=keys, simd_groups=groups, threadgroups=total, single=single
+            normal, keys=keys, simd_groups=groups, threadgroups=total, busy=1 << 30
         )
-        shape = tuning.attend_shape(fmt.layout, tuning.TUNING[machine])
-        if shape != (groups, keys):
+        fused.attend_parts.cache_clear()
+        fused._launch.cache_clear()
+        if tuning.attend_shape(fmt.layout, tuning.TUNING[machine]) != (groups, keys):
             continue
-        blocks = -(-(Hq // Hkv) // 8)
-        parts = tuning.splits(tuning.TUNING[machine], groups, keys, T, B * Hkv * blocks)
-        t = time_attend(fmt, Hq, Hkv, B, T)
-        results.append((t, keys, groups, total, parts))
+        parts = fused.attend_parts(fmt, B, Hq, Hkv, 1, T)
+        results.append((time_attend(fmt, Hq, Hkv, B, T), keys, groups, total, parts))
     tuning.TUNING[machine] = normal
     print(f"B={B} length {T}: ms, keys, SIMD groups, threadgroups, splits")
     for t, *sizes in sorted(results)[:12]:

@@ -51,10 +51,16 @@ def emulator():
 def launches(monkeypatch):
     """Set launch sizes: ``launches(single=0)`` splits whatever can be split."""
 
+    def forget():
+        for cached in (fused.attend_parts, fused._launch):
+            cached.cache_clear()
+
     def change(**sizes):
         monkeypatch.setitem(tuning.TUNING, "metal", replace(tuning.TUNING["metal"], **sizes))
+        forget()
 
-    return change
+    yield change
+    forget()
 
 
 def rng(*seed):
@@ -395,8 +401,6 @@ def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
             fused.attend(transposed(1, 2 * gqa, L, 64), rows, length, fmt, 0.1, mask, window=window)
     names = {counters.kernel for counters in emulator.counters}
     assert len(names) == 3  # attend with and without an end, combine
-    for name in ("attend_finish", "attend_store", "combine"):
-        assert len(fused._kernel("metal", name).sources) == 1
 
 
 @pytest.mark.parametrize("machine", ["metal", "cuda"])
@@ -448,7 +452,6 @@ def test_bodies_use_threadgroup_only_to_declare():
     """In a body it is CUDA's __shared__, which no pointer or cast may carry."""
     for _, bodies, _, _ in fused._KERNELS.values():
         for name in bodies:
-            for line in re.findall(
-                r".*\bthreadgroup\b.*", re.sub(r"//.*", "", kernel_source(f"{name}.metal"))
-            ):
-                assert re.fullmatch(r"threadgroup \w+ \w+\[.*\];\s*", line), line
+            text = kernel_source(name if "." in name else f"{name}.metal")
+            for line in re.findall(r".*\bthreadgroup\b.*", re.sub(r"//.*", "", text)):
+                assert re.fullmatch(r"threadgroup \w+ \w+(\[.*\])?;\s*", line), line

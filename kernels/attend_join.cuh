@@ -1,0 +1,76 @@
+// End of attend on CUDA with several splits, after attend_store.metal: the threadgroup that
+// finishes last of its query block merges the partial sums, so no second launch is needed. A
+// launch costs about 17 us of host time through MLX, more than this merge (see mlx_kvq/tuning.py).
+//
+// `arrivals` holds a zero for each query block; atomicInc makes it zero again for the next call.
+// Metal has no fence that orders device memory between threadgroups on every system that MLX
+// supports, so Apple GPUs take the second launch (combine.metal).
+threadgroup bool is_last;
+__threadfence();
+threadgroup_barrier(mem_flags::mem_threadgroup);
+if (threadIdx.x == 0) {
+  uint* arrived = const_cast<uint*>(arrivals) + blockIdx.z * gridDim.y + blockIdx.y;
+  is_last = atomicInc(arrived, gridDim.x - 1) == gridDim.x - 1;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+if (is_last) {
+  __threadfence();
+  constexpr int CHANNELS = (VD + 31) / 32;
+  // Partial sums on their way at once, since each costs the latency of L2.
+  constexpr int AHEAD = CHANNELS > 4 ? 8 : 16;
+  for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
+    const int row = first_row + r;
+    const int head = kv_head * heads + row / L;
+    const int64_t at_row = ((int64_t(b) * q_shape[1] + kv_head * heads) * L + row) * splits;
+    const float* row_statistics = statistics + 2 * at_row;
+    const float* row_partial = partial + at_row * VD;
+    float row_top = -3e38f;
+    for (int s = int(lane); s < splits; s += 32) {
+      row_top = max(row_top, __ldcg(row_statistics + 2 * s));
+    }
+    row_top = simd_max(row_top);
+    float row_total = 0.0f;
+    float row_sums[CHANNELS];
+    UNROLL for (int i = 0; i < CHANNELS; i++) row_sums[i] = 0.0f;
+    for (int first = 0; first < splits; first += 32) {
+      const int mine = first + int(lane);
+      float f = 0.0f;
+      if (mine < splits) {
+        f = fast::exp2(__ldcg(row_statistics + 2 * mine) - row_top);
+        row_total += f * __ldcg(row_statistics + 2 * mine + 1);
+      }
+      const int count = min(32, splits - first);
+      for (int s = 0; s < count; s += AHEAD) {
+        float ahead[AHEAD][CHANNELS];
+        UNROLL for (int j = 0; j < AHEAD; j++) {
+          UNROLL for (int i = 0; i < CHANNELS; i++) {
+            const int c = min(32 * i + int(lane), VD - 1);
+            ahead[j][i] = __ldcg(row_partial + int64_t(first + min(s + j, count - 1)) * VD + c);
+          }
+        }
+        UNROLL for (int j = 0; j < AHEAD; j++) {
+          const float g = s + j < count ? simd_shuffle(f, ushort(s + j)) : 0.0f;
+          UNROLL for (int i = 0; i < CHANNELS; i++) row_sums[i] += g * ahead[j][i];
+        }
+      }
+    }
+    row_total = simd_sum(row_total);
+    UNROLL for (int i = 0; i < CHANNELS; i++) {
+      const int c = 32 * i + int(lane);
+      if (c < VD) merged[r * VD + c] = row_sums[i];
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    const float sink = kvq::sink_logit<KD, ROTATION, K_CALIBRATED, K_CENTRED, SINKS>(
+        SINKS ? float(sinks[head]) : 0.0f,
+        q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
+        q_strides[3], k_table, kv_head, scale, lane);
+    const float2 normal = kvq::normalise(row_top, row_total, SINKS, sink);
+    kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
+        out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
+        merged + r * VD,
+        normal,
+        v_table,
+        kv_head,
+        lane);
+  }
+}
