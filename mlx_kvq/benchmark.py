@@ -98,7 +98,7 @@ def _attention(args, copy: float) -> Iterator[dict]:
             first = c.make(B, T)
             mx.eval(first)
             sizes[name] = nbytes(first)
-            copies = max(1, min(64, (args.beyond << 20) // sizes[name]))
+            copies = max(2, min(64, (args.beyond << 20) // sizes[name]))
             buffers = [first] + [c.make(B, T) for _ in range(copies - 1)]
             mx.eval(buffers)
             q = mx.random.normal((B, heads.queries, 1, heads.dim))

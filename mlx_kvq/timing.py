@@ -57,9 +57,9 @@ def copy_bandwidth(megabytes: int) -> float:
 
     def chain() -> int:
         y = x
-        for _ in range(4):
+        for _ in range(8):
             y = y + 1.0
-            mx.eval(y)
-        return 4
+        mx.eval(y)
+        return 8
 
     return 2 * x.nbytes / interleave({"copy": chain})["copy"].median

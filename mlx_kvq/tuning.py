@@ -103,5 +103,5 @@ def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int) -> 
     tiles = -(-span // keys)
     if tiles <= tuning.single * groups:
         return 1
-    wanted = tuning.threadgroups // parallel
+    wanted = min(tuning.most, tuning.threadgroups // parallel)
     return max(1, min(wanted, -(-tiles // (tuning.least * groups))))

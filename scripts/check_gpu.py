@@ -125,7 +125,8 @@ def worst(got: mx.array, want: mx.array) -> float:
     """Largest error relative to the largest channel of the vector."""
     with mx.stream(mx.cpu):
         got, want = got.astype(mx.float32), want.astype(mx.float32)
-        error = mx.abs(got - want) / mx.maximum(mx.abs(want).max(axis=-1, keepdims=True), 1e-6)
+        # Relative to the vector, in the Euclidean norm.
+        error = mx.linalg.norm(got - want, axis=-1) / mx.linalg.norm(want, axis=-1)
         return float("inf") if mx.any(mx.isnan(error)).item() else error.max().item()
 
 
