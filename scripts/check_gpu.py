@@ -122,11 +122,11 @@ def on_cpu(function, *args, **keywords):
 
 
 def worst(got: mx.array, want: mx.array) -> float:
-    """Largest error relative to the largest channel of the vector."""
+    """Largest error of a vector relative to the vector, in the Euclidean norm."""
     with mx.stream(mx.cpu):
         got, want = got.astype(mx.float32), want.astype(mx.float32)
-        # Relative to the vector, in the Euclidean norm.
-        error = mx.linalg.norm(got - want, axis=-1) / mx.linalg.norm(want, axis=-1)
+        size = mx.maximum(mx.linalg.norm(want, axis=-1), 1e-6)
+        error = mx.linalg.norm(got - want, axis=-1) / size
         return float("inf") if mx.any(mx.isnan(error)).item() else error.max().item()
 
 
