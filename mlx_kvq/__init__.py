@@ -5,17 +5,33 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from . import ops
+    from .calibrate import calibrate
+    from .calibration import CalibrationSet
+    from .evaluate import evaluate
     from .model import disable, enable, make_prompt_cache
     from .spec import Spec
 
 __version__ = "0.1.0"
 
-__all__ = ["Spec", "__version__", "disable", "enable", "make_prompt_cache", "ops"]
+__all__ = [
+    "CalibrationSet",
+    "Spec",
+    "__version__",
+    "calibrate",
+    "disable",
+    "enable",
+    "evaluate",
+    "make_prompt_cache",
+    "ops",
+]
 
 _MODULES = {
+    "CalibrationSet": "calibration",
     "Spec": "spec",
+    "calibrate": "calibrate",
     "disable": "model",
     "enable": "model",
+    "evaluate": "evaluate",
     "make_prompt_cache": "model",
     "ops": "ops",
 }

@@ -1,5 +1,7 @@
 """Attention over a packed cache: what mlx-lm's shared attention function is led to."""
 
+import weakref
+
 import mlx.core as mx
 
 from . import ops
@@ -23,6 +25,7 @@ class PackedView:
         dtype: mx.Dtype,
         dim: int,
         exact: mx.array | None = None,
+        new: mx.array | None = None,
     ):
         self.rows = rows
         self.length = length
@@ -30,8 +33,32 @@ class PackedView:
         self.dtype = dtype
         self.shape = (rows.shape[0], rows.shape[1], length, dim)
         self.ndim = 4
-        # The first chunk of a prompt attends on what was just computed, before packing.
+        # The first chunk of a prompt attends on what was just computed, before packing. In a
+        # batch that is for the sequences of ``new``, boolean [B]; None means all of them.
         self.exact = exact
+        self.new = new
+
+
+# id of a batch cache's mask -> what it was made of. Models make one mask and use it in every
+# layer; some change it, and what they then pass is another array.
+_padding: dict[int, tuple[weakref.ref, tuple[mx.array, int | None]]] = {}
+
+
+def remember_padding(mask: mx.array, starts: mx.array, window: int | None) -> None:
+    """Note that ``mask`` is causal, lets row b see positions from ``starts[b]`` on and a query
+    the last ``window`` of them. Attention that is given this very mask then needs no mask, and
+    it is never computed.
+    """
+    key = id(mask)
+    gone = weakref.ref(mask, lambda _: _padding.pop(key, None))
+    _padding[key] = (gone, (starts, window))
+
+
+def _recall_padding(mask, length: int) -> tuple[mx.array, int | None] | None:
+    if not isinstance(mask, mx.array) or mask.shape[-1] != length:
+        return None
+    reference, padding = _padding.get(id(mask), (lambda: None, None))
+    return padding if reference() is mask else None
 
 
 def packed_attention(
@@ -48,11 +75,32 @@ def packed_attention(
     ``DECODE_QUERIES`` queries attend straight from the rows; longer chunks dequantize this one
     layer and attend in the rotated domain.
     """
-    if keys.exact is not None and values.exact is not None:
-        return _exact(queries, keys.exact, values.exact, scale, mask, sinks)
-    if queries.shape[2] <= DECODE_QUERIES:
-        return ops.attend(queries, keys.rows, keys.length, keys.format, scale, mask, sinks)
-    return _prefill(queries, keys, scale, mask, sinks)
+    if keys.exact is None or values.exact is None:
+        return _packed(queries, keys, scale, mask, sinks)
+    own = _own_part(mask, queries.shape[2])
+    exact = _exact(queries, keys.exact, values.exact, scale, own, sinks)
+    if keys.new is None:
+        return exact
+    packed = _packed(queries, keys, scale, mask, sinks)
+    return mx.where(keys.new[:, None, None, None], exact, packed)
+
+
+def _own_part(mask, L: int):
+    """The mask among the L tokens of a chunk: they are the last, but for one token in a ring."""
+    if not isinstance(mask, mx.array) or mask.shape[-1] == L:
+        return mask
+    return None if L == 1 else mask[..., -L:]
+
+
+def _packed(q, keys: PackedView, scale, mask, sinks) -> mx.array:
+    L = q.shape[2]
+    if L > DECODE_QUERIES:
+        return _prefill(q, keys, scale, mask, sinks)
+    starts = window = None
+    if padding := _recall_padding(mask, keys.length):
+        starts, window = padding
+        mask = "causal" if L > 1 else None
+    return ops.attend(q, keys.rows, keys.length, keys.format, scale, mask, sinks, starts, window)
 
 
 def _exact(q, k, v, scale, mask, sinks) -> mx.array:

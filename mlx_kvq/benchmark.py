@@ -50,13 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Cycle through buffers of at least this size, to see memory and not a cache.",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="Write everything measured to this file.")
-    parser.add_argument("--plot", type=Path, help="Write a picture to this file.")
 
 
 def run(args: argparse.Namespace) -> None:
-    for path in (args.json, args.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"The folder of {path} does not exist.")
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        raise ValueError(f"The folder of {args.json} does not exist.")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["mlx_kvq", *sys.argv[1:]]),
@@ -82,10 +80,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nratio: time of fp16 over time of this cache. For comparison: {PAPER}.")
     if args.json:
         _write(args.json, json.dumps({"record": record, "rows": rows}, indent=1))
-    if args.plot:
-        from .plots import speed
-
-        speed(rows, record, args.plot)
 
 
 def _attention(args, copy: float) -> Iterator[dict]:

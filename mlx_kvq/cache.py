@@ -21,12 +21,22 @@ class _PackedCache(_BaseCache):
     def __init__(self, fmt: Format):
         self.format = fmt
         self.rows: mx.array | None = None
-        self.dtype: mx.Dtype = mx.float16
-        self.offset = 0
+        # For a model that computes its attention itself: keys and values as arrays, unpacked one
+        # layer at a time.
+        self.as_arrays = False
+        self.model = ""  # identity of the model it was made for, if known
+        self._dtype = "float16"  # a name, because mx.Dtype cannot be copied
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the model's keys and values."""
+        return getattr(mx, self._dtype)
 
     # mlx-lm sends a cache with these two to its quantized attention function.
     @property
     def bits(self) -> int:
+        if self.as_arrays:
+            raise AttributeError("a cache that returns arrays has no bits")
         return self.format.layout.k_bits
 
     @property
@@ -47,16 +57,47 @@ class _PackedCache(_BaseCache):
         raise NotImplementedError
 
     def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
-        self.dtype = keys.dtype
+        self._dtype = str(keys.dtype).rpartition(".")[2]
         return ops.quantize_pack(keys, values, self.format)
 
-    def _views(self, keys: mx.array | None = None, values: mx.array | None = None):
+    def _views(
+        self,
+        keys: mx.array | None = None,
+        values: mx.array | None = None,
+        new: mx.array | None = None,
+    ) -> tuple:
         assert self.rows is not None
+        if self.as_arrays:
+            return self._arrays(keys, values, new)
         lay = self.format.layout
         shared = (self.rows, self._length(), self.format, self.dtype)
-        return PackedView(*shared, lay.k_dim, keys), PackedView(*shared, lay.v_dim, values)
+        return (
+            PackedView(*shared, lay.k_dim, keys, new),
+            PackedView(*shared, lay.v_dim, values, new),
+        )
 
-    def keys_and_values(self) -> tuple[PackedView, PackedView]:
+    def _arrays(self, keys, values, new) -> tuple[mx.array, mx.array]:
+        """What the views stand for, in the model's own domain."""
+        if keys is not None and new is None and keys.shape[2] == self._length():
+            return keys, values  # a prompt's first chunk
+        assert self.rows is not None
+        fmt = self.format
+        k, v = ops.dequantize(self.rows, self._length(), fmt)
+        return fmt.keys.output(k).astype(self.dtype), fmt.values.output(v).astype(self.dtype)
+
+    def _grow_and_write(self, new: mx.array, prev: int) -> None:
+        """Write rows at ``prev``, in an array that grows in steps."""
+        if self.rows is None or prev + new.shape[2] > self.rows.shape[2]:
+            steps = (self.step + new.shape[2] - 1) // self.step
+            grown = self._zeros(new, steps * self.step)
+            if self.rows is not None:
+                if prev % self.step != 0:
+                    self.rows = self.rows[..., :prev, :]
+                grown = mx.concatenate([self.rows, grown], axis=2)
+            self.rows = grown
+        self.rows[..., prev : prev + new.shape[2], :] = new
+
+    def keys_and_values(self) -> tuple:
         return self._views()
 
     def _zeros(self, like: mx.array, tokens: int) -> mx.array:
@@ -65,15 +106,14 @@ class _PackedCache(_BaseCache):
     # Strings and the calibration go along, so that a saved cache says what it is.
     @property
     def _format_state(self) -> list:
-        dtype = str(self.dtype).rpartition(".")[2]
-        return [dtype, self.format.signature, self.format.arrays]
+        return [self.as_arrays, self.model, self._dtype, self.format.signature, self.format.arrays]
 
     @_format_state.setter
     def _format_state(self, v: list) -> None:
-        dtype, signature, arrays = v
+        self.as_arrays, self.model, dtype, signature, arrays = v
         if dtype not in ("float16", "bfloat16", "float32"):
             raise ValueError(f"The cache's dtype is {dtype!r}, which is not one of a model.")
-        self.dtype = getattr(mx, dtype)
+        self._dtype = dtype
         self.format = parse_signature(signature, arrays)
         words = self.format.layout.words
         if self.rows is not None and (
@@ -83,6 +123,10 @@ class _PackedCache(_BaseCache):
                 f"The cache holds {self.rows.dtype} {self.rows.shape}, not the uint32 rows of "
                 f"{words} words that {signature!r} describes."
             )
+
+    def _made_like(self, other: "_PackedCache"):
+        self.as_arrays, self.model, self._dtype = other.as_arrays, other.model, other._dtype
+        return self
 
     def empty(self) -> bool:
         return self.rows is None
@@ -99,24 +143,23 @@ class PackedKVCache(_PackedCache):
         fmt (Format): From :func:`mlx_kvq.format.make_format`.
     """
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PackedView, PackedView]:
+    def __init__(self, fmt: Format):
+        super().__init__(fmt)
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self.offset
-        new = self._pack(keys, values)
-        if self.rows is None or prev + new.shape[2] > self.rows.shape[2]:
-            steps = (self.step + new.shape[2] - 1) // self.step
-            grown = self._zeros(new, steps * self.step)
-            if self.rows is not None:
-                if prev % self.step != 0:
-                    self.rows = self.rows[..., :prev, :]
-                grown = mx.concatenate([self.rows, grown], axis=2)
-            self.rows = grown
-        self.offset += new.shape[2]
-        self.rows[..., prev : self.offset, :] = new
+        self._grow_and_write(self._pack(keys, values), prev)
+        self.offset += keys.shape[2]
         return self._views(keys, values) if prev == 0 else self._views()
 
     def _length(self) -> int:
         return self.offset
+
+    def _in_order(self) -> mx.array:
+        assert self.rows is not None
+        return self.rows[..., : self.offset, :]
 
     def size(self) -> int:
         return self.offset
@@ -140,6 +183,13 @@ class PackedKVCache(_PackedCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         return create_attention_mask(N, self.offset, return_array, window_size)
 
+    @classmethod
+    def merge(cls, caches: list["PackedKVCache"]):
+        """A batch of copies of these caches; mlx-lm's server batches caches that have this."""
+        from .batch import PackedBatchKVCache
+
+        return PackedBatchKVCache.merge(caches)
+
 
 class PackedRotatingKVCache(_PackedCache):
     """The packed ``mlx_lm.models.cache.RotatingKVCache``: the last ``max_size`` tokens.
@@ -152,6 +202,7 @@ class PackedRotatingKVCache(_PackedCache):
 
     def __init__(self, fmt: Format, max_size: int, keep: int = 0):
         super().__init__(fmt)
+        self.offset = 0
         self.keep = keep
         self.max_size = max_size
         self._idx = 0
@@ -165,8 +216,10 @@ class PackedRotatingKVCache(_PackedCache):
             parts.append(append)
         return mx.concatenate(parts, axis=2)
 
-    def _temporal_order(self, v: mx.array) -> mx.array:
+    def _in_order(self) -> mx.array:
         """Rows in the order of their tokens, without an unused end."""
+        assert self.rows is not None
+        v = self.rows
         if self._idx == v.shape[2]:
             return v
         if self._idx < self.offset:
@@ -184,7 +237,7 @@ class PackedRotatingKVCache(_PackedCache):
         if self.rows is None:
             self.rows = new
         else:
-            self.rows = self._temporal_order(self.rows)
+            self.rows = self._in_order()
             self._idx = self.rows.shape[2]
             # Up to max_size + L - 1 rows, so that every new token sees max_size of them.
             self.rows = self._trim(self._idx - self.max_size + 1, new)
@@ -209,7 +262,7 @@ class PackedRotatingKVCache(_PackedCache):
         self.offset += 1
         self._idx += 1
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PackedView, PackedView]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
         kept, in ring order after a single token and in temporal order after several."""
         first = self.offset == 0
@@ -251,6 +304,22 @@ class PackedRotatingKVCache(_PackedCache):
         self._idx -= n
         return n
 
+    def can_rewind(self, n: int) -> bool:
+        """Whether the last ``n`` tokens can be taken back although the cache is full: what a
+        chunk of several tokens will drop is kept until the next update."""
+        if self.rows is None or self._idx != self.rows.shape[2]:
+            return False
+        left = self._idx - n
+        return left >= min(self.offset - n, self.max_size)
+
+    def rewind(self, n: int) -> int:
+        """Take back the last ``n`` tokens; only after :meth:`can_rewind`."""
+        assert self.rows is not None
+        self._idx -= n
+        self.offset -= n
+        self.rows = self.rows[..., : self._idx, :]
+        return n
+
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
         if N > 1:
             window_size = window_size or self.max_size
@@ -268,5 +337,9 @@ class PackedRotatingKVCache(_PackedCache):
             return mx.roll(mask, idx + 1)
         return None
 
+    @classmethod
+    def merge(cls, caches: list["PackedRotatingKVCache"]):
+        """A batch of copies of these caches; as in mlx-lm, ``keep`` ends here."""
+        from .batch import PackedBatchRotatingKVCache
 
-CLASSES = (PackedKVCache, PackedRotatingKVCache)
+        return PackedBatchRotatingKVCache.merge(caches)

@@ -3,14 +3,19 @@
 import argparse
 import sys
 from importlib import import_module
+from typing import Any
 
 from . import __version__, spec
 
-# name -> what --help says. Module mlx_kvq.<name> has `add_arguments(parser)` and `run(args)`,
-# which returns the exit status or None; a ValueError from it becomes one line and status 1.
+# name -> what --help says. Module mlx_kvq.<name>, with _ for -, has `add_arguments(parser)` and
+# `run(args)`, which returns the exit status or None; a ValueError from it becomes one line and
+# status 1.
 COMMANDS: dict[str, str] = {
     "benchmark": "Time packed caches beside the model's own and mlx-lm's quantized ones.",
+    "calibrate": "Make a calibration file for a model from text.",
     "doctor": "Check every kernel on this machine against the reference; first timings.",
+    "evaluate": "Compare caches on your text: perplexity, KL, exact recall, bytes per token.",
+    "pack-cache": "Pack a prompt-cache file that was written without --kv-cache.",
 }
 
 
@@ -27,11 +32,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name in arguments:  # the others need not be imported
-            import_module(f"{__package__}.{name}").add_arguments(sub)
+            _module(name).add_arguments(sub)
     args = parser.parse_args(arguments)
     if args.command is None:
         return parser.print_help()
     try:
-        sys.exit(import_module(f"{__package__}.{args.command}").run(args))
+        sys.exit(_module(args.command).run(args))
     except ValueError as error:
         sys.exit(f"mlx_kvq {args.command}: error: {error}")
+
+
+def _module(command: str) -> Any:
+    return import_module(f"{__package__}.{command.replace('-', '_')}")

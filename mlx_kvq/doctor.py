@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import cast
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -150,7 +151,7 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
             mx.abs(reference.unpack_codes(a, bits) - reference.unpack_codes(b, bits))
             for a, b, bits in ((kc, kr, lay.k_bits), (vc, vr, lay.v_bits))
         ]
-        return max((d > 0).astype(mx.float32).mean().item() for d in apart)
+        return max(_number((d > 0).astype(mx.float32).mean()) for d in apart)
 
     def attention():
         worst = 0.0
@@ -177,10 +178,14 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
     )
 
 
+def _number(x: mx.array) -> float:
+    return cast(float, x.item())
+
+
 def _relative(got: mx.array, expected: mx.array) -> float:
     """Largest difference in a vector, relative to the vector's largest channel."""
     apart = mx.abs(got.astype(mx.float32) - expected).max(axis=-1)
-    return (apart / mx.abs(expected).max(axis=-1)).max().item()
+    return _number((apart / mx.abs(expected).max(axis=-1)).max())
 
 
 def _microseconds(call) -> float:

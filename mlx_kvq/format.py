@@ -9,7 +9,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from . import rotation
+from . import feedback, rotation
 from .layout import RowLayout, choose_group
 from .spec import Spec
 
@@ -26,6 +26,8 @@ class Calibration:
     mu: mx.array | None = None
     sigma: mx.array | None = None
     lam: mx.array | None = None
+    # E[q qᵀ], [Hkv, D, D]: not part of the transform, used to choose codes (mlx_kvq.feedback).
+    metric: mx.array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +127,16 @@ class Format:
         arrays = (k.mu, k.sigma, k.lam, v.mu, v.sigma, v.lam)
         return None if all(a is None for a in arrays) else arrays
 
+    @cached_property
+    def feedback(self) -> mx.array | None:
+        """What the rounding of keys makes up for (``mlx_kvq.feedback``), fp32 [Hkv, Dk, Dk];
+        ``None`` where each channel goes to its nearest level."""
+        if self.spec.rounding != "feedback" or self.layout.k_bits != 4:
+            return None
+        if self.keys.calibration.metric is None:
+            return None
+        return feedback.matrix(self.keys)
+
     def __deepcopy__(self, memo) -> "Format":
         return self  # immutable, and shared by every cache of a layer
 
@@ -165,6 +177,8 @@ def make_format(
         choose_group(k_dim, k_group or spec.group_size),
         choose_group(v_dim, v_group or spec.group_size),
     )
+    if spec.rounding == "feedback" and keys is not None and spec.k_bits == 4:
+        keys = feedback.whitened(keys)
     fmt = Format(
         spec,
         layout,

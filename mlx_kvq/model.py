@@ -2,14 +2,18 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache as cache_once
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
-from . import seams
-from .cache import PackedKVCache, PackedRotatingKVCache
+from . import automatic, seams, shards
+from .budget import STEPS, allocate
+from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
+from .calibration import CalibrationSet
 from .format import Format, make_format
 from .spec import Spec
 
@@ -24,11 +28,16 @@ class Report:
         spec (Spec): What was asked for.
         packed (dict): Layer -> format, for every packed layer.
         left (dict): Layer -> why its cache stays as it is.
+        unpacked (list): Packed layers that attend on their own, not through mlx-lm's shared
+            function, and get keys and values unpacked for it.
+        calibration (CalibrationSet, optional): What the packed layers were calibrated with.
     """
 
     spec: Spec
     packed: dict[int, Format] = field(default_factory=dict)
     left: dict[int, str] = field(default_factory=dict)
+    unpacked: list[int] = field(default_factory=list)
+    calibration: CalibrationSet | None = None
 
     @property
     def bits_per_value(self) -> float:
@@ -46,8 +55,18 @@ class Report:
         line = (
             f"{self.spec}: packed {len(self.packed)} of {layers} layers, "
             f"{self.bits_per_value:.2f} bits per value, "
-            f"{self.compression:.2f}x smaller than fp16"
+            f"{self.compression:.2f}x smaller than fp16, "
         )
+        if self.calibration is None:
+            line += "not calibrated"
+        else:
+            line += f"calibrated ({self.calibration.metadata.get('text', 'given')})"
+        for bits in dict.fromkeys(f.spec.bits for f in self.packed.values()):
+            which = [i for i, f in self.packed.items() if f.spec.bits == bits]
+            if bits != self.spec.bits:
+                line += f"; {bits} in {_ranges(which)}"
+        if self.unpacked:
+            line += f"; unpacked to attend, without the shared function: {_ranges(self.unpacked)}"
         reasons: dict[str, list[int]] = {}
         for layer, reason in self.left.items():
             reasons.setdefault(reason, []).append(layer)
@@ -56,7 +75,14 @@ class Report:
         return line
 
 
-def enable(model: nn.Module, spec: str | Spec, *, verbose: bool = True) -> Report | None:
+def enable(
+    model: nn.Module,
+    spec: str | Spec,
+    *,
+    calibration: CalibrationSet | str | Path | None = None,
+    tokenizer=None,
+    verbose: bool = True,
+) -> Report | None:
     """Make every mlx-lm entry point use a packed cache for this model.
 
     Layers with a ``KVCache`` get a packed growing cache, sliding layers a packed rotating one;
@@ -65,23 +91,29 @@ def enable(model: nn.Module, spec: str | Spec, *, verbose: bool = True) -> Repor
     Args:
         model (nn.Module): A model from ``mlx_lm.load``.
         spec (str or Spec): For example ``"int4-srft"``; ``"fp16"`` is :func:`disable`.
+        calibration (CalibrationSet or path, optional): From :func:`mlx_kvq.calibrate`. Without
+            one the model is calibrated on a built-in text, once: the result is kept in the
+            user's cache directory (``mlx_kvq.automatic``). ``calibrate=off`` in the spec
+            leaves calibration out.
+        tokenizer (optional): For that text; without it random tokens are used.
         verbose (bool): Print one line to stderr that says what was applied.
 
     Returns:
         Report: What was packed and what was left; ``None`` for ``"fp16"``.
 
     Raises:
-        ValueError: If the spec is not valid, or nothing in this model can be packed.
+        ValueError: If the spec is not valid, nothing in this model can be packed, or the
+            calibration is not one of this model.
     """
     parsed = Spec.parse(spec)
     if parsed is None:
         disable(model)
         return None
-    make, report = _plan(model, parsed)
+    say = _say if verbose else automatic.silent
+    make, report = _plan(model, parsed, calibration, tokenizer, say)
     seams.install()
     model.make_cache = seams.CacheFactory(make)
-    if verbose:
-        print(f"[mlx_kvq] {report}", file=sys.stderr)
+    say(str(report))
     return report
 
 
@@ -91,8 +123,17 @@ def disable(model: nn.Module) -> None:
         del model.make_cache
 
 
+def _say(line: str) -> None:
+    print(f"[mlx_kvq] {line}", file=sys.stderr)
+
+
 def make_prompt_cache(
-    model: nn.Module, spec: str | Spec, max_kv_size: int | None = None
+    model: nn.Module,
+    spec: str | Spec,
+    max_kv_size: int | None = None,
+    *,
+    calibration: CalibrationSet | str | Path | None = None,
+    tokenizer=None,
 ) -> list[stock._BaseCache]:
     """A packed prompt cache for one conversation, without enabling the model.
 
@@ -101,6 +142,7 @@ def make_prompt_cache(
         spec (str or Spec): For example ``"int4-srft"``.
         max_kv_size (int, optional): Bounds every growing layer to so many tokens, of which the
             first 4 are never dropped.
+        calibration, tokenizer: As for :func:`enable`.
 
     Raises:
         ValueError: As :func:`enable`.
@@ -108,7 +150,7 @@ def make_prompt_cache(
     parsed = Spec.parse(spec)
     if parsed is None:
         return _stock_make(model)(max_kv_size)
-    make, _ = _plan(model, parsed)
+    make, _ = _plan(model, parsed, calibration, tokenizer, automatic.silent)
     seams.install()
     return make(max_kv_size)
 
@@ -127,8 +169,19 @@ def _stock_make(model: nn.Module) -> Callable[[int | None], list]:
     return default
 
 
-def _plan(model: nn.Module, spec: Spec) -> tuple[Callable[[int | None], list], Report]:
-    """Find the layers that can be packed, by running the model without evaluating anything."""
+def _plan(
+    model: nn.Module,
+    spec: Spec,
+    calibration: CalibrationSet | str | Path | None,
+    tokenizer,
+    say: Callable[[str], None],
+) -> tuple[Callable[[int | None], list], Report]:
+    """Find the layers that can be packed, by running the model without evaluating anything,
+    then calibrate them and apply the spec's policy."""
+    if isinstance(calibration, str | Path):
+        calibration = CalibrationSet.load(calibration)
+    if calibration is not None and spec.calibrate == "off":
+        raise ValueError(f"{spec} says calibrate=off, but a calibration is given.")
     own = _stock_make(model)
     report = Report(spec)
     formats: dict[tuple[int, ...], Format] = {}  # by path in the caches
@@ -141,34 +194,145 @@ def _plan(model: nn.Module, spec: Spec) -> tuple[Callable[[int | None], list], R
             report.left[layer] = "not reached by a forward pass"
         else:
             try:
-                formats[path] = make_format(spec, *shapes[path])
+                formats[path] = make_format(spec, *shapes[path][1:])
             except ValueError as error:
                 report.left[layer] = str(error)
 
     def make(max_kv_size: int | None) -> list:
         caches = own(None)
-        return [_pack(c, (i,), formats, max_kv_size) for i, c in enumerate(caches)]
+        made = [_pack(c, (i,), formats, max_kv_size) for i, c in enumerate(caches)]
+        for path, cache in _leaves(made):
+            if path in as_arrays and isinstance(cache, _PackedCache):
+                cache.as_arrays = True
+        return made
 
+    as_arrays: set[tuple[int, ...]] = set()
     seams.install()
     while formats and (failed := _first_failure(model, make(None))):
         path, failure = failed
-        reason = f"its attention is not mlx-lm's shared one ({type(failure).__name__})"
-        if path not in formats:
+        # Beside a latent cache there may be one of an indexer, which is read apart as well, in
+        # prompts longer than those that are tried here.
+        latent = {p[0] for p in formats if shapes[p][0] == 1 and shapes[p][1] != shapes[p][2]}
+        reason = "latent attention (MLA), whose cache is small already"
+        # Layers of the same shape run the same code.
+        alike = [
+            p for p in formats if (p[0] in latent if latent else shapes[p] == shapes.get(path))
+        ]
+        if not alike:
             raise ValueError(
                 f"{spec} cannot be used with this model: running it on packed caches raised "
                 f"{type(failure).__name__}: {failure}"
             ) from failure
-        # Layers of the same shape run the same code.
-        for other in [p for p in formats if shapes[p] == shapes[path]]:
+        if not latent:
+            if path not in as_arrays:
+                as_arrays.update(alike)
+                continue
+            reason = f"its attention is not mlx-lm's shared one ({type(failure).__name__})"
+        for other in alike:
             del formats[other]
             report.left[other[0]] = reason
     if not formats:
         reasons = "; ".join(dict.fromkeys(report.left.values())) or "it makes no caches"
         raise ValueError(f"{spec} cannot pack any layer of this model: {reasons}.")
+    # What calibrates is watched in the shared attention function.
+    watched = {path: shapes[path] for path in formats if path not in as_arrays}
+    if calibration is not None:
+        calibration = shards.local(calibration, model, watched)
+    elif spec.calibrate == "auto" and watched:
+        calibration = automatic.automatic(model, tokenizer, say)
+    report.calibration = calibration
+    if spec.rounding == "feedback" and (
+        calibration is None or any(c.keys.metric is None for c in calibration.layers.values())
+    ):
+        raise ValueError(f"{spec}: rounding=feedback needs a calibration that holds 'metric'.")
+    bits = _policy(spec, formats, report)
+    if calibration is not None:
+        try:
+            calibration.check({path: s for path, s in watched.items() if path in formats})
+        except ValueError as error:
+            raise ValueError(f"The calibration does not fit this model: {error}") from None
+    formats.update(_formats(spec, bits, shapes, calibration))
+    if spec.budget is not None:
+        bits = allocate(
+            model,
+            lambda bits: _mixed(own, _formats(spec, bits, shapes, calibration)),
+            bits,
+            {p: {b: _formats(spec, {p: b}, shapes, None)[p].layout for b in STEPS} for p in bits},
+            spec.budget,
+            tokenizer,
+        )
+        formats.update(_formats(spec, bits, shapes, calibration))
     for path, fmt in formats.items():
         report.packed[path[0]] = fmt
         report.left.pop(path[0], None)
-    return make, report
+        if path in as_arrays:
+            report.unpacked.append(path[0])
+    name = cache_once(lambda: automatic.identity(model))
+
+    def made_for_this_model(max_kv_size: int | None) -> list:
+        caches = make(max_kv_size)
+        for _, cache in _leaves(caches):
+            if isinstance(cache, _PackedCache):
+                cache.model = name()
+        return caches
+
+    return made_for_this_model, report
+
+
+def _policy(
+    spec: Spec, formats: dict[tuple[int, ...], Format], report: Report
+) -> dict[tuple[int, ...], str]:
+    """The bits of every packed cache; takes those that the spec skips out of ``formats``."""
+    layers = sorted({path[0] for path in formats})
+    names: dict[int | str, int] = {"first": layers[0], "last": layers[-1]}
+    chosen = {}
+    for option in ("skip", "high"):
+        chosen[option] = {names.get(layer, layer) for layer in getattr(spec, option)}
+        if unknown := chosen[option] - set(layers):
+            raise ValueError(
+                f"{spec}: {option} names layer {min(map(int, unknown))}; the layers that can be "
+                f"packed are {_ranges(layers)}."
+            )
+    for path in [p for p in formats if p[0] in chosen["skip"]]:
+        del formats[path]
+        report.left[path[0]] = "skipped"
+    if not formats:
+        raise ValueError(f"{spec} skips every layer: use 'fp16'.")
+    return {path: "int8" if path[0] in chosen["high"] else spec.bits for path in formats}
+
+
+def _formats(
+    spec: Spec,
+    bits: dict[tuple[int, ...], str],
+    shapes: dict[tuple[int, ...], tuple[int, int, int]],
+    calibration: CalibrationSet | None,
+) -> dict[tuple[int, ...], Format]:
+    formats = {}
+    for path, name in bits.items():
+        layer = None if calibration is None else calibration.layers.get(path)
+        formats[path] = make_format(
+            replace(spec, bits=name),
+            *shapes[path][1:],
+            keys=None if layer is None else layer.keys,
+            values=None if layer is None else layer.values,
+        )
+    return formats
+
+
+def _mixed(own: Callable[[int | None], list], formats: dict[tuple[int, ...], Format]) -> list:
+    """Caches of which some are packed and the others the model's own."""
+    return [_pack(c, (i,), formats, None) for i, c in enumerate(own(None))]
+
+
+def packable(
+    model: nn.Module,
+) -> tuple[Callable[[], list], dict[tuple[int, ...], tuple[int, int, int]]]:
+    """What makes the model's own caches, and (Hkv, Dk, Dv) of each that a spec could pack."""
+    own = _stock_make(model)
+    kinds = {path: type(cache) for path, cache in _leaves(own(None))}
+    sizes = _head_sizes(model, own(None))
+    packed = (stock.KVCache, stock.RotatingKVCache)
+    return lambda: own(None), {p: s for p, s in sizes.items() if kinds[p] in packed}
 
 
 def _leaves(caches, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], object]]:
@@ -207,12 +371,12 @@ def _watch(caches, seen: Callable) -> None:
         cache.update_and_fetch = watched  # type: ignore[attr-defined]
 
 
-def _head_sizes(model: nn.Module, caches: list) -> dict[tuple[int, ...], tuple[int, int]]:
-    """(Dk, Dv) of every cache that one token reaches; builds the graph, evaluates nothing."""
-    sizes: dict[tuple[int, ...], tuple[int, int]] = {}
+def _head_sizes(model: nn.Module, caches: list) -> dict[tuple[int, ...], tuple[int, int, int]]:
+    """(Hkv, Dk, Dv) of every cache that one token reaches; builds the graph, evaluates nothing."""
+    sizes: dict[tuple[int, ...], tuple[int, int, int]] = {}
 
     def seen(path, keys, values):
-        sizes[path] = (keys.shape[-1], values.shape[-1])
+        sizes[path] = (keys.shape[1], keys.shape[-1], values.shape[-1])
 
     _watch(caches, seen)
     model(mx.array([[0]]), cache=caches)

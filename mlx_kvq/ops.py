@@ -16,6 +16,7 @@ import mlx.core as mx
 from . import fused, reference
 from .format import Format
 
+_chosen: dict[tuple, ModuleType] = {}  # what `backend` said before
 _tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
 _said: set[str] = set()
 
@@ -37,33 +38,44 @@ def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
     return fused
 
 
+def _backend(fmt: Format, dtype: mx.Dtype) -> ModuleType:
+    """``backend``, remembered: decoding asks three times a layer and token."""
+    key = (fmt, dtype, fused.language())
+    if (module := _chosen.get(key)) is None:
+        module = _chosen[key] = backend(fmt, dtype)
+    return module
+
+
+def forget() -> None:
+    """Choose and try again: for tests, which change the environment."""
+    _chosen.clear()
+    _tried.clear()
+
+
 def _say(line: str) -> None:
     if line not in _said:
         _said.add(line)
         print(f"[mlx_kvq] {line}", file=sys.stderr)
 
 
-def _run(op: str, variant: tuple, fmt: Format, dtype: mx.Dtype, trial, *args):
-    """Run ``op`` on its backend. A kernel's first use is tried and evaluated on small zeros:
-    kernels are compiled when they are evaluated, too late to fall back by then.
-    """
-    module = backend(fmt, dtype)
-    if module is fused:
-        key = (op, fused.language(), fmt.signature, dtype, *variant)
-        if key not in _tried:
-            try:
-                mx.eval(getattr(fused, op)(*trial()))
-                _tried[key] = True
-            except Exception as error:
-                _tried[key] = False
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                _say(
-                    f"warning: the {op} kernel failed on this machine ({reason}). Using plain mx "
-                    "operations, which are slower. Please report the output of 'mlx_kvq doctor'."
-                )
-        if not _tried[key]:
-            module = reference
-    return getattr(module, op)(*args)
+def _works(op: str, variant: tuple, fmt: Format, dtype: mx.Dtype, trial) -> bool:
+    """Whether a kernel runs on this machine: its first use is tried, and evaluated, on zeros.
+    Kernels are compiled when they are evaluated, which is too late to fall back."""
+    key = (op, fmt, dtype, *variant)
+    works = _tried.get(key)
+    if works is None:
+        try:
+            mx.eval(getattr(fused, op)(*trial()))
+            works = True
+        except Exception as error:
+            works = False
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            _say(
+                f"warning: the {op} kernel failed on this machine ({reason}). Using plain mx "
+                "operations, which are slower. Please report the output of 'mlx_kvq doctor'."
+            )
+        _tried[key] = works
+    return works
 
 
 def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
@@ -88,16 +100,15 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
             f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
             f"{lay.k_dim} and {lay.v_dim}."
         )
-    Hkv = k.shape[1]
+    if _backend(fmt, k.dtype) is fused:
 
-    def trial():
-        return (
-            mx.zeros((1, Hkv, 1, lay.k_dim), k.dtype),
-            mx.zeros((1, Hkv, 1, lay.v_dim), v.dtype),
-            fmt,
-        )
+        def trial():
+            zeros = mx.zeros((1, k.shape[1], 1, lay.k_dim), k.dtype)
+            return zeros, mx.zeros((1, k.shape[1], 1, lay.v_dim), v.dtype), fmt
 
-    return _run("quantize_pack", (), fmt, k.dtype, trial, k, v, fmt)
+        if _works("quantize_pack", (), fmt, k.dtype, trial):
+            return fused.quantize_pack(k, v, fmt)
+    return reference.quantize_pack(k, v, fmt)
 
 
 def attend(
@@ -136,30 +147,31 @@ def attend(
     B, Hq, _, D = q.shape
     if B != rows.shape[0] or Hq % rows.shape[1] or fmt.layout.k_dim != D:
         raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
-    Hkv, L = rows.shape[1], q.shape[2]
-    parts = 1
-    if backend(fmt, q.dtype) is fused:
-        parts = min(2, fused.attend_parts(q.shape, rows.shape, length, fmt, window))
-    kind = mask.dtype if isinstance(mask, mx.array) else None
-    variant = (kind, sinks is None, starts is None, parts)
-
-    def trial():
-        n = 64
-        return (
-            mx.zeros((1, Hq, L, D), q.dtype),
-            mx.zeros((1, Hkv, n, rows.shape[3]), mx.uint32),
-            n,
-            fmt,
-            scale,
-            None if kind is None else mx.zeros((L, n), kind),
-            sinks,
-            None if starts is None else mx.zeros((1,), mx.int32),
-            window,
-            parts,
-        )
-
     args = (q, rows, length, fmt, scale, mask, sinks, starts, window)
-    return _run("attend", variant, fmt, q.dtype, trial, *args)
+    if _backend(fmt, q.dtype) is fused:
+        Hkv, L = rows.shape[1], q.shape[2]
+        span = length if window is None else min(length, window + L - 1)
+        parts = fused.attend_parts(fmt, B, Hq, Hkv, L, span)
+        kind = mask.dtype if isinstance(mask, mx.array) else None
+
+        def trial():
+            return (
+                mx.zeros((1, Hq, L, D), q.dtype),
+                mx.zeros((1, Hkv, 64, rows.shape[3]), mx.uint32),
+                64,
+                fmt,
+                scale,
+                None if kind is None else mx.zeros((L, 64), kind),
+                sinks,
+                None if starts is None else mx.zeros((1,), mx.int32),
+                window,
+                min(2, parts),
+            )
+
+        variant = (kind, sinks is None, starts is None, parts == 1)
+        if _works("attend", variant, fmt, q.dtype, trial):
+            return fused.attend(*args, parts)
+    return reference.attend(*args)
 
 
 def dequantize(
@@ -171,11 +183,14 @@ def dequantize(
         K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``.
     """
     _check_rows(rows, length, fmt)
+    if _backend(fmt, dtype) is fused:
 
-    def trial():
-        return mx.zeros((1, rows.shape[1], 1, rows.shape[3]), mx.uint32), 1, fmt, dtype
+        def trial():
+            return mx.zeros((1, rows.shape[1], 1, rows.shape[3]), mx.uint32), 1, fmt, dtype
 
-    return _run("dequantize", (), fmt, dtype, trial, rows, length, fmt, dtype)
+        if _works("dequantize", (), fmt, dtype, trial):
+            return fused.dequantize(rows, length, fmt, dtype)
+    return reference.dequantize(rows, length, fmt, dtype)
 
 
 def _check_rows(rows: mx.array, length: int, fmt: Format) -> None:

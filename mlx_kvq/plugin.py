@@ -7,6 +7,7 @@ It must not import from ``mlx_lm`` itself, which may be half imported.
 
 import argparse
 import functools
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ HELP = (
 CHUNK = 128  # tokens per step of mlx_lm.perplexity, which has no cache of its own
 
 _asked: str | None = None  # --kv-cache of this process
+_unchecked: list[list] = []  # caches from a file, before the model is loaded
 
 
 def patch(module: ModuleType) -> None:
@@ -29,6 +31,9 @@ def patch(module: ModuleType) -> None:
     for name in ("load", "sharded_load"):
         if name in names:
             names[name] = _enabling(names[name], is_server="APIHandler" in names)
+    if "ModelProvider" in names:
+        provider = names["ModelProvider"]
+        provider.load_default = _ending_the_server(provider.load_default)
     if "load_prompt_cache" in names:
         names["load_prompt_cache"] = _knowing_our_caches(names["load_prompt_cache"])
     if "eval_ppl" in names:
@@ -73,31 +78,64 @@ class _Argparse(ModuleType):
         return getattr(argparse, name)
 
 
+class _PackingError(ValueError):
+    """The model cannot have the cache that was asked for."""
+
+
+def _ending_the_server(load_default):
+    """The server loads its own model in a thread, whose end it would survive without a model."""
+
+    @functools.wraps(load_default)
+    def wrapper(*args, **kwargs):
+        try:
+            return load_default(*args, **kwargs)
+        except _PackingError as error:
+            print(f"[mlx_kvq] error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    return wrapper
+
+
 def _enabling(load, is_server: bool):
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
         loaded = load(*args, **kwargs)
-        if _asked is not None:
-            from .model import enable
+        caches = _unchecked.pop() if _unchecked else None
+        if _asked is None and caches is None:
+            return loaded
+        from .model import enable
+        from .prompt_cache import check
 
-            try:
-                enable(loaded[0], _asked)
-            except ValueError as error:
-                if is_server:  # answers the request with it and goes on
-                    raise
-                sys.exit(f"[mlx_kvq] error: {error}")
+        try:
+            if _asked is not None:
+                enable(loaded[0], _asked, tokenizer=loaded[1])
+            if caches is not None:
+                check(caches, loaded[0])
+        except ValueError as error:
+            if is_server:  # answers the request with it and goes on
+                raise _PackingError(str(error)) from error
+            sys.exit(f"[mlx_kvq] error: {error}")
         return loaded
 
     return wrapper
 
 
 def _knowing_our_caches(load_prompt_cache):
+    """Loads packed caches, and keeps them until the model is there that they must fit."""
+
     @functools.wraps(load_prompt_cache)
-    def wrapper(*args, **kwargs):
+    def wrapper(file_name, return_metadata=False):
+        from mlx_lm.models import cache as stock
+
         from . import seams
 
         seams.install()
-        return load_prompt_cache(*args, **kwargs)
+        try:
+            caches, metadata = stock.load_prompt_cache(file_name, return_metadata=True)
+        except (OSError, ValueError) as error:
+            sys.exit(f"[mlx_kvq] error: {error}")
+        _unchecked.append(caches)
+        return (caches, metadata) if return_metadata else caches
 
     return wrapper
 

@@ -7,6 +7,7 @@ costs accuracy on any device.
 
 import mlx.core as mx
 
+from . import feedback
 from .format import Format
 from .layout import RowLayout
 
@@ -67,6 +68,52 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
     return codes.flatten(-2), scale.squeeze(-1)
 
 
+def quantize_with_feedback(
+    y: mx.array, bits: int, group: int, rule: str, G: mx.array
+) -> tuple[mx.array, mx.array]:
+    """As :func:`quantize`, but blocks of channels are rounded one after the other, the last
+    first, each making up for the errors so far (:mod:`mlx_kvq.feedback`).
+
+    Args:
+        y (mx.array): fp32 [B, H, L, D].
+        G (mx.array): fp32 [H, D, D].
+    """
+    D, block = y.shape[-1], feedback.BLOCK
+    middle = 1 << (bits - 1)
+    codes: list[mx.array] = []
+    scales: list[mx.array] = []
+    errors: mx.array | None = None  # y − ŷ of the channels so far, [B, H, L, D - done]
+    for end in range(D, 0, -group):
+        # The group's scale fits what is asked of it when its turn comes.
+        low = end - group
+        target = y[..., low:end]
+        if errors is not None:
+            target = target + errors @ G[:, low:end, end:].swapaxes(-1, -2)
+        scale = quantize(target, bits, group, rule)[1]
+        scales.insert(0, scale)
+        s = scale.astype(mx.float32)
+        s = mx.where(s > 0, s, 1.0)
+        for j in range(end - block, low - 1, -block):
+            target = y[..., j : j + block]
+            if errors is not None:
+                target = target + errors @ G[:, j : j + block, j + block :].swapaxes(-1, -2)
+            n = target / s
+            if rule == "paper":
+                n = mx.clip(mx.round(n) + middle, 1, 2 * middle - 1)
+                got = s * (n - middle)
+            else:
+                n = mx.clip(mx.floor(n) + middle, 0, 2 * middle - 1)
+                got = s * (n - (middle - 0.5))
+            codes.insert(0, mx.where(scale > 0, n, middle))
+            # A group of zeros, or a damaged one, has nothing to pass on.
+            error = mx.where(scale > 0, y[..., j : j + block] - got, 0.0)
+            errors = error if errors is None else mx.concatenate([error, errors], axis=-1)
+    whole = mx.concatenate(codes, axis=-1)
+    finite = mx.isfinite(mx.repeat(mx.concatenate(scales, axis=-1), group, axis=-1))
+    whole = mx.where(finite, whole, 0).astype(mx.uint32)
+    return whole, mx.concatenate(scales, axis=-1)
+
+
 def pack_codes(codes: mx.array, bits: int) -> mx.array:
     """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first."""
     per_word = 32 // bits
@@ -84,7 +131,11 @@ def unpack_codes(words: mx.array, bits: int) -> mx.array:
 def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W]."""
     lay = fmt.layout
-    k_codes, k_scales = quantize(fmt.keys.forward(k), lay.k_bits, lay.k_group, fmt.scale)
+    y = fmt.keys.forward(k)
+    if (G := fmt.feedback) is None:
+        k_codes, k_scales = quantize(y, lay.k_bits, lay.k_group, fmt.scale)
+    else:
+        k_codes, k_scales = quantize_with_feedback(y, lay.k_bits, lay.k_group, fmt.scale, G)
     v_codes, v_scales = quantize(fmt.values.forward(v), lay.v_bits, lay.v_group, fmt.scale)
     scales = [k_scales, v_scales]
     if (lay.k_scales + lay.v_scales) % 2:

@@ -1,10 +1,13 @@
-"""The rotations: R = F · diag(s), orthonormal, the same bytes on every platform.
+"""The rotations, orthonormal and the same from one seed on every platform.
 
-Source: Bergach, arXiv 2605.05699, §3 (sign-randomized real FFT); ``srht`` replaces the FFT by
-the Hadamard matrix.
+``srft`` and ``srht`` are R = F · diag(s) with random signs s and a fast F: the real FFT
+(Bergach, arXiv 2605.05699, §3) or the Hadamard matrix. ``householder`` and ``quaternion`` are
+random too but dense matrices: nothing about them is fast. ``docs/quality.md`` compares them.
 """
 
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -13,17 +16,31 @@ KEYS, VALUES = 0, 1  # streams of random signs
 _MASK = (1 << 64) - 1
 
 
-def signs(seed: int, stream: int, D: int) -> np.ndarray:
-    """D random signs (float64, ±1) from splitmix64 started at ``2 * seed + stream``."""
+def _splitmix64(seed: int, stream: int) -> Iterator[int]:
+    """Random words of 64 bits, started at ``2 * seed + stream``."""
     state = 2 * seed + stream
-    out = np.empty(D)
-    for i in range(D):
+    while True:
         state = (state + 0x9E3779B97F4A7C15) & _MASK
         z = state
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        out[i] = -1.0 if (z ^ (z >> 31)) >> 63 else 1.0
-    return out
+        yield z ^ (z >> 31)
+
+
+def signs(seed: int, stream: int, D: int) -> np.ndarray:
+    """D random signs (float64, ±1)."""
+    words = islice(_splitmix64(seed, stream), D)
+    return np.array([-1.0 if word >> 63 else 1.0 for word in words])
+
+
+def _near_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Random numbers (float64) around zero, each the sum of a word's four 16-bit parts.
+
+    Sums of integers instead of logarithms and cosines: those differ between platforms.
+    """
+    words = islice(_splitmix64(seed, stream), int(np.prod(shape)))
+    parts = [sum(word >> 16 * i & 0xFFFF for i in range(4)) for word in words]
+    return np.array(parts, dtype=np.float64).reshape(shape) - 2 * 0xFFFF
 
 
 def real_fft(D: int) -> np.ndarray:
@@ -47,13 +64,57 @@ def hadamard(D: int) -> np.ndarray:
     return H / np.sqrt(D)
 
 
+def householder(seed: int, stream: int, D: int) -> np.ndarray:
+    """The product of D/2 random reflections I − 2vvᵀ / vᵀv, [D, D].
+
+    It leaves half of all directions alone and a third of every channel in its place, so it
+    spreads an outlier less than ``srft`` does.
+    """
+    R = np.eye(D)
+    for v in _near_normal(seed, stream, (D // 2, D)):
+        R -= np.outer(2 / (v @ v) * v, v @ R)
+    return R
+
+
+def quaternion(seed: int, stream: int, D: int) -> np.ndarray:
+    """Random rotations of every four channels, z -> a z b̄ with unit quaternions: [D, D], in
+    blocks of 4 x 4.
+
+    Every rotation of four dimensions is of this form (SO(4); IsoQuant).
+    """
+    R = np.zeros((D, D))
+    for i, (a, b) in enumerate(_near_normal(seed, stream, (D // 4, 2, 4))):
+        left, right = _left(a / np.sqrt(a @ a)), _left(b / np.sqrt(b @ b))
+        # z b̄ as a matrix: conjugate, multiply by b from the left, conjugate.
+        conjugate = np.array([1.0, -1.0, -1.0, -1.0])
+        right = conjugate[:, None] * right * conjugate
+        R[4 * i : 4 * i + 4, 4 * i : 4 * i + 4] = left @ right
+    return R
+
+
+def _left(a: np.ndarray) -> np.ndarray:
+    """The 4 x 4 matrix of z -> a z for quaternions."""
+    w, x, y, z = a
+    return np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])
+
+
 def why_not(rotation: str, D: int) -> str | None:
     """Why ``rotation`` does not exist for head size D, or ``None`` if it does."""
-    if rotation == "srft" and D % 2:
-        return f"srft needs an even head size, not {D}"
+    if rotation in ("srft", "householder") and D % 2:
+        return f"{rotation} needs an even head size, not {D}"
     if rotation == "srht" and D & (D - 1):
         return f"srht needs a head size that is a power of two, not {D}"
+    if rotation == "quaternion" and D % 4:
+        return f"quaternion needs a head size that is a multiple of 4, not {D}"
     return None
+
+
+_DENSE: dict[str, Callable[[int, int, int], np.ndarray]] = {
+    "srft": lambda seed, stream, D: real_fft(D) * signs(seed, stream, D),
+    "srht": lambda seed, stream, D: hadamard(D) * signs(seed, stream, D),
+    "householder": householder,
+    "quaternion": quaternion,
+}
 
 
 @lru_cache(maxsize=64)
@@ -63,7 +124,6 @@ def matrix(rotation: str, seed: int, stream: int, D: int) -> mx.array | None:
         raise ValueError(f"{reason}.")
     if rotation == "none":
         return None
-    F = real_fft(D) if rotation == "srft" else hadamard(D)
-    R = mx.array((F * signs(seed, stream, D)).astype(np.float32))
+    R = mx.array(_DENSE[rotation](seed, stream, D).astype(np.float32))
     mx.eval(R)  # made once, shared by threads and streams
     return R

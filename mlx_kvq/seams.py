@@ -1,22 +1,38 @@
-"""Where mlx-lm is led to the packed caches: three replaced functions, no model file touched.
+"""Where mlx-lm is led to the packed caches: replaced functions, no model file touched.
 
 - ``base.quantized_scaled_dot_product_attention``, which ``base.scaled_dot_product_attention``
   looks up at call time for every cache that has ``bits``: packed keys go to our attention,
   anything else to the original.
+- ``base.scaled_dot_product_attention``, wherever it was imported: mlx-lm's refuses attention
+  sinks for a cache that has ``bits``, and does not see that a layer which reads the keys of
+  another layer, and has no cache of its own, got packed ones.
 - ``make_prompt_cache``, in ``mlx_lm.models.cache`` and wherever it was imported: for an enabled
   model it honours ``max_kv_size``, which mlx-lm leaves out for a model with its own caches.
-- ``mlx_lm.models.cache``'s globals hold our cache classes, where ``load_prompt_cache`` looks.
+- ``trim_prompt_cache`` in ``mlx_lm.generate``, where speculative decoding rewinds by it: a
+  rotating cache that is full can give back the tokens of the last chunk, no matter what
+  ``is_trimmable`` says of any number of tokens.
+- ``save_prompt_cache`` and ``load_prompt_cache``, which then hash and check files of packed
+  caches (``mlx_kvq.prompt_cache``); ``mlx_lm.models.cache``'s globals hold our cache classes,
+  where the latter looks.
 """
 
 import functools
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
-from . import cache as packed
+from . import batch, cache
 from .attention import PackedView, packed_attention
+
+CLASSES = (
+    cache.PackedKVCache,
+    cache.PackedRotatingKVCache,
+    batch.PackedBatchKVCache,
+    batch.PackedBatchRotatingKVCache,
+)
 
 
 def install() -> None:
@@ -31,7 +47,21 @@ def install() -> None:
             return packed_attention(queries, keys, values, scale, mask)
         return original_attention(queries, keys, values, scale=scale, mask=mask, **kwargs)
 
-    setattr(base, "quantized_scaled_dot_product_attention", attention)  # noqa: B010 (for mypy)
+    _replace(original_attention, attention)
+
+    original_shared = base.scaled_dot_product_attention
+
+    @functools.wraps(original_shared)
+    def shared(queries, keys, values, cache, scale, mask, sinks=None):
+        if isinstance(keys, PackedView):
+            return packed_attention(queries, keys, values, scale, mask, sinks)
+        if sinks is not None and not isinstance(getattr(cache, "bits", 0), int):
+            # What records queries for a calibration, and can take sinks.
+            record: Callable = base.quantized_scaled_dot_product_attention
+            return record(queries, keys, values, scale, mask, bits=cache.bits, sinks=sinks)
+        return original_shared(queries, keys, values, cache, scale, mask, sinks)
+
+    _replace(original_shared, shared)
 
     original_make = stock.make_prompt_cache
 
@@ -44,8 +74,25 @@ def install() -> None:
 
     make_prompt_cache._mlx_kvq = True  # type: ignore[attr-defined]
     _replace(original_make, make_prompt_cache)
-    for cls in packed.CLASSES:
+    for cls in CLASSES:
         setattr(stock, cls.__name__, cls)
+    from . import prompt_cache  # which needs what needs this module
+
+    _replace(stock.save_prompt_cache, prompt_cache.saving(stock.save_prompt_cache))
+    _replace(stock.load_prompt_cache, prompt_cache.loading(stock.load_prompt_cache))
+    # The package's attribute of that name is the function generate.
+    vars(import_module("mlx_lm.generate"))["trim_prompt_cache"] = rewind
+
+
+def rewind(caches: list, n: int) -> int:
+    """``trim_prompt_cache`` for the last ``n`` tokens of what was just fed."""
+
+    def rewinds(c) -> bool:
+        return c.is_trimmable() or (isinstance(c, cache.PackedRotatingKVCache) and c.can_rewind(n))
+
+    if not caches or not all(rewinds(c) for c in caches):
+        return 0
+    return [c.trim(n) if c.is_trimmable() else c.rewind(n) for c in caches][0]
 
 
 class CacheFactory:

@@ -1,11 +1,13 @@
 """Models with random weights in the shape of real ones: for speed, not for text."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models import gemma3_text, llama, qwen2
 
-SHAPES = {
+SHAPES: dict[str, tuple[Any, dict]] = {
     "qwen2.5-0.5b": (
         qwen2,
         {

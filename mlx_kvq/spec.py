@@ -13,6 +13,8 @@ BITS = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4)}
 ROTATIONS = {
     "srft": "randomized signs, then a real FFT; every even head size",
     "srht": "randomized signs, then a Hadamard transform; head sizes that are powers of two",
+    "householder": "D/2 random reflections, a dense matrix; every even head size",
+    "quaternion": "random rotations of four channels each; multiples of four",
     "none": "no rotation",
 }
 SCALES = {
@@ -20,7 +22,15 @@ SCALES = {
     "absmax": "the largest magnitude maps to the outermost of the 2^bits half-step levels",
     "paper": "arXiv 2605.05699: an odd number of levels around zero",
 }
-OPTIONS = ("group_size", "seed", "scale")
+CALIBRATE = {
+    "auto": "with the calibration given, or one made from a built-in text when there is none",
+    "off": "never: μ = 0, σ = 1, the paper's plain path",
+}
+ROUNDINGS = {
+    "nearest": "every channel to its nearest level",
+    "feedback": "a channel makes up for the errors before it, weighted by what queries read",
+}
+OPTIONS = ("group_size", "seed", "scale", "calibrate", "skip", "high", "budget", "rounding")
 OFF = "fp16"
 
 
@@ -35,6 +45,14 @@ class Spec:
             the head size. ``None`` takes 32, or the next such divisor above 32.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
         scale (str): ``"search"``, ``"absmax"`` or ``"paper"``.
+        calibrate (str): ``"auto"`` or ``"off"``.
+        skip (tuple): Layers that keep the model's own cache: numbers, ``"first"``, ``"last"``,
+            counted among the layers that can be packed. ``skip=first+last`` in a string.
+        high (tuple): Layers kept in 8 bits, likewise.
+        budget (float, optional): Bits per value, scales included, that may be spent on average;
+            what is left over goes to the layers whose error costs most (``mlx_kvq.budget``).
+        rounding (str): ``"nearest"`` or ``"feedback"`` (``mlx_kvq.feedback``): how codes of keys
+            are chosen when written; what is stored is read in the same way.
     """
 
     bits: str
@@ -42,6 +60,11 @@ class Spec:
     group_size: int | None = None
     seed: int = 0
     scale: str = "search"
+    calibrate: str = "auto"
+    skip: tuple[int | str, ...] = ()
+    high: tuple[int | str, ...] = ()
+    budget: float | None = None
+    rounding: str = "nearest"
 
     @property
     def k_bits(self) -> int:
@@ -59,6 +82,15 @@ class Spec:
             options.append(f"seed={self.seed}")
         if self.scale != "search":
             options.append(f"scale={self.scale}")
+        if self.calibrate != "auto":
+            options.append(f"calibrate={self.calibrate}")
+        for name in ("skip", "high"):
+            if layers := getattr(self, name):
+                options.append(f"{name}={'+'.join(map(str, layers))}")
+        if self.budget is not None:
+            options.append(f"budget={self.budget:g}")
+        if self.rounding != "nearest":
+            options.append(f"rounding={self.rounding}")
         name = f"{self.bits}-{self.rotation}"
         return f"{name}:{','.join(options)}" if options else name
 
@@ -116,7 +148,36 @@ def _typed(text: str, options: dict[str, str]) -> dict:
         typed["seed"] = seed
     if "scale" in options and options["scale"] not in SCALES:
         raise ValueError(_unknown(text, "scale", options["scale"], SCALES))
+    if "calibrate" in options and options["calibrate"] not in CALIBRATE:
+        raise ValueError(_unknown(text, "calibrate", options["calibrate"], CALIBRATE))
+    if "rounding" in options and options["rounding"] not in ROUNDINGS:
+        raise ValueError(_unknown(text, "rounding", options["rounding"], ROUNDINGS))
+    for name in ("skip", "high"):
+        if name in options:
+            typed[name] = tuple(_layer(text, name, part) for part in options[name].split("+"))
+    if "budget" in options:
+        try:
+            typed["budget"] = float(options["budget"])
+        except ValueError:
+            typed["budget"] = 0.0
+        if not 4 <= typed["budget"] <= 16:
+            raise ValueError(
+                f"KV cache spec {text!r}: budget is 4 to 16 bits per value, got "
+                f"{options['budget']!r}."
+            )
     return typed
+
+
+def _layer(text: str, option: str, part: str) -> int | str:
+    part = part.strip()
+    if part in ("first", "last"):
+        return part
+    if not part.isdecimal():
+        raise ValueError(
+            f"KV cache spec {text!r}: {option} lists layers as 'first', 'last' or numbers "
+            f"joined by '+', got {part!r}."
+        )
+    return int(part)
 
 
 def _integer(text: str, key: str, value: str) -> int:

@@ -23,6 +23,7 @@ FORMATS = {
     "half": {"spec": "int4-srft:group_size=16,scale=absmax", "dtype": mx.float16},
     "bfloat": {"spec": "int8-none:scale=paper", "dtype": mx.bfloat16},
 }
+WORDS = make_format(Spec.parse("int4-srft"), K_DIM, V_DIM).layout.words
 WINDOWS = [(8, 0), (8, 4), (7, 6), (1, 0), (300, 0), (300, 4)]  # max_size, keep
 
 # Updates, as numbers of tokens.
@@ -302,8 +303,10 @@ def damaged(state, **changes):
     "changes, message",
     [
         ({"dtype": "uint32"}, "not one of a model"),
-        ({"rows": mx.zeros((1, 2, 4, 16), mx.float32)}, "not the uint32 rows"),
-        ({"rows": mx.zeros((1, 2, 4, 9), mx.uint32)}, "not the uint32 rows"),
+        # Each is wrong in one thing only, so that each condition is seen.
+        ({"rows": mx.zeros((1, HEADS, 4, WORDS), mx.float32)}, "not the uint32 rows"),
+        ({"rows": mx.zeros((1, HEADS, 4, WORDS - 1), mx.uint32)}, "not the uint32 rows"),
+        ({"rows": mx.zeros((1, 1, HEADS, WORDS, 4), mx.uint32)}, "not the uint32 rows"),
         ({"signature": "a cache"}, "not the signature"),
         ({"arrays": [None, None, None, mx.zeros((HEADS, V_DIM)), None, None]}, "damaged"),
     ],

@@ -36,7 +36,7 @@ def fake_quantized(cache, fmt):
         codes, scales = reference.quantize(y, bits, group, fmt.scale)
         levels = codes.astype(mx.float32) - (2 ** (bits - 1) - 0.5)
         y = levels * mx.repeat(scales.astype(mx.float32), group, axis=-1)
-        return (y @ transform.matrix).astype(x.dtype)
+        return transform.output(y).astype(x.dtype)  # one query head per KV head
 
     class Fake(type(cache)):
         def update_and_fetch(self, keys, values):
@@ -75,10 +75,11 @@ def test_enable_follows_the_models_own_caches(model):
 
 def test_one_line_says_what_was_applied(model, capsys):
     n = len(model.layers)
+    mlx_kvq.enable(model, "int4-srft", verbose=False)  # calibrates, where no test has yet
     mlx_kvq.enable(model, "int4-srft")
     line = (
         f"[mlx_kvq] int4-srft: packed {n} of {n} layers, 4.50 bits per value, "
-        "3.56x smaller than fp16\n"
+        "3.56x smaller than fp16, calibrated (random tokens)\n"
     )
     assert capsys.readouterr() == ("", line)
     mlx_kvq.enable(model, "k8v4-srft:group_size=64", verbose=False)
@@ -238,18 +239,22 @@ def test_layers_that_cannot_be_packed_are_left_and_named(capsys):
     assert (caches[0].offset, ring.offset) == (3, 3)
 
 
-def test_attention_that_reads_keys_itself_is_left(capsys):
+def test_attention_that_reads_keys_itself_is_unpacked_for(capsys):
     model = Model(Attention(64), Attention(32, shared=False), Attention(64))
-    mlx_kvq.enable(model, "int4-srft")
-    assert "left 1: its attention is not mlx-lm's shared one" in capsys.readouterr().err
-    assert types(model.make_cache()) == ["PackedKVCache", "KVCache", "PackedKVCache"]
+    mlx_kvq.enable(model, "int4-srft:calibrate=off")
+    line = capsys.readouterr().err
+    assert "packed 3 of 3 layers" in line
+    assert "unpacked to attend, without the shared function: 1" in line
+    caches = model.make_cache()
+    assert types(caches) == ["PackedKVCache"] * 3
+    for tokens in ([1, 2, 3], [4]):
+        mx.eval(model(mx.array([tokens]), cache=caches))
 
 
 @pytest.mark.parametrize(
     "model, spec, reason",
     [
         (Model(Attention(12)), "int4-srft", "head size 12 is not a multiple of 8"),
-        (Model(Attention(64, shared=False)), "int4-srft", "its attention is not mlx-lm's shared"),
         (Model(Attention(64)), "int4-srft:group_size=48", "group_size=48 does not divide"),
         (Model(Attention(96)), "int4-srht", "srht needs a head size that is a power of two"),
         (Hybrid(Attention(64), caches=lambda: [stock.ArraysCache(1)]), "int4-srft", "ArraysCache"),
@@ -289,3 +294,61 @@ def test_save_and_load_a_prompt_cache(loaded, model, tmp_path, spec):
     assert types(again) == types(caches)
     last = mx.array([prompt[-1:]])
     assert mx.array_equal(model(last, cache=caches), model(last, cache=again))
+
+
+def bits(caches):
+    return [c.format.spec.bits if hasattr(c, "format") else "own" for c in caches]
+
+
+def test_layers_can_be_skipped_or_kept_in_eight_bits(model, capsys):
+    n = len(model.layers)
+    report = mlx_kvq.enable(model, "int4-srft:skip=first+1,high=last,calibrate=off")
+    assert bits(model.make_cache()) == ["own", "own", *["int4"] * (n - 3), "int8"]
+    line = capsys.readouterr().err
+    assert f"packed {n - 2} of {n} layers" in line
+    assert f"int8 in {n - 1}" in line and "left 0-1: skipped" in line
+    assert sorted(report.packed) == list(range(2, n))
+    for spec, error in [
+        (f"int4-srft:skip={n}", f"skip names layer {n}; the layers that can be packed are 0-"),
+        (f"int4-srft:high={n + 2}", f"high names layer {n + 2}"),
+        ("int4-srft:skip=" + "+".join(map(str, range(n))), "skips every layer: use 'fp16'"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            mlx_kvq.enable(model, spec + ",calibrate=off")
+
+
+def test_a_budget_goes_where_the_loss_is(capsys):
+    """Only one layer's keys matter here: it gets the bits, and no more than the budget allows."""
+
+    class Dull(Attention):
+        def __call__(self, x, cache):
+            return 0 * super().__call__(x, cache)
+
+    class Busy(nn.Module):
+        def __call__(self, x, cache):
+            h = mx.sin(x[:, None, :, None] * (1 + mx.arange(64)) * 0.37) * mx.ones((1, 2, 1, 1))
+            k, v = cache.update_and_fetch(3 * h, h)
+            o = scaled_dot_product_attention(3 * h, k, v, cache=cache, scale=1.0, mask="causal")
+            return o.swapaxes(1, 2).flatten(-2)
+
+    class Last(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def __call__(self, tokens, cache):
+            x = (tokens % 97).astype(mx.float32)
+            return sum(
+                layer(x, c).reshape(*x.shape, -1) if isinstance(layer, Busy) else layer(x, c).sum()
+                for layer, c in zip(self.layers, cache, strict=True)
+            )
+
+    model = Last([Dull(64), Busy(), Dull(64)])
+    spec = "int4-srft:group_size=64,calibrate=off"
+    report = mlx_kvq.enable(model, f"{spec},budget=5.6")
+    assert bits(model.make_cache()) == ["int4", "int8", "int4"]
+    assert report.bits_per_value <= 5.6
+    mlx_kvq.enable(model, f"{spec},budget=4.25")
+    assert bits(model.make_cache()) == ["int4"] * 3
+    with pytest.raises(ValueError, match="A budget of 4.2 bits per value is less than the 4.25"):
+        mlx_kvq.enable(model, f"{spec},budget=4.2")

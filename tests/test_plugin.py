@@ -51,17 +51,18 @@ def expected():
     import mlx_kvq
 
     model, tokenizer = load(QWEN)
-    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    mlx_kvq.enable(model, "int4-srft:calibrate=off", verbose=False)
     return generate(model, tokenizer, "It was", max_tokens=8)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_type_it(way, expected):
-    process = generate(way, "--kv-cache", "int4-srft")
+    process = generate(way, "--kv-cache", "int4-srft:calibrate=off")
     assert text(process).strip() == expected.strip()
     lines = [line for line in process.stderr.splitlines() if "[mlx_kvq]" in line]
     assert lines == [
-        "[mlx_kvq] int4-srft: packed 4 of 4 layers, 4.50 bits per value, 3.56x smaller than fp16"
+        "[mlx_kvq] int4-srft:calibrate=off: packed 4 of 4 layers, 4.50 bits per value, "
+        "3.56x smaller than fp16, not calibrated"
     ]
 
 

@@ -39,6 +39,13 @@ WRONG = {
     "int4-srft:group_size=4": "group_size is a multiple of 8, got 4.",
     "int4-srft:group_size=0": "group_size is a multiple of 8, got 0.",
     "int4-srft:group_size=-32": "group_size is a multiple of 8, got -32.",
+    "int4-srft:calibrate=no": "unknown calibrate 'no'. Known: auto, off.",
+    "int4-srft:skip=x": "skip lists layers as 'first', 'last' or numbers joined by '+', got 'x'.",
+    "int4-srft:skip=first+": "joined by '+', got ''.",
+    "int4-srft:high=-1": "high lists layers as 'first', 'last' or numbers joined by '+', got '-1'.",
+    "int4-srft:budget=x": "budget is 4 to 16 bits per value, got 'x'.",
+    "int4-srft:budget=3": "budget is 4 to 16 bits per value, got '3'.",
+    "int4-srft:budget=nan": "budget is 4 to 16 bits per value, got 'nan'.",
     "fp16:": "'fp16' takes no options.",
     "fp16:seed=1": "'fp16' takes no options.",
 }
@@ -142,3 +149,12 @@ def test_not_a_string(given):
     with pytest.raises(ValueError, match="is a string such as 'int4-srft', got") as info:
         Spec.parse(given)
     assert repr(given) in str(info.value)
+
+
+def test_policy_options_and_the_way_back():
+    text = "int4-srft:calibrate=off,skip=first+3,high=last,budget=4.75"
+    spec = Spec.parse(text)
+    assert (spec.calibrate, spec.skip, spec.high) == ("off", ("first", 3), ("last",))
+    assert spec.budget == 4.75
+    assert str(spec) == text
+    assert Spec.parse(str(spec)) == spec

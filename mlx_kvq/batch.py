@@ -1,0 +1,434 @@
+"""Packed caches for a batch, method by method like mlx-lm's BatchKVCache and
+BatchRotatingKVCache.
+
+Rows are moved as they are, never unpacked: a batch is merged, extended, filtered and extracted
+by copying uint32 words.
+"""
+
+from typing import cast
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import dynamic_roll
+
+from .attention import remember_padding
+from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
+from .format import Format
+
+
+class _PackedBatch(_PackedCache):
+    """What the growing and the rotating batch share.
+
+    Sequence i has ``left_padding[i]`` rows before its first token; ``offset[i]`` is its number of
+    tokens, which models take for the next position. Both are [B]. ``_idx`` is where the next row
+    goes. Neither array is ever changed in place: masks remember them.
+    """
+
+    def __init__(self, fmt: Format, left_padding: list[int]):
+        super().__init__(fmt)
+        self.left_padding = mx.array(left_padding)
+        self.offset = -self.left_padding
+        self._idx = 0
+        # ``offset`` as numbers. A sequence without a token attends exactly on its first chunk, as
+        # it does alone, and that must be known without waiting for the device.
+        self._seen = [-n for n in left_padding]
+
+    def _count(self, L: int) -> list[bool]:
+        """Add L tokens to each sequence; tells which had none."""
+        new = [n <= 0 for n in self._seen]
+        self._seen = [n + L for n in self._seen]
+        self.offset = self.offset + L
+        return new
+
+    def _fetch(self, keys: mx.array, values: mx.array, new: list[bool]):
+        if not any(new):
+            return self._views()
+        return self._views(keys, values, None if all(new) else mx.array(new))
+
+    def _prepare_left(self, left_padding) -> None:
+        if left_padding is not None:
+            if self.rows is not None:
+                raise ValueError(
+                    f"Left padding can only be added to an empty {type(self).__name__}."
+                )
+            self._pad_left(left_padding)
+
+    def _pad_left(self, padding: list[int]) -> mx.array:
+        self._seen = [n - p for n, p in zip(self._seen, padding, strict=True)]
+        added = mx.array(padding)
+        self.left_padding = self.left_padding + added
+        self.offset = self.offset - added
+        return added
+
+    def _roll_right(self, padding: list[int]) -> None:
+        """Turn ``padding`` rows at the right end of each sequence into left padding."""
+        added = self._pad_left(padding)
+        if self.rows is not None:
+            self.rows = dynamic_roll(self.rows, added[:, None], axis=2)
+
+    def _forget(self, n: int) -> None:
+        self._seen = [seen - n for seen in self._seen]
+        self.offset = self.offset - n
+
+    def filter(self, batch_indices: list[int]) -> None:
+        """Keep just these sequences, in this order."""
+        if self.rows is not None:
+            self.rows = self.rows[batch_indices]
+        self.offset = self.offset[batch_indices]
+        self.left_padding = self.left_padding[batch_indices]
+        self._seen = [self._seen[i] for i in batch_indices]
+
+    def _same_format(self, others) -> None:
+        for other in others:
+            if other.format.signature != self.format.signature:
+                raise ValueError(
+                    f"Caches of different formats cannot share a batch: "
+                    f"{self.format.signature!r} and {other.format.signature!r}."
+                )
+
+    def _append(self, other) -> None:
+        """Sequences of ``other`` after ours, both right-justified at the same index."""
+        self._same_format([other])
+        self._seen = self._seen + other._seen
+        if self.rows is None and other.rows is None:
+            self.left_padding = mx.concatenate([self.left_padding, other.left_padding])
+            self.offset = mx.concatenate([self.offset, other.offset])
+            return
+        idx = max(self._idx, other._idx)
+        present = [c.rows for c in (self, other) if c.rows is not None]
+        capacity = max(rows.shape[2] for rows in present)
+        _, heads, _, words = present[0].shape
+
+        def padded(c):
+            rows = c.rows
+            if rows is None:
+                rows = mx.zeros((c.offset.shape[0], heads, 0, words), mx.uint32)
+            left = idx - c._idx
+            right = capacity - rows.shape[2] - left
+            if right < 0:
+                rows = rows[..., :right, :]
+                right = 0
+            if left or right:
+                rows = mx.pad(rows, [(0, 0), (0, 0), (left, right), (0, 0)])
+            return rows, c.offset, c.left_padding + left
+
+        self._dtype = self._dtype if self.rows is not None else other._dtype
+        both = zip(padded(self), padded(other), strict=True)
+        self.rows, self.offset, self.left_padding = (mx.concatenate(list(two)) for two in both)
+        self._idx = idx
+
+    def _fill(self, caches: list, ordered: list[mx.array | None]) -> None:
+        """Take over the rows of single caches, in the order of their tokens."""
+        self._same_format(caches)
+        self._made_like(caches[0])
+        filled = [r for r in ordered if r is not None]
+        if not filled:
+            return
+        length = max(r.shape[2] for r in filled)
+        rows = mx.zeros((len(caches), filled[0].shape[1], length, filled[0].shape[3]), mx.uint32)
+        for i, r in enumerate(ordered):
+            if r is not None:
+                rows[i : i + 1, :, length - r.shape[2] :] = r
+        self.rows = rows
+        self._dtype = next(c._dtype for c, r in zip(caches, ordered, strict=True) if r is not None)
+        self._idx = length
+        self._seen = [c.offset for c in caches]
+        self.offset = mx.array(self._seen)
+
+
+def _ints(a: mx.array) -> list[int]:
+    return cast(list[int], a.tolist())
+
+
+class PackedBatchKVCache(_PackedBatch):
+    """The packed ``mlx_lm.models.cache.BatchKVCache``.
+
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.make_format`.
+        left_padding (list): For each sequence, the padding before its first token.
+    """
+
+    _right_padding: list[int] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
+        """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
+        prev = self._idx
+        self._grow_and_write(self._pack(keys, values), prev)
+        self._idx += keys.shape[2]
+        return self._fetch(keys, values, self._count(keys.shape[2]))
+
+    def _length(self) -> int:
+        return self._idx
+
+    def size(self) -> int:
+        return self._idx
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Announce the padding of the chunks to come, one number for each sequence."""
+        self._prepare_left(left_padding)
+        if right_padding is not None and max(right_padding) > 0:
+            self._right_padding = list(right_padding)
+
+    def finalize(self) -> None:
+        """After right-padded chunks: move the padding to the left."""
+        if self._right_padding is not None:
+            self._roll_right(self._right_padding)
+            self._right_padding = None
+
+    @property
+    def state(self):
+        return self.rows, self.offset, self.left_padding, self._idx, *self._format_state
+
+    @state.setter
+    def state(self, v):
+        self.rows, self.offset, self.left_padding, self._idx, *self._format_state = v
+        self._seen = _ints(self.offset)
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        n = min(self._idx, n)
+        self._idx -= n
+        self._forget(n)
+        return n
+
+    def make_mask(self, N: int, return_array: bool = False, **kwargs) -> mx.array:
+        mask = create_causal_mask(N, offset=self._idx, left_padding=self.left_padding, **kwargs)
+        if not kwargs.keys() - {"window_size"}:
+            remember_padding(mask, self.left_padding, kwargs.get("window_size"))
+        return mask
+
+    def filter(self, batch_indices: list[int]) -> None:
+        """Keep just these sequences, in this order; drops padding that all of them have."""
+        super().filter(batch_indices)
+        least = min(_ints(self.left_padding))
+        if least > 0:
+            if self.rows is not None:
+                self.rows = self.rows[..., least:, :]
+            self._idx -= least
+            self.left_padding = self.left_padding - least
+
+    def extend(self, other: "PackedBatchKVCache") -> None:
+        """Append the sequences of ``other``."""
+        self._append(other)
+
+    def extract(self, idx: int) -> PackedKVCache:
+        """A copy of one sequence, as a single cache."""
+        cache = PackedKVCache(self.format)._made_like(self)
+        padding = _ints(self.left_padding)[idx]
+        if self.rows is not None and padding < self._idx:
+            cache.rows = mx.contiguous(self.rows[idx : idx + 1, :, padding : self._idx])
+            cache.offset = cache.rows.shape[2]
+        return cache
+
+    @classmethod
+    def merge(cls, caches: list[PackedKVCache]) -> "PackedBatchKVCache":
+        """A batch of copies of single caches."""
+        length = max(c.size() for c in caches)
+        batch = cls(caches[0].format, [length - c.size() for c in caches])
+        batch._fill(caches, [c._in_order() if c.size() else None for c in caches])
+        return batch
+
+
+class PackedBatchRotatingKVCache(_PackedBatch):
+    """The packed ``mlx_lm.models.cache.BatchRotatingKVCache``: the last ``max_size`` tokens.
+
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.make_format`.
+        max_size (int): Tokens kept of each sequence.
+        left_padding (list): For each sequence, the padding before its first token.
+    """
+
+    _lengths: list[int] | None = None  # tokens of each sequence after right-padded chunks
+
+    def __init__(self, fmt: Format, max_size: int, left_padding: list[int]):
+        super().__init__(fmt, left_padding)
+        self.max_size = max_size
+        self._offset = 0  # rows seen, padding included
+        self.rotated = False
+
+    def _drop_front(self, n: int) -> None:
+        assert self.rows is not None
+        if n > 0:
+            self.rows = self.rows[..., n:, :]
+            self.left_padding = self.left_padding - n
+
+    def _temporal_order(self) -> None:
+        if self.rotated:
+            assert self.rows is not None
+            self.rows = mx.roll(self.rows, -self._idx, 2)
+            self._idx = self.rows.shape[2]
+            self.rotated = False
+
+    def _update_concat(self, new: mx.array) -> None:
+        if self.rows is None:
+            self.rows = new
+        else:
+            self._temporal_order()
+            self.rows = self.rows[..., : self._idx, :]
+            if self._lengths is not None:
+                # Padding of an earlier chunk goes left, so that it evicts no token.
+                self._roll_right(self._excess(self._lengths))
+            # Up to max_size + L - 1 rows, so that every new token sees max_size of them.
+            self._drop_front(self._idx - self.max_size + 1)
+            self.rows = mx.concatenate([self.rows, new], axis=2)
+        self._idx = self.rows.shape[2]
+
+    def _in_place(self, L: int) -> bool:
+        # A padded prompt may end in a chunk of one token, where mlx-lm's own cache raises.
+        return L == 1 and self._lengths is None
+
+    def _update_in_place(self, new: mx.array) -> None:
+        prev = self._offset
+        if self.rows is None or (prev >= self.rows.shape[2] and self.rows.shape[2] < self.max_size):
+            grown = self._zeros(new, min(self.step, self.max_size - prev))
+            if self.rows is not None:
+                grown = mx.concatenate([self.rows, grown], axis=2)
+            self.rows = grown
+            self._idx = prev
+        if (extra := self.rows.shape[2] - self.max_size) > 0:
+            self._drop_front(extra)
+            self._idx = self.max_size
+        if self._idx == self.max_size:
+            self.rotated = True
+            self._idx = 0
+        if self.rotated:
+            self.left_padding = self.left_padding - 1
+        self.rows[..., self._idx : self._idx + 1, :] = new
+        self._idx += 1
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
+        """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
+        kept, in ring order after a single token and in temporal order after several."""
+        new = self._pack(keys, values)
+        L = keys.shape[2]
+        if self._in_place(L):
+            self._update_in_place(new)
+        else:
+            self._update_concat(new)
+        self._offset += L
+        was_new = self._count(L)
+        # Evaluated with the rows, so that their graphs do not grow from token to token.
+        assert self.rows is not None
+        self.rows = mx.depends(self.rows, [self.left_padding, self.offset])
+        return self._fetch(keys, values, was_new)
+
+    def _length(self) -> int:
+        assert self.rows is not None
+        return min(self._offset, self.rows.shape[2])
+
+    def size(self) -> int:
+        return min(self._offset, self.max_size)
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Announce the padding of the chunks to come, one number for each sequence."""
+        self._prepare_left(left_padding)
+        if right_padding is not None and max(right_padding) > 0:
+            self._lengths = [seen + n for seen, n in zip(self._seen, lengths, strict=True)]
+
+    def finalize(self) -> None:
+        """After right-padded chunks: move the padding to the left."""
+        if self._lengths is not None:
+            self._roll_right(self._excess(self._lengths))
+            self._lengths = None
+
+    def _excess(self, lengths: list[int]) -> list[int]:
+        return [max(0, seen - n) for seen, n in zip(self._seen, lengths, strict=True)]
+
+    @property
+    def state(self):
+        return (
+            self.rows,
+            self.offset,
+            self.left_padding,
+            self.max_size,
+            self._offset,
+            self._idx,
+            self.rotated,
+            *self._format_state,
+        )
+
+    @state.setter
+    def state(self, v):
+        (
+            self.rows,
+            self.offset,
+            self.left_padding,
+            self.max_size,
+            self._offset,
+            self._idx,
+            self.rotated,
+            *self._format_state,
+        ) = v
+        self._seen = _ints(self.offset)
+
+    def is_trimmable(self) -> bool:
+        return self._offset < self.max_size
+
+    def trim(self, n: int) -> int:
+        n = min(self._offset, n)
+        self._offset -= n
+        self._idx -= n
+        self._forget(n)
+        return n
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+        starts = self.left_padding
+        window_size = window_size or self.max_size
+        offset = min(self.max_size - 1, self._offset)
+        in_place = self._in_place(N)
+        if (dropped := self._idx - self.max_size + int(not in_place)) > 0:
+            starts = starts - dropped
+        rotated = in_place and (self.rotated or self._idx >= self.max_size)
+        if rotated:
+            starts = starts - 1
+        mask = create_causal_mask(N, offset, window_size, left_padding=starts)
+        if rotated:
+            # In ring order the padding is no prefix, so this mask is used as it is.
+            idx = 0 if self._idx >= self.max_size else self._idx
+            return mx.roll(mask, idx + 1, -1)
+        remember_padding(mask, mx.maximum(starts, 0), window_size)
+        return mask
+
+    def extend(self, other: "PackedBatchRotatingKVCache") -> None:
+        """Append the sequences of ``other``."""
+        both_hold = self.rows is not None or other.rows is not None
+        if both_hold and (self.rotated != other.rotated or self._idx != other._idx):
+            self._temporal_order()
+            other._temporal_order()
+        self._append(other)
+        if both_hold:
+            self._offset = max(self._offset, other._offset)
+
+    def extract(self, idx: int) -> PackedRotatingKVCache:
+        """A copy of one sequence, as a single cache."""
+        cache = PackedRotatingKVCache(self.format, self.max_size)._made_like(self)
+        padding = max(0, _ints(self.left_padding)[idx])
+        end = self.max_size if self.rotated else self._idx
+        if self.rows is None or padding >= end:
+            return cache
+        rows = self.rows[idx : idx + 1]
+        if self.rotated:
+            rows = mx.roll(rows, -self._idx, 2)
+        cache.rows = mx.contiguous(rows[:, :, padding:end])
+        cache.offset = self._seen[idx]
+        cache._idx = cache.rows.shape[2]
+        return cache
+
+    @classmethod
+    def merge(cls, caches: list[PackedRotatingKVCache]) -> "PackedBatchRotatingKVCache":
+        """A batch of copies of single caches, which must be of one ``max_size``."""
+        max_size = caches[0].max_size
+        if any(c.max_size != max_size for c in caches):
+            raise ValueError(
+                f"{cls.__name__} can only merge caches of one max_size, got "
+                f"{sorted({c.max_size for c in caches})}."
+            )
+        length = max(c.size() for c in caches)
+        batch = cls(caches[0].format, max_size, [length - c.size() for c in caches])
+        batch._fill(
+            caches, [c._in_order()[..., -c.size() :, :] if c.size() else None for c in caches]
+        )
+        batch._offset = length
+        return batch

@@ -1,0 +1,202 @@
+"""Calibration: μ, σ (and λ) of a model's keys and values from one pass over text.
+
+``docs/mathematics.md`` derives them. The command ``mlx_kvq calibrate`` writes the result to a
+file that ``enable(model, spec, calibration=…)`` takes.
+"""
+
+import argparse
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from . import __version__
+from .calibration import CalibrationSet, LayerCalibration
+from .format import Calibration
+from .statistics import LayerMoments, collect
+
+TOKENS = 32768  # of text, at most
+LENGTH = 2048  # of one window
+FLOOR = 1e-6  # of the mean power; a channel below it counts as this strong
+
+
+def sample_text() -> str:
+    """The built-in text: English, code and several languages, about 2000 tokens."""
+    return files(__package__).joinpath("sample.txt").read_text(encoding="utf-8")
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer,
+    texts: str | Iterable[str] | None = None,
+    *,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
+    progress: bool = True,
+) -> CalibrationSet:
+    """Find μ and σ of every layer of a model that mlx_kvq can pack.
+
+    Args:
+        model (nn.Module): A model from ``mlx_lm.load``.
+        tokenizer: Its tokenizer; anything with ``encode``.
+        texts (str or iterable of str, optional): What the model is likely to read. ``None`` is
+            the built-in sample text.
+        tokens (int): Tokens used at most.
+        length (int): Tokens in a window. Keys are those after RoPE, so windows should be as
+            long as the contexts that matter, or as is affordable.
+        progress (bool): Show a progress bar.
+
+    Raises:
+        ValueError: If nothing of the model can be packed or the texts are empty.
+    """
+    text = "given"
+    if texts is None:
+        texts, text = sample_text(), "built-in sample"
+    texts = [texts] if isinstance(texts, str) else texts
+    windows = list(_windows(_encode(tokenizer, texts), tokens, length))
+    if not windows:
+        raise ValueError("The calibration text is empty.")
+    return calibrate_tokens(model, windows, text=text, progress=progress)
+
+
+def calibrate_tokens(
+    model: nn.Module, windows: list[mx.array], *, text: str = "given", progress: bool = True
+) -> CalibrationSet:
+    """:func:`calibrate` with tokens in place of text.
+
+    Args:
+        model (nn.Module): A model from ``mlx_lm.load``.
+        windows (list): Token ids, [n] each; every one is a text of its own.
+        text (str): What the file's metadata calls them.
+        progress (bool): Show a progress bar.
+    """
+    from .model import packable  # which imports this module to calibrate by itself
+
+    caches, shapes = packable(model)
+    bar = tqdm(windows, desc="calibrating", unit="window", disable=not progress, leave=False)
+    moments = collect(model, caches, shapes, ((w, 0) for w in bar))
+    # A layer without queries does not use mlx-lm's shared attention; it is not packed either.
+    layers = {path: layer_calibration(m) for path, m in moments.items() if m.queries.n}
+    if not layers:
+        raise ValueError("No layer of this model can be calibrated: none has a cache to pack.")
+    made = {
+        "by": f"mlx_kvq {__version__}",
+        "text": text,
+        "tokens": sum(w.size for w in windows),
+        "length": max(w.size for w in windows),
+    }
+    return CalibrationSet(layers, made)
+
+
+def _encode(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"Calibration texts are strings, got {type(text).__name__}.")
+        yield list(tokenizer.encode(text))
+
+
+def _windows(texts: Iterable[list[int]], tokens: int, length: int) -> Iterator[mx.array]:
+    """At most ``tokens`` tokens of the texts, in windows of at most ``length``."""
+    if tokens < 1 or length < 2:
+        raise ValueError(f"tokens is at least 1 and length 2, got {tokens} and {length}.")
+    for ids in texts:
+        ids = ids[:tokens]
+        tokens -= len(ids)
+        for i in range(0, len(ids), length):
+            yield mx.array(ids[i : i + length])
+        if tokens <= 0:
+            return
+
+
+def layer_calibration(m: LayerMoments) -> LayerCalibration:
+    """μ and σ of one layer from its moments."""
+    q = m.queries.square  # E[q qᵀ], [Hkv, D, D]
+    return LayerCalibration(
+        Calibration(
+            mu=_fp32(m.keys.mean),
+            sigma=_fp32(balanced_scale(m.keys.variance, np.einsum("hdd->hd", q))),
+            metric=_fp32(q),
+        ),
+        Calibration(mu=_fp32(m.values.mean)),
+    )
+
+
+def balanced_scale(x2: np.ndarray, q2: np.ndarray) -> np.ndarray:
+    """σ = (E[x²] / E[q²])^¼ per channel, with a geometric mean of 1 per head, [H, D].
+
+    A common factor of a head's σ changes nothing but the size of the stored scales.
+    """
+    x2, q2 = (np.maximum(a, FLOOR * a.mean(axis=-1, keepdims=True)) for a in (x2, q2))
+    tiny = np.finfo(np.float32).tiny
+    log = (np.log(np.maximum(x2, tiny)) - np.log(np.maximum(q2, tiny))) / 4
+    return np.exp(log - log.mean(axis=-1, keepdims=True))
+
+
+def _fp32(a: Any) -> mx.array:
+    return mx.array(np.asarray(a, dtype=np.float32))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Local model directory or repository.")
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="A UTF-8 text file of what the model is to read; repeatable. Without one: the "
+        "built-in sample text.",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="The calibration, a .safetensors file."
+    )
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="At most (default %(default)s).")
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help="Tokens in a window (default %(default)s)."
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own code."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from mlx_lm import load
+
+    if not args.output.endswith(".safetensors"):
+        raise ValueError(f"--output is a .safetensors file, got '{args.output}'.")
+    texts = None
+    if args.text is not None:
+        # No character is more than some tokens: what cannot be used is not read.
+        texts = [_read(name, 32 * args.tokens) for name in args.text]
+    config = {"trust_remote_code": args.trust_remote_code or None}
+    model, tokenizer = load(args.model, tokenizer_config=config)[:2]
+    found = calibrate(model, tokenizer, texts, tokens=args.tokens, length=args.length)
+    found.save(args.output)
+    print(
+        f"{args.output}: {len(found.layers)} layers from {found.metadata['tokens']} tokens",
+        file=sys.stderr,
+    )
+
+
+def _read(name: str, characters: int) -> str:
+    try:
+        with open(name, encoding="utf-8") as file:
+            return file.read(characters)
+    except UnicodeDecodeError:
+        raise ValueError(f"'{name}' is not UTF-8 text.") from None
+    except OSError as error:
+        raise ValueError(f"'{name}' cannot be read: {error.strerror}.") from None
+
+
+class _Callable(types.ModuleType):
+    """``mlx_kvq.calibrate`` is this module and the function of its name at once."""
+
+    def __call__(self, *args, **kwargs) -> CalibrationSet:
+        return calibrate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,174 @@
+"""Figures of quality: how far a model with one cache is from the same model with another.
+
+Tokens of one window share a context, so intervals take windows as the independent samples:
+Student's t over the windows' means, two-sided, 95 %.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+LEVEL = 0.95
+
+
+@dataclass
+class Scores:
+    """What one cache did, one array per window."""
+
+    kl: list[np.ndarray] = field(default_factory=list)  # nats, per token
+    same: list[np.ndarray] = field(default_factory=list)  # the baseline's top token, per token
+    loss: list[np.ndarray] = field(default_factory=list)  # nats, per token with a next one
+
+
+def compare(
+    p: mx.array, exact: mx.array, got: mx.array, targets: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Per-token figures of a chunk.
+
+    Args:
+        p (mx.array): The baseline's probabilities, fp32 [L, vocabulary].
+        exact (mx.array): Their logarithms.
+        got (mx.array): Log-probabilities with the cache under test, the same shape.
+        targets (mx.array): The next tokens, [L] or [L - 1] at the end of a text.
+
+    Returns:
+        KL(exact || got) [L], whether the most likely token is the same [L], and the loss of
+        ``got`` in nats, as long as ``targets``.
+    """
+    kl = (p * (exact - got)).sum(axis=-1)
+    same = exact.argmax(axis=-1) == got.argmax(axis=-1)
+    loss = -mx.take_along_axis(got[: targets.shape[0]], targets[:, None], axis=-1)[:, 0]
+    return kl, same, loss
+
+
+def measure(
+    model: nn.Module,
+    makers: dict[str, Callable[[], list]],
+    windows: mx.array,
+    chunk: int,
+    advance: Callable[[int], object] = lambda n: None,
+    finished: Callable[[str, list], None] = lambda name, caches: None,
+) -> dict[str, Scores]:
+    """Feed windows through the same model with each kind of cache, a chunk at a time.
+
+    The first chunk of a window is context and is not scored: a packed cache attends to it
+    exactly, so it would say nothing about what is read back. Only one chunk's logits per cache
+    are in memory at a time.
+
+    Args:
+        model (nn.Module): The model.
+        makers (dict): Name -> makes caches; the first one is the baseline.
+        windows (mx.array): Tokens [N, T], T > ``chunk``.
+        chunk (int): Tokens fed at a time.
+        advance: Called with 1 after each chunk of each cache.
+        finished: Called with a name and its caches at the end of the last window.
+    """
+    scores = {name: Scores() for name in makers}
+    T = windows.shape[1]
+    for window in windows:
+        caches = {name: make() for name, make in makers.items()}
+        parts: dict[str, list] = {name: [] for name in makers}
+        for start in range(0, T, chunk):
+            tokens, targets = window[start : start + chunk], window[start + 1 : start + chunk + 1]
+            p: mx.array | None = None
+            for name, cache in caches.items():
+                logits = model(tokens[None], cache=cache)[0]
+                if start == 0:
+                    mx.eval([c.state for c in cache])
+                else:
+                    got = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+                    if p is None:
+                        p, exact = mx.exp(got), got
+                    figures = compare(p, exact, got, targets)
+                    mx.eval(p, exact, figures)
+                    parts[name].append([np.array(f) for f in figures])
+                advance(1)
+        for name, part in parts.items():
+            kl, same, loss = (np.concatenate(p) for p in zip(*part, strict=True))
+            scores[name].kl.append(kl.astype(np.float64))
+            scores[name].same.append(same)
+            scores[name].loss.append(loss.astype(np.float64))
+    for name, cache in caches.items():
+        finished(name, cache)
+    return scores
+
+
+def t_quantile(df: int, level: float = LEVEL) -> float:
+    """The two-sided quantile of Student's t with ``df`` degrees of freedom."""
+    # With t = √df · tan θ the density is proportional to cos(θ)^(df − 1).
+    theta = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    cdf = np.cumsum(np.cos(theta) ** (df - 1))
+    return float(np.sqrt(df) * np.tan(np.interp((1 + level) / 2, cdf / cdf[-1], theta)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over windows with its 95 % interval; the ends are NaN for a single window."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        x = np.asarray(values, dtype=np.float64)
+        if len(x) < 2:
+            return cls(float(x.mean()), np.nan, np.nan)
+        half = t_quantile(len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+        return cls(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+
+    def map(self, function: Callable) -> "Estimate":
+        """The estimate of an increasing function of what was estimated."""
+        return Estimate(*(float(function(v)) for v in (self.mean, self.low, self.high)))
+
+
+@dataclass
+class Result:
+    """The figures of one cache.
+
+    Args:
+        name (str): As it was asked for.
+        bytes_per_token (float): Over all layers, where a token is kept.
+        kl (Estimate): Mean KL from the baseline, nats per token.
+        kl_p99 (float): Its 99th percentile over all tokens.
+        top1 (float): Part of the tokens whose most likely next token is the baseline's.
+        perplexity (Estimate): exp of the mean loss.
+        change (Estimate): Perplexity over the baseline's, minus 1, from the windows' paired
+            differences.
+        recall (int, optional): Prompts answered exactly.
+        prompts (int): Of so many.
+        note (str): What was left out, if anything.
+        windows (dict): Mean KL and loss of every window.
+    """
+
+    name: str
+    bytes_per_token: float
+    kl: Estimate
+    kl_p99: float
+    top1: float
+    perplexity: Estimate
+    change: Estimate
+    recall: int | None = None
+    prompts: int = 0
+    note: str = ""
+    windows: dict[str, list[float]] = field(default_factory=dict)
+
+
+def summarize(name: str, scores: Scores, baseline: Scores, bytes_per_token: float) -> Result:
+    """The figures of ``scores``; perplexity is also paired, window by window, with ``baseline``."""
+    loss = np.array([x.mean() for x in scores.loss])
+    difference = loss - np.array([x.mean() for x in baseline.loss])
+    kl = [float(x.mean()) for x in scores.kl]
+    return Result(
+        name,
+        bytes_per_token,
+        Estimate.of(kl),
+        float(np.quantile(np.concatenate(scores.kl), 0.99)),
+        float(np.concatenate(scores.same).mean()),
+        Estimate.of(list(loss)).map(np.exp),
+        Estimate.of(list(difference)).map(np.expm1),
+        windows={"kl": kl, "loss": [float(x) for x in loss]},
+    )

@@ -1,0 +1,194 @@
+"""A packed batch cache and mlx-lm's own, given the same operations; see ``tests.stock``."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
+
+from mlx_kvq.attention import packed_attention
+from mlx_kvq.batch import PackedBatchKVCache, PackedBatchRotatingKVCache
+from mlx_kvq.cache import PackedKVCache
+from tests.stock import K_DIM, TOLERANCE, Pair, Tokens, _index, same_mask
+
+
+class PaddedTokens(Tokens):
+    """Tokens and, as the number ``count``, the zeros that a batch is padded with."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in ("exact_k", "exact_v", "kept_k", "kept_v", "rows"):
+            table = getattr(self, name)
+            zero = np.zeros_like(table[:, :1])
+            setattr(self, name, np.concatenate([table, zero], axis=1))
+        self._by_key = _index(self.kept_k)
+        self._by_row = _index(self.rows)
+
+
+class BatchPair(Pair):
+    """A packed batch cache and its stock counterpart.
+
+    Args:
+        tokens (PaddedTokens): What they are fed with.
+        ours, stock: The two caches.
+    """
+
+    @classmethod
+    def growing(cls, tokens: PaddedTokens, left_padding: list[int]) -> "BatchPair":
+        ours = PackedBatchKVCache(tokens.format, left_padding)
+        return cls(tokens, ours, BatchKVCache(left_padding))
+
+    @classmethod
+    def rotating(cls, tokens: PaddedTokens, max_size: int, left_padding: list[int]) -> "BatchPair":
+        ours = PackedBatchRotatingKVCache(tokens.format, max_size, left_padding)
+        stock = BatchRotatingKVCache(max_size, left_padding)
+        return cls(tokens, ours, stock)
+
+    @classmethod
+    def merge(cls, pairs: list[Pair]) -> "BatchPair":
+        """By the method of the single caches, as mlx-lm does."""
+        ours = pairs[0].ours.merge([p.ours for p in pairs])
+        # mlx-lm's rotating merge cannot take a cache that was trimmed to nothing.
+        stocks = [p.stock if p.stock.size() else _emptied(p.stock) for p in pairs]
+        pair = cls(pairs[0].tokens, ours, stocks[0].merge(stocks))
+        pair.check()
+        return pair
+
+    @property
+    def size(self) -> int:
+        return self.stock.offset.shape[0]
+
+    @property
+    def sequences(self) -> list[int]:
+        """Tokens of each sequence so far."""
+        return self.stock.offset.tolist()
+
+    def check(self) -> None:
+        ours, stock = self.ours, self.stock
+        for name in ("offset", "left_padding"):
+            assert np.array_equal(getattr(ours, name), getattr(stock, name)), name
+        for name in ("_idx", "_offset", "rotated", "max_size"):
+            assert getattr(ours, name, None) == getattr(stock, name, None), name
+        assert ours.size() == stock.size()
+        assert ours.empty() == stock.empty()
+        assert ours.is_trimmable() == stock.is_trimmable()
+        if stock.empty():
+            assert ours.nbytes == stock.nbytes == 0
+            return
+        assert ours.rows.shape[:3] == stock.keys.shape[:3]
+        self._check_views(ours.keys_and_values(), stock.keys_and_values())
+
+    def step(self, ids, **mask_arguments) -> mx.array:
+        """Mask, update, attend; only queries that may attend to something are compared.
+
+        A sequence that held no token attends on exact keys and values, as it does alone.
+        """
+        B, L = np.shape(ids)
+        new = np.array(self.sequences) <= 0
+        mask = self.make_mask(L, **mask_arguments)
+        views, arrays = self.update(ids)
+        q = self.tokens.queries(B, L)
+        out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask)
+
+        def attended(arrays, mask):
+            arrays = [a.astype(mx.float32) for a in arrays]
+            mask = mx.array(np.array(mask))  # a mask of which nothing is remembered
+            return np.array(
+                mx.fast.scaled_dot_product_attention(
+                    q.astype(mx.float32), *arrays, scale=K_DIM**-0.5, mask=mask
+                )
+            )
+
+        expected = attended(arrays, mask)
+        if new.any():
+            own = mask[..., -L:] if L > 1 else mx.ones((1, 1, 1, 1), mx.bool_)
+            expected = np.where(
+                new[:, None, None, None], attended(self.tokens.exact(ids), own), expected
+            )
+        sees = np.broadcast_to(np.array(mask).any(axis=-1), (B, 1, L))[..., None]
+        sees = np.broadcast_to(sees, expected.shape)
+        assert out.dtype == q.dtype
+        out = np.array(out.astype(mx.float32))
+        assert np.isfinite(out).all()
+        tolerance = TOLERANCE if q.dtype == mx.float32 else 2e-2
+        np.testing.assert_allclose(out[sees], expected[sees], rtol=0, atol=tolerance)
+        return mx.array(out)
+
+    def make_mask(self, N: int, **arguments):
+        ours, stock = (cache.make_mask(N, **arguments) for cache in (self.ours, self.stock))
+        same_mask(ours, stock)
+        return ours
+
+    def prompt(self, ids: list, chunk: int = 2048, *, attend: bool = True) -> None:
+        """What the server does with prompts ids[i] of different lengths: right padding."""
+        lengths = [len(i) for i in ids]
+        longest = max(lengths)
+        padding = [longest - n for n in lengths]
+        filler = self.tokens.count - 1
+        ids = np.array([[*i, *[filler] * p] for i, p in zip(ids, padding, strict=True)])
+        if max(padding):
+            for cache in (self.ours, self.stock):
+                cache.prepare(lengths=lengths, right_padding=padding)
+        for at in range(0, longest, chunk):
+            piece = ids[:, at : at + chunk]
+            _ = self.step(piece) if attend else self.update(piece)
+        if max(padding):
+            for cache in (self.ours, self.stock):
+                cache.finalize()
+        self.check()
+
+    def filter(self, keep: list[int]) -> None:
+        self.ours.filter(keep)
+        self.stock.filter(keep)
+        self.check()
+
+    def extend(self, other: "BatchPair") -> None:
+        """``other`` is used up."""
+        self.ours.extend(other.ours)
+        self.stock.extend(other.stock)
+        self.check()
+
+    def extract(self, i: int) -> Pair:
+        """One sequence as a pair of single caches."""
+        single = Pair(self.tokens, self.ours.extract(i), self.stock.extract(i))
+        if self.stock.offset[i].item() == 0:  # mlx-lm's holds arrays of no token
+            single.stock = _emptied(single.stock)
+        single.check()
+        return single
+
+    def fork(self) -> "BatchPair":
+        ours, stock = copy.deepcopy(self.ours), copy.deepcopy(self.stock)
+        copied = BatchPair(self.tokens, ours, stock)
+        copied.check()
+        return copied
+
+    def _whole(self) -> None:
+        # mlx-lm's state leaves these out, and then they are missing.
+        if isinstance(self.stock, BatchKVCache):
+            self.stock._right_padding = None
+        else:
+            self.stock._lengths = None
+
+    def state_round_trip(self) -> None:
+        super().state_round_trip()
+        self._whole()
+
+    def save_and_load(self, path) -> None:
+        super().save_and_load(path)
+        self._whole()
+
+
+def _emptied(stock):
+    if isinstance(stock, RotatingKVCache):
+        return RotatingKVCache(stock.max_size, stock.keep)
+    return KVCache()
+
+
+def same_kind(a: Pair, b: Pair) -> bool:
+    """Whether the two may share a batch."""
+    return (
+        a.tokens is b.tokens
+        and isinstance(a.ours, PackedKVCache) == isinstance(b.ours, PackedKVCache)
+        and type(a.ours) is type(b.ours)
+        and getattr(a.ours, "max_size", None) == getattr(b.ours, "max_size", None)
+    )

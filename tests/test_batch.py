@@ -1,0 +1,318 @@
+"""Batches of packed caches: what mlx-lm's BatchGenerator asks of them, and texts that do not
+depend on the company."""
+
+import copy
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import batch_generate, stream_generate
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    make_prompt_cache,
+)
+
+import mlx_kvq
+from mlx_kvq import attention, ops
+from mlx_kvq.batch import PackedBatchKVCache, PackedBatchRotatingKVCache
+from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_kvq.format import make_format
+from mlx_kvq.spec import Spec
+from tests.float32 import NAMES, load_float32, prompts
+from tests.stock import Pair
+from tests.stock_batch import BatchPair, PaddedTokens
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return PaddedTokens()
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def loaded(request):
+    model, tokenizer = load_float32(request.param)
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
+    return model, tokenizer
+
+
+def fresh(lengths, first=0):
+    """Different tokens for each sequence."""
+    return [np.arange(n) + first + 300 * i for i, n in enumerate(lengths)]
+
+
+def new_batches(tokens, B):
+    yield BatchPair.growing(tokens, [0] * B)
+    for max_size in (8, 20, 300):
+        yield BatchPair.rotating(tokens, max_size, [0] * B)
+
+
+def test_they_know_all_of_the_stock_protocol():
+    for ours, stock in (
+        (PackedBatchKVCache, BatchKVCache),
+        (PackedBatchRotatingKVCache, BatchRotatingKVCache),
+    ):
+        protocol = {n for n in dir(stock) if not n.startswith("_")} - {"to_quantized"}
+        assert protocol <= set(dir(ours))
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 5], [1, 7, 3], [30, 2, 2, 9], [1, 1]])
+@pytest.mark.parametrize("step", [2048, 4])
+def test_prompts_of_different_lengths_then_decode(tokens, lengths, step):
+    for pair in new_batches(tokens, len(lengths)):
+        pair.prompt(fresh(lengths), step)
+        for i in range(12):
+            pair.step([[100 + i + 300 * b] for b in range(len(lengths))])
+        pair.prompt(fresh(lengths, 150), step)
+        pair.step([[200 + 300 * b] for b in range(len(lengths))])
+
+
+def test_sequences_come_and_go(tokens):
+    for pair in new_batches(tokens, 3):
+        pair.prompt(fresh([5, 12, 1]))
+        pair.filter([2, 0])
+        other = next(
+            p for p in new_batches(tokens, 2)
+            if getattr(p.ours, "max_size", None) == getattr(pair.ours, "max_size", None)
+        )  # fmt: skip
+        other.prompt(fresh([9, 2], 900))
+        other.step([[950], [1250]])
+        pair.extend(other)
+        pair.step([[20], [320], [620], [920]])
+        for i in range(4):
+            single = pair.extract(i)
+            single.step([[40]])
+            single.step([[41, 42, 43]])
+        again = BatchPair.merge([pair.extract(i) for i in (3, 1)])
+        again.step([[60], [61]])
+
+
+def test_a_sequence_that_joins_attends_as_it_would_alone(tokens):
+    """Its first chunk is exact, although the others have a history."""
+    for L in (1, 6, 30):
+        old, young = Pair.growing(tokens), Pair.growing(tokens)
+        old.update([list(range(40))])
+        pair = BatchPair.merge([old, young])
+        ids = np.stack([np.arange(L) + 100, np.arange(L) + 200])
+        together = pair.step(ids)
+        alone = young.step(ids[1:])
+        q = tokens.queries(2, L)[1:]
+        same = attention.packed_attention(q, *young.ours.keys_and_values(), 0.125, "causal")
+        assert mx.abs(same - alone).max() > 1e-2  # exact and packed do differ
+        own = attention.packed_attention(
+            q, *Pair.growing(tokens).update(ids[1:])[0], 0.125, "causal"
+        )
+        np.testing.assert_allclose(np.array(together[1:]), np.array(own), atol=1e-5)
+
+
+def test_a_padded_prompt_may_end_in_a_chunk_of_one_token(tokens):
+    """mlx-lm's rotating batch raises there; ours is as if the chunks were others."""
+    caches = []
+    k, v = tokens.exact(np.arange(2 * 9).reshape(2, 9))
+    for cuts in ([0, 8, 9], [0, 5, 9]):
+        cache = PackedBatchRotatingKVCache(tokens.format, 6, [0, 0])
+        cache.prepare(lengths=[3, 9], right_padding=[6, 0])
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            mask = cache.make_mask(b - a)
+            views = cache.update_and_fetch(k[:, :, a:b], v[:, :, a:b])
+            assert mask.shape[-1] == views[0].length
+        cache.finalize()
+        caches.append(cache)
+    singles = [[c.extract(i) for c in caches] for i in (0, 1)]
+    for a, b in singles:
+        assert a.offset == b.offset
+        kept = min(a.rows.shape[2], b.rows.shape[2], 5)
+        assert mx.array_equal(a.rows[:, :, -kept:], b.rows[:, :, -kept:])
+    assert [pair[0].offset for pair in singles] == [3, 9]
+
+
+def test_rows_are_moved_not_unpacked(tokens, monkeypatch):
+    pairs = list(new_batches(tokens, 2))
+    for pair in pairs:
+        pair.prompt(fresh([3, 7]))
+    for name in ("quantize_pack", "dequantize", "attend"):
+        monkeypatch.setattr(ops, name, None)
+    for pair in pairs:
+        cache = pair.ours
+        cache.prepare(lengths=[0, 0], right_padding=[1, 2])
+        cache.finalize()
+        cache.extend(copy.deepcopy(cache))
+        cache.filter([1, 2, 3])
+        assert type(cache).merge([cache.extract(i) for i in range(3)]).rows.dtype == mx.uint32
+
+
+def spied(monkeypatch):
+    calls = []
+
+    def attend(q, rows, length, fmt, scale, mask=None, sinks=None, starts=None, window=None):
+        calls.append((mask, starts, window))
+        return real(q, rows, length, fmt, scale, mask, sinks, starts, window)
+
+    real = ops.attend
+    monkeypatch.setattr(ops, "attend", attend)
+    return calls
+
+
+def test_decoding_hands_over_starts_and_no_mask(tokens, monkeypatch):
+    calls = spied(monkeypatch)
+    for pair in new_batches(tokens, 2):
+        pair.prompt(fresh([3, 7]))
+        calls.clear()
+        pair.step([[50], [350]])
+        ((mask, starts, window),) = calls
+        ring = pair.ours
+        if isinstance(ring, PackedBatchRotatingKVCache) and ring.max_size == 8:
+            assert (mask, starts.tolist(), window) == (None, [4, 0], 8)
+        elif isinstance(ring, PackedBatchRotatingKVCache):
+            assert (mask, starts.tolist(), window) == (None, [4, 0], ring.max_size)
+        else:
+            assert (mask, starts.tolist(), window) == (None, [4, 0], None)
+        calls.clear()
+        pair.step([[51, 52], [351, 352]])
+        ((mask, starts, _),) = calls
+        assert mask == "causal"
+        assert starts.dtype == mx.int32
+
+
+def test_a_changed_mask_is_used_as_it_is(tokens, monkeypatch):
+    pair = BatchPair.growing(tokens, [0, 0])
+    pair.prompt(fresh([3, 7]))
+    calls = spied(monkeypatch)
+    mask = pair.make_mask(1)
+    views, arrays = pair.update([[50], [350]])
+    changed = mask & (mx.arange(8) != 5)
+    q = tokens.queries(2, 1)
+    out = attention.packed_attention(q, *views, 0.125, changed)
+    assert calls[0][0] is changed
+    assert calls[0][1] is None
+    expected = mx.fast.scaled_dot_product_attention(q, *arrays, scale=0.125, mask=changed)
+    np.testing.assert_allclose(np.array(out), np.array(expected), atol=1e-4)
+
+
+def test_masks_are_forgotten_with_their_arrays(tokens):
+    pair = BatchPair.growing(tokens, [0, 0])
+    pair.prompt(fresh([3, 7]))
+    gc.collect()
+    before = len(attention._padding)
+    mask = pair.make_mask(1)
+    assert len(attention._padding) > before
+    del mask
+    gc.collect()
+    assert len(attention._padding) == before
+
+
+def test_formats_and_windows_do_not_mix():
+    a, b = (PackedKVCache(make_format(Spec.parse(s), 64)) for s in ("int4-srft", "int8-srft"))
+    with pytest.raises(ValueError, match="different formats cannot share a batch"):
+        PackedKVCache.merge([a, b])
+    with pytest.raises(ValueError, match="different formats cannot share a batch"):
+        PackedKVCache.merge([a]).extend(PackedKVCache.merge([b]))
+    rings = [PackedRotatingKVCache(a.format, n) for n in (8, 9)]
+    with pytest.raises(ValueError, match=r"one max_size, got \[8, 9\]"):
+        PackedRotatingKVCache.merge(rings)
+
+
+def test_left_padding_comes_first(tokens):
+    for pair in new_batches(tokens, 2):
+        pair.prompt(fresh([3, 7]))
+        with pytest.raises(ValueError, match="only be added to an empty PackedBatch"):
+            pair.ours.prepare(left_padding=[1, 0])
+
+
+def test_in_a_hybrid_layer(tokens):
+    """CacheList passes everything on to its parts."""
+    x, y = tokens.exact([[0, 1, 2]])
+    lists = []
+    for _ in range(2):
+        cache = CacheList(ArraysCache(1), PackedKVCache(tokens.format))
+        cache[0][0] = mx.zeros((1, 4))
+        cache[1].update_and_fetch(x, y)
+        lists.append(cache)
+    batch = CacheList.merge(lists)
+    batch.prepare(lengths=[1, 2], right_padding=[1, 0])
+    batch[1].update_and_fetch(*tokens.exact([[3, 4], [5, 6]]))
+    batch.finalize()
+    batch.filter([1, 0])
+    batch.extend(CacheList.merge(lists))
+    assert [batch.extract(i)[1].offset for i in range(4)] == [5, 4, 3, 3]
+    assert batch.nbytes > batch[1].nbytes > 0
+
+
+LENGTHS = [1, 2, 3, 9, 40, 17, 5, 80]
+
+
+def alone(loaded, prompt, n, **kwargs):
+    return [s.token for s in stream_generate(*loaded, prompt, max_tokens=n, **kwargs)]
+
+
+def test_batch_generate_gives_the_texts_of_single_prompts(loaded):
+    many = prompts(loaded[1], LENGTHS)
+    limits = [12 + 2 * i for i in range(len(many))]  # sequences leave one after another
+    found = batch_generate(*loaded, many, max_tokens=limits, return_token_ids=True).token_ids
+    assert found == [alone(loaded, p, n) for p, n in zip(many, limits, strict=True)]
+
+
+def test_requests_that_join_a_running_batch(loaded):
+    """Prompts in chunks, in small groups, while others decode, past tiny-gemma3's window."""
+    model, tokenizer = loaded
+    many = prompts(tokenizer, [250, 3, 60, 1, 33, 120])
+    generator = BatchGenerator(
+        model, max_tokens=12, prefill_step_size=50, prefill_batch_size=2, completion_batch_size=3
+    )
+    found = {uid: [] for uid in generator.insert(many[:3])}
+    late = list(many[3:])
+    nbytes = 0
+    while True:
+        responses = generator.next_generated()
+        nbytes = max(nbytes, generator.prompt_cache_nbytes)
+        for r in responses:
+            found[r.uid].append(r.token)
+        if late:
+            found |= {uid: [] for uid in generator.insert([late.pop(0)])}
+        elif not responses:
+            break
+    generator.close()
+    assert nbytes > 0
+    expected = [alone(loaded, p, 12, prefill_step_size=50) for p in many]
+    assert list(found.values()) == expected
+
+
+def test_prompt_caches_in_and_out(loaded):
+    """Conversations that go on, packed bytes reused as they are."""
+    model, tokenizer = loaded
+    many = prompts(tokenizer, [4, 30, 11])
+    first = batch_generate(*loaded, many, max_tokens=5, return_prompt_caches=True)
+    more = prompts(tokenizer, [8, 2, 19])
+    second = batch_generate(
+        *loaded, more, prompt_caches=first.caches, max_tokens=6, return_token_ids=True
+    ).token_ids
+    for i, prompt in enumerate(many):
+        cache = make_prompt_cache(model)
+        alone(loaded, prompt, 5, prompt_cache=cache)
+        # generate has fed the token it stopped at, batch_generate has not.
+        short = first.caches[i][0].offset - cache[0].offset
+        assert short in (0, -1)
+        for c in cache:
+            c.trim(-short)
+        assert second[i] == alone(loaded, more[i], 6, prompt_cache=cache)
+
+
+def test_max_kv_size_in_a_batch(loaded):
+    model, tokenizer = loaded
+    many = prompts(tokenizer, [5, 40])
+    generator = BatchGenerator(model, max_tokens=20, max_kv_size=24)
+    generator.insert(many)
+    ended = {}
+    while len(ended) < 2:
+        for r in generator.next_generated():
+            if r.finish_reason:
+                ended[r.uid] = r.prompt_cache
+    generator.close()
+    for caches in ended.values():
+        bounded = [c for c in caches if c.max_size == 24]
+        assert bounded
+        assert all(c.size() <= 24 and c.rows.shape[2] <= 24 for c in bounded)

@@ -1,0 +1,204 @@
+"""mlx_lm.server with --kv-cache: batching stays on, and nobody's text depends on the others."""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm import batch_generate
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.utils import load_tokenizer
+
+import mlx_kvq
+from tests.float32 import TEXT, load_float32, prompts, write_float32
+
+REQUESTS = 32
+WORDS = [1, 2, 60, 5, 20, 3, 120, 8]  # of the prompts, in turn
+TOKENS = [16, 6, 24, 11]  # asked for, in turn
+BIN = Path(sys.executable).parent
+
+
+class Server:
+    """A server process on a free port of this machine, until the end of a ``with`` block."""
+
+    def __init__(self, folder: Path, *options: str):
+        self.folder, self.options = folder, options
+
+    def __enter__(self) -> "Server":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = self.folder.parent / f"server-{self.port}.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [BIN / "mlx_lm.server", "--model", self.folder, "--port", str(self.port),
+                 *self.options],
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+                stdout=log,
+                stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while "Starting httpd" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def complete(self, request: tuple[str, int]) -> dict:
+        """The text of a request, and when its pieces came."""
+        body = {
+            "prompt": request[0],
+            "max_tokens": request[1],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+            try:
+                connection.request(
+                    "POST",
+                    "/v1/completions",
+                    json.dumps(body),
+                    {"Content-Type": "application/json"},
+                )
+                response = connection.getresponse()
+                break
+            except ConnectionResetError:  # more callers at once than its socket lets wait
+                assert self.process.poll() is None, self.log.read_text()
+        found = {"text": "", "times": [], "status": response.status}
+        for line in response:
+            if line.startswith(b"data: {"):
+                piece = json.loads(line[6:])
+                found["times"].append(time.monotonic())
+                found["text"] += "".join(c["text"] for c in piece["choices"])
+                found["usage"] = piece.get("usage") or found.get("usage")
+        connection.close()
+        assert found["status"] == 200, found
+        return found
+
+
+def most_at_once(answers) -> int:
+    """How many streams were under way at the same time."""
+    events = [(a["times"][0], 1) for a in answers] + [(a["times"][-1], -1) for a in answers]
+    open_now = most = 0
+    for _, change in sorted(events):
+        open_now += change
+        most = max(most, open_now)
+    return most
+
+
+def requests(folder: Path) -> list[tuple[str, int]]:
+    """(prompt, tokens) of 32 requests that begin with different tokens: what a prompt shares with
+    an earlier one is read from packed rows, so it must share nothing to be a request alone."""
+    tokenizer = load_tokenizer(folder)
+    words = TEXT.split()
+    found: dict[int, tuple[str, int]] = {}
+    for i in range(len(words)):
+        n = len(found)
+        prompt = " ".join((words[i:] + words)[: WORDS[n % len(WORDS)]])
+        found.setdefault(tokenizer.encode(prompt)[0], (prompt, TOKENS[n % len(TOKENS)]))
+    assert len(found) >= REQUESTS
+    return list(found.values())[:REQUESTS]
+
+
+@pytest.fixture(scope="module", params=["tiny-qwen2-8bit"])
+def folder(request, tmp_path_factory):
+    return write_float32(request.param, tmp_path_factory.mktemp("models"))
+
+
+def test_concurrent_requests_get_their_single_texts(folder):
+    everyone = requests(folder)
+    options = ("--kv-cache", "int4-srft", "--prompt-cache-size", "64")
+    with Server(folder, *options) as server, ThreadPoolExecutor(REQUESTS) as pool:
+        together = list(pool.map(server.complete, everyone))
+        again = list(pool.map(server.complete, everyone))
+        log = server.log.read_text()
+    with Server(folder, *options) as server:
+        alone = [server.complete(r) for r in everyone]
+    texts = [a["text"] for a in alone]
+    assert [a["text"] for a in together] == texts
+    assert [a["text"] for a in again] == texts
+    assert len(set(texts)) > REQUESTS // 2
+    assert most_at_once(together) > 8 > most_at_once(alone) == 1
+    # The second round found its prompts in the prompt cache, as packed rows.
+    reused = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in again]
+    asked = [a["usage"]["prompt_tokens"] for a in again]
+    assert sum(reused) > 0.8 * sum(asked)
+    assert "[mlx_kvq] int4-srft: packed 4 of 4 layers" in log
+    assert "Traceback" not in log
+
+
+def test_a_spec_that_the_model_cannot_have_ends_the_server(folder):
+    process = subprocess.run(
+        [BIN / "mlx_lm.server", "--model", folder, "--port", "0", "--kv-cache",
+         "int4-srft:group_size=48"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 1
+    (line,) = [line for line in process.stderr.splitlines() if "group_size" in line]
+    assert line.startswith("[mlx_kvq] error: int4-srft:group_size=48 cannot pack any layer")
+    assert "Traceback" not in process.stderr
+
+
+def test_bytes_of_the_prompt_cache():
+    """Bytes per cached token as the server accounts for them: 3.56 times fewer than fp16."""
+    model, tokenizer = load_float32("tiny-qwen2-8bit")
+    many = prompts(tokenizer, [5, 30])
+    sizes = {}
+    for spec in ("fp16", "int4-srft"):
+        mlx_kvq.enable(model, spec, verbose=False)
+        assert all(hasattr(c, "merge") for c in make_prompt_cache(model))  # or no batching
+        caches = batch_generate(
+            model, tokenizer, many, max_tokens=2, return_prompt_caches=True
+        ).caches
+        lru = LRUPromptCache()
+        held = 0
+        for prompt, cache in zip(many, caches, strict=True):
+            lru.insert_cache("model", prompt, cache)
+            held += cache[0].offset
+        sizes[spec] = lru.nbytes / held / len(model.layers)
+    assert sizes == {"fp16": 2 * 512, "int4-srft": 144}  # the model's own cache is fp32 here
+
+
+@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srft"])
+def test_prefix_reuse(spec):
+    """LRUPromptCache: a copy of the nearest cache, trimmed to what is common, goes on exactly."""
+    model, tokenizer = load_float32("tiny-qwen2-8bit")
+    mlx_kvq.enable(model, spec, verbose=False)
+    (prompt,) = prompts(tokenizer, [60])
+    other = [*prompt[:40], *prompts(tokenizer, [1, 9])[1]]
+    cache = make_prompt_cache(model)
+    model(mx.array([prompt]), cache=cache)
+    lru = LRUPromptCache()
+    lru.insert_cache("model", prompt, cache)
+    assert lru.nbytes == sum(c.nbytes for c in cache) > 0
+
+    found, rest = lru.fetch_nearest_cache("model", other)
+    assert rest == other[40:]
+    assert [c.offset for c in found] == [40] * len(cache)
+    assert [c.offset for c in cache] == [60] * len(cache)
+    reference = make_prompt_cache(model)
+    model(mx.array([prompt]), cache=reference)
+    for c in reference:
+        c.trim(20)
+    logits = [model(mx.array([rest]), cache=c) for c in (found, reference)]
+    assert mx.array_equal(*logits)
+
+    exact, rest = lru.fetch_nearest_cache("model", prompt)
+    assert rest == []
+    for a, b in zip(exact, cache, strict=True):
+        assert a.rows is not b.rows
+        assert mx.array_equal(a.rows, b.rows)  # untouched by what was done to the other copy
+    lru.trim_to(n_bytes=0)
+    assert lru.nbytes == len(lru) == 0
