@@ -100,7 +100,8 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
             f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
             f"{lay.k_dim} and {lay.v_dim}."
         )
-    if _backend(fmt, k.dtype) is fused:
+    # The kernel has no rounding with feedback.
+    if fmt.feedback is None and _backend(fmt, k.dtype) is fused:
 
         def trial():
             zeros = mx.zeros((1, k.shape[1], 1, lay.k_dim), k.dtype)

@@ -32,7 +32,11 @@ STRAYS = (
 
 def run(*command, **kwargs):
     """Run a command; returns its output, or fails with all of it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLX_KVQ"))}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k == "MLX_KVQ_CACHE" or not k.startswith(("PYTHON", "MLX_KVQ"))
+    }
     process = subprocess.run(
         [str(part) for part in command],
         env=env | {"HF_HUB_OFFLINE": "1"},

@@ -24,7 +24,11 @@ WAYS = {
 
 
 def shell(*command, **env):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLX_KVQ"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k == "MLX_KVQ_CACHE" or not k.startswith(("PYTHON", "MLX_KVQ"))
+    }
     return subprocess.run(
         [str(c) for c in command],
         env=kept | {"HF_HUB_OFFLINE": "1"} | env,
