@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from . import ops
     from .calibrate import calibrate
     from .calibration import CalibrationSet
+    from .convert import convert
     from .evaluate import evaluate
     from .model import disable, enable, make_prompt_cache
     from .spec import Spec
@@ -18,6 +19,7 @@ __all__ = [
     "Spec",
     "__version__",
     "calibrate",
+    "convert",
     "disable",
     "enable",
     "evaluate",
@@ -29,6 +31,7 @@ _MODULES = {
     "CalibrationSet": "calibration",
     "Spec": "spec",
     "calibrate": "calibrate",
+    "convert": "convert",
     "disable": "model",
     "enable": "model",
     "evaluate": "evaluate",

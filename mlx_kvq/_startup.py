@@ -3,7 +3,7 @@
 The one line of ``mlx_kvq.pth`` makes every interpreter start in the environment import this
 file. So it imports only what a bare start has loaded already, never prints and costs a fraction
 of a millisecond (``scripts/time_startup.py``). It leaves one finder behind, which does nothing
-until a command module of mlx-lm is imported.
+until a command module of mlx-lm, or the module with its ``load``, is imported.
 """
 
 import os
@@ -26,6 +26,7 @@ COMMANDS = frozenset(
         "mlx_lm.server",
     }
 )
+MODULES = COMMANDS | {"mlx_lm.utils"}  # whose load every command and the Python API use
 
 # What `python -m mlx_lm.<command>` runs instead of a second copy of the module: the patched one.
 # (import_module, because the function mlx_lm.generate hides the module of that name.)
@@ -39,7 +40,7 @@ if __name__ == "__main__":
 
 
 class Finder:
-    """Lets the other finders find a command module and wraps its loader."""
+    """Lets the other finders find one of the modules and wraps its loader."""
 
     _searching: "set[str]" = set()
 
@@ -48,7 +49,7 @@ class Finder:
         cls, name: str, path: "Any" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         # The second test ends the recursion with hooks that search sys.meta_path as this one does.
-        if name not in COMMANDS or name in cls._searching:
+        if name not in MODULES or name in cls._searching:
             return None
         cls._searching.add(name)
         try:

@@ -13,8 +13,10 @@ from . import __version__, spec
 COMMANDS: dict[str, str] = {
     "benchmark": "Time packed caches beside the model's own and mlx-lm's quantized ones.",
     "calibrate": "Make a calibration file for a model from text.",
+    "convert": "Convert a model repository and add a calibrated KV cache, or add it in place.",
     "doctor": "Check every kernel on this machine against the reference; first timings.",
     "evaluate": "Compare caches on your text: perplexity, KL, exact recall, bytes per token.",
+    "inspect": "Say what a converted repository, local or on the hub, brings along.",
     "pack-cache": "Pack a prompt-cache file that was written without --kv-cache.",
 }
 

@@ -1,7 +1,7 @@
 """Switch a model to a packed cache: ``enable``, ``disable`` and ``make_prompt_cache``."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache as cache_once
 from pathlib import Path
@@ -81,6 +81,7 @@ def enable(
     *,
     calibration: CalibrationSet | str | Path | None = None,
     tokenizer=None,
+    policy: Mapping[tuple[int, ...], str] | None = None,
     verbose: bool = True,
 ) -> Report | None:
     """Make every mlx-lm entry point use a packed cache for this model.
@@ -92,10 +93,13 @@ def enable(
         model (nn.Module): A model from ``mlx_lm.load``.
         spec (str or Spec): For example ``"int4-srft"``; ``"fp16"`` is :func:`disable`.
         calibration (CalibrationSet or path, optional): From :func:`mlx_kvq.calibrate`. Without
-            one the model is calibrated on a built-in text, once: the result is kept in the
-            user's cache directory (``mlx_kvq.automatic``). ``calibrate=off`` in the spec
-            leaves calibration out.
+            one a converted repository's own is used (``mlx_kvq.repository``); any other model
+            is calibrated on a built-in text, once: the result is kept in the user's cache
+            directory (``mlx_kvq.automatic``). ``calibrate=off`` in the spec leaves
+            calibration out.
         tokenizer (optional): For that text; without it random tokens are used.
+        policy (dict, optional): Path of every cache to pack -> ``"int4"``, ``"k8v4"`` or
+            ``"int8"``, in place of what ``skip``, ``high`` and ``budget`` of the spec say.
         verbose (bool): Print one line to stderr that says what was applied.
 
     Returns:
@@ -110,7 +114,7 @@ def enable(
         disable(model)
         return None
     say = _say if verbose else automatic.silent
-    make, report = _plan(model, parsed, calibration, tokenizer, say)
+    make, report = _plan(model, parsed, calibration, tokenizer, say, policy)
     seams.install()
     model.make_cache = seams.CacheFactory(make)
     say(str(report))
@@ -175,6 +179,7 @@ def _plan(
     calibration: CalibrationSet | str | Path | None,
     tokenizer,
     say: Callable[[str], None],
+    policy: Mapping[tuple[int, ...], str] | None = None,
 ) -> tuple[Callable[[int | None], list], Report]:
     """Find the layers that can be packed, by running the model without evaluating anything,
     then calibrate them and apply the spec's policy."""
@@ -182,6 +187,10 @@ def _plan(
         calibration = CalibrationSet.load(calibration)
     if calibration is not None and spec.calibrate == "off":
         raise ValueError(f"{spec} says calibrate=off, but a calibration is given.")
+    if calibration is None and spec.calibrate == "auto":
+        from . import repository  # which imports this module
+
+        calibration = repository.calibration(model, spec)
     own = _stock_make(model)
     report = Report(spec)
     formats: dict[tuple[int, ...], Format] = {}  # by path in the caches
@@ -245,14 +254,17 @@ def _plan(
         calibration is None or any(c.keys.metric is None for c in calibration.layers.values())
     ):
         raise ValueError(f"{spec}: rounding=feedback needs a calibration that holds 'metric'.")
-    bits = _policy(spec, formats, report)
+    if policy is None:
+        bits = _policy(spec, formats, report)
+    else:
+        bits = _given(policy, formats, report, model)
     if calibration is not None:
         try:
             calibration.check({path: s for path, s in watched.items() if path in formats})
         except ValueError as error:
             raise ValueError(f"The calibration does not fit this model: {error}") from None
     formats.update(_formats(spec, bits, shapes, calibration))
-    if spec.budget is not None:
+    if spec.budget is not None and policy is None:
         bits = allocate(
             model,
             lambda bits: _mixed(own, _formats(spec, bits, shapes, calibration)),
@@ -299,6 +311,27 @@ def _policy(
     if not formats:
         raise ValueError(f"{spec} skips every layer: use 'fp16'.")
     return {path: "int8" if path[0] in chosen["high"] else spec.bits for path in formats}
+
+
+def _given(
+    policy: Mapping[tuple[int, ...], str],
+    formats: dict[tuple[int, ...], Format],
+    report: Report,
+    model: nn.Module,
+) -> dict[tuple[int, ...], str]:
+    """:func:`_policy` where the bits of the whole model's caches are known."""
+    local = shards.local_paths(policy, model)
+    if not shards.is_sharded(model) and (unknown := sorted(set(local) - set(formats))):
+        layer = unknown[0][0]
+        reason = report.left.get(layer)
+        raise ValueError(
+            f"Layer {layer} is to be packed, but "
+            + (f"cannot be: {reason}." if reason else "this model has no such cache.")
+        )
+    for path in [p for p in formats if p not in local]:
+        del formats[path]
+        report.left[path[0]] = "skipped"
+    return {path: local[path] for path in formats}
 
 
 def _formats(

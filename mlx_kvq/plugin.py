@@ -1,18 +1,23 @@
-"""Adds ``--kv-cache`` to mlx-lm's commands, which have no plug-in point.
+"""Adds ``--kv-cache`` to mlx-lm's commands, and a repository's own cache to its ``load``.
 
-``patch`` gets each command's module right after its import (see ``_startup``). The module then
-sees an ``argparse`` whose parsers know the option, and a ``load`` that enables what was asked.
-It must not import from ``mlx_lm`` itself, which may be half imported.
+mlx-lm has no plug-in point: ``patch`` gets each of its modules right after the import (see
+``_startup``). A command's module then sees an ``argparse`` whose parsers know the option, and a
+``load`` that enables what was asked; ``mlx_lm.utils`` a ``load`` that enables what a converted
+repository says, unless something else was asked. ``patch`` must not import from ``mlx_lm``,
+which may be half imported.
 """
 
 import argparse
 import functools
+import inspect
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from .spec import Spec
+from .spec import OFF, Spec
 
 HELP = (
     "Keep keys and values packed, for example 'int4-srft' (4.5 bits per value), 'k8v4-srft', "
@@ -21,12 +26,19 @@ HELP = (
 CHUNK = 128  # tokens per step of mlx_lm.perplexity, which has no cache of its own
 
 _asked: str | None = None  # --kv-cache of this process
+_option = ""  # and how it was asked for
+_unread = False  # whether load leaves a repository's own cache alone
 _unchecked: list[list] = []  # caches from a file, before the model is loaded
 
 
 def patch(module: ModuleType) -> None:
-    """Give a command module of mlx-lm the option ``--kv-cache``."""
+    """Give a command module of mlx-lm the option ``--kv-cache``, or change ``mlx_lm.utils``."""
     names: dict[str, Any] = vars(module)
+    if "load_model" in names:
+        names["load_model"] = _remembering(names["load_model"])
+        for name in ("load", "sharded_load"):
+            names[name] = _as_the_repository_says(names[name])
+        return
     names["argparse"] = _Argparse("argparse")
     for name in ("load", "sharded_load"):
         if name in names:
@@ -64,8 +76,10 @@ class _Parser(argparse.ArgumentParser):
         parsed, rest = super().parse_known_args(args, namespace)
         if parsed.kv_cache is not None and getattr(parsed, "kv_bits", None) is not None:
             self.error("--kv-cache and --kv-bits are two ways to quantize the cache: give one")
-        global _asked
-        _asked = parsed.kv_cache
+        global _asked, _option
+        _asked, _option = parsed.kv_cache, f"--kv-cache {parsed.kv_cache}"
+        if getattr(parsed, "kv_bits", None) is not None:  # quantizes the model's own cache
+            _asked, _option = OFF, f"--kv-bits {parsed.kv_bits}"
         return parsed, rest
 
 
@@ -96,10 +110,66 @@ def _ending_the_server(load_default):
     return wrapper
 
 
-def _enabling(load, is_server: bool):
+def _remembering(load_model):
+    """Models remember the repository that they are from, if that says which cache to use."""
+
+    @functools.wraps(load_model)
+    def wrapper(model_path, *args, **kwargs):
+        model, config = load_model(model_path, *args, **kwargs)
+        if "kv_cache" in config and not _unread:
+            from . import repository
+
+            repository.attach(model, model_path, config["kv_cache"])
+        return model, config
+
+    return wrapper
+
+
+def _as_the_repository_says(load):
+    signature = inspect.signature(load)
+
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
         loaded = load(*args, **kwargs)
+        if (source := vars(loaded[0]).get("_mlx_kvq_repository")) is not None:
+            from . import repository
+
+            given = signature.bind(*args, **kwargs).arguments
+            source.name, source.revision = str(next(iter(given.values()))), given.get("revision")
+            if _asked is None:
+                repository.apply(loaded[0])
+            else:
+                said = source.said
+                print(f"[mlx_kvq] {_option} in place of the repository's {said}", file=sys.stderr)
+        return loaded
+
+    return wrapper
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """``mlx_lm.load`` without a repository's own cache, for what is about to write one."""
+    global _unread
+    before, _unread = _unread, True
+    try:
+        yield
+    finally:
+        _unread = before
+
+
+def _enabling(load, is_server: bool):
+    @functools.wraps(load)
+    def wrapper(*args, **kwargs):
+        try:
+            loaded = load(*args, **kwargs)
+        except ValueError as error:
+            from .repository import RepositoryError
+
+            if not isinstance(error, RepositoryError):
+                raise
+            if is_server:
+                raise _PackingError(str(error)) from error
+            sys.exit(f"[mlx_kvq] error: {error}")
         caches = _unchecked.pop() if _unchecked else None
         if _asked is None and caches is None:
             return loaded
@@ -141,11 +211,13 @@ def _knowing_our_caches(load_prompt_cache):
 
 
 def _through_the_cache(eval_ppl):
-    """mlx_lm.perplexity runs without a cache; with --kv-cache it reads one, chunk by chunk."""
+    """mlx_lm.perplexity runs without a cache; a packed one it reads, chunk by chunk."""
 
     @functools.wraps(eval_ppl)
     def wrapper(model, *args, **kwargs):
-        if _asked is None:
+        from .seams import CacheFactory
+
+        if not isinstance(vars(model).get("make_cache"), CacheFactory):
             return eval_ppl(model, *args, **kwargs)
         import mlx.core as mx
 

@@ -50,6 +50,12 @@ def local(
     return CalibrationSet(layers, calibration.metadata)
 
 
+def local_paths(policy: Mapping[tuple[int, ...], str], model: nn.Module):
+    """A policy of the whole model, numbered from this rank's first layer."""
+    first = getattr(getattr(model, "model", None), "start_idx", 0) if is_sharded(model) else 0
+    return {(path[0] - first, *path[1:]): bits for path, bits in policy.items()}
+
+
 def all_ranks(known: bool, model: nn.Module) -> bool:
     """Whether ``known`` holds on every rank, as what follows if not is done by all together."""
     if not is_sharded(model):

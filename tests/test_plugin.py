@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvq import plugin
+from mlx_kvq.seams import CacheFactory
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "examples" / "models"
@@ -139,9 +140,7 @@ def test_perplexity_reads_compressed_history():
     class Fake:
         def __init__(self):
             self.calls = []
-
-        def make_cache(self):
-            return ["cache"]
+            self.make_cache = CacheFactory(lambda max_kv_size: ["cache"])
 
         def __call__(self, tokens, cache=None):
             self.calls.append((tokens.shape, cache))
@@ -152,12 +151,9 @@ def test_perplexity_reads_compressed_history():
 
     fake = Fake()
     wrapped = plugin._through_the_cache(eval_ppl)
-    plugin._asked = "int4-srft"
-    try:
-        wrapped(fake, mx.zeros((2, 300), mx.int32))
-    finally:
-        plugin._asked = None
+    wrapped(fake, mx.zeros((2, 300), mx.int32))
     assert seen["logits"] == (2, 300, 3)
     assert fake.calls == [((2, 128), ["cache"]), ((2, 128), ["cache"]), ((2, 44), ["cache"])]
+    del fake.make_cache  # as --kv-cache fp16 does
     wrapped(fake, mx.zeros((2, 300), mx.int32))
     assert fake.calls[-1] == ((2, 300), None)

@@ -1,0 +1,299 @@
+"""``mlx_kvq convert``: a model repository that brings its cache along.
+
+Either ``mlx_lm.convert``, with all its options, and then the cache; or the cache alone, added in
+place to a repository that is there. The repository is complete or not there at all, and one that
+was there stays usable whenever this is interrupted.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import types
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from inspect import signature
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm import load
+
+from . import __version__, model_card, plugin, repository
+from .baselines import bytes_per_token, candidate
+from .cache import _PackedCache
+from .calibrate import calibrate, sample_text
+from .evaluate import Evaluation, _read, evaluate, read_recall
+from .model import _leaves, disable, enable
+from .spec import OFF, Spec
+
+CHUNK = 128  # tokens at a time when a repository is evaluated
+WINDOW, WINDOWS = 1024, 16  # at most
+SAMPLE = "built-in sample"
+
+
+def convert(
+    hf_path: str | None = None,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    kv_cache: str | Spec = "int4-srft",
+    calibration_text: str | Sequence[str] | None = None,
+    evaluate_on: dict[str, str] | None = None,
+    recall: Sequence[dict] = (),
+    upload_repo: str | None = None,
+    progress: bool = True,
+    **options,
+) -> Path:
+    """Convert a model to MLX and add a packed, calibrated KV cache; or add it to a model that is
+    converted already.
+
+    Args:
+        hf_path (str, optional): As for ``mlx_lm.convert``. Without it ``mlx_path`` is a local
+            repository that gets the cache in place.
+        mlx_path (str or Path): The repository.
+        kv_cache (str or Spec): What the repository is to say, for example ``"int4-srft"``.
+        calibration_text (str or Sequence of str, optional): What the model is likely to read;
+            ``None`` is the built-in sample text.
+        evaluate_on (dict, optional): Name -> text that the model has not seen. The model card
+            then says what the cache costs on it: perplexity, KL, and ``recall`` if given.
+        recall (Sequence): ``{"prompt": …, "answer": …}``, as for :func:`mlx_kvq.evaluate`.
+        upload_repo (str, optional): Repository of the Hugging Face hub to upload to.
+        progress (bool): Show progress bars.
+        options: What else ``mlx_lm.convert`` takes: ``quantize``, ``q_bits``, ``dtype`` …
+
+    Returns:
+        Path: ``mlx_path``.
+
+    Raises:
+        ValueError: If anything given cannot be used, or the upload fails; a message says what.
+    """
+    spec = Spec.parse(kv_cache)
+    if spec is None:
+        raise ValueError(f"'{OFF}' is what a model has without a section: use mlx_lm.convert.")
+    if spec.calibrate == "off" and calibration_text is not None:
+        raise ValueError(f"{spec} says calibrate=off, but a calibration text is given.")
+    if recall and not evaluate_on:
+        raise ValueError("Recall is part of the evaluation: give a text to evaluate on.")
+    if upload_repo is not None:
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(upload_repo)
+    target = Path(mlx_path)
+    trust = bool(options.get("trust_remote_code"))
+    add = partial(
+        _add,
+        spec=spec,
+        name=upload_repo or target.absolute().name,
+        texts=calibration_text,
+        evaluate_on=evaluate_on or {},
+        recall=recall,
+        trust=trust,
+        progress=progress,
+    )
+    if unknown := set(options) - set(_defaults()):
+        raise TypeError(f"mlx_lm.convert takes no {', '.join(sorted(unknown))}.")
+    if hf_path is None:
+        defaults = _defaults() | {"trust_remote_code": trust}
+        if given := [k for k, v in options.items() if v != defaults[k]]:
+            raise ValueError(
+                f"{', '.join(given)} cannot be applied in place: give --hf-path to convert a model."
+            )
+        repository.read_config(target)
+        add(target)
+    else:
+        if target.exists():
+            raise ValueError(
+                f"'{target}' exists already. Give another --mlx-path; or leave --hf-path out to "
+                "add a cache to the model that is there."
+            )
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=target.absolute().parent, prefix=f".{target.name}-"
+        ) as folder:
+            part = Path(folder) / "model"
+            _convert(hf_path, part, options)
+            add(part)
+            os.rename(part, target)
+    if upload_repo is not None:
+        upload(target, upload_repo)
+    return target
+
+
+def _defaults() -> dict:
+    parameters = signature(import_module("mlx_lm.convert").convert).parameters
+    return {k: p.default for k, p in parameters.items() if k not in ("hf_path", "mlx_path")}
+
+
+def _convert(hf_path: str, target: Path, options: dict) -> None:
+    try:
+        with plugin.unread():
+            import_module("mlx_lm.convert").convert(hf_path, str(target), **options)
+    except Exception as error:
+        raise ValueError(f"'{hf_path}' cannot be converted: {_reason(error)}") from error
+
+
+def _load(folder: Path, trust: bool):
+    try:
+        with plugin.unread():
+            config = {"trust_remote_code": trust or None}
+            return load(str(folder), tokenizer_config=config, trust_remote_code=trust)[:2]
+    except Exception as error:
+        raise ValueError(f"The model in '{folder}' cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _add(
+    folder: Path,
+    *,
+    spec: Spec,
+    name: str,
+    texts: str | Sequence[str] | None,
+    evaluate_on: dict[str, str],
+    recall: Sequence[dict],
+    trust: bool,
+    progress: bool,
+) -> None:
+    model, tokenizer = _load(folder, trust)
+    calibration = None
+    if spec.calibrate != "off":
+        calibration = calibrate(model, tokenizer, texts, progress=progress)
+    report = enable(model, spec, calibration=calibration, tokenizer=tokenizer, verbose=False)
+    assert report is not None  # which it is for fp16 alone
+    layers = {
+        path: cache.format.spec.bits
+        for path, cache in _leaves(model.make_cache())
+        if isinstance(cache, _PackedCache)
+    }
+    disable(model)
+    evaluation = None
+    if evaluate_on:
+        if mx.default_device().type == mx.DeviceType.cpu:
+            model.set_dtype(mx.float32)  # as half precision is only emulated there
+        evaluation = _evaluate(model, tokenizer, spec, calibration, evaluate_on, recall, progress)
+        sizes = [evaluation[c].bytes_per_token for c in (OFF, str(spec))]
+    else:
+        sizes = [_bytes_per_token(model, tokenizer, c, calibration) for c in (OFF, spec)]
+    made: dict[str, str | int] = {"mlx_kvq": __version__}
+    made |= {p: version(p) for p in ("mlx", "mlx-lm")}
+    if calibration is not None:
+        made |= {k: calibration.metadata[k] for k in ("text", "tokens", "length")}
+    # The card first: it is made of all that can still go wrong.
+    seen = evaluate_on.get(SAMPLE) is not None and calibration is not None and texts is None
+    note = "The calibration is from this text, which flatters the cache. " if seen else ""
+    card = model_card.make(folder, name, report, sizes, evaluation, list(evaluate_on), note)
+    repository.write(folder, spec, layers, calibration, made)
+    model_card.write(folder, card)
+    print(f"[mlx_kvq] {name}: {report}", file=sys.stderr)
+
+
+def _evaluate(model, tokenizer, spec, calibration, texts, recall, progress) -> Evaluation:
+    """As many windows as the shortest text has, at most 16 of 1024 tokens."""
+    most = 16 * WINDOW * WINDOWS  # characters
+    tokens = min(len(tokenizer.encode(t[:most], add_special_tokens=False)) for t in texts.values())
+    window = min(WINDOW, tokens // 2)
+    if window < 2 * CHUNK:
+        raise ValueError(
+            f"A text of {tokens} tokens is too short to evaluate on: {4 * CHUNK} are the least."
+        )
+    return evaluate(
+        model,
+        tokenizer,
+        [OFF, str(spec)],
+        list(texts.values()),
+        windows=min(WINDOWS, tokens // window),
+        tokens=window,
+        chunk=CHUNK,
+        recall=recall,
+        calibration=calibration,
+        progress=progress,
+    )
+
+
+def _bytes_per_token(model, tokenizer, spec, calibration) -> float:
+    kind = candidate(model, spec, calibration=calibration, tokenizer=tokenizer)
+    caches = kind.make()
+    model(mx.array([tokenizer.encode(sample_text())[:CHUNK]]), cache=caches)
+    return bytes_per_token(caches)
+
+
+def upload(folder: Path, name: str) -> None:
+    """Create the repository ``name`` on the hub if need be and upload the folder in one commit.
+
+    Raises:
+        ValueError: If that fails; the folder is whole all the same.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        url = api.create_repo(name, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, commit_message="Upload with mlx_kvq"
+        )
+    except Exception as error:  # the client raises those of its HTTP library, too
+        raise ValueError(
+            f"'{folder}' is complete but could not be uploaded to '{name}': {_reason(error)} "
+            f"Try again with 'hf upload {name} {folder}'."
+        ) from error
+    print(f"[mlx_kvq] uploaded to {url}", file=sys.stderr)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    stock = import_module("mlx_lm.convert").configure_parser()
+    for action in stock._actions:
+        if not isinstance(action, argparse._HelpAction):
+            parser._add_action(action)
+    parser.description = (
+        "Convert a model as mlx_lm.convert does and add a packed, calibrated KV cache. Without "
+        "--hf-path the cache is added in place to the repository --mlx-path."
+    )
+    own = parser.add_argument_group("KV cache")
+    own.add_argument(
+        "--kv-cache", default="int4-srft", metavar="SPEC", help="Default: %(default)s."
+    )
+    own.add_argument(
+        "--calibration-text",
+        nargs="+",
+        metavar="FILE",
+        help="Text of what the model is to read. Default: the built-in sample text.",
+    )
+    own.add_argument(
+        "--evaluate",
+        nargs="*",
+        metavar="FILE",
+        help="Write to the model card what the cache costs in perplexity and KL on held-out "
+        "text. Without a file: on the built-in sample text.",
+    )
+    own.add_argument("--recall", metavar="FILE", help="Key-recall prompts, too: JSON lines.")
+    own.add_argument("--recall-prompts", type=int, metavar="N", help="Only the first N.")
+
+
+def run(args: argparse.Namespace) -> None:
+    options = dict(vars(args))
+    del options["command"]
+    names, recall = options.pop("evaluate"), options.pop("recall")
+    limit = options.pop("recall_prompts")
+    texts = options.pop("calibration_text")
+    evaluate_on = None
+    if names is not None:
+        evaluate_on = {Path(n).name: _read(n) for n in names} or {SAMPLE: sample_text()}
+    convert(
+        **options,
+        calibration_text=None if texts is None else [_read(n) for n in texts],
+        evaluate_on=evaluate_on,
+        recall=read_recall(recall, limit) if recall else (),
+    )
+
+
+class _Callable(types.ModuleType):
+    """``mlx_kvq.convert`` is this module and the function of its name at once."""
+
+    def __call__(self, *args, **kwargs) -> Path:
+        return convert(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,363 @@
+"""The cache that a converted model repository brings along: its section, its file, its use.
+
+``config.json`` gains an object ``kv_cache``, and ``kv_cache.safetensors`` beside it holds the
+calibration (``mlx_kvq.calibration``); ``docs/repositories.md`` lists the fields. mlx-lm ignores
+both. What a repository says is checked before it is used, and nothing of it is executed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from .calibration import METRIC, CalibrationSet, LayerCalibration
+from .model import Report, _say, enable
+from .spec import BITS, OFF, Spec
+
+KEY = "kv_cache"  # of config.json
+FILE = "kv_cache.safetensors"
+FORMAT, VERSION = "mlx_kvq", 1
+LARGEST = 1 << 30  # bytes of a calibration file; 80 layers of 8 heads take 42 MB with the metric
+TEXT = 200  # characters of a note; more is no note
+
+_PATH = re.compile(r"(0|[1-9]\d{0,4})(?:\.(\d))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+Layers = Mapping[tuple[int, ...], str]
+
+
+class RepositoryError(ValueError):
+    """What a repository says of its cache cannot be used; one line says why."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """``kv_cache`` of a ``config.json``.
+
+    Args:
+        spec (Spec): What the converter was asked for.
+        layers (dict): Path of every packed cache -> its bits, a name of ``spec.BITS``.
+        sha256 (str, optional): Of the calibration file; ``None`` with ``calibrate=off``.
+        made (dict): How it was made: notes, not used.
+    """
+
+    spec: Spec
+    layers: Layers
+    sha256: str | None = None
+    made: Mapping[str, str | int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": str(self.spec),
+            "seed": self.spec.seed,
+            "layers": {".".join(map(str, path)): bits for path, bits in self.layers.items()},
+            "calibration": None if self.sha256 is None else {"sha256": self.sha256},
+            "made": dict(self.made),
+        }
+
+    @classmethod
+    def parse(cls, given: object) -> "Section":
+        """
+        Raises:
+            RepositoryError: If ``given``, from JSON, is not a section of this version.
+        """
+        if not isinstance(given, dict):
+            raise RepositoryError(f"'{KEY}' in config.json is {_short(given)}, not an object.")
+        if given.get("format") != FORMAT:
+            raise RepositoryError(
+                f"'format' of '{KEY}' is {_short(given.get('format'))}, not '{FORMAT}'."
+            )
+        version = given.get("version")
+        if type(version) is not int or version != VERSION:
+            raise RepositoryError(
+                f"it has format version {_short(version)}; this mlx_kvq reads {VERSION}."
+            )
+        spec = _spec(given.get("spec"))
+        if type(given.get("seed")) is not int or given["seed"] != spec.seed:
+            raise RepositoryError(
+                f"'seed' is {_short(given.get('seed'))} and the spec's is {spec.seed}."
+            )
+        sha256 = _sha256(given.get("calibration"))
+        if (sha256 is None) != (spec.calibrate == "off"):
+            raise RepositoryError(
+                f"its spec is '{spec}' and its calibration is "
+                f"{'missing' if sha256 is None else 'there all the same'}."
+            )
+        return cls(spec, _layers(given.get("layers")), sha256, _made(given.get("made")))
+
+
+def _spec(given: object) -> Spec:
+    try:
+        spec = Spec.parse(given)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise RepositoryError(_line(error)) from None
+    if spec is None:
+        raise RepositoryError(f"its spec is '{OFF}', which is a model without a section.")
+    return spec
+
+
+def _layers(given: object) -> dict[tuple[int, ...], str]:
+    if not isinstance(given, dict) or not given:
+        raise RepositoryError(f"'layers' is {_short(given)}, not an object of layers and bits.")
+    layers = {}
+    for name, bits in given.items():
+        if not (match := _PATH.fullmatch(name)):
+            raise RepositoryError(f"'layers' names {_short(name)}, which is no layer.")
+        if not isinstance(bits, str) or bits not in BITS:
+            raise RepositoryError(
+                f"layer {name} is said to have {_short(bits)}; known: {', '.join(BITS)}."
+            )
+        layers[tuple(int(part) for part in match.groups() if part is not None)] = bits
+    return layers
+
+
+def _sha256(given: object) -> str | None:
+    if given is None:
+        return None
+    digest = given.get("sha256") if isinstance(given, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise RepositoryError(f"'calibration' is {_short(given)}, not an object with a sha256.")
+    return digest
+
+
+def _made(given: object) -> dict[str, str | int]:
+    given = {} if given is None else given
+    if not isinstance(given, dict) or not all(
+        _printable(k) and (type(v) is int or _printable(v)) for k, v in given.items()
+    ):
+        raise RepositoryError(f"'made' is {_short(given)}, not an object of short texts.")
+    return given
+
+
+def _printable(given: object) -> bool:
+    """A stranger's text goes to the terminal: no control characters, no page of it."""
+    return isinstance(given, str) and given.isprintable() and len(given) <= TEXT
+
+
+def _short(given: object) -> str:
+    text = ascii(given)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _line(error: object) -> str:
+    line = " ".join(str(error).split())
+    return line if len(line) <= 2 * TEXT else f"{line[: 2 * TEXT]}..."
+
+
+@dataclass
+class Repository:
+    """Where a model came from, if that has a section.
+
+    Args:
+        folder (Path): With ``config.json``; that of a snapshot if the model is from a hub.
+        given (object): The section as it was read from JSON.
+        name (str): What was asked for: a folder or a repository of the hub.
+        revision (str, optional): Of the hub's repository.
+    """
+
+    folder: Path
+    given: object
+    name: str
+    revision: str | None = None
+
+    @property
+    def said(self) -> str:
+        """The spec, where no more than its name matters."""
+        spec = self.given.get("spec") if isinstance(self.given, dict) else None
+        return str(spec) if _printable(spec) else "cache"
+
+    @property
+    def other(self) -> str | None:
+        """The program, other than this one, that the section says it is of."""
+        name = self.given.get("format") if isinstance(self.given, dict) else None
+        return name if isinstance(name, str) and name != FORMAT else None
+
+    @cached_property
+    def section(self) -> Section:
+        return Section.parse(self.given)
+
+    @cached_property
+    def calibration(self) -> CalibrationSet | None:
+        """From the file, which is fetched if mlx-lm has not done so.
+
+        Raises:
+            RepositoryError: If it is missing, not the one that the section is of, or damaged.
+        """
+        if self.section.sha256 is None:
+            return None
+        path = self.folder / FILE
+        if not path.is_file():
+            path = self._fetched()
+        if (size := path.stat().st_size) > LARGEST:
+            raise RepositoryError(f"{FILE} has {size} bytes, more than any calibration.")
+        found = _file_sha256(path)
+        if found != self.section.sha256:
+            raise RepositoryError(
+                f"{FILE} has the SHA-256 {found[:16]}…, and config.json is of "
+                f"{self.section.sha256[:16]}…: it is damaged, or of another conversion."
+            )
+        try:
+            calibration = CalibrationSet.load(path)
+        except ValueError as error:
+            raise RepositoryError(_line(error).replace(str(path), FILE)) from None
+        if not _printable(calibration.metadata.get("text", "")):
+            raise RepositoryError(f"the metadata of {FILE} is no short text.")
+        return calibration
+
+    def _fetched(self) -> Path:
+        """The file from the hub: mlx-lm fetches ``model*.safetensors`` only."""
+        from mlx_lm import utils
+
+        if Path(self.name).exists():
+            raise RepositoryError(f"{FILE} is missing.")
+        # The snapshot that the model is of, also when the hub has moved on meanwhile.
+        commit = self.folder.name if _COMMIT.fullmatch(self.folder.name) else self.revision
+        try:
+            path = utils._download(self.name, revision=commit, allow_patterns=[FILE]) / FILE
+        except Exception as error:
+            raise RepositoryError(f"{FILE} cannot be fetched: {_line(error)}") from error
+        if not path.is_file():
+            raise RepositoryError(f"{FILE} is missing.")
+        return path
+
+
+def attach(model: nn.Module, folder: Path, given: object) -> None:
+    """Remember where ``model`` was loaded from."""
+    model._mlx_kvq_repository = Repository(Path(folder), given, str(folder))
+
+
+def of(model: nn.Module) -> Repository | None:
+    """The repository with a section that a model was loaded from, if it was."""
+    return vars(model).get("_mlx_kvq_repository")
+
+
+def calibration(model: nn.Module, spec: Spec) -> CalibrationSet | None:
+    """What the model's repository offers to a spec; ``None`` if that is nothing."""
+    repository = of(model)
+    if repository is None or repository.other:
+        return None
+    found = _told(repository, lambda: repository.calibration)
+    if found is None or spec.rounding != "feedback":
+        return found
+    return found if all(c.keys.metric is not None for c in found.layers.values()) else None
+
+
+def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
+    """Enable the cache that the model's repository says, if it says one.
+
+    Raises:
+        RepositoryError: If that cannot be used for this model.
+    """
+    repository = of(model)
+    if repository is None:
+        return None
+    if repository.other:
+        name = _short(repository.other)
+        _say(f"the KV cache in config.json is not mlx_kvq's but {name}'s, and not used")
+        return None
+
+    def enabled() -> Report | None:
+        section = repository.section
+        return enable(
+            model,
+            section.spec,
+            calibration=repository.calibration,
+            policy=section.layers,
+            verbose=False,
+        )
+
+    report = _told(repository, enabled)
+    if verbose:
+        _say(f"{report}; as the model's repository says")
+    return report
+
+
+def _told(repository: Repository, work):
+    try:
+        return work()
+    except ValueError as error:
+        raise RepositoryError(
+            f"The KV cache of '{repository.name}' cannot be used: {_line(error)} The model runs "
+            "without it with '--kv-cache fp16', or with MLX_KVQ_DISABLE=1."
+        ) from error
+
+
+def read_config(folder: Path) -> dict:
+    """
+    Raises:
+        RepositoryError: If there is no readable ``config.json``.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RepositoryError(
+            f"'{folder}' is not a model repository: config.json cannot be read ({error.strerror})."
+        ) from None
+    except ValueError as error:
+        raise RepositoryError(f"config.json in '{folder}' is not JSON: {_line(error)}") from None
+    if not isinstance(config, dict):
+        raise RepositoryError(f"config.json in '{folder}' is {_short(config)}, not an object.")
+    return config
+
+
+def write(
+    folder: Path,
+    spec: Spec,
+    layers: Layers,
+    calibration: CalibrationSet | None,
+    made: Mapping[str, str | int],
+) -> Section:
+    """Put a section and its file into a repository, in place of one that was there.
+
+    Whenever this is interrupted, the repository is whole: with the old section, without one, or
+    with the new one, but never with a section and a file that do not belong together.
+    """
+    config = read_config(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{KEY}-") as name:
+        part = Path(name)
+        sha256 = None
+        if calibration is not None:
+            if spec.rounding != "feedback":
+                calibration = _without_metric(calibration)
+            calibration.save(part / FILE)
+            sha256 = _file_sha256(part / FILE)
+        section = Section(spec, layers, sha256, made)
+        if config.pop(KEY, None) is not None:
+            _write_json(part / "plain.json", config, folder)
+            os.replace(part / "plain.json", folder / "config.json")
+        _write_json(part / "config.json", {**config, KEY: section.to_dict()}, folder)
+        if calibration is not None:
+            os.replace(part / FILE, folder / FILE)
+        else:
+            (folder / FILE).unlink(missing_ok=True)
+        os.replace(part / "config.json", folder / "config.json")
+    return section
+
+
+def _write_json(path: Path, config: dict, folder: Path) -> None:
+    path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    shutil.copymode(folder / "config.json", path)
+
+
+def _without_metric(calibration: CalibrationSet) -> CalibrationSet:
+    """The metric [Hkv, D, D] is D times as large as the rest, and only ``feedback`` reads it."""
+    layers = {
+        path: LayerCalibration(replace(c.keys, **{METRIC: None}), c.values)
+        for path, c in calibration.layers.items()
+    }
+    return CalibrationSet(layers, calibration.metadata)
+
+
+def _file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
