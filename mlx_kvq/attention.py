@@ -26,6 +26,7 @@ class PackedView:
         dim: int,
         exact: mx.array | None = None,
         new: mx.array | None = None,
+        ring: tuple[int, int, int] | None = None,
     ):
         self.rows = rows
         self.length = length
@@ -37,14 +38,17 @@ class PackedView:
         # batch that is for the sequences of ``new``, boolean [B]; None means all of them.
         self.exact = exact
         self.new = new
+        # (keep, idx, max_size) of a rotating cache whose rows are not in the order of their
+        # tokens, which is [:keep], [idx:], [keep:idx], or more than a query may see.
+        self.ring = ring
 
 
-# id of a batch cache's mask -> what it was made of. Models make one mask and use it in every
-# layer; some change it, and what they then pass is another array.
-_padding: dict[int, tuple[weakref.ref, tuple[mx.array, int | None]]] = {}
+# id of a cache's mask -> what it was made of. Models make one mask and use it in every layer;
+# some change it, and what they then pass is another array.
+_padding: dict[int, tuple[weakref.ref, tuple[mx.array | None, int | None]]] = {}
 
 
-def remember_padding(mask: mx.array, starts: mx.array, window: int | None) -> None:
+def remember_padding(mask: mx.array, starts: mx.array | None, window: int | None) -> None:
     """Note that ``mask`` is causal, lets row b see positions from ``starts[b]`` on and a query
     the last ``window`` of them. Attention that is given this very mask then needs no mask, and
     it is never computed.
@@ -54,7 +58,7 @@ def remember_padding(mask: mx.array, starts: mx.array, window: int | None) -> No
     _padding[key] = (gone, (starts, window))
 
 
-def _recall_padding(mask, length: int) -> tuple[mx.array, int | None] | None:
+def _recall_padding(mask, length: int) -> tuple[mx.array | None, int | None] | None:
     if not isinstance(mask, mx.array) or mask.shape[-1] != length:
         return None
     reference, padding = _padding.get(id(mask), (lambda: None, None))
@@ -100,7 +104,44 @@ def _packed(q, keys: PackedView, scale, mask, sinks) -> mx.array:
     if padding := _recall_padding(mask, keys.length):
         starts, window = padding
         mask = "causal" if L > 1 else None
+    if (
+        keys.ring is not None
+        and (L == 1 or (window is not None and window <= keys.ring[2]))
+        and ops.is_reference(keys.format, q.dtype)
+    ):
+        return _in_token_order(q, keys, scale, mask, sinks, starts, window)
     return ops.attend(q, keys.rows, keys.length, keys.format, scale, mask, sinks, starts, window)
+
+
+def _in_token_order(q, keys: PackedView, scale, mask, sinks, starts, window) -> mx.array:
+    """Each query over its own rows of a full ring, in the order of their tokens. So its sums are
+    the same to the last bit whether the token comes alone, in the chunk of a draft or in a batch.
+    In another order they differ by 1e-6, which turns a code of a later token where it is near a
+    boundary, and then logits move by 0.1. (The kernels keep the ring's order and read the rows
+    once for all queries.)
+    """
+    keep, idx, size = keys.ring  # type: ignore[misc]
+    L, rows = q.shape[2], keys.rows[..., : keys.length, :]
+    if idx < keys.length:  # after a single token
+        rows = mx.concatenate(
+            [rows[..., :keep, :], rows[..., idx:, :], rows[..., keep:idx, :]], axis=2
+        )
+        if isinstance(mask, mx.array) and mask.shape[-1] == keys.length:
+            parts = [mask[..., :keep], mask[..., idx:], mask[..., keep:idx]]
+            mask = mx.concatenate(parts, axis=-1)
+    found = []
+    for i in range(L):
+        end = keys.length - L + 1 + i
+        first = max(0, end - size)
+        part = rows[..., first:end, :]
+        seen = None if starts is None else starts - first
+        found.append(
+            ops.attend(
+                q[:, :, i : i + 1], part, end - first, keys.format, scale,
+                mask if L == 1 else None, sinks, seen, window,
+            )
+        )  # fmt: skip
+    return found[0] if L == 1 else mx.concatenate(found, axis=2)
 
 
 def _exact(q, k, v, scale, mask, sinks) -> mx.array:

@@ -202,10 +202,11 @@ class PackedBatchKVCache(_PackedBatch):
     def filter(self, batch_indices: list[int]) -> None:
         """Keep just these sequences, in this order; drops padding that all of them have."""
         super().filter(batch_indices)
+        if self.rows is None:
+            return  # the padding that was announced is still to come
         least = min(_ints(self.left_padding))
         if least > 0:
-            if self.rows is not None:
-                self.rows = self.rows[..., least:, :]
+            self.rows = self.rows[..., least:, :]
             self._idx -= least
             self.left_padding = self.left_padding - least
 
@@ -317,6 +318,10 @@ class PackedBatchRotatingKVCache(_PackedBatch):
     def _length(self) -> int:
         assert self.rows is not None
         return min(self._offset, self.rows.shape[2])
+
+    def _ring(self) -> tuple[int, int, int] | None:
+        ordered = self._length() <= self.max_size and not self.rotated
+        return None if ordered else (0, self._idx, self.max_size)
 
     def size(self) -> int:
         return min(self._offset, self.max_size)

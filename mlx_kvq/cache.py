@@ -9,7 +9,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from . import ops
-from .attention import PackedView
+from .attention import PackedView, remember_padding
 from .format import Format, parse_signature
 
 
@@ -71,10 +71,15 @@ class _PackedCache(_BaseCache):
             return self._arrays(keys, values, new)
         lay = self.format.layout
         shared = (self.rows, self._length(), self.format, self.dtype)
+        ring = self._ring()
         return (
-            PackedView(*shared, lay.k_dim, keys, new),
-            PackedView(*shared, lay.v_dim, values, new),
+            PackedView(*shared, lay.k_dim, keys, new, ring),
+            PackedView(*shared, lay.v_dim, values, new, ring),
         )
+
+    def _ring(self) -> tuple[int, int, int] | None:
+        """Where the rows of a rotating cache begin (``attention.PackedView``)."""
+        return None
 
     def _arrays(self, keys, values, new) -> tuple[mx.array, mx.array]:
         """What the views stand for, in the model's own domain."""
@@ -277,6 +282,10 @@ class PackedRotatingKVCache(_PackedCache):
         assert self.rows is not None
         return min(self.offset, self.rows.shape[2])
 
+    def _ring(self) -> tuple[int, int, int] | None:
+        ordered = self._length() <= self.max_size and self._idx == self._length()
+        return None if ordered else (self.keep, self._idx, self.max_size)
+
     def size(self) -> int:
         return min(self.offset, self.max_size)
 
@@ -325,7 +334,9 @@ class PackedRotatingKVCache(_PackedCache):
             window_size = window_size or self.max_size
             offset = min(self.max_size - 1, self.offset)
             if offset + N > window_size or return_array:
-                return create_causal_mask(N, offset, window_size=window_size)
+                mask = create_causal_mask(N, offset, window_size=window_size)
+                remember_padding(mask, None, window_size)
+                return mask
             return "causal"
         if window_size is None:
             return None

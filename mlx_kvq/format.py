@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import mlx.core as mx
@@ -141,6 +141,23 @@ class Format:
         return self  # immutable, and shared by every cache of a layer
 
 
+def _fitting(side: str, calibration: Calibration | None, D: int) -> Calibration | None:
+    """The calibration in fp32, if its arrays are [Hkv, D] (the metric [Hkv, D, D])."""
+    if calibration is None:
+        return None
+    given = {f.name: getattr(calibration, f.name) for f in fields(calibration)}
+    given = {name: a for name, a in given.items() if a is not None}
+    heads = {a.shape[0] for a in given.values() if a.ndim}
+    for name, a in given.items():
+        want = (D, D) if name == "metric" else (D,)
+        if a.shape[1:] != want or a.ndim != 1 + len(want) or len(heads) > 1:
+            raise ValueError(
+                f"The calibration of the {side} has {name} {a.shape}; for head size {D} and one "
+                f"number of KV heads it is [Hkv, {', '.join(map(str, want))}]."
+            )
+    return Calibration(**{name: a.astype(mx.float32) for name, a in given.items()})
+
+
 _shared: dict[tuple, Format] = {}
 
 
@@ -156,10 +173,12 @@ def make_format(
 ) -> Format:
     """The :class:`Format` of ``spec`` for a layer with these head sizes.
 
-    ``k_group`` and ``v_group`` default to what ``spec`` says.
+    ``k_group`` and ``v_group`` default to what ``spec`` says. ``keys`` and ``values`` are taken
+    in fp32 whatever their dtype.
 
     Raises:
-        ValueError: If the head sizes cannot be packed with this spec; the message says why.
+        ValueError: If the head sizes cannot be packed with this spec, or a calibration is not of
+            this head size; the message says why.
     """
     v_dim = k_dim if v_dim is None else v_dim
     key = (spec, k_dim, v_dim, k_group, v_group)
@@ -174,9 +193,10 @@ def make_format(
         v_dim,
         spec.k_bits,
         spec.v_bits,
-        choose_group(k_dim, k_group or spec.group_size),
-        choose_group(v_dim, v_group or spec.group_size),
+        choose_group(k_dim, spec.group_size if k_group is None else k_group),
+        choose_group(v_dim, spec.group_size if v_group is None else v_group),
     )
+    keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
     if spec.rounding == "feedback" and keys is not None and spec.k_bits == 4:
         keys = feedback.whitened(keys)
     fmt = Format(
@@ -213,9 +233,17 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
     spec = Spec.parse(f"{name}:scale={scale},seed={seed}")
     if spec is None:
         raise ValueError(f"{signature!r} is not the signature of an mlx_kvq cache.")
+    damaged = (
+        f"The cache's calibration does not belong to its signature {signature!r}: the file is "
+        "damaged."
+    )
     k = v = None
     if arrays is not None:
-        k, v = Calibration(*arrays[:3]), Calibration(*arrays[3:])
+        try:
+            k = _fitting("keys", Calibration(*arrays[:3]), int(k_dim))
+            v = _fitting("values", Calibration(*arrays[3:]), int(v_dim))
+        except ValueError as error:
+            raise ValueError(damaged) from error
     fmt = make_format(
         spec,
         int(k_dim),
@@ -226,8 +254,5 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
         values=v,
     )
     if fmt.signature != signature:
-        raise ValueError(
-            f"The cache's calibration does not belong to its signature {signature!r}: the file "
-            "is damaged."
-        )
+        raise ValueError(damaged)
     return fmt

@@ -71,7 +71,7 @@ def choose_group(D: int, group_size: int | None) -> int:
         raise ValueError(f"head size {D} is not a multiple of 8")
     if group_size is None:
         return next((g for g in range(32, D, 8) if D % g == 0), D)
-    if D % group_size:
+    if group_size < 8 or group_size % 8 or D % group_size:
         fits = [str(g) for g in range(8, D + 1, 8) if D % g == 0]
         raise ValueError(
             f"group_size={group_size} does not divide head size {D} (possible: {', '.join(fits)})"

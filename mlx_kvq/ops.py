@@ -16,6 +16,8 @@ import mlx.core as mx
 from . import fused, reference
 from .format import Format
 
+_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
 _chosen: dict[tuple, ModuleType] = {}  # what `backend` said before
 _tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
 _said: set[str] = set()
@@ -44,6 +46,11 @@ def _backend(fmt: Format, dtype: mx.Dtype) -> ModuleType:
     if (module := _chosen.get(key)) is None:
         module = _chosen[key] = backend(fmt, dtype)
     return module
+
+
+def is_reference(fmt: Format, dtype: mx.Dtype) -> bool:
+    """Whether plain mx operations run the attention, not a kernel."""
+    return _backend(fmt, dtype) is reference
 
 
 def forget() -> None:
@@ -83,14 +90,14 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
 
     Args:
         k (mx.array): Post-RoPE keys [B, Hkv, L, Dk], fp16, bf16 or fp32.
-        v (mx.array): Values [B, Hkv, L, Dv], same dtype.
+        v (mx.array): Values [B, Hkv, L, Dv], likewise.
         fmt (Format): The layer's format.
 
     Returns:
         mx.array: Rows, uint32 [B, Hkv, L, W].
 
     Raises:
-        ValueError: If the shapes do not fit each other or ``fmt``.
+        ValueError: If the shapes do not fit each other or ``fmt``, or a dtype is another.
     """
     lay = fmt.layout
     if k.shape[:-1] != v.shape[:-1] or k.ndim != 4:
@@ -99,6 +106,10 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
         raise ValueError(
             f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
             f"{lay.k_dim} and {lay.v_dim}."
+        )
+    if k.dtype not in _FLOATS or v.dtype not in _FLOATS:
+        raise ValueError(
+            f"Keys and values are float16, bfloat16 or float32, got {k.dtype} and {v.dtype}."
         )
     # The kernel has no rounding with feedback.
     if fmt.feedback is None and _backend(fmt, k.dtype) is fused:
@@ -142,12 +153,25 @@ def attend(
         finite, otherwise unspecified output.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes or dtypes do not fit, or the mask is another string.
     """
     _check_rows(rows, length, fmt)
+    if q.ndim != 4 or q.dtype not in _FLOATS:
+        raise ValueError(
+            f"Queries are float16, bfloat16 or float32 [B, Hq, L, {fmt.layout.k_dim}], "
+            f"got {q.dtype} {q.shape}."
+        )
     B, Hq, _, D = q.shape
     if B != rows.shape[0] or Hq % rows.shape[1] or fmt.layout.k_dim != D:
         raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
+    if mask is not None:
+        _check_mask(mask, q, length)
+    if sinks is not None and sinks.shape != (Hq,):
+        raise ValueError(f"Sinks are one number for each of {Hq} query heads, got {sinks.shape}.")
+    if starts is not None and starts.shape != (B,):
+        raise ValueError(f"Starts are one number for each of {B} sequences, got {starts.shape}.")
+    if window is not None and window < 1:
+        raise ValueError(f"A window is at least 1 token, got {window}.")
     args = (q, rows, length, fmt, scale, mask, sinks, starts, window)
     if _backend(fmt, q.dtype) is fused:
         Hkv, L = rows.shape[1], q.shape[2]
@@ -192,6 +216,22 @@ def dequantize(
         if _works("dequantize", (), fmt, dtype, trial):
             return fused.dequantize(rows, length, fmt, dtype)
     return reference.dequantize(rows, length, fmt, dtype)
+
+
+def _check_mask(mask: mx.array | str, q: mx.array, length: int) -> None:
+    if not isinstance(mask, mx.array):
+        if mask != "causal":
+            raise ValueError(f"A mask is None, 'causal' or an array, got {mask!r}.")
+        return
+    if mask.dtype != mx.bool_ and mask.dtype not in _FLOATS:
+        raise ValueError(f"A mask is boolean (True attends) or a float to add, got {mask.dtype}.")
+    scores = (*q.shape[:3], length)
+    # From the right, each axis is that of the scores or 1.
+    pairs = zip(mask.shape[::-1], scores[::-1], strict=False)
+    if mask.ndim > 4 or any(m not in (1, s) for m, s in pairs):
+        raise ValueError(
+            f"A mask {mask.shape} does not broadcast to the scores [B, Hq, L, length] = {scores}."
+        )
 
 
 def _check_rows(rows: mx.array, length: int, fmt: Format) -> None:

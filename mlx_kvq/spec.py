@@ -40,7 +40,7 @@ class Spec:
 
     Args:
         bits (str): ``"int4"``, ``"int8"`` or ``"k8v4"`` (8-bit keys, 4-bit values).
-        rotation (str): ``"srft"``, ``"srht"`` or ``"none"``.
+        rotation (str): One of ``ROTATIONS``: ``"srft"``, ``"srht"``, ``"none"`` and so on.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
             the head size. ``None`` takes 32, or the next such divisor above 32.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
@@ -53,6 +53,9 @@ class Spec:
             what is left over goes to the layers whose error costs most (``mlx_kvq.budget``).
         rounding (str): ``"nearest"`` or ``"feedback"`` (``mlx_kvq.feedback``): how codes of keys
             are chosen when written; what is stored is read in the same way.
+
+    Raises:
+        ValueError: If a value is unknown or out of range; the message lists what is accepted.
     """
 
     bits: str
@@ -65,6 +68,31 @@ class Spec:
     high: tuple[int | str, ...] = ()
     budget: float | None = None
     rounding: str = "nearest"
+
+    def __post_init__(self):
+        for option, known in (
+            ("bits", BITS), ("rotation", ROTATIONS), ("scale", SCALES),
+            ("calibrate", CALIBRATE), ("rounding", ROUNDINGS),
+        ):  # fmt: skip
+            if (given := getattr(self, option)) not in tuple(known):
+                raise ValueError(_unknown(option, given, known))
+        g, seed, budget = self.group_size, self.seed, self.budget
+        if g is not None and (type(g) is not int or g < 8 or g % 8):
+            raise ValueError(f"group_size is a multiple of 8, got {g!r}.")
+        if type(seed) is not int or not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed is 0 to 2**32 - 1, got {seed!r}.")
+        if budget is not None and not (isinstance(budget, int | float) and 4 <= budget <= 16):
+            raise ValueError(f"budget is 4 to 16 bits per value, got {budget!r}.")
+        for option in ("skip", "high"):
+            layers = getattr(self, option)
+            if not isinstance(layers, tuple):
+                raise ValueError(f"{option} is a tuple such as ('first', 3), got {layers!r}.")
+            for layer in layers:
+                if layer not in ("first", "last") and not (type(layer) is int and layer >= 0):
+                    raise ValueError(
+                        f"{option} lists layers as 'first', 'last' or numbers joined by '+', "
+                        f"got {layer!r}."
+                    )
 
     @property
     def k_bits(self) -> int:
@@ -88,7 +116,7 @@ class Spec:
             if layers := getattr(self, name):
                 options.append(f"{name}={'+'.join(map(str, layers))}")
         if self.budget is not None:
-            options.append(f"budget={self.budget:g}")
+            options.append(f"budget={str(float(self.budget)).removesuffix('.0')}")
         if self.rounding != "nearest":
             options.append(f"rounding={self.rounding}")
         name = f"{self.bits}-{self.rotation}"
@@ -106,27 +134,34 @@ class Spec:
             return text
         if not isinstance(text, str):
             raise ValueError(f"A KV cache spec is a string such as 'int4-srft', got {text!r}.")
+        try:
+            return cls._parse(text)
+        except ValueError as error:
+            raise ValueError(f"KV cache spec {text!r}: {error}") from None
+
+    @classmethod
+    def _parse(cls, text: str) -> "Spec | None":
         name, colon, tail = text.strip().partition(":")
         if name == OFF:
             if colon:
-                raise ValueError(f"KV cache spec {text!r}: '{OFF}' takes no options.")
+                raise ValueError(f"'{OFF}' takes no options.")
             return None
         bits, _, rotation = name.partition("-")
         if bits not in BITS or rotation not in ROTATIONS:
-            raise ValueError(_unknown(text, "cache", name, names()))
+            raise ValueError(_unknown("cache", name, names()))
         options: dict[str, str] = {}
         for item in filter(None, tail.split(",")) if colon else ():
             key, equals, value = (part.strip() for part in item.partition("="))
             if key not in OPTIONS:
-                raise ValueError(_unknown(text, "option", key, OPTIONS))
+                raise ValueError(_unknown("option", key, OPTIONS))
             if not equals or not value:
-                raise ValueError(f"KV cache spec {text!r}: option '{key}' needs '{key}=<value>'.")
+                raise ValueError(f"option '{key}' needs '{key}=<value>'.")
             if key in options:
-                raise ValueError(f"KV cache spec {text!r}: option '{key}' is given twice.")
+                raise ValueError(f"option '{key}' is given twice.")
             options[key] = value
         if colon and not options:
-            raise ValueError(f"KV cache spec {text!r}: nothing follows the colon.")
-        return cls(bits, rotation, **_typed(text, options))
+            raise ValueError("nothing follows the colon.")
+        return cls(bits, rotation, **{key: _typed(key, options[key]) for key in options})
 
 
 def names() -> list[str]:
@@ -134,61 +169,26 @@ def names() -> list[str]:
     return [OFF] + [f"{bits}-{rotation}" for bits in BITS for rotation in ROTATIONS]
 
 
-def _typed(text: str, options: dict[str, str]) -> dict:
-    typed: dict = dict(options)
-    if "group_size" in options:
-        g = _integer(text, "group_size", options["group_size"])
-        if g < 8 or g % 8:
-            raise ValueError(f"KV cache spec {text!r}: group_size is a multiple of 8, got {g}.")
-        typed["group_size"] = g
-    if "seed" in options:
-        seed = _integer(text, "seed", options["seed"])
-        if not 0 <= seed < 1 << 32:
-            raise ValueError(f"KV cache spec {text!r}: seed is 0 to 2**32 - 1, got {seed}.")
-        typed["seed"] = seed
-    if "scale" in options and options["scale"] not in SCALES:
-        raise ValueError(_unknown(text, "scale", options["scale"], SCALES))
-    if "calibrate" in options and options["calibrate"] not in CALIBRATE:
-        raise ValueError(_unknown(text, "calibrate", options["calibrate"], CALIBRATE))
-    if "rounding" in options and options["rounding"] not in ROUNDINGS:
-        raise ValueError(_unknown(text, "rounding", options["rounding"], ROUNDINGS))
-    for name in ("skip", "high"):
-        if name in options:
-            typed[name] = tuple(_layer(text, name, part) for part in options[name].split("+"))
-    if "budget" in options:
+def _typed(key: str, value: str):
+    """The value of an option; whether it is in range is for ``Spec`` to say."""
+    if key in ("group_size", "seed"):
         try:
-            typed["budget"] = float(options["budget"])
+            return int(value)
         except ValueError:
-            typed["budget"] = 0.0
-        if not 4 <= typed["budget"] <= 16:
-            raise ValueError(
-                f"KV cache spec {text!r}: budget is 4 to 16 bits per value, got "
-                f"{options['budget']!r}."
-            )
-    return typed
+            raise ValueError(f"{key} is an integer, got {value!r}.") from None
+    if key == "budget":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if key in ("skip", "high"):
+        parts = (part.strip() for part in value.split("+"))
+        return tuple(int(part) if part.isdecimal() else part for part in parts)
+    return value
 
 
-def _layer(text: str, option: str, part: str) -> int | str:
-    part = part.strip()
-    if part in ("first", "last"):
-        return part
-    if not part.isdecimal():
-        raise ValueError(
-            f"KV cache spec {text!r}: {option} lists layers as 'first', 'last' or numbers "
-            f"joined by '+', got {part!r}."
-        )
-    return int(part)
-
-
-def _integer(text: str, key: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"KV cache spec {text!r}: {key} is an integer, got {value!r}.") from None
-
-
-def _unknown(text: str, kind: str, given: str, known: Iterable[str]) -> str:
+def _unknown(kind: str, given, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(given, known, n=1)
+    close = difflib.get_close_matches(str(given), known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"KV cache spec {text!r}: unknown {kind} '{given}'.{hint} Known: {', '.join(known)}."
+    return f"unknown {kind} '{given}'.{hint} Known: {', '.join(known)}."

@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
 from mlx_kvq.attention import packed_attention
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 from mlx_kvq.format import Calibration, make_format
+from mlx_kvq.seams import rewind
 from mlx_kvq.spec import Spec
 from tests import oracle
 
@@ -211,6 +212,19 @@ class Pair:
         assert trimmed == trim_prompt_cache([self.stock], n)
         self.check()
         return trimmed
+
+    def speculate(self, ids, n: int) -> None:
+        """Append the tokens ids [1, L] and take the last n < L back, also where mlx-lm cannot: its
+        cache is then given the chunk without them."""
+        before = copy.deepcopy(self.stock)
+        self.step(ids)
+        if self.stock.is_trimmable():
+            self.stock.trim(n)
+        else:
+            before._update_concat(*self.tokens.kept(np.asarray(ids)[:, : len(ids[0]) - n]))
+            self.stock = before
+        assert rewind([self.ours], n) == n
+        self.check()
 
     def fork(self) -> "Pair":
         copied = Pair(self.tokens, copy.deepcopy(self.ours), copy.deepcopy(self.stock))

@@ -173,6 +173,10 @@ def test_decoding_hands_over_starts_and_no_mask(tokens, monkeypatch):
             assert (mask, starts.tolist(), window) == (None, [4, 0], None)
         calls.clear()
         pair.step([[51, 52], [351, 352]])
+        if getattr(pair.ours, "max_size", 0) == 8:  # full: each query over its own 8 rows
+            assert [(mask, window) for mask, _, window in calls] == [(None, 8)] * 2
+            assert [starts.tolist() for _, starts, _ in calls] == [[3, 0], [2, -1]]
+            continue
         ((mask, starts, _),) = calls
         assert mask == "causal"
         assert starts.dtype == mx.int32
@@ -221,6 +225,20 @@ def test_left_padding_comes_first(tokens):
         pair.prompt(fresh([3, 7]))
         with pytest.raises(ValueError, match="only be added to an empty PackedBatch"):
             pair.ours.prepare(left_padding=[1, 0])
+
+
+def test_padding_that_was_announced_outlives_a_filter(tokens):
+    """mlx-lm's growing batch moves its index below zero there."""
+    for pair in new_batches(tokens, 3):
+        cache = pair.ours
+        cache.prepare(left_padding=[2, 5, 3])
+        cache.filter([0, 2])
+        cache.update_and_fetch(*tokens.exact(np.arange(12).reshape(2, 6)))
+        assert cache.offset.tolist() == [4, 3]
+        for i, ids in enumerate(([2, 3, 4, 5], [9, 10, 11])):
+            single = cache.extract(i)
+            assert single.offset == len(ids)
+            tokens.check_rows(single._in_order(), np.array([ids]))
 
 
 def test_in_a_hybrid_layer(tokens):

@@ -101,6 +101,11 @@ class OneSequence(CacheMachine):
     def trim(self, pair, n):
         pair.trim(n)
 
+    @rule(pair=pairs, L=st.integers(2, 9), n=st.integers(0, 8))
+    def speculate(self, pair, L, n):
+        """A chunk of guesses, of which the last n are wrong."""
+        pair.speculate(self.fresh(1, L), min(n, L - 1))
+
     @rule(pair=pairs, N=st.integers(1, 40), window_size=windows, return_array=st.booleans())
     def make_mask(self, pair, N, window_size, return_array):
         pair.make_mask(N, window_size=window_size, return_array=return_array)

@@ -116,6 +116,8 @@ def damages():
         "a NaN": changed(0, good[0] * mx.nan),
         "heads swapped": changed(0, good[0][::-1]),
         "one head lost": changed(0, good[0][:1]),
+        "all arrays of another shape": [a if a is None else a.reshape(1, 128) for a in good],
+        "all arrays flat": [a if a is None else a.flatten() for a in good],
         "two arrays swapped": [good[1], good[0], *good[2:]],
         "keys and values swapped": good[3:] + good[:3],
     }
@@ -128,6 +130,23 @@ def test_damaged_calibration_is_refused(damage):
     with pytest.raises(ValueError, match="calibration does not belong to its signature") as info:
         parse_signature(signature, damages()[damage])
     assert repr(signature) in str(info.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 32), (64,), (1, 2, 64)])
+def test_calibration_of_another_head_size_is_refused(shape):
+    with pytest.raises(ValueError) as info:
+        make_format(Spec.parse("int4-srft"), 64, values=Calibration(sigma=mx.ones(shape)))
+    want = f"The calibration of the values has sigma {shape}; for head size 64 "
+    assert str(info.value).startswith(want)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_calibration_counts_in_float32(dtype):
+    half = {f: a.astype(dtype) for f, a in vars(calibration(*FIELDS)).items() if a is not None}
+    fmt = make_format(Spec.parse("int4-srft"), 64, keys=Calibration(**half))
+    full = {f: a.astype(mx.float32) for f, a in half.items()}
+    assert fmt.signature == make_format(fmt.spec, 64, keys=Calibration(**full)).signature
+    assert {a.dtype for a in fmt.arrays if a is not None} == {mx.float32}
 
 
 def test_calibration_without_a_mention_in_the_signature_is_refused():
@@ -180,6 +199,8 @@ def test_nonsense_is_refused(nonsense):
         ("seed=0", "seed=4294967296", "seed is 0 to 2"),
         ("dims=64", "dims=60", "head size 60 is not a multiple of 8"),
         ("groups=32", "groups=24", "group_size=24 does not divide head size 64"),
+        ("groups=32,32", "groups=0,0", "group_size=0 does not divide head size 64"),
+        ("groups=32,32", "groups=32,4", "group_size=4 does not divide head size 64"),
         ("int4-srft;scale=search;seed=0;dims=64", "int4-srht;scale=search;seed=0;dims=96", "srht"),
     ],
 )

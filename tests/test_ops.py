@@ -210,6 +210,52 @@ def test_shape_errors_of_attend(shape):
     assert str(info.value) == f"Queries {shape} do not fit rows {ROWS.shape} of {FMT.signature}."
 
 
+@pytest.mark.parametrize("q", [mx.zeros((4, 1, 64)), mx.zeros((2, 4, 1, 64), mx.int32)])
+def test_what_is_not_queries(q):
+    with pytest.raises(ValueError) as info:
+        ops.attend(q, ROWS, 16, FMT, 1.0)
+    want = f"Queries are float16, bfloat16 or float32 [B, Hq, L, 64], got {q.dtype} {q.shape}."
+    assert str(info.value) == want
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mask": "casual"}, "A mask is None, 'causal' or an array, got 'casual'."),
+        ({"mask": 1}, "A mask is None, 'causal' or an array, got 1."),
+        ({"mask": mx.ones((3, 16), mx.int32)}, "boolean (True attends) or a float to add, got "),
+        ({"mask": mx.ones((3, 15), mx.bool_)}, "does not broadcast to the scores"),
+        ({"mask": mx.ones((2, 2, 3, 16))}, "= (2, 4, 3, 16)."),
+        ({"mask": mx.ones((1, 1, 1, 1, 16))}, "does not broadcast to the scores"),
+        ({"sinks": mx.zeros(2)}, "one number for each of 4 query heads, got (2,)."),
+        ({"starts": mx.zeros(1, mx.int32)}, "one number for each of 2 sequences, got (1,)."),
+        ({"window": 0}, "A window is at least 1 token, got 0."),
+    ],
+)
+def test_what_attention_is_told(arguments, message):
+    with pytest.raises(ValueError) as info:
+        ops.attend(mx.zeros((2, 4, 3, 64)), ROWS, 16, FMT, 1.0, **arguments)
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (16,), (3, 1), (4, 3, 16), (2, 1, 3, 16), (1, 4, 1, 1)]
+)
+def test_masks_broadcast(shape):
+    q = mx.ones((2, 4, 3, 64))
+    found = ops.attend(q, ROWS, 16, FMT, 1.0, mx.ones(shape, mx.bool_))
+    assert mx.array_equal(found, ops.attend(q, ROWS, 16, FMT, 1.0))
+
+
+@pytest.mark.parametrize("dtypes", [(mx.int32, mx.float32), (mx.float16, mx.uint8)])
+def test_keys_and_values_are_floats(dtypes):
+    k, v = (mx.zeros((2, 2, 4, D), dtype) for D, dtype in zip((64, 128), dtypes, strict=True))
+    with pytest.raises(ValueError) as info:
+        ops.quantize_pack(k, v, FMT)
+    want = "Keys and values are float16, bfloat16 or float32, got {} and {}."
+    assert str(info.value) == want.format(*dtypes)
+
+
 @pytest.mark.parametrize(
     "rows", [ROWS[0], ROWS[..., :-1], ROWS.astype(mx.int32), ROWS.view(mx.float32), ROWS[None]]
 )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_kvq.spec import BITS, OFF, OPTIONS, ROTATIONS, SCALES, Spec, names
+from mlx_kvq.spec import BITS, CALIBRATE, OFF, OPTIONS, ROTATIONS, ROUNDINGS, SCALES, Spec, names
 
 NAMES = [f"{bits}-{rotation}" for bits in BITS for rotation in ROTATIONS]
 # fmt: off
@@ -44,8 +44,8 @@ WRONG = {
     "int4-srft:skip=first+": "joined by '+', got ''.",
     "int4-srft:high=-1": "high lists layers as 'first', 'last' or numbers joined by '+', got '-1'.",
     "int4-srft:budget=x": "budget is 4 to 16 bits per value, got 'x'.",
-    "int4-srft:budget=3": "budget is 4 to 16 bits per value, got '3'.",
-    "int4-srft:budget=nan": "budget is 4 to 16 bits per value, got 'nan'.",
+    "int4-srft:budget=3": "budget is 4 to 16 bits per value, got 3.0.",
+    "int4-srft:budget=nan": "budget is 4 to 16 bits per value, got nan.",
     "fp16:": "'fp16' takes no options.",
     "fp16:seed=1": "'fp16' takes no options.",
 }
@@ -103,6 +103,7 @@ def test_off(text):
     assert Spec.parse(text) is None
 
 
+layers = st.sampled_from(["first", "last"]) | st.integers(0, 99)
 specs = st.builds(
     Spec,
     st.sampled_from(list(BITS)),
@@ -110,6 +111,11 @@ specs = st.builds(
     group_size=st.none() | st.integers(1, 64).map(lambda n: 8 * n),
     seed=st.just(0) | st.integers(0, 2**32 - 1),
     scale=st.sampled_from(list(SCALES)),
+    calibrate=st.sampled_from(list(CALIBRATE)),
+    skip=st.lists(layers, max_size=3).map(tuple),
+    high=st.lists(layers, max_size=3).map(tuple),
+    budget=st.none() | st.floats(4, 16),
+    rounding=st.sampled_from(list(ROUNDINGS)),
 )
 
 
@@ -158,3 +164,33 @@ def test_policy_options_and_the_way_back():
     assert spec.budget == 4.75
     assert str(spec) == text
     assert Spec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("bits", "int5", "unknown bits 'int5'. Did you mean 'int8'? Known: int4, int8, k8v4."),
+        ("bits", 4, "unknown bits '4'."),
+        ("rotation", "dct", "unknown rotation 'dct'."),
+        ("scale", None, "unknown scale 'None'."),
+        ("calibrate", True, "unknown calibrate 'True'."),
+        ("rounding", "up", "unknown rounding 'up'."),
+        ("group_size", 12, "group_size is a multiple of 8, got 12."),
+        ("group_size", 32.0, "group_size is a multiple of 8, got 32.0."),
+        ("group_size", 0, "group_size is a multiple of 8, got 0."),
+        ("seed", -1, "seed is 0 to 2**32 - 1, got -1."),
+        ("seed", True, "seed is 0 to 2**32 - 1, got True."),
+        ("seed", "7", "seed is 0 to 2**32 - 1, got '7'."),
+        ("skip", "first", "skip is a tuple such as ('first', 3), got 'first'."),
+        ("skip", [0], "skip is a tuple such as ('first', 3), got [0]."),
+        ("high", (-1,), "joined by '+', got -1."),
+        ("high", ("middle",), "joined by '+', got 'middle'."),
+        ("budget", 3, "budget is 4 to 16 bits per value, got 3."),
+        ("budget", "5", "budget is 4 to 16 bits per value, got '5'."),
+        ("budget", float("inf"), "budget is 4 to 16 bits per value, got inf."),
+    ],
+)
+def test_a_spec_made_directly_is_checked_too(field, value, message):
+    with pytest.raises(ValueError) as info:
+        Spec(**({"bits": "int4", "rotation": "srft"} | {field: value}))
+    assert message in str(info.value)
