@@ -1,32 +1,42 @@
 """Speed of the model's own cache, mlx-lm's quantized ones and packed ones, side by side."""
 
 import argparse
+import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm import load
-from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from tqdm import tqdm
 
-from . import model as models
-from .contenders import Contender, Heads, contender, nbytes
+from . import benchmark_models, benchmark_ops, benchmark_plot
 from .doctor import machine
-from .shapes import SHAPES, random_model
-from .timing import Timing, copy_bandwidth, interleave, summarize
+from .shapes import SHAPES
+from .timing import copy_bandwidth
 
-CACHES = ["fp16", "bf16", "kv4", "kv8", "int4-srft", "k8v4-srft", "int8-srft"]
-HEADS = [Heads(12, 2, 128), Heads(4, 1, 256), Heads(32, 8, 128)]
-PAPER = (
-    "arXiv 2605.05699 on Apple M1, int4 against fp16, ms per token: Gemma-3 1B -3 to -8 %, "
-    "Qwen2.5-1.5B -0.7 to -2.6 %; about 25 ns per vector to quantize"
-)
+CACHES = ["fp16", "bf16", "kv4", "kv8", "int4-srft", "int8-srft", "k8v4-srft"]
+# What the paper's int4 gains over fp16 in ms per token, Apple M1 (arXiv 2605.05699).
+PAPER: list[dict[str, Any]] = [
+    {"model": "gemma-3-1b", "cache": "int4, paper on M1", "change": [-0.08, -0.03]},
+    {"model": "qwen2.5-1.5b", "cache": "int4, paper on M1", "change": [-0.026, -0.007]},
+]
+PAPER_QUANTIZE = 25  # ns per vector, M1
+
+# column -> width
+OPS_TABLE = {
+    "op": 10, "heads": 22, "cache": 12, "batch": 5, "tokens": 7, "µs": 10, "±%": 4,
+    "x fp16": 6, "x bf16": 6, "x kv4": 6, "MB": 9, "of copy": 7, "ns/vector": 9,
+}  # fmt: skip
+MODELS_TABLE = {
+    "model": 13, "cache": 17, "batch": 5, "context": 7, "ms/token": 8, "±%": 4, "x fp16": 9,
+    "tokens/s": 8, "prefill s": 9, "prefill x fp16": 14, "cache MB": 9, "smaller x": 9,
+    "prefill peak MB": 15, "decode peak MB": 14,
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,236 +45,173 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--shape", choices=SHAPES, help="Random weights in this shape, end to end; no download."
     )
+    which.add_argument(
+        "--from-json", nargs="+", type=Path, metavar="FILE",
+        help="Measure nothing: show what --json wrote earlier, several files together.",
+    )  # fmt: skip
     parser.add_argument(
         "--kv-cache", nargs="+", default=CACHES, metavar="CACHE",
         help=f"fp16, bf16, kv4, kv8 (mlx-lm's) or specs (default: {' '.join(CACHES)}).",
     )  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096, 8192, 32768])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1])
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument(
+        "--heads", nargs="+", default=benchmark_ops.HEADS, metavar="Q,KV,D",
+        help="Operation by operation: query heads, KV heads and head size.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ops", nargs="+", choices=benchmark_ops.OPS, default=list(benchmark_ops.OPS)
+    )
+    parser.add_argument(
+        "--vectors", type=int, default=262144,
+        help="Keys and values together that a long prompt stores in a layer.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"], default="float16",
+        help="Of the model, or of queries, keys and values, but in rows fp16 and bf16.",
+    )  # fmt: skip
     parser.add_argument("--weight-bits", type=int, choices=[4, 8], help="With --shape.")
     parser.add_argument("--tokens", type=int, default=32, help="Decode steps in a chain.")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prefill-rounds", type=int, default=3)
     parser.add_argument(
         "--beyond", type=int, default=256, metavar="MB",
         help="Cycle through buffers of at least this size, to see memory and not a cache.",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="Write everything measured to this file.")
+    parser.add_argument("--plot", type=Path, help="Time relative to fp16 over context.")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"The folder of {args.json} does not exist.")
-    record = {
+    _check(args)
+    if args.from_json:
+        results = [_read(path) for path in args.from_json]
+        for result in results:
+            _print_record(result["record"])
+            table = _Table(result["rows"][0] if result["rows"] else {})
+            for row in result["rows"]:
+                table.add(row)
+            table.end()
+    else:
+        results = [_measure(args)]
+    if args.plot:
+        benchmark_plot.draw(results, str(args.plot), PAPER)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for path in (args.json, args.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ValueError(f"The folder of {path} does not exist.")
+    if args.plot:
+        benchmark_plot.check(str(args.plot))
+    counts = [*args.contexts, *args.batch_size, args.tokens, args.rounds, args.prefill_rounds]
+    if min(counts) < 1 or args.beyond < 0:
+        raise ValueError("Contexts, batch sizes, tokens and rounds are at least 1.")
+    if (args.model or args.shape) and min(args.contexts) < 2:
+        raise ValueError("End to end a context has at least 2 tokens.")
+    if args.weight_bits and not args.shape:
+        raise ValueError("--weight-bits goes with --shape.")
+
+
+def _measure(args: argparse.Namespace) -> dict:
+    """Measure, print rows as they come, and write them as they come: a run may be cut off."""
+    record = _record()
+    _print_record(record)
+    result: dict[str, Any] = {"record": record, "rows": [], "paper": PAPER}
+    if args.model or args.shape:
+        items = benchmark_models.measure(args)
+    else:
+        copy = copy_bandwidth(args.beyond or 256)
+        record["copy_gb_per_s"] = round(copy / 1e9, 1)
+        print(f"{'copy':10} {record['copy_gb_per_s']} GB/s, read and written")
+        items = benchmark_ops.measure(args, copy)
+    table = None
+    with tqdm(unit="row", leave=False, disable=None) as bar:
+        for rows in items:
+            for row in rows:
+                table = table or _Table(row, bar.write)
+                table.add(row)
+            bar.update(len(rows))
+            result["rows"] += rows
+            if args.json:
+                _write(args.json, json.dumps(result, indent=1, ensure_ascii=False))
+    if table:
+        table.end()
+    return result
+
+
+class _Table:
+    """Rows as they come, the columns fixed."""
+
+    def __init__(self, first: dict, write=print):
+        self.write = write
+        self.ops = "op" in first
+        self.columns = OPS_TABLE if self.ops else MODELS_TABLE
+        write("")
+        self._line({c: c for c in self.columns})
+
+    def _line(self, cells: dict[str, str]) -> None:
+        self.write("  ".join(cells.get(c, "").rjust(w) for c, w in self.columns.items()).rstrip())
+
+    def add(self, row: dict) -> None:
+        cells = {k: str(row[k]) for k in ("op", "heads", "model", "cache", "batch") if k in row}
+        for k in ("tokens", "context"):
+            if k in row:
+                cells[k] = str(row[k])
+        if "note" in row:
+            self.write(f"{'  '.join(cells.values())}: {row['note']}")
+            return
+        for base in ("fp16", "bf16", "kv4"):
+            if f"x_{base}" in row:
+                cells[f"x {base}"] = f"{row[f'x_{base}'][0]:.2f}"
+        unit = "us" if self.ops else "ms"
+        cells["±%"] = f"{50 * (row[f'{unit}_high'] - row[f'{unit}_low']) / row[unit]:.0f}"
+        if self.ops:
+            cells["µs"] = f"{row['us']:.1f}"
+            cells["MB"] = f"{row['bytes'] / 1e6:.2f}"
+            cells["of copy"] = f"{row['of_copy']:.3f}"
+            if "ns_per_vector" in row:
+                cells["ns/vector"] = f"{row['ns_per_vector']:.3f}"
+        else:
+            cells["ms/token"] = f"{row['ms']:.2f}"
+            cells["tokens/s"] = f"{row['tokens_per_s']:.1f}"
+            cells["prefill s"] = f"{row['prefill_s']:.3f}"
+            cells["cache MB"] = f"{row['cache_bytes'] / 1e6:.1f}"
+            cells["prefill peak MB"] = f"{row['prefill_peak_bytes'] / 1e6:.1f}"
+            cells["decode peak MB"] = f"{row['decode_peak_bytes'] / 1e6:.1f}"
+            if "x_fp16" in row:
+                cells["prefill x fp16"] = f"{row['prefill_x_fp16'][0]:.2f}"
+                cells["smaller x"] = f"{row['smaller_than_fp16']:.2f}"
+        self._line(cells)
+
+    def end(self) -> None:
+        if self.ops:
+            self.write(
+                f"\nx: times faster than that row, median over rounds. The paper's quantize on M1: "
+                f"about {PAPER_QUANTIZE} ns per vector."
+            )
+            return
+        for row in PAPER:
+            slow, fast = (1 / (1 + change) for change in reversed(row["change"]))
+            self._line({**row, "x fp16": f"{slow:.2f}-{fast:.2f}"})
+        self.write("\nx: times faster than that row, median over rounds.")
+
+
+def _record() -> dict[str, Any]:
+    info = mx.device_info()
+    return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["mlx_kvq", *sys.argv[1:]]),
+        "command": f"mlx_kvq {shlex.join(sys.argv[1:])}",
         "commit": _commit(),
+        "sources": _digest(),
         **machine(),
+        "device": f"{info.get('device_name', 'unknown')}, {os.cpu_count()} CPU cores",
     }
+
+
+def _print_record(record: dict) -> None:
     for name, value in record.items():
         print(f"{name:10} {value}")
-    if args.model or args.shape:
-        rows = _end_to_end(args)
-        columns = ["cache", "batch", "context", "ms_per_token", "ratio", "tokens_per_s",
-                   "prefill_s", "cache_mb", "peak_mb"]  # fmt: skip
-    else:
-        copy = round(copy_bandwidth(args.beyond) / 1e9, 1)
-        record["copy_gb_per_s"] = str(copy)
-        print(f"copy       {copy} GB/s, read and written")
-        rows = list(_attention(args, copy))
-        rows += _storing(args, copy)
-        columns = ["op", "heads", "cache", "batch", "context", "microseconds", "ratio", "mb",
-                   "of_copy"]  # fmt: skip
-    print()
-    _table(rows, columns)
-    print(f"\nratio: time of fp16 over time of this cache. For comparison: {PAPER}.")
-    if args.json:
-        _write(args.json, json.dumps({"record": record, "rows": rows}, indent=1))
-
-
-def _attention(args, copy: float) -> Iterator[dict]:
-    dtype = getattr(mx, args.dtype)
-    work = [(h, B, T) for h in HEADS for B in args.batch_size for T in args.contexts]
-    for heads, B, T in tqdm(work, desc="attention", leave=False):
-        chains, sizes = {}, {}
-        for name in args.kv_cache:
-            c = contender(name, heads, dtype)
-            first = c.make(B, T)
-            mx.eval(first)
-            sizes[name] = nbytes(first)
-            copies = max(2, min(64, (args.beyond << 20) // sizes[name]))
-            buffers = [first] + [c.make(B, T) for _ in range(copies - 1)]
-            mx.eval(buffers)
-            q = mx.random.normal((B, heads.queries, 1, heads.dim))
-            kind = mx.bfloat16 if name == "bf16" else dtype
-            chains[name] = _chain(c, buffers, q.astype(kind), args.tokens)
-        times = interleave(chains, args.rounds)
-        for name, t in times.items():
-            yield _row("attend", heads, name, B, T, t, times, sizes[name], copy)
-
-
-def _chain(c: Contender, buffers: list, q: mx.array, steps: int):
-    mx.eval(q)
-
-    def chain() -> int:
-        x = q
-        for i in range(steps):
-            x = c.attend(x, buffers[i % len(buffers)])
-        mx.eval(x)
-        return steps
-
-    return chain
-
-
-def _storing(args, copy: float) -> Iterator[dict]:
-    """One token and a prompt's worth of vectors; the next call waits for the last."""
-    dtype = getattr(mx, args.dtype)
-    for heads in tqdm(HEADS, desc="storing", leave=False):
-        for L in (1, 131072 // heads.kv):
-            k, v = (mx.random.normal((1, heads.kv, L, heads.dim)).astype(dtype) for _ in "kv")
-            mx.eval(k, v)
-            chains, sizes = {}, {}
-            for name in args.kv_cache:
-                if (store := contender(name, heads, dtype).store) is None:
-                    continue
-                kept = store(k, v)
-                mx.eval(kept)
-                sizes[name] = nbytes((k, v)) + nbytes(kept)
-
-                chains[name] = _storing_chain(store, k, v, args.tokens if L == 1 else 4)
-            times = interleave(chains, args.rounds)
-            for name, t in times.items():
-                yield _row("store", heads, name, 1, L, t, times, sizes[name], copy)
-
-
-def _storing_chain(store, k: mx.array, v: mx.array, steps: int):
-    def chain() -> int:
-        after: list = []
-        for _ in range(steps):
-            after = list(store(mx.depends(k, after) if after else k, v))
-        mx.eval(after)
-        return steps
-
-    return chain
-
-
-def _row(op, heads, name, B, T, t: Timing, times, size, copy) -> dict:
-    fp16 = times.get("fp16")
-    return {
-        "op": op, "heads": str(heads), "cache": name, "batch": B, "context": T,
-        "microseconds": round(1e6 * t.median, 2),
-        "low": round(1e6 * t.low, 2), "high": round(1e6 * t.high, 2),
-        "ratio": round(fp16.median / t.median, 2) if fp16 else None,
-        "mb": round(size / 1e6, 3),
-        "of_copy": round(size / t.median / 1e9 / copy, 3),
-    }  # fmt: skip
-
-
-def _end_to_end(args) -> list[dict]:
-    """Prefill, then decode in chunks of steps, the caches taking turns."""
-    dtype = getattr(mx, args.dtype)
-    if args.model:
-        model, *_ = load(args.model)
-    else:
-        model = random_model(args.shape, dtype, args.weight_bits)
-    rows = []
-    work = [(B, T) for B in args.batch_size for T in args.contexts]
-    for B, T in tqdm(work, desc="end to end", leave=False):
-        steppers = {}
-        for name in args.kv_cache:
-            if (stepper := _Stepper.start(model, name, B, T)) is not None:
-                steppers[name] = stepper
-        times: dict[str, list[float]] = {name: [] for name in steppers}
-        for r in range(args.rounds + 1):
-            for name, stepper in steppers.items():
-                seconds = stepper.step(args.tokens)
-                if r:  # the first is warm-up
-                    times[name].append(seconds)
-        timings = {name: summarize(values) for name, values in times.items()}
-        for name, t in timings.items():
-            s = steppers[name]
-            fp16 = timings.get("fp16")
-            rows.append({
-                "cache": name, "batch": B, "context": T,
-                "ms_per_token": round(1e3 * t.median, 3),
-                "low": round(1e3 * t.low, 3), "high": round(1e3 * t.high, 3),
-                "ratio": round(fp16.median / t.median, 3) if fp16 else None,
-                "tokens_per_s": round(B / t.median, 1),
-                "prefill_s": round(s.prefill, 3),
-                "cache_mb": round(s.cache_bytes / 1e6, 2),
-                "peak_mb": round(s.peak / 1e6, 1),
-            })  # fmt: skip
-        del steppers
-        mx.clear_cache()
-    return rows
-
-
-class _Stepper:
-    """One cache in the middle of a generation."""
-
-    def __init__(self, model, cache, B: int, T: int):
-        self.model, self.cache = model, cache
-        tokens = mx.random.randint(0, 1000, (B, T))
-        mx.eval(tokens)
-        for attempt in range(2):  # the first compiles
-            if attempt == 0:
-                self._prompt(tokens[:, : min(T, 64)])
-                for c in cache:
-                    c.trim(c.offset)
-            mx.synchronize()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        start = time.perf_counter()
-        self.y = self._prompt(tokens)
-        mx.synchronize()
-        self.prefill = time.perf_counter() - start
-        self.peak = mx.get_peak_memory() - before
-        self.cache_bytes = sum(c.nbytes for c in cache)
-
-    def _prompt(self, tokens, step: int = 2048):
-        for i in range(0, tokens.shape[1], step):
-            logits = self.model(tokens[:, i : i + step], cache=self.cache)
-            mx.eval([c.state for c in self.cache])
-        y = logits[:, -1:].argmax(axis=-1)
-        mx.eval(y)
-        return y
-
-    @classmethod
-    def start(cls, model, name: str, B: int, T: int) -> "_Stepper | None":
-        caches = make_prompt_cache(model)
-        if name in ("kv4", "kv8"):
-            if any(not hasattr(c, "to_quantized") or hasattr(c, "max_size") for c in caches):
-                return None  # mlx-lm cannot quantize a sliding layer
-            caches = [QuantizedKVCache(64, int(name[2:])) for _ in caches]
-        elif name == "bf16":
-            return None  # a cache holds the model's dtype: --dtype
-        elif name != "fp16":
-            caches = models.make_prompt_cache(model, name)
-        return cls(model, caches, B, T)
-
-    def step(self, steps: int) -> float:
-        """Seconds per step of greedy decoding, pipelined as mlx-lm does."""
-        start = time.perf_counter()
-        y = self.y
-        for _ in range(steps):
-            y = self.model(y, cache=self.cache)[:, -1:].argmax(axis=-1)
-            mx.async_eval(y)
-        mx.eval(y)
-        self.y = y
-        return (time.perf_counter() - start) / steps
-
-
-def _table(rows: list[dict], columns: list[str]) -> None:
-    cells = [columns] + [["" if r[c] is None else str(r[c]) for c in columns] for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _commit() -> str:
@@ -276,3 +223,32 @@ def _commit() -> str:
         ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     return done.stdout.strip() or "unknown"
+
+
+def _digest() -> str:
+    """Of the package and its kernels: what ran, also where there is no git."""
+    from .sources import kernels_path
+
+    digest = hashlib.sha256()
+    for folder, pattern in ((Path(__file__).parent, "*.py"), (kernels_path(), "*.[mc]*")):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _read(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(result, dict) or not {"record", "rows"} <= set(result):
+        raise ValueError(f"{path} was not written by 'mlx_kvq benchmark --json'.")
+    return result
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

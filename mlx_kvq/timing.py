@@ -1,5 +1,6 @@
 """Side-by-side timing: dependent chains, warm-up, interleaved rounds, medians."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,45 +10,72 @@ import mlx.core as mx
 
 
 @dataclass
-class Timing:
-    """Seconds per call: the median over rounds, and the middle half of them."""
+class Spread:
+    """A median and the quartiles around it."""
 
     median: float
     low: float
     high: float
 
 
+def spread(values: list[float]) -> Spread:
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def speedup(base: list[float], own: list[float]) -> Spread:
+    """How many times faster ``own`` is than ``base``: quotients round by round, because what
+    disturbs the machine for a while disturbs both."""
+    return spread([b / o for b, o in zip(base, own, strict=False)])
+
+
 def interleave(
-    chains: dict[str, Callable[[], int]], rounds: int = 7, warm_up: float = 0.3
-) -> dict[str, Timing]:
+    chains: dict[str, Callable[[int], None]],
+    *,
+    steps: int = 32,
+    rounds: int = 7,
+    warm_up: float = 0.3,
+    longest: float = 0.2,
+    seconds: float = 2.0,
+) -> dict[str, list[float]]:
     """Time several contenders in turn, so that a drifting clock meets all of them.
 
     Args:
-        chains (dict): Name -> a function that runs, evaluates and counts a chain of calls, each
+        chains (dict): Name -> a function that runs and evaluates a chain of so many calls, each
             of which depends on the one before, as the steps of decoding do.
-        rounds (int): Timed passes over all contenders.
-        warm_up (float): Seconds of untimed passes first (at least one): compilation, clocks.
+        steps (int): Calls in a chain; fewer where a chain would take more than ``longest``.
+        rounds (int): Timed passes; a contender leaves, after three, once it has had ``seconds``.
+        warm_up (float): Seconds of untimed calls first (at least two each): compilation, clocks.
+
+    Returns:
+        Seconds per call, by contender and round.
     """
+    lengths, turns = {}, {}
     start = time.perf_counter()
-    while True:
-        for chain in chains.values():
-            chain()
-        if time.perf_counter() - start > warm_up:
-            break
-    seconds: dict[str, list[float]] = {name: [] for name in chains}
-    for _ in range(rounds):
+    for name, chain in chains.items():
+        chain(1)
+        once = _timed(chain, 1)
+        lengths[name] = max(1, min(steps, int(longest / once)))
+        turns[name] = max(3, min(rounds, int(seconds / (once * lengths[name]))))
+    while time.perf_counter() - start < warm_up:
         for name, chain in chains.items():
-            mx.synchronize()
-            start = time.perf_counter()
-            calls = chain()
-            mx.synchronize()
-            seconds[name].append((time.perf_counter() - start) / calls)
-    return {name: summarize(values) for name, values in seconds.items()}
+            chain(lengths[name])
+    taken: dict[str, list[float]] = {name: [] for name in chains}
+    for r in range(rounds):
+        for name, chain in chains.items():
+            if r < turns[name]:
+                taken[name].append(_timed(chain, lengths[name]) / lengths[name])
+    return taken
 
 
-def summarize(values: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    return Timing(median, low, high)
+def _timed(chain: Callable[[int], None], steps: int) -> float:
+    mx.synchronize()
+    start = time.perf_counter()
+    chain(steps)
+    mx.synchronize()
+    return time.perf_counter() - start
 
 
 def copy_bandwidth(megabytes: int) -> float:
@@ -55,11 +83,21 @@ def copy_bandwidth(megabytes: int) -> float:
     x = mx.zeros((megabytes << 18,), mx.float32)
     mx.eval(x)
 
-    def chain() -> int:
+    def chain(steps: int) -> None:
         y = x
-        for _ in range(8):
+        for _ in range(steps):
             y = y + 1.0
         mx.eval(y)
-        return 8
 
-    return 2 * x.nbytes / interleave({"copy": chain})["copy"].median
+    return 2 * x.nbytes / spread(interleave({"copy": chain}, steps=8)["copy"]).median
+
+
+def memory_limit() -> int:
+    """Bytes that a benchmark may hold on the default device, as far as MLX says."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        info = mx.device_info()
+        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+            if key in info:
+                return int(0.8 * int(info[key]))
+        return 1 << 62  # then an allocation that fails says so
+    return int(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,0 +1,247 @@
+"""End to end: prefill and greedy decoding of one model with different caches."""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import load
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from .automatic import random_tokens
+from .calibrate import calibrate_tokens
+from .contenders import HALVES
+from .model import disable, enable
+from .shapes import random_model
+from .timing import memory_limit, speedup, spread
+
+BASES = ("fp16", "bf16", "kv4")
+CHUNK = 2048  # of a prompt, mlx-lm's default
+PREFILLING, DECODING = 30.0, 3.0  # seconds that one cache's prefills, and a chain, should take
+
+
+@dataclass
+class Entry:
+    """A model with one kind of cache.
+
+    Args:
+        make: Makes empty caches.
+        kv_bits: Of mlx-lm's quantized cache, which replaces them once they hold tokens.
+    """
+
+    model: Any
+    make: Callable[[], list]
+    kv_bits: int | None = None
+
+
+def measure(args) -> Iterator[list[dict]]:
+    """The rows of one batch size and context, after the other.
+
+    Args:
+        args: Of ``mlx_kvq benchmark``.
+    """
+    models: dict[str, Any] = {}
+
+    def model_in(dtype: str):
+        if dtype not in models:
+            models[dtype] = _model(args, getattr(mx, dtype))
+        return models[dtype]
+
+    label = args.shape or Path(args.model).name
+    if args.weight_bits:
+        label += f", {args.weight_bits}-bit"
+    entries: dict[str, Entry] = {}
+    for name in args.kv_cache:
+        dtype = str(HALVES[name]).rpartition(".")[2] if name in HALVES else args.dtype
+        model, tokenizer = model_in(dtype)
+        try:
+            entries[name] = _entry(name, model, tokenizer)
+        except ValueError as error:
+            print(f"{name}: left out: {error}", file=sys.stderr)
+    weights = mx.get_active_memory()
+    largest = None  # tokens and bytes of the last item
+    for B, T in itertools.product(args.batch_size, sorted(args.contexts)):
+        if largest is not None:
+            expected = weights + (largest[1] - weights) * B * T / largest[0]
+            if expected > memory_limit():
+                print(
+                    f"batch {B}, {T} tokens left out: about {expected / 1e9:.0f} GB",
+                    file=sys.stderr,
+                )
+                continue
+        whole = _Peak()
+        yield _compare(label, entries, B, T, args)
+        largest = (B * T, whole.bytes)
+        mx.clear_cache()
+
+
+def _model(args, dtype: mx.Dtype):
+    if args.shape:
+        return random_model(args.shape, dtype, args.weight_bits), None
+    model, tokenizer, *_ = load(args.model)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def _entry(name: str, model, tokenizer) -> Entry:
+    if name in HALVES:
+        return Entry(model, lambda: make_prompt_cache(model))
+    if name in ("kv4", "kv8"):
+        for cache in make_prompt_cache(model):
+            if not hasattr(cache, "to_quantized") or hasattr(cache, "max_size"):
+                raise ValueError(f"mlx-lm cannot quantize a {type(cache).__name__}")
+        return Entry(model, lambda: make_prompt_cache(model), int(name[2:]))
+    calibration = None
+    if tokenizer is None and "calibrate=off" not in name:
+        # Of random weights: not to be kept, as an automatic one would.
+        calibration = calibrate_tokens(model, [random_tokens(model)], progress=False)
+    enable(model, name, calibration=calibration, tokenizer=tokenizer, verbose=False)
+    try:
+        return Entry(model, model.make_cache)
+    finally:
+        disable(model)
+
+
+class _Peak:
+    """Peak memory above what was in use when this was made; ``bytes`` is all of it."""
+
+    _high = 0  # of the outer ones, as MLX has one counter
+
+    def __init__(self) -> None:
+        mx.synchronize()
+        _Peak._high = max(_Peak._high, mx.get_peak_memory())
+        mx.reset_peak_memory()
+        self.before = mx.get_active_memory()
+
+    @property
+    def bytes(self) -> int:
+        mx.synchronize()
+        return max(mx.get_peak_memory(), _Peak._high)
+
+    @property
+    def above(self) -> int:
+        mx.synchronize()
+        return mx.get_peak_memory() - self.before
+
+
+class _Run:
+    """One generation."""
+
+    def __init__(self, entry: Entry, tokens: mx.array):
+        self.entry, self.tokens = entry, tokens
+        self.cache: list = []
+
+    def prefill(self) -> float:
+        """Seconds from the prompt to the first token, in mlx-lm's chunks, with new caches."""
+        self.cache = []  # frees the ones before
+        mx.synchronize()
+        start = time.perf_counter()
+        self.cache = self.entry.make()
+        prompt = self.tokens
+        while prompt.shape[1] > 1:
+            chunk = prompt[:, : min(CHUNK, prompt.shape[1] - 1)]
+            self._model(chunk)
+            mx.eval([c.state for c in self.cache])
+            prompt = prompt[:, chunk.shape[1] :]
+            mx.clear_cache()
+        self.y = self._next(prompt)
+        mx.eval(self.y)
+        return time.perf_counter() - start
+
+    def decode(self, steps: int) -> float:
+        """Seconds per token of greedy decoding: one is read while the next is computed, as
+        mlx-lm does. Goes back to where it was, unless a sliding window has dropped tokens."""
+        mx.synchronize()
+        start = time.perf_counter()
+        y = self.y
+        for _ in range(steps):
+            following = self._next(y)
+            mx.async_eval(following)
+            mx.eval(y)
+            y = following
+        mx.eval(y)
+        seconds = (time.perf_counter() - start) / steps
+        if can_trim_prompt_cache(self.cache):
+            trim_prompt_cache(self.cache, steps)
+        else:
+            self.y = y
+        return seconds
+
+    def _model(self, tokens: mx.array) -> mx.array:
+        logits = self.entry.model(tokens, cache=self.cache)
+        maybe_quantize_kv_cache(self.cache, 0, 64, self.entry.kv_bits)
+        return logits
+
+    def _next(self, y: mx.array) -> mx.array:
+        return self._model(y)[:, -1:].argmax(axis=-1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.nbytes for c in self.cache)
+
+
+def _compare(label: str, entries: dict[str, Entry], B: int, T: int, args) -> list[dict]:
+    tokens = mx.random.randint(0, 1000, (B, T))
+    mx.eval(tokens)
+    runs: dict[str, _Run] = {}
+    memory: dict[str, dict] = {}
+    notes, turns, steps = {}, {}, {}
+    for name, entry in entries.items():  # warm-up at full length; memory
+        run = _Run(entry, tokens)
+        try:
+            peak = _Peak()
+            turns[name] = max(1, min(args.prefill_rounds, int(PREFILLING / run.prefill())))
+            memory[name] = {"prefill_peak_bytes": peak.above}
+            memory[name]["held_bytes"] = mx.get_active_memory() - peak.before
+            memory[name]["cache_bytes"] = run.nbytes
+            peak = _Peak()
+            run.decode(1)  # compiles
+            steps[name] = max(1, min(args.tokens, int(DECODING / run.decode(1))))
+            run.decode(steps[name])
+            memory[name]["decode_peak_bytes"] = peak.above + memory[name]["cache_bytes"]
+        except Exception as error:  # this contender does not run here
+            notes[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            continue
+        runs[name] = run
+    prefill: dict[str, list[float]] = {name: [] for name in runs}
+    decode: dict[str, list[float]] = {name: [] for name in runs}
+    for r in range(args.prefill_rounds):
+        for name, run in runs.items():
+            if r < turns[name]:
+                prefill[name].append(run.prefill())
+    for r in range(args.rounds + 1):
+        for name, run in runs.items():
+            seconds = run.decode(steps[name])
+            if r:  # the first is warm-up
+                decode[name].append(seconds)
+    rows = []
+    for name in entries:
+        row: dict[str, Any] = {"model": label, "cache": name, "batch": B, "context": T}
+        if name in notes:
+            rows.append({**row, "note": notes[name]})
+        if name not in runs:
+            continue
+        t, p = spread(decode[name]), spread(prefill[name])
+        row |= {
+            "ms": 1e3 * t.median, "ms_low": 1e3 * t.low, "ms_high": 1e3 * t.high,
+            "tokens_per_s": B / t.median,
+            "prefill_s": p.median, "prefill_low": p.low, "prefill_high": p.high,
+            **memory[name],
+        }  # fmt: skip
+        for base in BASES:
+            if base in runs:
+                x = speedup(decode[base], decode[name])
+                row[f"x_{base}"] = [x.median, x.low, x.high]
+                x = speedup(prefill[base], prefill[name])
+                row[f"prefill_x_{base}"] = [x.median, x.low, x.high]
+                row[f"smaller_than_{base}"] = (
+                    memory[base]["cache_bytes"] / memory[name]["cache_bytes"]
+                )
+        rows.append(row)
+    return rows
