@@ -98,6 +98,8 @@ class Section:
 
 
 def _spec(given: object) -> Spec:
+    if not _printable(given):
+        raise RepositoryError(f"'spec' is {_short(given)}, not a text such as 'int4-srft'.")
     try:
         spec = Spec.parse(given)  # type: ignore[arg-type]
     except ValueError as error:
