@@ -265,8 +265,9 @@ def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
     if repository is None:
         return None
     if repository.other:
-        name = _short(repository.other)
-        _say(f"the KV cache in config.json is not mlx_kvq's but {name}'s, and not used")
+        if verbose:
+            name = _short(repository.other)
+            _say(f"the KV cache in config.json is not mlx_kvq's but {name}'s, and not used")
         return None
 
     def enabled() -> Report | None:
