@@ -82,7 +82,7 @@ for (int r = group; r < 8; r += NSG) {
     const auto x = q +
         (b * q_strides[0] + (kv_head * heads + row / L) * q_strides[1] + row % L * q_strides[2]);
     const auto factors = kvq::factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
-    kvq::read_vector<KD, false>(z, x, q_strides[3], factors, lane);
+    kvq::read_vector<KD, ROTATION, false>(z, x, q_strides[3], factors, lane);
     kvq::rotate<KD, ROTATION>(z, k_table, lane);
     kvq::scale_rotated<KD, ROTATION, K_CALIBRATED>(z, factors, lane);
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
@@ -93,9 +93,9 @@ for (int r = group; r < 8; r += NSG) {
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) z[a] = float2(0.0f, 0.0f);
   }
   const float inverse = peak > 1e-30f ? 1.0f / peak : 0.0f;
-  if (lane < uint(kvq::lanes_of(KD / 2))) {
+  if (lane < uint(kvq::lanes_of(KD))) {
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
-      const int c = r * KD + 2 * int(kvq::rotated_index<KD, ROTATION>(lane, a));
+      const int c = r * KD + 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
       queries[c] = half(z[a].x * inverse);
       queries[c + 1] = half(z[a].y * inverse);
     }

@@ -20,8 +20,10 @@ for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
   kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
       out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
       merged + r * VD,
+      1,
       normal,
       v_table,
       kv_head,
+      lane < uint(kvq::lanes_of(VD)),
       lane);
 }

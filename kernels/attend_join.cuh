@@ -68,9 +68,11 @@ if (is_last) {
     kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
         out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
         merged + r * VD,
+        1,
         normal,
         v_table,
         kv_head,
+        lane < uint(kvq::lanes_of(VD)),
         lane);
   }
 }

@@ -65,5 +65,12 @@ if (group == 0) {
       lane);
   const float2 normal = kvq::normalise(top, total, SINKS, sink);
   kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
-      out + int64_t(row) * VD, merged, normal, v_table, kv_head, lane);
+      out + int64_t(row) * VD,
+      merged,
+      1,
+      normal,
+      v_table,
+      kv_head,
+      lane < uint(kvq::lanes_of(VD)),
+      lane);
 }

@@ -6,14 +6,43 @@ inline float row_scale(const device uint* scales, int index) {
   return float(as_type<half>(ushort(index % 2 == 0 ? word & 0xffffu : word >> 16)));
 }
 
+// Eight neighbouring channels in one or two 16-byte stores; `out` is aligned to them.
+inline void write_eight(device half* out, const thread float* x) {
+  *reinterpret_cast<device uint4*>(out) = uint4(
+      as_type<uint>(half2(half(x[0]), half(x[1]))),
+      as_type<uint>(half2(half(x[2]), half(x[3]))),
+      as_type<uint>(half2(half(x[4]), half(x[5]))),
+      as_type<uint>(half2(half(x[6]), half(x[7]))));
+}
+inline uint two_bfloats(float a, float b) {
+  return uint(as_type<ushort>(bfloat16_t(a))) | (uint(as_type<ushort>(bfloat16_t(b))) << 16);
+}
+inline void write_eight(device bfloat16_t* out, const thread float* x) {
+  *reinterpret_cast<device uint4*>(out) = uint4(
+      two_bfloats(x[0], x[1]), two_bfloats(x[2], x[3]), two_bfloats(x[4], x[5]),
+      two_bfloats(x[6], x[7]));
+}
+inline void write_eight(device float* out, const thread float* x) {
+  UNROLL for (int i = 0; i < 2; i++) {
+    reinterpret_cast<device uint4*>(out)[i] = uint4(
+        as_type<uint>(x[4 * i]), as_type<uint>(x[4 * i + 1]), as_type<uint>(x[4 * i + 2]),
+        as_type<uint>(x[4 * i + 3]));
+  }
+}
+
+template <typename T>
+inline void write_one(device T* out, float x) {
+  *out = T(x);
+}
+
 // Eight channels, from one word of 4-bit codes or two of 8-bit codes.
-template <int BITS, bool HALF_STEP, typename T>
-inline void write_eight(device T* out, const device uint* words, float scale) {
+template <int BITS, bool HALF_STEP>
+inline void eight_levels(thread float* x, const device uint* words, float scale) {
   const float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
   UNROLL for (int i = 0; i < 8; i++) {
     const uint word = words[i * BITS / 32];
     const uint code = (word >> (i * BITS % 32)) & uint((1 << BITS) - 1);
-    out[i] = T((float(code) - middle) * scale);
+    x[i] = (float(code) - middle) * scale;
   }
 }
 

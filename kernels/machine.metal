@@ -25,6 +25,20 @@ inline uint masked_or(uint word, uint mask, uint bits) {
   return (word & mask) | bits;
 }
 
+inline float reciprocal(float x) {
+  return 1.0f / x;
+}
+inline float saturated(float x) {
+  return clamp(x, 0.0f, 1.0f);
+}
+// Nearest integers, to even at the half; of magnitudes below 2^22.
+inline float round_small(float x) {
+  return rint(x);
+}
+inline float round_product(float a, float b) {
+  return rint(a * b);
+}
+
 // Reductions over the eight rows of a tile's column pair.
 inline float rows_max(float x) {
   x = max(x, simd_shuffle_xor(x, 2));

@@ -1,18 +1,18 @@
-// Quantization of one rotated vector by one SIMD group: scales, codes, packed words.
+// Quantization of rotated channels in the registers of a SIMD group: scales, codes, words.
 //
-// Lane w owns channels 8w to 8w + 7: one word of 4-bit codes or two words of 8-bit codes. Groups
-// are whole lanes (a group is a multiple of 8 channels). The arithmetic is that of
-// `mlx_kvq.reference.quantize`, step for step: the scale is rounded to fp16 before it is used.
+// A lane has CH channels in a row, all of one group or of the part of a group that SPAN lanes
+// share; the lanes of a group differ in the bits of MASK * (SPAN - 1), or, where SPAN is not a
+// power of two, are those from `first` on. The arithmetic is that of `mlx_kvq.reference.quantize`:
+// the scale is rounded to fp16 before it is used.
 namespace kvq {
 
 enum : int { SEARCH = 0, ABSMAX = 1, PAPER = 2 };  // template value RULE
 
-// Maximum or sum over the SPAN lanes of this lane's group, the same bits in all of them.
-template <int SPAN, bool SUM>
+template <int SPAN, int MASK, bool SUM>
 inline float group_reduce(float x, uint first) {
-  if ((SPAN & (SPAN - 1)) == 0) {
+  if (is_power(SPAN)) {
     UNROLL for (int h = 1; h < SPAN; h *= 2) {
-      const float other = simd_shuffle_xor(x, ushort(h));
+      const float other = simd_shuffle_xor(x, ushort(h * MASK));
       x = SUM ? x + other : max(x, other);
     }
     return x;
@@ -29,114 +29,200 @@ inline float scale_to_half(float s) {
   return float(half(min(s, 65504.0f)));
 }
 
-// Squared error of eight values at scale s. A reciprocal will do here: a value that it moves
-// across a boundary between two levels is as far from the one as from the other.
-inline float clipping_error(thread float* y, float s) {
-  const float inverse = 1.0f / (s > 0.0f ? s : 1.0f);
+inline device ushort* halves_of(device uint* words) {
+  return reinterpret_cast<device ushort*>(words);
+}
+
+// 1 / s for a scale; 0 for a group of zeros, whose codes are then the middle.
+inline float inverse_scale(float s) {
+  return s > 0.0f ? reciprocal(s) : 0.0f;
+}
+
+// Squared error at a scale: |x| / scale - 1/2 against the nearest of 0 to 7. NaN where an x is.
+template <int CH>
+inline float squared_error(const thread float* x, float scale, float inverse) {
   float e = 0.0f;
-  UNROLL for (int i = 0; i < 8; i++) {
-    const float level = clamp(floor(y[i] * inverse), -8.0f, 7.0f) + 0.5f;
-    const float d = y[i] - s * level;
-    e += d * d;
+  if (scale == 0.0f) {
+    UNROLL for (int i = 0; i < CH; i++) e = fma(x[i], x[i], e);
+    return e;
   }
-  return e;
+  UNROLL for (int i = 0; i < CH; i++) {
+    const float t = fma(fabs(x[i]), inverse, -0.5f);
+    const float d = t - round_small(min(t, 7.0f));
+    e = fma(d, d, e);
+  }
+  return e * (scale * scale);
 }
 
-inline threadgroup ushort* halves_of(threadgroup uint* words) {
-  return reinterpret_cast<threadgroup ushort*>(words);
-}
-
-// x -> y = lambda * R((x - mu) / sigma) in natural order.
-template <int D, int ROTATION, bool CALIBRATED, typename T>
-inline void rotate_vector(
-    threadgroup float* y,
-    const device T* x,
-    int64_t stride,
-    const device float* table,
-    int head,
-    uint lane) {
-  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
-  float2 z[points_of(D)];
-  read_vector<D, CALIBRATED>(z, x, stride, factors, lane);
-  rotate<D, ROTATION>(z, table, lane);
-  scale_rotated<D, ROTATION, CALIBRATED>(z, factors, lane);
-  if (lane < uint(lanes_of(D / 2))) {
-    UNROLL for (int a = 0; a < points_of(D); a++) {
-      const int c = 2 * int(rotated_index<D, ROTATION>(lane, a));
-      y[c] = z[a].x;
-      y[c + 1] = z[a].y;
-    }
-  }
-}
-
-// y: D rotated channels in natural order. Writes D * BITS / 32 words and D / GROUP scales.
-template <int D, int BITS, int GROUP, int RULE>
-inline void quantize_vector(
-    const threadgroup float* y,
-    threadgroup uint* words,
-    threadgroup ushort* scales,
-    uint lane) {
-  constexpr int SPAN = GROUP / 8;
-  constexpr int MIDDLE = 1 << (BITS - 1);
-  const uint first = lane / uint(SPAN) * uint(SPAN);
-  const bool owner = lane < uint(D / 8);
-  float x[8];
-  float top = 0.0f, odd = 0.0f;
-  UNROLL for (int i = 0; i < 8; i++) {
-    x[i] = owner ? y[8 * lane + uint(i)] : 0.0f;
-    top = max(top, fabs(x[i]));
-    odd = isfinite(x[i]) ? odd : 1.0f;
-  }
-  top = group_reduce<SPAN, false>(top, first);
-  const bool finite = group_reduce<SPAN, false>(odd, first) == 0.0f;
-
-  float scale;
-  if (RULE == PAPER) {
-    scale = scale_to_half(top / float(MIDDLE - 1));
-  } else {
-    scale = scale_to_half(top / (float(MIDDLE) - 0.5f));
-  }
+// Writes CH * BITS / 32 words and the bits of the group's fp16 scale. Half-precision channels that
+// were not rotated are often whole multiples of their scale; EXACT then divides, so that all
+// backends agree about such ties.
+template <int CH, int BITS, int RULE, int SPAN, int MASK, bool EXACT>
+inline void quantize_channels(
+    thread uint* words,
+    thread ushort& scale_bits,
+    const thread float* x,
+    uint first) {
+  constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;  // steps of a scale
+  float top = 0.0f;
+  UNROLL for (int i = 0; i < CH; i++) top = max(top, fabs(x[i]));
+  top = group_reduce<SPAN, MASK, false>(top, first);
+  float odd = 0.0f;  // NaN where a channel of the group is NaN, which max() passes over
+  float scale = scale_to_half(top * (2.0f / float(LEVELS)));
+  float inverse = inverse_scale(scale);
   if (RULE == SEARCH && BITS == 4) {
-    float least = group_reduce<SPAN, true>(clipping_error(x, scale), first);
+    float least = group_reduce<SPAN, MASK, true>(squared_error<CH>(x, scale, inverse), first);
+    odd = least;
     UNROLL for (int c = 1; c < 6; c++) {
       // 0.95, 0.9, 0.85, 0.8, 0.75, each rounded once as the reference's constants are.
-      const float fraction = float(100 - 5 * c) / 100.0f;
-      const float s = scale_to_half(fraction * top / 7.5f);
-      const float e = group_reduce<SPAN, true>(clipping_error(x, s), first);
+      const float s = scale_to_half(top * (float(100 - 5 * c) / 750.0f));
+      const float r = inverse_scale(s);
+      const float e = group_reduce<SPAN, MASK, true>(squared_error<CH>(x, s, r), first);
       if (e < least) {
         least = e;
         scale = s;
+        inverse = r;
+      }
+    }
+  } else {
+    UNROLL for (int i = 0; i < CH; i++) odd = fma(x[i], 0.0f, odd);
+    odd = group_reduce<SPAN, MASK, true>(odd, first);
+  }
+  const bool finite = isfinite(top) && odd == odd;
+
+  // n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], as round(LEVELS * u) with u in [0, 1];
+  // sums of fp32 put codes together exactly, 16 bits at a time.
+  const float step = inverse / float(LEVELS);
+  constexpr int PER_HALF = 16 / BITS;
+  UNROLL for (int w = 0; w < CH * BITS / 32; w++) {
+    float parts[2];
+    UNROLL for (int h = 0; h < 2; h++) {
+      parts[h] = 0.0f;
+      UNROLL for (int i = PER_HALF - 1; i >= 0; i--) {
+        const float y = x[(2 * w + h) * PER_HALF + i];
+        float n;
+        if (EXACT) {
+          const float q = y / (scale > 0.0f ? scale : 1.0f);
+          const float low = float(LEVELS / 2 + (RULE == PAPER ? 0 : 1));
+          n = clamp(RULE == PAPER ? rint(q) : floor(q), -low, float(LEVELS / 2)) + low;
+        } else {
+          n = round_product(saturated(fma(y, step, 0.5f)), float(LEVELS));
+        }
+        parts[h] = fma(parts[h], float(1 << BITS), n);
+      }
+      // The paper's codes begin at 1.
+      parts[h] += RULE == PAPER ? (BITS == 4 ? 4369.0f : 257.0f) : 0.0f;
+    }
+    words[w] = finite ? uint(parts[0]) | (uint(parts[1]) << 16) : 0u;
+  }
+  scale_bits = finite ? as_type<ushort>(half(scale)) : ushort(0x7e00);
+}
+
+// Whether a lane's 16 channels are one group, whole groups of 8, or share one with other lanes.
+constexpr bool groups_are_lanes(int D, int GROUP) {
+  return points_of(D) == 8 && is_power(GROUP);
+}
+
+// Quantizes the vectors of a SIMD group where groups are lanes: row of a lane's vector, whose
+// codes begin at word FIRST and scales at half SCALE of those from word CODES on.
+template <int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE>
+inline void store_vectors(device uint* row, const thread float2* z, bool valid, uint lane) {
+  constexpr int CH = GROUP < 16 ? GROUP : 16;
+  constexpr int SPAN = GROUP / CH;
+  constexpr int MASK = ROTATION == SRFT ? lanes_of(D) / SPAN : 1;
+  constexpr int WORDS = CH * BITS / 32;
+  const int block = rotated_block<D, ROTATION>(lane);
+  device ushort* scales = halves_of(row + CODES);
+  UNROLL for (int part = 0; part < 16 / CH; part++) {
+    float x[CH];
+    UNROLL for (int i = 0; i < CH / 2; i++) {
+      x[2 * i] = z[part * CH / 2 + i].x;
+      x[2 * i + 1] = z[part * CH / 2 + i].y;
+    }
+    uint words[WORDS];
+    ushort scale;
+    quantize_channels<CH, BITS, RULE, SPAN, MASK, is_none(ROTATION)>(words, scale, x, 0);
+    if (valid) {
+      UNROLL for (int w = 0; w < WORDS; w++) {
+        row[FIRST + (block * (16 / CH) + part) * WORDS + w] = words[w];
+      }
+      if (block % SPAN == 0) {
+        scales[SCALE + (block * (16 / CH) + part) / SPAN] = scale;
       }
     }
   }
+}
 
-  const float divisor = scale > 0.0f ? scale : 1.0f;
-  uint packed[2] = {0, 0};
-  UNROLL for (int i = 0; i < 8; i++) {
-    float n;
-    if (RULE == PAPER) {
-      n = clamp(rint(x[i] / divisor), float(1 - MIDDLE), float(MIDDLE - 1));
-    } else {
-      n = clamp(floor(x[i] / divisor), float(-MIDDLE), float(MIDDLE - 1));
+// The same through threadgroup memory, for any group: y holds the vectors of the SIMD group in
+// natural order, vector v belongs to the row at `row` + v * W. Lanes take a word's channels each,
+// as many whole groups at once as 32 lanes hold.
+template <int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE, int W>
+inline void store_shared(
+    device uint* row,
+    const threadgroup float* y,
+    int vectors,
+    uint lane) {
+  constexpr int SPAN = GROUP / 8;
+  constexpr int AT_ONCE = 32 / SPAN;
+  constexpr int WORDS = BITS / 4;
+  const int mine = int(lane) / SPAN;
+  const int part = int(lane) % SPAN;
+  for (int g = 0; g < vectors * (D / GROUP); g += AT_ONCE) {
+    const int group = g + mine;
+    const int v = group / (D / GROUP);
+    const int index = group % (D / GROUP);
+    const bool valid = mine < AT_ONCE && v < vectors;
+    float x[8];
+    UNROLL for (int i = 0; i < 8; i++) {
+      x[i] = valid ? y[v * D + index * GROUP + 8 * part + i] : 0.0f;
     }
-    uint code = uint(int(scale > 0.0f ? n : 0.0f) + MIDDLE);
-    code = finite ? code : 0u;
-    if (BITS == 4) {
-      packed[0] |= code << (4 * i);
-    } else {
-      packed[i / 4] |= code << (8 * (i % 4));
+    uint words[WORDS];
+    ushort scale;
+    quantize_channels<8, BITS, RULE, SPAN, 1, is_none(ROTATION)>(
+        words, scale, x, uint(mine * SPAN) & 31u);
+    if (valid) {
+      UNROLL for (int w = 0; w < WORDS; w++) {
+        row[v * W + FIRST + (index * SPAN + part) * WORDS + w] = words[w];
+      }
+      if (part == 0) {
+        halves_of(row + v * W + CODES)[SCALE + index] = scale;
+      }
     }
   }
-  if (owner) {
-    if (BITS == 4) {
-      words[lane] = packed[0];
-    } else {
-      words[2 * lane] = packed[0];
-      words[2 * lane + 1] = packed[1];
+}
+
+// One side of `filled` rows from number `first` on, by one SIMD group. `shared` has room for
+// their vectors unless groups are lanes.
+template <
+    int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED,
+    int FIRST, int CODES, int SCALE, int W, typename T>
+inline void pack_vectors(
+    device uint* rows,
+    const device T* x,
+    int64_t stride,
+    vector_place at,
+    int first,
+    int filled,
+    threadgroup float* shared,
+    const device float* table,
+    uint lane) {
+  float2 z[points_of(D)];
+  rotate_vector<D, ROTATION, CALIBRATED, CALIBRATED>(
+      z, x + at.offset, stride, at.valid, table, at.head, lane);
+  if (groups_are_lanes(D, GROUP)) {
+    store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE>(
+        rows + int64_t(at.row) * W, z, at.valid, lane);
+  } else {
+    if (at.valid) {
+      UNROLL for (int a = 0; a < points_of(D); a++) {
+        const int c = 2 * (rotated_block<D, ROTATION>(lane) * points_of(D) + a);
+        shared[at.v * D + c] = z[a].x;
+        shared[at.v * D + c + 1] = z[a].y;
+      }
     }
-    if (lane == first) {
-      scales[lane / uint(SPAN)] = finite ? as_type<ushort>(half(scale)) : ushort(0x7e00);
-    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W>(
+        rows + int64_t(first) * W, shared, filled, lane);
   }
 }
 

@@ -1,39 +1,51 @@
-// The rotation F and its transpose, one vector of D channels per SIMD group, in fp32 registers.
+// The rotation F and its transpose, one vector of D channels by M lanes of a SIMD group, in fp32
+// registers; a SIMD group holds 32 / M vectors at once.
 //
 // srft: the real FFT of D channels as a complex FFT of N = D / 2 points z[n] = x[2n] + i x[2n+1].
 // N = R * M: M lanes (a power of two) hold R points each, lane l holds n = a * M + l for a < R.
 // An in-lane DFT of size R, one twiddle, M-point butterflies by simd_shuffle_xor (decimation in
 // frequency, so lane l ends with the bit-reversed index), then the split that pairs k with N - k.
-// The transpose runs the same steps backwards with conjugate twiddles.
-// srht: Hadamard butterflies over the same placement. none: nothing.
-// Lanes from M on repeat the work of lane l % M: shuffles never leave a block of M lanes.
+// A lane ends with 2 R channels in a row. The transpose runs the same steps backwards with
+// conjugate twiddles.
+// srht: Hadamard butterflies; lane l holds n = R * l + a. none: the same placement, and nothing.
 //
 // Twiddles come from the host in float64, rounded once (`rotation_table` in mlx_kvq/tables.py,
 // which this file's offsets must match); half precision or fast sines here would cost quality.
 namespace kvq {
 
 enum : int { SRFT = 0, SRHT = 1 };  // template value ROTATION; 2 is none
+constexpr bool is_none(int ROTATION) {
+  return ROTATION == 2;
+}
 
-// The largest power of two, at most 32, that divides n.
-constexpr int lanes_of(int n) {
-  return (n & -n) < 32 ? (n & -n) : 32;
+// The lanes of a vector: few, for shuffles cost more than arithmetic and a lane's points share
+// them, but no more than eight points a lane where D allows it.
+constexpr int lanes_of(int D) {
+  int m = 1;
+  while (D / 2 / m > 8 && D / 2 / m % 2 == 0 && m < 32) m *= 2;
+  return m;
+}
+constexpr int points_of(int D) {
+  return D / 2 / lanes_of(D);
+}
+constexpr int vectors_of(int D) {
+  return 32 / lanes_of(D);
 }
 constexpr int log2_of(int m) {
   return (m > 1) + (m > 2) + (m > 4) + (m > 8) + (m > 16);
 }
-constexpr int points_of(int D) {
-  return D / 2 / lanes_of(D / 2);
+constexpr bool is_power(int n) {
+  return (n & (n - 1)) == 0;
 }
 
 // Where the parts of a table are, in floats: two factors, stage twiddles [m - 1][M],
 // lane twiddles [R - 1][M], split twiddles [R][M], roots [R], all complex; then the channels.
 enum : int { stage_twiddles = 2 };
 constexpr int lane_twiddles(int D) {
-  return stage_twiddles +
-      2 * lanes_of(D / 2) * (lanes_of(D / 2) > 1 ? log2_of(lanes_of(D / 2)) - 1 : 0);
+  return stage_twiddles + 2 * lanes_of(D) * (lanes_of(D) > 1 ? log2_of(lanes_of(D)) - 1 : 0);
 }
 constexpr int split_twiddles(int D) {
-  return lane_twiddles(D) + 2 * lanes_of(D / 2) * (points_of(D) - 1);
+  return lane_twiddles(D) + 2 * lanes_of(D) * (points_of(D) - 1);
 }
 constexpr int roots(int D) {
   return split_twiddles(D) + D;
@@ -49,8 +61,8 @@ inline float2 complex_product(float2 a, float2 b) {
 // Entry i of a complex table; CONJUGATE for the transpose.
 template <bool CONJUGATE>
 inline float2 twiddle(const device float* table, int i) {
-  const float im = table[2 * i + 1];
-  return float2(table[2 * i], CONJUGATE ? -im : im);
+  const float2 w = reinterpret_cast<const device float2*>(table)[i];
+  return float2(w.x, CONJUGATE ? -w.y : w.y);
 }
 
 template <int M>
@@ -63,33 +75,59 @@ inline uint reverse_lane(uint lane) {
   return out;
 }
 
-// Natural index of a lane's point: channels 2n and 2n + 1 before the rotation ...
-template <int D>
-inline uint point_index(uint lane, int a) {
-  constexpr int M = lanes_of(D / 2);
-  return uint(a * M) + (lane & uint(M - 1));
+// Before the rotation, the channels of a lane's point a are first_channel + point_step * a and the
+// next one ...
+template <int D, int ROTATION>
+inline int first_channel(uint lane) {
+  constexpr int M = lanes_of(D);
+  return 2 * (ROTATION == SRFT ? 1 : points_of(D)) * int(lane & uint(M - 1));
+}
+constexpr int point_step(int D, int ROTATION) {
+  return ROTATION == SRFT ? 2 * lanes_of(D) : 2;
 }
 
-// ... and after it.
+// ... and after it, 2 * a and 2 * a + 1 of this block of 2 * points_of(D) channels.
 template <int D, int ROTATION>
-inline uint rotated_index(uint lane, int a) {
-  constexpr int M = lanes_of(D / 2);
-  constexpr int R = points_of(D);
-  if (ROTATION == SRFT) {
-    return uint(a) + uint(R) * reverse_lane<M>(lane & uint(M - 1));
-  }
-  return point_index<D>(lane, a);
+inline int rotated_block(uint lane) {
+  constexpr int M = lanes_of(D);
+  return int(ROTATION == SRFT ? reverse_lane<M>(lane & uint(M - 1)) : lane & uint(M - 1));
+}
+
+// v times exp(-2 pi i e / 8), conjugate for the transpose.
+template <bool INVERSE>
+inline float2 eighth_turn(float2 v, int e) {
+  const float c = 0.70710678118654752f;
+  const float y = INVERSE ? -v.y : v.y;  // conjugate in, conjugate out
+  float2 w = float2(v.x, y);
+  if (e == 1) w = float2(c * (v.x + y), c * (y - v.x));
+  if (e == 2) w = float2(y, -v.x);
+  if (e == 3) w = float2(c * (y - v.x), -c * (v.x + y));
+  return float2(w.x, INVERSE ? -w.y : w.y);
 }
 
 // In-lane DFT of R points.
 template <int D, bool INVERSE>
 inline void dft(thread float2* z, const device float* table) {
   constexpr int R = points_of(D);
-  if (R == 2) {
-    const float2 a = z[0], b = z[R - 1];
-    z[0] = float2(a.x + b.x, a.y + b.y);
-    z[R - 1] = float2(a.x - b.x, a.y - b.y);
-  } else if (R > 2) {
+  if (is_power(R)) {  // 1, 2, 4 or 8
+    UNROLL for (int h = R / 2; h > 0; h /= 2) {
+      UNROLL for (int a = 0; a < R; a++) {
+        if ((a & h) == 0) {
+          const float2 u = z[a], v = z[(a | h) % R];
+          z[a] = float2(u.x + v.x, u.y + v.y);
+          z[(a | h) % R] = eighth_turn<INVERSE>(float2(u.x - v.x, u.y - v.y), a % h * (4 / h));
+        }
+      }
+    }
+    UNROLL for (int a = 0; a < R; a++) {
+      const int b = R == 8 ? (a & 1) * 4 + (a & 2) + (a >> 2) : R == 4 ? (a & 1) * 2 + (a >> 1) : a;
+      if (a < b) {
+        const float2 u = z[a];
+        z[a] = z[b];
+        z[b] = u;
+      }
+    }
+  } else {
     float2 x[R];
     UNROLL for (int a = 0; a < R; a++) x[a] = z[a];
     UNROLL for (int k = 1; k < R; k++) {
@@ -120,7 +158,7 @@ inline void dft(thread float2* z, const device float* table) {
 
 template <int D, bool INVERSE>
 inline void lane_turn(thread float2* z, const device float* table, uint lane) {
-  constexpr int M = lanes_of(D / 2);
+  constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
   UNROLL for (int k = 1; k < R; k++) {
     const int at = (k - 1) * M + int(lane & uint(M - 1));
@@ -131,7 +169,7 @@ inline void lane_turn(thread float2* z, const device float* table, uint lane) {
 // One butterfly stage over lanes that differ in bit h. The last stage (h = 1) has no twiddle.
 template <int D, bool INVERSE>
 inline void stage(thread float2* z, const device float* table, uint lane, int h, int s) {
-  constexpr int M = lanes_of(D / 2);
+  constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
   const float side = (lane & uint(h)) != 0 ? -1.0f : 1.0f;
   float2 w = float2(1.0f, 0.0f);
@@ -156,7 +194,7 @@ inline void stage(thread float2* z, const device float* table, uint lane, int h,
 // Pairs k with N - k: DFT of complex points <-> DFT of real channels, orthonormal.
 template <int D, bool INVERSE>
 inline void split(thread float2* z, const device float* table, uint lane) {
-  constexpr int M = lanes_of(D / 2);
+  constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
   const float c = table[0];
   const uint l = lane & uint(M - 1);
@@ -191,10 +229,10 @@ inline void split(thread float2* z, const device float* table, uint lane) {
   UNROLL for (int k = 0; k < R; k++) z[k] = y[k];
 }
 
-// The Hadamard transform of D = 2 * R * 32 or fewer channels; its own transpose.
+// The Hadamard transform; its own transpose.
 template <int D>
 inline void hadamard(thread float2* z, const device float* table, uint lane) {
-  constexpr int M = lanes_of(D / 2);
+  constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
   const float unit = table[1];
   UNROLL for (int a = 0; a < R; a++) {
@@ -219,11 +257,11 @@ inline void hadamard(thread float2* z, const device float* table, uint lane) {
   }
 }
 
-// z, placed by point_index, becomes F z, placed by rotated_index.
+// z, placed as before the rotation, becomes F z, placed as after it.
 template <int D, int ROTATION>
 inline void rotate(thread float2* z, const device float* table, uint lane) {
   if (ROTATION == SRFT) {
-    constexpr int M = lanes_of(D / 2);
+    constexpr int M = lanes_of(D);
     dft<D, false>(z, table);
     lane_turn<D, false>(z, table, lane);
     UNROLL for (int s = 0; (M >> 1 >> s) > 0; s++) {
@@ -235,11 +273,11 @@ inline void rotate(thread float2* z, const device float* table, uint lane) {
   }
 }
 
-// z, placed by rotated_index, becomes the transpose's product, placed by point_index.
+// z, placed as after the rotation, becomes the transpose's product, placed as before it.
 template <int D, int ROTATION>
 inline void rotate_back(thread float2* z, const device float* table, uint lane) {
   if (ROTATION == SRFT) {
-    constexpr int M = lanes_of(D / 2);
+    constexpr int M = lanes_of(D);
     split<D, true>(z, table, lane);
     UNROLL for (int s = log2_of(M) - 1; s >= 0; s--) {
       stage<D, true>(z, table, lane, M >> 1 >> s, s);

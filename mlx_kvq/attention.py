@@ -17,12 +17,14 @@ class PackedView:
     for those that size a mask by it.
     """
 
+    ndim = 4
+
     def __init__(
         self,
         rows: mx.array,
         length: int,
         fmt: Format,
-        dtype: mx.Dtype,
+        dtype: str,
         dim: int,
         exact: mx.array | None = None,
         new: mx.array | None = None,
@@ -31,9 +33,8 @@ class PackedView:
         self.rows = rows
         self.length = length
         self.format = fmt
-        self.dtype = dtype
-        self.shape = (rows.shape[0], rows.shape[1], length, dim)
-        self.ndim = 4
+        self._dtype = dtype  # a name
+        self._dim = dim
         # The first chunk of a prompt attends on what was just computed, before packing. In a
         # batch that is for the sequences of ``new``, boolean [B]; None means all of them.
         self.exact = exact
@@ -41,6 +42,14 @@ class PackedView:
         # (keep, idx, max_size) of a rotating cache whose rows are not in the order of their
         # tokens, which is [:keep], [idx:], [keep:idx], or more than a query may see.
         self.ring = ring
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (*self.rows.shape[:2], self.length, self._dim)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return getattr(mx, self._dtype)
 
 
 # id of a cache's mask -> what it was made of. Models make one mask and use it in every layer;
@@ -163,17 +172,17 @@ def _prefill(q, keys: PackedView, scale, mask, sinks) -> mx.array:
     if sinks is not None and calibrated:
         # With sinks the centres do not cancel; the decode operation accounts for them.
         return ops.attend(q, keys.rows, keys.length, fmt, scale, mask, sinks)
-    dtype = _compute_dtype(q.dtype)
+    dtype, Hkv = _compute_dtype(q.dtype), keys.rows.shape[1]
     k, v = ops.dequantize(keys.rows, keys.length, fmt, dtype)
     out = mx.fast.scaled_dot_product_attention(
-        fmt.keys.query(q).astype(dtype),
+        ops.rotate_queries(q.astype(dtype), fmt, Hkv),
         k,
         v,
         scale=scale,
         mask=_mask_as(mask, dtype),
         sinks=None if sinks is None else sinks.astype(dtype),
     )
-    return fmt.values.output(out).astype(q.dtype)
+    return ops.rotate_outputs(out, fmt, Hkv).astype(q.dtype)
 
 
 def _compute_dtype(dtype: mx.Dtype) -> mx.Dtype:

@@ -13,6 +13,9 @@ from .attention import PackedView, remember_padding
 from .format import Format, parse_signature
 
 
+_NAMES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
+
+
 class _PackedCache(_BaseCache):
     """What the growing and the rotating cache share."""
 
@@ -57,7 +60,7 @@ class _PackedCache(_BaseCache):
         raise NotImplementedError
 
     def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
-        self._dtype = str(keys.dtype).rpartition(".")[2]
+        self._dtype = _NAMES[keys.dtype]
         return ops.quantize_pack(keys, values, self.format)
 
     def _views(
@@ -70,12 +73,12 @@ class _PackedCache(_BaseCache):
         if self.as_arrays:
             return self._arrays(keys, values, new)
         lay = self.format.layout
-        shared = (self.rows, self._length(), self.format, self.dtype)
+        shared = (self.rows, self._length(), self.format, self._dtype)
         ring = self._ring()
-        return (
-            PackedView(*shared, lay.k_dim, keys, new, ring),
-            PackedView(*shared, lay.v_dim, values, new, ring),
-        )
+        first = PackedView(*shared, lay.k_dim, keys, new, ring)
+        if keys is None and lay.k_dim == lay.v_dim:  # a decode step: nothing tells them apart
+            return first, first
+        return first, PackedView(*shared, lay.v_dim, values, new, ring)
 
     def _ring(self) -> tuple[int, int, int] | None:
         """Where the rows of a rotating cache begin (``attention.PackedView``)."""
@@ -116,7 +119,7 @@ class _PackedCache(_BaseCache):
     @_format_state.setter
     def _format_state(self, v: list) -> None:
         self.as_arrays, self.model, dtype, signature, arrays = v
-        if dtype not in ("float16", "bfloat16", "float32"):
+        if dtype not in _NAMES.values():
             raise ValueError(f"The cache's dtype is {dtype!r}, which is not one of a model.")
         self._dtype = dtype
         self.format = parse_signature(signature, arrays)

@@ -58,6 +58,13 @@ _KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("out",),
     ),
     "dequantize": (("levels",), ("dequantize",), ("rows", "info"), ("keys", "values")),
+    "rotate_queries": (
+        ("rotate", "vectors", "levels"),
+        ("rotate_queries",),
+        ("x", "info", "table"),
+        ("out",),
+    ),
+    "rotate_outputs": (("rotate", "vectors"), ("rotate_outputs",), ("x", "info", "table"), ("out",)),
 }
 
 
@@ -68,6 +75,11 @@ def language() -> str | None:
     if mx.metal.is_available():
         return "metal"
     return "cuda" if mx.cuda.is_available() else None
+
+
+def replays() -> bool:
+    """Whether the launches of decode steps are traced once and replayed on this machine."""
+    return TUNING[_machine()].replay
 
 
 def why_not(fmt: Format, dtype: mx.Dtype | None = None) -> str | None:
@@ -94,10 +106,12 @@ class _Plan:
     v_pack: mx.array
     k_query: mx.array
     v_output: mx.array
+    pack_set: int  # rows that a pair of SIMD groups packs
     pack: _Constants  # compile-time constants
     attend: _Constants
     combine: _Constants
     dequantize: _Constants
+    turn: _Constants
 
 
 _plans: "WeakKeyDictionary[Format, _Plan]" = WeakKeyDictionary()
@@ -129,10 +143,12 @@ def _make_plan(fmt: Format) -> _Plan:
         v_pack=tables.channel_table(values, "pack"),
         k_query=tables.channel_table(keys, "query"),
         v_output=tables.channel_table(values, "output"),
+        pack_set=32 // max(tables.lanes(lay.k_dim), tables.lanes(lay.v_dim)),
         pack=(*dims, *codes, *rotation, ("RULE", _RULES[fmt.scale])),
         attend=(*dims, *codes, *rotation, *centred, *levels),
         combine=(*dims, *rotation, *centred),
         dequantize=(*dims, *codes, *levels),
+        turn=(*dims, *rotation),
     )
 
 
@@ -206,17 +222,61 @@ def _bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
+@lru_cache(maxsize=512)
+def _replayed(kernel, grid, threadgroup, shapes, dtypes, inputs: tuple):
+    """A launch that MLX traced once and replays for the same shapes of ``inputs``.
+
+    Calling a kernel builds its source text, 1 to 2 KB, and hashes it; replaying a trace does not
+    (H100: 12 to 20 us of the host's time a launch before, see docs/performance.md). One function
+    for each set of shapes, since MLX looks through a function's traces one by one.
+    """
+
+    def launch(*arrays):
+        return kernel(
+            inputs=list(arrays),
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=list(shapes),
+            output_dtypes=list(dtypes),
+        )[0]
+
+    return mx.compile(launch)
+
+
+class PackStep:
+    """:func:`quantize_pack` of a few tokens, prepared for one format, shape and dtype."""
+
+    def __init__(self, k: mx.array, v: mx.array, fmt: Format):
+        self.machine, plan = _machine(), _plan(fmt)
+        B, H, L, _ = k.shape
+        self.tables = plan.k_pack, plan.v_pack
+        pairs, groups = 1, -(-B * H * L // plan.pack_set)
+        kernel = _kernel(self.machine, "quantize_pack", (*plan.pack, ("PAIRS", pairs)))
+        self.run = _replayed(
+            kernel,
+            (groups * pairs * 64, 1, 1),
+            (pairs * 64, 1, 1),
+            ((B, H, L, plan.layout.words),),
+            (mx.uint32,),
+            (k.shape, v.shape, k.dtype, v.dtype),
+        )
+
+    def __call__(self, k: mx.array, v: mx.array) -> mx.array:
+        return self.run(k, v, *self.tables)
+
+
 def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     """k [B, H, L, Dk], v [B, H, L, Dv], any strides -> rows uint32 [B, H, L, W]; one launch."""
     machine, plan = _machine(), _plan(fmt)
     tuning = TUNING[machine]
     B, H, L, _ = k.shape
     count = B * H * L
-    rows = tuning.pack_rows if count >= tuning.pack_many else 1
-    return _kernel(machine, "quantize_pack", (*plan.pack, ("ROWS", rows)))(
+    pairs = tuning.pack_pairs if count >= tuning.pack_many else 1
+    groups = -(-count // (pairs * plan.pack_set))
+    return _kernel(machine, "quantize_pack", (*plan.pack, ("PAIRS", pairs)))(
         inputs=[k, v, plan.k_pack, plan.v_pack],
-        grid=(-(-count // rows) * rows * 64, 1, 1),
-        threadgroup=(rows * 64, 1, 1),
+        grid=(groups * pairs * 64, 1, 1),
+        threadgroup=(pairs * 64, 1, 1),
         output_shapes=[(B, H, L, plan.layout.words)],
         output_dtypes=[mx.uint32],
     )[0]
@@ -241,14 +301,17 @@ def _integers(*values: int) -> mx.array:
     return mx.array(values, dtype=mx.int32)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
+def _parts(machine: str, lay: RowLayout, parallel: int, span: int) -> int:
+    tuning = TUNING[machine].when(parallel)
+    groups, keys = attend_shape(lay, tuning)
+    return splits(tuning, groups, keys, span, parallel)
+
+
 def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> int:
     """Shares of a context of ``span`` keys that :func:`attend` works on in parallel; 1 spares
     a launch."""
-    parallel = B * Hkv * -(-(Hq // Hkv * L) // 8)
-    tuning = TUNING[_machine()].when(parallel)
-    groups, keys = attend_shape(fmt.layout, tuning)
-    return splits(tuning, groups, keys, span, parallel)
+    return _parts(_machine(), fmt.layout, B * Hkv * -(-(Hq // Hkv * L) // 8), span)
 
 
 @dataclass(frozen=True)
@@ -262,7 +325,7 @@ class _Launch:
     combine: _Constants
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _launch(machine: str, fmt: Format, parallel: int, kind: int, sinks: bool) -> _Launch:
     plan, tuning = _plan(fmt), TUNING[machine].when(parallel)
     groups, keys = attend_shape(plan.layout, tuning)
@@ -275,6 +338,71 @@ def _launch(machine: str, fmt: Format, parallel: int, kind: int, sinks: bool) ->
         (*attend, with_sinks),
         (*plan.combine, with_sinks, ("NSG", tuning.combine_groups)),
     )
+
+
+class AttendStep:
+    """:func:`attend` without a mask or sinks, prepared for one format, shape and dtype: what is
+    left to do for a token is to look up the number of splits and to launch."""
+
+    def __init__(
+        self, q: mx.array, rows: mx.array, fmt: Format, window: int | None, single: bool
+    ):
+        self.machine, plan = _machine(), _plan(fmt)
+        self.single = single  # the kernel for one split, or that for several
+        self.rows_shape, self.q_shape, self.dtype = rows.shape, q.shape, q.dtype
+        self.layout, self.window = plan.layout, window
+        B, Hq, L, _ = q.shape
+        Hkv = rows.shape[1]
+        self.heads, self.L = Hq // Hkv, L
+        self.blocks = -(-(self.heads * L) // 8)
+        self.parallel = B * Hkv * self.blocks
+        self.launch = _launch(self.machine, fmt, self.parallel, 0, False)
+        self.tables = plan.k_query, plan.v_output
+        self.runs: dict[int, Any] = {}  # by the number of splits
+
+    def __call__(
+        self, q: mx.array, rows: mx.array, length: int, scale: float, starts: mx.array | None
+    ) -> mx.array | None:
+        """``None`` where the length now asks for the other kernel."""
+        span, window = length, self.window
+        if window is not None:
+            span = min(length, window + self.L - 1)
+        parts = _parts(self.machine, self.layout, self.parallel, span)
+        if (parts == 1) is not self.single:
+            return None
+        info = _integers(
+            length, self.heads, self.L, _bits(scale), False, window or 0, starts is not None
+        )
+        if (run := self.runs.get(parts)) is None:
+            run = self.runs[parts] = self._prepare(parts)
+        k_table, v_table = self.tables
+        first = info if starts is None else starts
+        if parts == 1:
+            return run(q, rows, info, first, info, k_table, v_table, info)
+        return run(q, rows, info, first, info, k_table, v_table, info, next(_arrivals()))
+
+    def fits(self) -> bool:
+        """Whether one launch does it all, however the context is split."""
+        return self.parallel <= _ARRIVALS
+
+    def _prepare(self, parts: int):
+        B, Hq, L, _ = self.q_shape
+        shape = (B, Hq, L, self.layout.v_dim)
+        shapes, dtypes = (shape,), (self.dtype,)
+        if parts > 1:
+            shapes += ((B, Hq, L, parts, shape[3]), (B, Hq, L, parts, 2))
+            dtypes += (mx.float32, mx.float32)
+        groups = self.launch.groups
+        return _replayed(
+            _kernel(
+                self.machine, "attend_finish" if parts == 1 else "attend_join", self.launch.finish
+            ),
+            (parts * groups * 32, self.rows_shape[1] * self.blocks, B),
+            (groups * 32, 1, 1),
+            shapes,
+            dtypes,
+            (self.q_shape, self.rows_shape),
+        )
 
 
 def attend(
@@ -365,3 +493,31 @@ def dequantize(
         output_dtypes=[dtype, dtype],
     )
     return k, v
+
+
+def _rotate(name: str, x: mx.array, fmt: Format, table: mx.array, Hkv: int, shape) -> mx.array:
+    machine, plan = _machine(), _plan(fmt)
+    B, Hq, L, D = x.shape
+    groups = -(-B * Hq * L // (4 * (32 // tables.lanes(D))))
+    return _kernel(machine, name, plan.turn)(
+        inputs=[x, _integers(Hq // Hkv), table],
+        grid=(groups * 128, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[shape],
+        output_dtypes=[x.dtype],
+    )[0]
+
+
+def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:
+    """q [B, Hq, L, Dk] -> R(q ⊙ σ) ⊘ λ of the keys, in q's dtype; one launch."""
+    return _rotate("rotate_queries", q, fmt, _plan(fmt).k_query, Hkv, q.shape)
+
+
+def rotate_outputs(o: mx.array, fmt: Format, Hkv: int) -> mx.array:
+    """o [B, Hq, L, Dv] in the rotated domain -> Rᵀ(o ⊘ λ) ⊙ σ + μ of the values; one launch.
+
+    In memory the result is [B, L, Hq, Dv], so that a model's next reshape copies nothing.
+    """
+    B, Hq, L, D = o.shape
+    out = _rotate("rotate_outputs", o, fmt, _plan(fmt).v_output, Hkv, (B, L, Hq, D))
+    return out.swapaxes(1, 2)

@@ -21,6 +21,9 @@ _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _chosen: dict[tuple, ModuleType] = {}  # what `backend` said before
 _tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
 _said: set[str] = set()
+# Arguments of a decode step, checked before, -> its launch: tens of layers ask for every token.
+_packs: dict[tuple, fused.PackStep] = {}
+_steps: dict[tuple, fused.AttendStep] = {}
 
 
 def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
@@ -55,8 +58,8 @@ def is_reference(fmt: Format, dtype: mx.Dtype) -> bool:
 
 def forget() -> None:
     """Choose and try again: for tests, which change the environment."""
-    _chosen.clear()
-    _tried.clear()
+    for known in (_chosen, _tried, _packs, _steps):
+        known.clear()
 
 
 def _say(line: str) -> None:
@@ -99,6 +102,9 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     Raises:
         ValueError: If the shapes do not fit each other or ``fmt``, or a dtype is another.
     """
+    key = (fmt, k.shape, v.shape, k.dtype, v.dtype, mx.default_device().type)
+    if (step := _packs.get(key)) is not None:
+        return step(k, v)
     lay = fmt.layout
     if k.shape[:-1] != v.shape[:-1] or k.ndim != 4:
         raise ValueError(f"Keys {k.shape} and values {v.shape} are not [B, Hkv, L, D] of one size.")
@@ -119,6 +125,8 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
             return zeros, mx.zeros((1, k.shape[1], 1, lay.v_dim), v.dtype), fmt
 
         if _works("quantize_pack", (), fmt, k.dtype, trial):
+            if fused.replays() and k.shape[2] == 1:
+                _packs[key] = fused.PackStep(k, v, fmt)
             return fused.quantize_pack(k, v, fmt)
     return reference.quantize_pack(k, v, fmt)
 
@@ -155,6 +163,17 @@ def attend(
     Raises:
         ValueError: If shapes or dtypes do not fit, or the mask is another string.
     """
+    key = None
+    if mask is None and sinks is None:
+        key = (fmt, q.shape, q.dtype, window, starts is None, mx.default_device().type)
+        step = _steps.get(key)
+        if (
+            step is not None
+            and step.rows_shape == rows.shape
+            and 0 < length <= rows.shape[2]
+            and (out := step(q, rows, length, scale, starts)) is not None
+        ):
+            return out
     _check_rows(rows, length, fmt)
     if q.ndim != 4 or q.dtype not in _FLOATS:
         raise ValueError(
@@ -195,6 +214,10 @@ def attend(
 
         variant = (kind, sinks is None, starts is None, parts == 1)
         if _works("attend", variant, fmt, q.dtype, trial):
+            if key is not None and fused.replays():
+                step = fused.AttendStep(q, rows, fmt, window, parts == 1)
+                if step.fits():
+                    _steps[key] = step
             return fused.attend(*args, parts)
     return reference.attend(*args)
 
@@ -216,6 +239,27 @@ def dequantize(
         if _works("dequantize", (), fmt, dtype, trial):
             return fused.dequantize(rows, length, fmt, dtype)
     return reference.dequantize(rows, length, fmt, dtype)
+
+
+def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:
+    """Queries [B, Hq, L, Dk] into the rotated domain of the keys, R(q ⊙ σ) ⊘ λ, in their dtype."""
+    if _fused_rotation("rotate_queries", q, fmt, Hkv):
+        return fused.rotate_queries(q, fmt, Hkv)
+    return fmt.keys.query(q).astype(q.dtype)
+
+
+def rotate_outputs(o: mx.array, fmt: Format, Hkv: int) -> mx.array:
+    """Outputs [B, Hq, L, Dv] out of the rotated domain of the values, Rᵀ(o ⊘ λ) ⊙ σ + μ."""
+    if _fused_rotation("rotate_outputs", o, fmt, Hkv):
+        return fused.rotate_outputs(o, fmt, Hkv)
+    return fmt.values.output(o).astype(o.dtype)
+
+
+def _fused_rotation(name: str, x: mx.array, fmt: Format, Hkv: int) -> bool:
+    def trial():
+        return mx.zeros((1, Hkv, 1, x.shape[3]), x.dtype), fmt, Hkv
+
+    return _backend(fmt, x.dtype) is fused and _works(name, (), fmt, x.dtype, trial)
 
 
 def _check_mask(mask: mx.array | str, q: mx.array, length: int) -> None:

@@ -45,15 +45,15 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
         return mx.clip(mx.floor(n) + middle, 0, 2 * middle - 1)
 
     if rule == "paper":
-        scale = to_half(top / (middle - 1))
+        scale = to_half(top * (1 / (middle - 1)))
         codes = codes_of(scale)
     elif rule == "absmax" or bits == 8:
-        scale = to_half(top / (middle - 0.5))
+        scale = to_half(top * (1 / (middle - 0.5)))
         codes = codes_of(scale)
     else:
         scale = codes = error = None
         for c in SEARCH:
-            s = to_half(c * top / (middle - 0.5))
+            s = to_half(top * (c / (middle - 0.5)))
             n = codes_of(s)
             e = mx.square(y - s * (n - (middle - 0.5))).sum(axis=-1, keepdims=True)
             if error is None:

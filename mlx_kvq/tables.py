@@ -13,13 +13,16 @@ from .format import Transform
 from .rotation import signs
 
 MAX_POINTS = 9  # of the complex FFT held by one lane
-MAX_DIM = 256  # a lane quantizes eight channels
+MAX_DIM = 256  # threadgroup memory and registers of attend
 
 
 def lanes(D: int) -> int:
-    """SIMD lanes that share the FFT of D channels: the largest power of two in D / 2, up to 32."""
-    n = D // 2
-    return min(n & -n, 32)
+    """SIMD lanes that share the FFT of D channels: the fewest, a power of two, that leave a lane
+    eight points at most, or as near as D allows."""
+    m, n = 1, D // 2
+    while n // m > 8 and n // m % 2 == 0 and m < 32:
+        m *= 2
+    return m
 
 
 def why_not(D: int) -> str | None:

@@ -21,8 +21,11 @@ class Tuning:
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
             GPU is busy anyway and ``busy_keys``, ``busy_groups`` and ``busy_threadgroups`` hold.
         combine_groups (int): SIMD groups of a combine threadgroup.
-        pack_rows (int): Rows of a quantize threadgroup once there are ``pack_many`` of them.
-        pack_many (int): See ``pack_rows``; below, a row has a threadgroup to itself.
+        pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup once there are
+            ``pack_many`` rows; below, a pair has a threadgroup to itself.
+        pack_many (int): See ``pack_pairs``.
+        replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
+            replayed.
     """
 
     keys: int
@@ -36,8 +39,9 @@ class Tuning:
     busy_groups: int = 8
     busy_threadgroups: int = 0
     combine_groups: int = 4
-    pack_rows: int = 4
+    pack_pairs: int = 4
     pack_many: int = 512
+    replay: bool = False
 
     def when(self, parallel: int) -> "Tuning":
         """The launch sizes for so many threadgroups of one split."""
@@ -68,6 +72,7 @@ TUNING = {
         busy_keys=32,
         busy_groups=4,
         busy_threadgroups=264,
+        replay=True,
     ),
 }
 

@@ -121,19 +121,21 @@ def test_fft_in_a_simd_group(emulator, D):
     body = """
       const uint lane = thread_index_in_simdgroup;
       float2 z[kvq::points_of(D)];
+      const int before = kvq::first_channel<D, 0>(lane);
+      const int after = 2 * kvq::points_of(D) * kvq::rotated_block<D, 0>(lane);
       for (int a = 0; a < kvq::points_of(D); a++) {
-        const int n = BACK ? int(kvq::rotated_index<D, 0>(lane, a)) : int(kvq::point_index<D>(lane, a));
-        z[a] = float2(x[2 * n], x[2 * n + 1]);
+        const int c = BACK ? after + 2 * a : before + kvq::point_step(D, 0) * a;
+        z[a] = float2(x[c], x[c + 1]);
       }
       if (BACK) kvq::rotate_back<D, 0>(z, table, lane); else kvq::rotate<D, 0>(z, table, lane);
-      if (lane < uint(kvq::lanes_of(D / 2))) {
+      if (lane < uint(kvq::lanes_of(D))) {
         for (int a = 0; a < kvq::points_of(D); a++) {
-          const int n = BACK ? int(kvq::point_index<D>(lane, a)) : int(kvq::rotated_index<D, 0>(lane, a));
-          y[2 * n] = z[a].x;
-          y[2 * n + 1] = z[a].y;
+          const int c = BACK ? before + kvq::point_step(D, 0) * a : after + 2 * a;
+          y[c] = z[a].x;
+          y[c + 1] = z[a].y;
         }
       }
-    """  # noqa: E501
+    """
     header = "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
     kernel = mx.fast.metal_kernel(
         name="fft", input_names=["x", "table"], output_names=["y"], source=body, header=header
@@ -197,13 +199,31 @@ def test_quantize_strange_vectors(emulator, spec):
 
 
 def test_quantize_takes_any_strides_and_many_rows(emulator, launches):
-    launches(pack_many=4, pack_rows=4)
+    launches(pack_many=4, pack_pairs=2)
     fmt = format_of("int4-srft", 64)
     k = normal(1, 2, 64, 7, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
     v = normal(2, 1, 7, 128, dtype=mx.float16).swapaxes(0, 1)[..., 64:]
     want = reference.quantize_pack(k, v, fmt)
     assert mx.array_equal(fused.quantize_pack(k, v, fmt), want)
-    assert emulator.counters[-1].threadgroups == 4  # 14 rows, four to a threadgroup
+    assert emulator.counters[-1].threadgroups == 1  # 14 rows, eight to a pair of SIMD groups
+
+
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+def test_rotate_queries_and_outputs(emulator, spec, Dk, Dv, what):
+    """Rounded once: within half a step of the dtype from the reference."""
+    fmt = format_of(spec, Dk, Dv, what)
+    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
+    step = {mx.float16: 2**-11, mx.bfloat16: 2**-8, mx.float32: 1e-6}[dtype]
+    for D, rotate, want in (
+        (Dk, fused.rotate_queries, fmt.keys.query),
+        (Dv, fused.rotate_outputs, fmt.values.output),
+    ):
+        x = transposed(2, 6, 5, D, dtype, seed=8)
+        got = rotate(x, fmt, 2)
+        assert (got.dtype, got.shape) == (dtype, x.shape)
+        exact = np.array(want(x.astype(mx.float32)))
+        error = np.abs(np.array(got.astype(mx.float32)) - exact)
+        assert (error <= 1.01 * step * np.abs(exact).max(axis=-1, keepdims=True)).all()
 
 
 # ---- attend -----------------------------------------------------------------------------------

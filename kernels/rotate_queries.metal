@@ -1,0 +1,36 @@
+// rotate_queries: queries [B, Hq, L, KD] -> R(q sigma) / lambda, same shape and dtype, for prefill's
+// fused attention in the rotated domain.
+//
+// Layout: x with any strides; out row contiguous. info: query heads per KV head.
+// Grid: threadgroups of 4 SIMD groups, each of which does as many vectors as it holds.
+// Limits: head sizes as quantize_pack. fp32 arithmetic, rounded once.
+const uint lane = thread_index_in_simdgroup;
+const int Hq = x_shape[1];
+const int L = x_shape[2];
+const int count = x_shape[0] * Hq * L;
+const int first = (int(threadgroup_position_in_grid.x) * 4 + int(simdgroup_index_in_threadgroup)) *
+    kvq::vectors_of(KD);
+const auto at = kvq::place_of<KD>(
+    first, count - first, Hq, L, x_strides[0], x_strides[1], x_strides[2], lane);
+float2 z[kvq::points_of(KD)];
+kvq::rotate_vector<KD, ROTATION, K_CALIBRATED, false>(
+    z, x + at.offset, x_strides[3], at.valid, table, at.head / info[0], lane);
+if (at.valid) {
+  const auto to = out + int64_t(at.row) * KD +
+      2 * kvq::points_of(KD) * kvq::rotated_block<KD, ROTATION>(lane);
+  if (kvq::points_of(KD) % 4 == 0) {
+    UNROLL for (int i = 0; i < kvq::points_of(KD) / 4; i++) {
+      float y[8];
+      UNROLL for (int a = 0; a < 4; a++) {
+        y[2 * a] = z[4 * i + a].x;
+        y[2 * a + 1] = z[4 * i + a].y;
+      }
+      kvq::write_eight(to + 8 * i, y);
+    }
+  } else {
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
+      kvq::write_one(to + 2 * a, z[a].x);
+      kvq::write_one(to + 2 * a + 1, z[a].y);
+    }
+  }
+}
