@@ -5,6 +5,7 @@ the next conversion replaces.
 """
 
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -91,12 +92,13 @@ def _empty() -> ModelCard:
 
 def _block(name, report, sizes, evaluation, texts, note) -> str:
     before, after = sizes
+    what = str(report).removeprefix(f"{report.spec}: ")
     lines = [
         "<!-- mlx_kvq -->",
         "## KV cache",
         "",
-        f"This repository keeps keys and values packed: {report}. Where mlx_kvq is "
-        "installed beside mlx-lm, no option is needed:",
+        f"This repository brings along how its keys and values are kept, `{report.spec}`: {what}. "
+        "Where mlx_kvq is installed beside mlx-lm, no option is needed:",
         "",
         "```sh",
         f'mlx_lm.generate --model {name} --prompt "Hello"',
@@ -119,10 +121,15 @@ def _block(name, report, sizes, evaluation, texts, note) -> str:
             "",
             evaluation.table(markdown=True),
             "",
-            f"{note}Computed in {s['dtype']} on {s['device']}, {s['platform']}; {versions}.",
+            f"{note}Computed in {s['dtype']} on {_machine(s['device'])}; {versions}.",
             "",
         ]
     return "\n".join([*lines, "<!-- /mlx_kvq -->", ""])
+
+
+def _machine(device: str) -> str:
+    where = "GPU" if "gpu" in device else "CPU"
+    return f"the {where} of a machine with {platform.system()} {platform.machine()}"
 
 
 def _results(evaluation: "Evaluation", texts: list[str]) -> list[EvalResult]:

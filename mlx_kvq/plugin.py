@@ -38,6 +38,7 @@ def patch(module: ModuleType) -> None:
         names["load_model"] = _remembering(names["load_model"])
         for name in ("load", "sharded_load"):
             names[name] = _as_the_repository_says(names[name])
+        names["save"] = _with_the_calibration(names["save"])
         return
     names["argparse"] = _Argparse("argparse")
     for name in ("load", "sharded_load"):
@@ -142,6 +143,20 @@ def _as_the_repository_says(load):
                 said = source.said
                 print(f"[mlx_kvq] {_option} in place of the repository's {said}", file=sys.stderr)
         return loaded
+
+    return wrapper
+
+
+def _with_the_calibration(save):
+    """mlx_lm.fuse, convert and others write the config.json that they read, section included."""
+
+    @functools.wraps(save)
+    def wrapper(dst_path, src_path_or_repo, model, *args, **kwargs):
+        save(dst_path, src_path_or_repo, model, *args, **kwargs)
+        if "_mlx_kvq_repository" in vars(model):
+            from . import repository
+
+            repository.copy(model, dst_path)
 
     return wrapper
 

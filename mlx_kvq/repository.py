@@ -198,9 +198,7 @@ class Repository:
         """
         if self.section.sha256 is None:
             return None
-        path = self.folder / FILE
-        if not path.is_file():
-            path = self._fetched()
+        path = self.path
         if (size := path.stat().st_size) > LARGEST:
             raise RepositoryError(f"{FILE} has {size} bytes, more than any calibration.")
         found = _file_sha256(path)
@@ -217,10 +215,18 @@ class Repository:
             raise RepositoryError(f"the metadata of {FILE} is no short text.")
         return calibration
 
-    def _fetched(self) -> Path:
-        """The file from the hub: mlx-lm fetches ``model*.safetensors`` only."""
+    @property
+    def path(self) -> Path:
+        """Of the calibration file, from the hub if need be: mlx-lm fetches ``model*.safetensors``
+        only.
+
+        Raises:
+            RepositoryError: If there is none.
+        """
         from mlx_lm import utils
 
+        if (path := self.folder / FILE).is_file():
+            return path
         if Path(self.name).exists():
             raise RepositoryError(f"{FILE} is missing.")
         # The snapshot that the model is of, also when the hub has moved on meanwhile.
@@ -294,6 +300,16 @@ def _told(repository: Repository, work):
             f"The KV cache of '{repository.name}' cannot be used: {_line(error)} The model runs "
             "without it with '--kv-cache fp16', or with MLX_KVQ_DISABLE=1."
         ) from error
+
+
+def copy(model: nn.Module, folder: str | Path) -> None:
+    """Put the calibration file of a model's repository beside a ``config.json`` that was written
+    with its section."""
+    repository = of(model)
+    if repository is None or repository.other or repository.section.sha256 is None:
+        return
+    if read_config(Path(folder)).get(KEY) == repository.given:
+        shutil.copyfile(repository.path, Path(folder) / FILE)
 
 
 def read_config(folder: Path) -> dict:

@@ -211,7 +211,7 @@ def test_in_place_and_again(text, tmp_path, capsys, quick):
     for _ in range(2):  # the block and the figures are replaced, not added
         assert run(capsys, *convert, "--kv-cache", "int8-srft", "--evaluate", held_out)[0] == 0
         data, body = card(folder)
-        assert body.count("## KV cache") == body.count("int8-srft: packed") == 1
+        assert body.count("## KV cache") == body.count("int8-srft`: packed") == 1
         assert len(data["model-index"]) == len(data["model-index"][0]["results"]) == 1
         assert len(data["model-index"][0]["results"][0]["metrics"]) == 3
         assert "int4-srft" not in body

@@ -146,7 +146,7 @@ def test_convert_from_the_hub(repo, hub, tmp_path):
     assert process.returncode == 0, process.stderr
     text = (folder / "README.md").read_text()
     assert f"base_model: {repo[0]}\n" in text
-    assert "int8-srft:calibrate=off: packed 4 of 4 layers" in text
+    assert "int8-srft:calibrate=off`: packed 4 of 4 layers" in text
 
 
 @pytest.mark.parametrize(

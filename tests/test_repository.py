@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm import generate, load
+from mlx_lm import convert, generate, load
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
@@ -150,6 +150,18 @@ def test_of_another_program(folder, capsys):
         line == "[mlx_kvq] the KV cache in config.json is not mlx_kvq's but 'other''s, and not used"
     )
     assert repository.calibration(model, Spec.parse("int4-srft")) is None
+
+
+@pytest.mark.parametrize("spec", ["int4-srft", "int4-srft:calibrate=off"])
+def test_mlx_lms_own_tools_take_the_file_along(spec, tmp_path, capsys):
+    """They write the section with the rest of config.json; the file they would leave behind."""
+    source, target = write(tmp_path / "source", spec), tmp_path / "target"
+    convert(str(source), str(target), dequantize=True)
+    assert (target / FILE).exists() == (source / FILE).exists()
+    capsys.readouterr()
+    model = load_quietly(target)
+    assert f"{spec}: packed 4 of 4 layers" in capsys.readouterr().err
+    assert "scales" not in model.layers[0].self_attn.q_proj
 
 
 def test_a_rank_of_a_pipeline_takes_its_layers():
