@@ -99,7 +99,12 @@ def convert(
             raise ValueError(
                 f"{', '.join(given)} cannot be applied in place: give --hf-path to convert a model."
             )
-        repository.read_config(target)
+        if not target.is_dir():
+            raise ValueError(
+                f"There is no repository '{target}' to add a cache to: give its --mlx-path, or "
+                "--hf-path to convert a model."
+            )
+        repository.read_config(target)  # before the minutes of work
         add(target)
     else:
         if target.exists():

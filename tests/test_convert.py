@@ -297,7 +297,7 @@ THERE, OFF = ["--mlx-path", "THERE"], "int4-srft:calibrate=off"
 ERRORS = {
     "fp16": (["--hf-path", QWEN, "--kv-cache", "fp16"], "use mlx_lm.convert"),
     "unknown cache": (["--hf-path", QWEN, "--kv-cache", "int5-srft"], "unknown cache 'int5-srft'"),
-    "no repository": (["--mlx-path", "NEW"], "is not a model repository: config.json cannot be"),
+    "no repository": (["--mlx-path", "NEW"], "There is no repository '"),
     "options in place": ([*THERE, "-q"], "quantize cannot be applied in place"),
     "target exists": (["--hf-path", QWEN, *THERE], "exists already. Give another"),
     "no such model": (["--hf-path", "./no/such", "--mlx-path", "NEW"], "cannot be converted: "),

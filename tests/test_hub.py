@@ -154,7 +154,6 @@ def test_convert_from_the_hub(repo, hub, tmp_path):
     [
         ({"HF_TOKEN": "hf_wrong"}, "401"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "refused"),
-        ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
     ],
 )
 def test_a_failed_upload_says_what_is_left_to_do(env, message, hub, tmp_path):
