@@ -70,13 +70,21 @@ class Transform:
         o = o.astype(mx.float32)
         if c.lam is not None:
             o = _per_kv_head(o, c.lam, mx.divide)
-        if self.matrix is not None:
+        if self._fast:
+            o = rotation.srft_inverse(o, self.seed, self.stream)
+        elif self.matrix is not None:
             o = o @ self.matrix
         if c.sigma is not None:
             o = _per_kv_head(o, c.sigma, mx.multiply)
         return o if c.mu is None else _per_kv_head(o, c.mu, mx.add)
 
+    @property
+    def _fast(self) -> bool:
+        return self.rotation == "srft" and mx.default_device().type == mx.DeviceType.cpu
+
     def _rotate(self, x: mx.array) -> mx.array:
+        if self._fast:
+            return rotation.srft(x, self.seed, self.stream)
         return x if self.matrix is None else x @ self.matrix.T
 
 

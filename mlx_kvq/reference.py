@@ -2,7 +2,10 @@
 
 Everything is computed in fp32, also for half-precision models: half precision is emulated on
 CPU (``quantized_matmul`` is about 48x slower there in fp16), and a half-precision rotation
-costs accuracy on any device.
+costs accuracy on any device. Long inputs are worked on in blocks: what is in between then fits
+the processor's cache, and costs no memory to speak of.
+
+What the choices here were measured by is in ``docs/performance.md``.
 """
 
 import mlx.core as mx
@@ -11,8 +14,12 @@ from . import feedback
 from .format import Format
 from .layout import RowLayout
 
-SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # fractions of the abs-max scale that are tried
+# Fractions of the abs-max scale that are tried. With the length-preserving scale after them, KL is
+# 2 to 5 % below that of six from 1 to 0.75 without it, at half the search (docs/quality.md).
+SEARCH = (0.98, 0.92, 0.86)
 _HALF_MAX = 65504.0
+_PACK_BLOCK = 1024  # vectors quantized at a time
+_KEY_BLOCK = 4096  # keys whose codes are unpacked at a time
 
 
 def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, mx.array]:
@@ -33,37 +40,35 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
     y = y.reshape(*y.shape[:-1], -1, group)  # [..., G, g]
     middle = 1 << (bits - 1)
     top = mx.abs(y).max(axis=-1, keepdims=True)
-    finite = mx.all(mx.isfinite(y), axis=-1, keepdims=True)
+    finite = mx.isfinite((y * 0).sum(axis=-1, keepdims=True))
 
     def to_half(s):
         return mx.minimum(s, _HALF_MAX).astype(mx.float16).astype(mx.float32)
 
-    def codes_of(scale):
+    def levels(y, scale):
+        """The nearest levels below, in scales: -middle, ..., middle - 1."""
         n = y / mx.where(scale > 0, scale, 1.0)
         if rule == "paper":
-            return mx.clip(mx.round(n) + middle, 1, 2 * middle - 1)
-        return mx.clip(mx.floor(n) + middle, 0, 2 * middle - 1)
+            return mx.clip(mx.round(n), 1 - middle, middle - 1)
+        return mx.clip(mx.floor(n), -middle, middle - 1)
 
     if rule == "paper":
         scale = to_half(top * (1 / (middle - 1)))
-        codes = codes_of(scale)
     elif rule == "absmax" or bits == 8:
         scale = to_half(top * (1 / (middle - 0.5)))
-        codes = codes_of(scale)
     else:
-        scale = codes = error = None
-        for c in SEARCH:
-            s = to_half(top * (c / (middle - 0.5)))
-            n = codes_of(s)
-            e = mx.square(y - s * (n - (middle - 0.5))).sum(axis=-1, keepdims=True)
-            if error is None:
-                scale, codes, error = s, n, e
-            else:
-                better = e < error
-                scale = mx.where(better, s, scale)
-                codes = mx.where(better, n, codes)
-                error = mx.where(better, e, error)
-    codes = mx.where(finite, mx.where(scale > 0, codes, middle), 0).astype(mx.uint32)
+        tried = to_half(top * mx.array([c / (middle - 0.5) for c in SEARCH]))  # [..., G, 3]
+        x, s = y[..., None, :], tried[..., None]
+        errors = mx.square(x - s * (levels(x, s) + 0.5)).sum(axis=-1)
+        scale = mx.take_along_axis(tried, mx.argmin(errors, axis=-1, keepdims=True), axis=-1)
+    n = levels(y, scale)
+    codes = mx.where(scale > 0, n + middle, middle)
+    if rule == "search" and bits == 4:
+        # What is stored gives the group its length back.
+        squares = mx.square(y).sum(axis=-1, keepdims=True)
+        length = mx.sqrt(squares / mx.square(n + 0.5).sum(axis=-1, keepdims=True))
+        scale = mx.where(scale > 0, to_half(length), 0.0)
+    codes = mx.where(finite, codes, 0).astype(mx.uint32)
     scale = mx.where(finite, scale, mx.nan).astype(mx.float16)
     return codes.flatten(-2), scale.squeeze(-1)
 
@@ -116,9 +121,10 @@ def quantize_with_feedback(
 
 def pack_codes(codes: mx.array, bits: int) -> mx.array:
     """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first."""
-    per_word = 32 // bits
-    codes = codes.reshape(*codes.shape[:-1], -1, per_word)
-    return (codes << (bits * mx.arange(per_word, dtype=mx.uint32))).sum(axis=-1)
+    codes = codes.astype(mx.uint8)
+    if bits == 4:
+        codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return codes.view(mx.uint32)
 
 
 def unpack_codes(words: mx.array, bits: int) -> mx.array:
@@ -130,34 +136,44 @@ def unpack_codes(words: mx.array, bits: int) -> mx.array:
 
 def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W]."""
+    B, H, L, _ = k.shape
+    step = max(1, _PACK_BLOCK // (B * H))
+    rows = [
+        _quantize_pack(k[:, :, i : i + step], v[:, :, i : i + step], fmt) for i in range(0, L, step)
+    ]
+    return rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=2)
+
+
+def _quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     lay = fmt.layout
-    y = fmt.keys.forward(k)
-    if (G := fmt.feedback) is None:
-        k_codes, k_scales = quantize(y, lay.k_bits, lay.k_group, fmt.scale)
+    y, z = fmt.keys.forward(k), fmt.values.forward(v)
+    alike = (lay.k_dim, lay.k_bits, lay.k_group) == (lay.v_dim, lay.v_bits, lay.v_group)
+    if (G := fmt.feedback) is None and alike:
+        # Of a single token, most of the time is the number of operations.
+        codes, scales = quantize(mx.stack([y, z]), lay.k_bits, lay.k_group, fmt.scale)
+        words = list(pack_codes(codes, lay.k_bits))
+        halves = list(scales)
     else:
-        k_codes, k_scales = quantize_with_feedback(y, lay.k_bits, lay.k_group, fmt.scale, G)
-    v_codes, v_scales = quantize(fmt.values.forward(v), lay.v_bits, lay.v_group, fmt.scale)
-    scales = [k_scales, v_scales]
+        if G is None:
+            k_codes, k_scales = quantize(y, lay.k_bits, lay.k_group, fmt.scale)
+        else:
+            k_codes, k_scales = quantize_with_feedback(y, lay.k_bits, lay.k_group, fmt.scale, G)
+        v_codes, v_scales = quantize(z, lay.v_bits, lay.v_group, fmt.scale)
+        words = [pack_codes(k_codes, lay.k_bits), pack_codes(v_codes, lay.v_bits)]
+        halves = [k_scales, v_scales]
     if (lay.k_scales + lay.v_scales) % 2:
-        scales.append(mx.zeros((*k_scales.shape[:-1], 1), mx.float16))
-    return mx.concatenate(
-        [
-            pack_codes(k_codes, lay.k_bits),
-            pack_codes(v_codes, lay.v_bits),
-            mx.contiguous(mx.concatenate(scales, axis=-1)).view(mx.uint32),
-        ],
-        axis=-1,
-    )
+        halves.append(mx.zeros((*k.shape[:-1], 1), mx.float16))
+    return mx.concatenate([*words, mx.concatenate(halves, axis=-1).view(mx.uint32)], axis=-1)
 
 
 def split(rows: mx.array, lay: RowLayout) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16)."""
-    scales = mx.contiguous(rows[..., lay.codes_words :]).view(mx.float16)
+    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16), all views."""
+    halves, first = rows.view(mx.float16), 2 * lay.codes_words
     return (
         rows[..., : lay.k_words],
         rows[..., lay.k_words : lay.codes_words],
-        scales[..., : lay.k_scales],
-        scales[..., lay.k_scales : lay.k_scales + lay.v_scales],
+        halves[..., first : first + lay.k_scales],
+        halves[..., first + lay.k_scales : first + lay.k_scales + lay.v_scales],
     )
 
 
@@ -182,6 +198,48 @@ def dequantize(
     k = _values(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
     v = _values(vc, vs, lay.v_bits, lay.v_group, fmt.scale)
     return k.astype(dtype), v.astype(dtype)
+
+
+def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
+    """Queries fp32 [B, H, M, Dk] times keys -> [B, H, M, length]."""
+    lay = fmt.layout
+    middle = _middle(lay.k_bits, fmt.scale)
+    if mx.default_device().type == mx.DeviceType.gpu:
+        words, _, scales, _ = split(rows[..., :length, :], lay)
+        return _matmul(q, words, scales, lay.k_bits, lay.k_group, fmt.scale, transpose=True)
+    # MLX's product with a transposed quantized matrix adds up one term after the other, 1.6 ns
+    # each. With the keys' codes turned over, as bytes, it is one that adds rows: 0.2 ns.
+    B, H, M, D = q.shape
+    G, g = lay.k_scales, lay.k_group
+    q = q.reshape(B, H, M, G, g).swapaxes(2, 3)  # [B, H, G, M, g]
+    offset = middle * q.sum(axis=-1, keepdims=True)
+    if lay.k_bits == 4:
+        q = mx.concatenate([q[..., ::2], q[..., 1::2]], axis=-1)
+    n = 4 * lay.k_words
+    blocks = []
+    for i in range(0, length, _KEY_BLOCK):
+        part = rows[:, :, i : min(length, i + _KEY_BLOCK)]
+        T = part.shape[2]
+        codes = part.view(mx.uint8)[..., :n].swapaxes(-1, -2)
+        if T % 32:
+            codes = mx.pad(codes, [(0, 0)] * 3 + [(0, -T % 32)])
+        codes = mx.contiguous(codes).reshape(B, H, G, n // G, -1)
+        if lay.k_bits == 4:
+            codes = mx.concatenate([codes & 15, codes >> 4], axis=3)
+        one = mx.ones((B, H, G, g, codes.shape[-1] // 32))
+        dots = mx.quantized_matmul(
+            q, codes.view(mx.uint32), one, mx.zeros_like(one), False, group_size=32, bits=8
+        )
+        scales = split(part, lay)[2].swapaxes(-1, -2).astype(mx.float32)[:, :, :, None]
+        blocks.append(((dots[..., :T] - offset) * scales).sum(axis=2))
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=-1)
+
+
+def _mix(p: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
+    """Probabilities fp32 [B, H, M, length] times values -> [B, H, M, Dv]."""
+    lay = fmt.layout
+    _, words, _, scales = split(rows[..., :length, :], lay)
+    return _matmul(p, words, scales, lay.v_bits, lay.v_group, fmt.scale, transpose=False)
 
 
 def _matmul(
@@ -241,15 +299,13 @@ def attend(
     lay = fmt.layout
     B, Hq, L, _ = q.shape
     Hkv = rows.shape[1]
-    kc, vc, ks, vs = split(rows[..., :length, :], lay)
-
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
-    scores = _matmul(qr, kc, ks, lay.k_bits, lay.k_group, fmt.scale, transpose=True)
-    scores = scores.reshape(B, Hq, L, length)
+    scores = _scores(qr, rows, length, fmt).reshape(B, Hq, L, length)
     least = mx.finfo(mx.float32).min
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-        scores = scores + mask
+        # A mask of -inf alone must not make the softmax of a row NaN.
+        scores = mx.maximum(scores + mask, least)
     elif isinstance(mask, mx.array):
         scores = mx.where(mask, scores, least)
     allowed = positions(L, length, mask == "causal" if isinstance(mask, str) else False, window)
@@ -269,7 +325,7 @@ def attend(
     if sinks is not None:
         p = p[..., 1:]
     p = p.reshape(B, Hkv, -1, length)
-    o = _matmul(p, vc, vs, lay.v_bits, lay.v_group, fmt.scale, transpose=False)
+    o = _mix(p, rows, length, fmt)
     return _output(o.reshape(B, Hq, L, lay.v_dim), p, fmt, q.dtype, sinks is not None)
 
 
