@@ -60,8 +60,9 @@ class _PackedCache(_BaseCache):
         raise NotImplementedError
 
     def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
+        rows = ops.quantize_pack(keys, values, self.format)  # which checks them
         self._dtype = _NAMES[keys.dtype]
-        return ops.quantize_pack(keys, values, self.format)
+        return rows
 
     def _views(
         self,

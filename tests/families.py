@@ -7,11 +7,16 @@ import io
 import math
 import pkgutil
 import typing
+import unittest.mock
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_kvq
+from mlx_kvq import seams
 
 LAYERS = 4
 WINDOW = 16  # of sliding layers
@@ -242,3 +247,88 @@ def error(found: mx.array, expected: mx.array) -> float:
     spread = mx.linalg.norm(expected - expected.mean(axis=-1, keepdims=True), axis=-1)
     each = mx.sort(mx.linalg.norm(found - expected, axis=-1) / spread)
     return each[each.size // 2].item()
+
+
+def batch_difference(model: nn.Module) -> float:
+    """How far the logits of three sequences of different lengths move by sharing a batch."""
+    ids = mx.random.randint(0, SIZES["vocab_size"], (3, 30), key=mx.random.key(1))
+    singles = []
+    for row, n in enumerate((30, 11, 19)):
+        caches = make_prompt_cache(model)
+        model(ids[row : row + 1, :n], cache=caches)
+        singles.append(caches)
+    batch = [caches[0].merge(list(caches)) for caches in zip(*singles, strict=True)]
+    worst = 0.0
+    for step in range(3):
+        token = ids[:, step : step + 1]
+        together = model(token, cache=batch)
+        alone = [model(token[i : i + 1], cache=c) for i, c in enumerate(singles)]
+        worst = max(worst, mx.abs(together - mx.concatenate(alone)).max().item())
+    return worst
+
+
+@dataclasses.dataclass
+class Coverage:
+    """What a spec does to a family.
+
+    Args:
+        refusal (str): Why nothing of it can be packed; then the rest is empty.
+        packed, layers (int): Layers packed, of so many.
+        caches (list): Names of its classes of caches.
+        errors (dict): bits -> error of the logits.
+        batch (str): Empty, or why it cannot run in a batch.
+        sinks (bool): Whether attention sinks reach the packed attention.
+        left (dict): Layer -> why it is left as it is.
+        unpacked (list): Layers that attend by themselves and get arrays.
+    """
+
+    refusal: str = ""
+    packed: int = 0
+    layers: int = 0
+    caches: list = dataclasses.field(default_factory=list)
+    errors: dict = dataclasses.field(default_factory=dict)
+    batch: str = ""
+    sinks: bool = False
+    left: dict = dataclasses.field(default_factory=dict)
+    unpacked: list = dataclasses.field(default_factory=list)
+
+
+def examine(name: str) -> Coverage:
+    """Run the family on its own caches, on int8 and on int4, and in a batch."""
+    model = build(name)
+    own = make_prompt_cache(model)
+    expected = logits(model, own)
+    found = Coverage()
+    attention = seams.packed_attention
+
+    def spy(queries, keys, values, scale, mask=None, sinks=None):
+        found.sinks |= sinks is not None
+        return attention(queries, keys, values, scale, mask, sinks)
+
+    for bits in ("int8", "int4"):
+        try:
+            report = mlx_kvq.enable(model, f"{bits}-srft:calibrate=off", verbose=False)
+        except ValueError as refusal:
+            assert [type(c) for c in make_prompt_cache(model)] == [type(c) for c in own]
+            return Coverage(str(refusal).partition("of this model: ")[2].rstrip("."))
+        caches = make_prompt_cache(model)
+        with unittest.mock.patch.object(seams, "packed_attention", spy):
+            found.errors[bits] = error(logits(model, caches), expected)
+    for layer, cache in enumerate(caches):
+        kind = type(cache).__name__
+        if layer in report.left:
+            assert kind == type(own[layer]).__name__ in report.left[layer]
+        elif kind != "CacheList":
+            assert kind == "Packed" + type(own[layer]).__name__
+    found.packed, found.layers = len(report.packed), len({*report.packed, *report.left})
+    found.caches = sorted({type(c).__name__.removeprefix("Packed") for c in caches})
+    found.left, found.unpacked = report.left, report.unpacked
+    with contextlib.suppress(Exception):
+        if batch_difference(model) < 1e-4:
+            return found
+    mlx_kvq.disable(model)
+    try:
+        found.batch = "mlx-lm's own is off too" if batch_difference(model) > 1e-2 else "?"
+    except Exception as failure:
+        found.batch = f"mlx-lm's own raises {type(failure).__name__}"
+    return found
