@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
-OURS, OTHERS = ("#1f5fa8", "o"), ("#c05a1a", "s")  # told apart also without colour
-LEAST = 1e-8  # of a KL on a logarithmic axis
-LINE = 12  # pixels from one label to the next at 100 dpi
+FLOOR = 1e-5  # nats; whatever is nearer to the baseline is drawn there, as a triangle
+APART = 1.008  # between results of the same size, so that they are beside each other
 
 
 def check(path: str) -> None:
@@ -28,42 +27,40 @@ def check(path: str) -> None:
 
 def quality(evaluation: "Evaluation", path: str) -> None:
     """Draw mean and 99th-percentile KL, and the change of perplexity, against bytes per token."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     results = evaluation.results[1:]
     s = evaluation.setting
+    sizes = [r.bytes_per_token for r in results]
+    colors = colormaps["tab10"].colors + colormaps["Dark2"].colors  # type: ignore[attr-defined]
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    labels: tuple[list, list] = ([], [])
     for i, r in enumerate(results):
-        color, marker = OURS if "-" in r.name else OTHERS
-        same = sum(r.bytes_per_token == other.bytes_per_token for other in results[:i])
-        x = r.bytes_per_token * 1.015**same  # beside each other, not on top
-        kl, high = max(r.kl.mean, LEAST), max(r.kl_p99, LEAST)
+        color, marker = colors[i % len(colors)], "o" if "-" in r.name else "s"
+        x = r.bytes_per_token
+        x *= APART ** (sizes[:i].count(x) - (sizes.count(x) - 1) / 2)
+        kl, high = max(r.kl.mean, FLOOR), max(r.kl_p99, FLOOR)
         left.plot([x, x], [kl, high], lw=0.8, color=color)
         left.plot(x, high, marker="_", color=color)
-        left.plot(x, kl, ls="", marker=marker, color=color)
+        left.plot(x, kl, marker=marker if kl > FLOOR else "v", color=color)
         change, low, high = (100 * v for v in (r.change.mean, r.change.low, r.change.high))
         right.plot([x, x], [low, high], lw=0.8, marker="_", color=color)
-        right.plot(x, change, ls="", marker=marker, color=color)
-        labels[0].append((r.name, x, kl, color))
-        labels[1].append((r.name, x, change, color))
+        label = f"{r.name}  ({r.bytes_per_token:.0f})"
+        right.plot(x, change, ls="", marker=marker, color=color, label=label)
     left.set_yscale("log")
     left.set_ylabel("KL, nats per token: mean, and 99th percentile (–)")
     right.set_ylabel("change of perplexity, %, with its 95 % interval")
     right.axhline(0, color="0.6", lw=0.8)
-    sizes = [r.bytes_per_token for r in results]
-    for axes, names in zip((left, right), labels, strict=True):
+    for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xlim(min(sizes) / 1.1, max(sizes) * 2)  # room for the names
         axes.set_xlabel("bytes per token, all layers")
-        axes.set_xticks(_apart(sizes), minor=False)
+        axes.set_xticks(_apart(sizes))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
-        figure.draw_without_rendering()  # fixes where things are
-        _name_points(axes, names)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(
         f"{s['model']} against its own cache in {s['dtype']}: "
         f"{s['windows']} windows of {s['tokens']} tokens in chunks of {s['chunk']}",
@@ -79,23 +76,3 @@ def _apart(sizes: Sequence[float]) -> list[float]:
         if not ticks or size > 1.12 * ticks[-1]:
             ticks.append(size)
     return ticks
-
-
-def _name_points(axes, points: list[tuple[str, float, float, str]]) -> None:
-    """Names to the right of their points, moved down where they would cover each other."""
-    placed: list[tuple[float, float, float]] = []
-    for name, x, y, color in sorted(points, key=lambda p: -p[2]):
-        px, py = axes.transData.transform((x, y))
-        px, at, width = px + 8, py - 4, 6.5 * len(name)
-        while any(l - width < px < r and abs(b - at) < LINE for l, r, b in placed):  # noqa: E741
-            at -= 1
-        placed.append((px, px + width, at))
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(0.72 * 8, 0.72 * (at - py)),  # pixels to points
-            textcoords="offset points",
-            fontsize=8,
-            color=color,
-            va="bottom",
-        )

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from learn_rotation import Samples, choose_signs, errors, learn
 from mlx_lm import load
 from outliers import make_outlier
 from tqdm import tqdm
@@ -25,7 +24,9 @@ from tqdm import tqdm
 from mlx_kvq import rotation, seams
 from mlx_kvq.baselines import own
 from mlx_kvq.calibrate import balanced_scale
+from mlx_kvq.feedback import whitened
 from mlx_kvq.format import Calibration, make_format
+from mlx_kvq.learned import Samples, choose_signs, errors, learn_rotation
 from mlx_kvq.model import _pack
 from mlx_kvq.quality import measure, summarize
 from mlx_kvq.spec import Spec
@@ -128,8 +129,13 @@ def maker(model, spec, layers):
     formats = {}
     for i, sides in enumerate(layers):
         calibrations = [
-            Calibration(s.mu, s.sigma, None if lam is None else mx.tile(lam, (s.mu.shape[0], 1)))
-            for s, _, lam in sides
+            Calibration(
+                s.mu,
+                s.sigma,
+                None if lam is None else mx.tile(lam, (s.mu.shape[0], 1)),
+                s.weight if t == rotation.KEYS and spec.rounding == "feedback" else None,
+            )
+            for t, (s, _, lam) in enumerate(sides)
         ]
         dims = [s.mu.shape[1] for s, _, _ in sides]
         fmt = make_format(spec, *dims, keys=calibrations[0], values=calibrations[1])
@@ -143,7 +149,7 @@ def maker(model, spec, layers):
 def mean_errors(layers, spec):
     """Keys' and values' relative errors, plain and weighted, averaged over layers."""
     found = [
-        [errors(s, R, lam, spec.group_size or s.x.shape[2], spec.scale) for s, R, lam in sides]
+        [errors(s, R, lam, group=spec.group_size, rule=spec.scale) for s, R, lam in sides]
         for sides in layers
     ]
     return np.mean(np.array(found), axis=0).tolist()
@@ -183,9 +189,29 @@ def study(samples, group, steps, wanted):
                 layers.append([])
                 for t, s in enumerate(sides):
                     R = base(start, t, s.x.shape[2])
-                    options = {"objective": objective, "with_lambda": with_lambda}
-                    layers[-1].append((s, *learn(s, R, group=group, steps=steps, **options)))
+                    options = {"weighted": objective == "weighted", "with_lambda": with_lambda}
+                    layers[-1].append(
+                        (s, *learn_rotation(s, R, group=group, steps=steps, **options))
+                    )
             yield name + suffix, spec, layers
+    spec = Spec("int4", "none", group, rounding="feedback")
+    yield "srft, feedback | μ σ", spec, fixed(samples, "srft")
+    layers = []
+    for keys, values in tqdm(samples, desc="learned, weighted, feedback | μ σ", leave=False):
+        # make_format moves σ of the keys for feedback; R is learned after it.
+        moved = whitened(Calibration(keys.mu, keys.sigma, metric=keys.weight)).sigma
+        options = {"group": group, "steps": steps}
+        layers.append(
+            [
+                (s, *learn_rotation(seen, base("none", t, s.x.shape[2]), **options))
+                for t, (s, seen) in enumerate(
+                    [(keys, replace(keys, sigma=moved)), (values, values)]
+                )
+            ]
+        )
+    yield "learned, weighted, feedback | μ σ", spec, layers
+    mixed = [[fast[0], now[1]] for fast, now in zip(fixed(samples, "srft"), layers, strict=True)]
+    yield "srft keys, learned values, feedback | μ σ", spec, mixed
     for name, size, rule, balanced in PER_TOKEN:
         data = samples if balanced else [tuple(plain(s) for s in sides) for sides in samples]
         title = f"{name}, {'per token' if size is None else f'group {size}'}, {rule}"
