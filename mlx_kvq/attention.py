@@ -45,7 +45,8 @@ class PackedView:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return (*self.rows.shape[:2], self.length, self._dim)
+        B, H = self.rows.shape[:2]
+        return B, H, self.length, self._dim
 
     @property
     def dtype(self) -> mx.Dtype:

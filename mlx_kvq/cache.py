@@ -12,7 +12,6 @@ from . import ops
 from .attention import PackedView, remember_padding
 from .format import Format, parse_signature
 
-
 _NAMES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 
 
