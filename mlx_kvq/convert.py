@@ -10,7 +10,8 @@ import os
 import sys
 import tempfile
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -80,7 +81,6 @@ def convert(
 
         validate_repo_id(upload_repo)
     target = Path(mlx_path)
-    trust = bool(options.get("trust_remote_code"))
     add = partial(
         _add,
         spec=spec,
@@ -88,41 +88,55 @@ def convert(
         texts=calibration_text,
         evaluate_on=evaluate_on or {},
         recall=recall,
-        trust=trust,
+        trust=bool(options.get("trust_remote_code")),
         progress=progress,
     )
     if unknown := set(options) - set(_defaults()):
         raise TypeError(f"mlx_lm.convert takes no {', '.join(sorted(unknown))}.")
-    if hf_path is None:
-        defaults = _defaults() | {"trust_remote_code": trust}
-        if given := [k for k, v in options.items() if v != defaults[k]]:
-            raise ValueError(
-                f"{', '.join(given)} cannot be applied in place: give --hf-path to convert a model."
-            )
-        if not target.is_dir():
-            raise ValueError(
-                f"There is no repository '{target}' to add a cache to: give its --mlx-path, or "
-                "--hf-path to convert a model."
-            )
-        repository.read_config(target)  # before the minutes of work
-        add(target)
-    else:
-        if target.exists():
-            raise ValueError(
-                f"'{target}' exists already. Give another --mlx-path; or leave --hf-path out to "
-                "add a cache to the model that is there."
-            )
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=target.absolute().parent, prefix=f".{target.name}-"
-        ) as folder:
-            part = Path(folder) / "model"
-            _convert(hf_path, part, options)
-            add(part)
-            os.rename(part, target)
+    try:
+        if hf_path is None:
+            _check_in_place(target, options)
+            add(target)
+        else:
+            with _new(target) as part:
+                _convert(hf_path, part, options)
+                add(part)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"'{target}' cannot be written: {reason}.") from error
     if upload_repo is not None:
         upload(target, upload_repo)
     return target
+
+
+def _check_in_place(target: Path, options: dict) -> None:
+    defaults = _defaults()
+    for name, value in options.items():
+        if value != defaults[name] and name != "trust_remote_code":
+            raise ValueError(
+                f"{name} cannot be applied in place: give --hf-path to convert a model."
+            )
+    if not target.is_dir():
+        raise ValueError(
+            f"There is no repository '{target}' to add a cache to: give its --mlx-path, or "
+            "--hf-path to convert a model."
+        )
+    repository.read_config(target)  # before the minutes of work
+
+
+@contextmanager
+def _new(target: Path) -> Iterator[Path]:
+    """A folder that becomes ``target`` when all has gone well."""
+    if target.exists():
+        raise ValueError(
+            f"'{target}' exists already. Give another --mlx-path; or leave --hf-path out to add "
+            "a cache to the model that is there."
+        )
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as folder:
+        yield Path(folder) / "model"
+        os.rename(Path(folder) / "model", target)
 
 
 def _defaults() -> dict:

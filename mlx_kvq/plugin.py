@@ -37,8 +37,10 @@ def patch(module: ModuleType) -> None:
     if "load_model" in names:
         names["load_model"] = _remembering(names["load_model"])
         for name in ("load", "sharded_load"):
-            names[name] = _as_the_repository_says(names[name])
-        names["save"] = _with_the_calibration(names["save"])
+            if name in names:
+                names[name] = _as_the_repository_says(names[name])
+        if "save" in names:
+            names["save"] = _with_the_calibration(names["save"])
         return
     names["argparse"] = _Argparse("argparse")
     for name in ("load", "sharded_load"):
@@ -116,12 +118,12 @@ def _remembering(load_model):
 
     @functools.wraps(load_model)
     def wrapper(model_path, *args, **kwargs):
-        model, config = load_model(model_path, *args, **kwargs)
-        if "kv_cache" in config and not _unread:
+        loaded = load_model(model_path, *args, **kwargs)  # the model and its config.json
+        if "kv_cache" in loaded[1] and not _unread:
             from . import repository
 
-            repository.attach(model, model_path, config["kv_cache"])
-        return model, config
+            repository.attach(loaded[0], model_path, loaded[1]["kv_cache"])
+        return loaded
 
     return wrapper
 

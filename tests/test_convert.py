@@ -294,6 +294,25 @@ def test_in_place_a_failure_changes_nothing(tmp_path, monkeypatch, capsys):
 
 
 THERE, OFF = ["--mlx-path", "THERE"], "int4-srft:calibrate=off"
+
+
+@pytest.mark.parametrize("place", ["new", "there"])
+def test_a_full_disk_is_one_line(place, tmp_path, monkeypatch, capsys):
+    folder = write(tmp_path / "there")
+    before = {p: (folder / p).read_bytes() for p in os.listdir(folder)}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(repository, "_write_json", full)
+    where = ["--mlx-path", tmp_path / place, *(["--hf-path", QWEN] if place == "new" else [])]
+    status, _, err = run(capsys, "convert", *where, "--kv-cache", "int8-srft:calibrate=off")
+    assert status == 1
+    assert err.splitlines()[-1].endswith("cannot be written: No space left on device.")
+    assert os.listdir(tmp_path) == ["there"]
+    assert {p: (folder / p).read_bytes() for p in os.listdir(folder)} == before
+
+
 ERRORS = {
     "fp16": (["--hf-path", QWEN, "--kv-cache", "fp16"], "use mlx_lm.convert"),
     "unknown cache": (["--hf-path", QWEN, "--kv-cache", "int5-srft"], "unknown cache 'int5-srft'"),
