@@ -81,10 +81,8 @@ for (int r = group; r < 8; r += NSG) {
   if (row < query_rows) {
     const auto x = q +
         (b * q_strides[0] + (kv_head * heads + row / L) * q_strides[1] + row % L * q_strides[2]);
-    const auto factors = kvq::factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
-    kvq::read_vector<KD, ROTATION, false>(z, x, q_strides[3], factors, lane);
-    kvq::rotate<KD, ROTATION>(z, k_table, lane);
-    kvq::scale_rotated<KD, ROTATION, K_CALIBRATED>(z, factors, lane);
+    kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
+        z, x, q_strides[3], true, k_table, kv_head, lane);
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
       peak = max(peak, max(fabs(z[a].x), fabs(z[a].y)));
     }

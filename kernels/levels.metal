@@ -37,7 +37,7 @@ inline void write_one(device T* out, float x) {
 
 // Eight channels, from one word of 4-bit codes or two of 8-bit codes.
 template <int BITS, bool HALF_STEP>
-inline void eight_levels(thread float* x, const device uint* words, float scale) {
+inline void eight_levels(thread float* x, const thread uint* words, float scale) {
   const float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
   UNROLL for (int i = 0; i < 8; i++) {
     const uint word = words[i * BITS / 32];

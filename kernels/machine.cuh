@@ -119,9 +119,29 @@ inline uint masked_or(uint word, uint mask, uint bits) {
   return out;
 }
 
+// Two neighbouring channels in one load, where the address allows it.
+template <typename T>
+inline bool reads_pairs(const T* x) {
+  return reinterpret_cast<uint64_t>(x) % (2 * sizeof(T)) == 0;
+}
+inline float2 read_pair(const float* x) {
+  return *reinterpret_cast<const float2*>(x);
+}
+inline float2 read_pair(const __half* x) {
+  return __half22float2(*reinterpret_cast<const __half2*>(x));
+}
+inline float2 read_pair(const __nv_bfloat16* x) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
+}
+
 inline float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+inline float square_root(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 inline float saturated(float x) {

@@ -25,8 +25,21 @@ inline uint masked_or(uint word, uint mask, uint bits) {
   return (word & mask) | bits;
 }
 
+// Two neighbouring channels in one load, where the address is known to allow it: it is not here.
+template <typename T>
+inline bool reads_pairs(const device T*) {
+  return false;
+}
+template <typename T>
+inline float2 read_pair(const device T* x) {
+  return float2(float(x[0]), float(x[1]));
+}
+
 inline float reciprocal(float x) {
   return 1.0f / x;
+}
+inline float square_root(float x) {
+  return sqrt(x);
 }
 inline float saturated(float x) {
   return clamp(x, 0.0f, 1.0f);

@@ -64,18 +64,19 @@ inline void quantize_channels(
     const thread float* x,
     uint first) {
   constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;  // steps of a scale
+  constexpr bool SEARCHED = RULE == SEARCH && BITS == 4;
   float top = 0.0f;
   UNROLL for (int i = 0; i < CH; i++) top = max(top, fabs(x[i]));
   top = group_reduce<SPAN, MASK, false>(top, first);
   float odd = 0.0f;  // NaN where a channel of the group is NaN, which max() passes over
-  float scale = scale_to_half(top * (2.0f / float(LEVELS)));
+  // 0.98, 0.92 and 0.86 of the scale of the largest channel are tried: `reference.SEARCH`.
+  float scale = scale_to_half(top * ((SEARCHED ? 1.96f : 2.0f) / float(LEVELS)));
   float inverse = inverse_scale(scale);
-  if (RULE == SEARCH && BITS == 4) {
+  if (SEARCHED) {
     float least = group_reduce<SPAN, MASK, true>(squared_error<CH>(x, scale, inverse), first);
     odd = least;
-    UNROLL for (int c = 1; c < 6; c++) {
-      // 0.95, 0.9, 0.85, 0.8, 0.75, each rounded once as the reference's constants are.
-      const float s = scale_to_half(top * (float(100 - 5 * c) / 750.0f));
+    UNROLL for (int c = 1; c < 3; c++) {
+      const float s = scale_to_half(top * (float(98 - 6 * c) / 750.0f));
       const float r = inverse_scale(s);
       const float e = group_reduce<SPAN, MASK, true>(squared_error<CH>(x, s, r), first);
       if (e < least) {
@@ -92,7 +93,8 @@ inline void quantize_channels(
 
   // n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], as round(LEVELS * u) with u in [0, 1];
   // sums of fp32 put codes together exactly, 16 bits at a time.
-  const float step = inverse / float(LEVELS);
+  const float step = inverse * (1.0f / float(LEVELS));
+  float squares = 0.0f, levels = 0.0f;
   constexpr int PER_HALF = 16 / BITS;
   UNROLL for (int w = 0; w < CH * BITS / 32; w++) {
     float parts[2];
@@ -109,11 +111,21 @@ inline void quantize_channels(
           n = round_product(saturated(fma(y, step, 0.5f)), float(LEVELS));
         }
         parts[h] = fma(parts[h], float(1 << BITS), n);
+        if (SEARCHED) {
+          squares = fma(y, y, squares);
+          levels = fma(n - 7.5f, n - 7.5f, levels);
+        }
       }
       // The paper's codes begin at 1.
       parts[h] += RULE == PAPER ? (BITS == 4 ? 4369.0f : 257.0f) : 0.0f;
     }
     words[w] = finite ? uint(parts[0]) | (uint(parts[1]) << 16) : 0u;
+  }
+  if (SEARCHED) {
+    // The scale that is stored gives the group its length back.
+    squares = group_reduce<SPAN, MASK, true>(squares, first);
+    levels = group_reduce<SPAN, MASK, true>(levels, first);
+    scale = scale > 0.0f ? scale_to_half(square_root(squares * reciprocal(levels))) : 0.0f;
   }
   scale_bits = finite ? as_type<ushort>(half(scale)) : ushort(0x7e00);
 }
@@ -124,8 +136,11 @@ constexpr bool groups_are_lanes(int D, int GROUP) {
 }
 
 // Quantizes the vectors of a SIMD group where groups are lanes: row of a lane's vector, whose
-// codes begin at word FIRST and scales at half SCALE of those from word CODES on.
-template <int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE>
+// codes begin at word FIRST and scales at half SCALE of those from word CODES on; EVEN rows have
+// an even number of words.
+template <
+    int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE,
+    bool EVEN>
 inline void store_vectors(device uint* row, const thread float2* z, bool valid, uint lane) {
   constexpr int CH = GROUP < 16 ? GROUP : 16;
   constexpr int SPAN = GROUP / CH;
@@ -143,8 +158,13 @@ inline void store_vectors(device uint* row, const thread float2* z, bool valid, 
     ushort scale;
     quantize_channels<CH, BITS, RULE, SPAN, MASK, is_none(ROTATION)>(words, scale, x, 0);
     if (valid) {
-      UNROLL for (int w = 0; w < WORDS; w++) {
-        row[FIRST + (block * (16 / CH) + part) * WORDS + w] = words[w];
+      device uint* to = row + FIRST + (block * (16 / CH) + part) * WORDS;
+      if (EVEN && WORDS % 2 == 0) {  // rows of an even number of words are aligned to two
+        UNROLL for (int w = 0; w < WORDS; w += 2) {
+          reinterpret_cast<device uint2*>(to)[w / 2] = uint2(words[w], words[(w + 1) % WORDS]);
+        }
+      } else {
+        UNROLL for (int w = 0; w < WORDS; w++) to[w] = words[w];
       }
       if (block % SPAN == 0) {
         scales[SCALE + (block * (16 / CH) + part) / SPAN] = scale;
@@ -191,38 +211,54 @@ inline void store_shared(
   }
 }
 
-// One side of `filled` rows from number `first` on, by one SIMD group. `shared` has room for
-// their vectors unless groups are lanes.
+// One side of a head's L tokens, by one SIMD group, which does every `workers`-th set of SET
+// tokens from number `worker` on. x and rows begin with the head's first token; `shared` has room
+// for a set's vectors unless groups are lanes.
 template <
-    int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED,
+    int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, int SET,
     int FIRST, int CODES, int SCALE, int W, typename T>
 inline void pack_vectors(
     device uint* rows,
     const device T* x,
+    int64_t by_token,
     int64_t stride,
-    vector_place at,
-    int first,
-    int filled,
+    int L,
+    int worker,
+    int workers,
     threadgroup float* shared,
     const device float* table,
+    int head,
     uint lane) {
-  float2 z[points_of(D)];
-  rotate_vector<D, ROTATION, CALIBRATED, CALIBRATED>(
-      z, x + at.offset, stride, at.valid, table, at.head, lane);
-  if (groups_are_lanes(D, GROUP)) {
-    store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE>(
-        rows + int64_t(at.row) * W, z, at.valid, lane);
-  } else {
-    if (at.valid) {
-      UNROLL for (int a = 0; a < points_of(D); a++) {
-        const int c = 2 * (rotated_block<D, ROTATION>(lane) * points_of(D) + a);
-        shared[at.v * D + c] = z[a].x;
-        shared[at.v * D + c + 1] = z[a].y;
-      }
+  const int v = int(lane) / lanes_of(D);
+  lane_table<D> w;
+  lane_factors<D> f;
+  read_table<D, ROTATION>(w, table, lane);
+  read_factors<D, ROTATION, CALIBRATED, CALIBRATED>(f, table, head, lane);
+  for (int set = worker; set * SET < L; set += workers) {
+    const int token = set * SET + v;
+    const bool valid = v < SET && token < L;
+    float2 z[points_of(D)];
+    UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
+    if (valid) {
+      read_points<D, ROTATION>(z, x + token * by_token, stride, lane);
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W>(
-        rows + int64_t(first) * W, shared, filled, lane);
+    rotate_points<D, ROTATION, CALIBRATED, CALIBRATED>(z, f, w, table, lane);
+    if (groups_are_lanes(D, GROUP)) {
+      store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W % 2 == 0>(
+          rows + int64_t(valid ? token : 0) * W, z, valid, lane);
+    } else {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      if (valid) {
+        UNROLL for (int a = 0; a < points_of(D); a++) {
+          const int c = 2 * (rotated_block<D, ROTATION>(lane) * points_of(D) + a);
+          shared[v * D + c] = z[a].x;
+          shared[v * D + c + 1] = z[a].y;
+        }
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W>(
+          rows + int64_t(set) * SET * W, shared, min(SET, L - set * SET), lane);
+    }
   }
 }
 

@@ -2,8 +2,9 @@
 //
 // Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
 // Layout: k, v with any strides, read once; rows written once.
-// Grid: threadgroups of PAIRS pairs of SIMD groups. The even one of a pair does the keys of SET
-//   rows in a row, the odd one their values: as many as a SIMD group holds vectors, 4 at D = 128.
+// Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even one of a pair does
+//   the keys of a head's tokens, the odd one the values: sets of as many tokens as a SIMD group
+//   holds vectors, 4 at D = 128, in turn, with the head's factors and twiddles in registers.
 // Limits: head sizes 32 to 256 with D / 2 = r * 2^m, r <= 9; PAIRS at most 4 (256 threads).
 // Reasons: a vector on 8 lanes of 16 channels each, not on 32 of 4, because all 32 lanes then
 //   quantize, in registers, and the FFT has 3 stages of shuffles, not 5. With a SIMD group per
@@ -24,24 +25,24 @@ const uint lane = thread_index_in_simdgroup;
 const int pair = int(simdgroup_index_in_threadgroup >> 1);
 const int H = k_shape[1];
 const int L = k_shape[2];
-const int count = k_shape[0] * H * L;
-const int first = (int(threadgroup_position_in_grid.x) * PAIRS + pair) * SET;
-const int filled = min(SET, count - first);  // in the last threadgroup perhaps none
+const int b = int(threadgroup_position_in_grid.y) / H;
+const int h = int(threadgroup_position_in_grid.y) % H;
+const int worker = int(threadgroup_position_in_grid.x) * PAIRS + pair;
+const int workers = int(threadgroups_per_grid.x) * PAIRS;
 const auto own = shared + pair * (K_SHARED + V_SHARED);
+const auto head_rows = rows + int64_t(threadgroup_position_in_grid.y) * L * W;
 
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {
-  const auto at =
-      kvq::place_of<KD>(first, filled, H, L, k_strides[0], k_strides[1], k_strides[2], lane);
-  kvq::pack_vectors<KD, KB, KG, RULE, ROTATION, K_CALIBRATED, 0, CODES, 0, W>(
-      rows, k, k_strides[3], at, first, filled, own, k_table, lane);
+  kvq::pack_vectors<KD, KB, KG, RULE, ROTATION, K_CALIBRATED, SET, 0, CODES, 0, W>(
+      head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
+      worker, workers, own, k_table, h, lane);
 } else {
-  const auto at =
-      kvq::place_of<VD>(first, filled, H, L, v_strides[0], v_strides[1], v_strides[2], lane);
-  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, K_WORDS, CODES, KD / KG, W>(
-      rows, v, v_strides[3], at, first, filled, own + K_SHARED, v_table, lane);
+  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, SET, K_WORDS, CODES, KD / KG, W>(
+      head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
+      worker, workers, own + K_SHARED, v_table, h, lane);
   if (SCALES % 2 == 1) {
-    for (int i = int(lane); i < filled; i += 32) {
-      kvq::halves_of(rows + int64_t(first + i) * W + W - 1)[1] = 0;
+    for (int i = worker * 32 + int(lane); i < L; i += workers * 32) {
+      kvq::halves_of(head_rows + int64_t(i) * W + W - 1)[1] = 0;
     }
   }
 }

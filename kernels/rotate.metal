@@ -58,11 +58,35 @@ inline float2 complex_product(float2 a, float2 b) {
   return float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
 }
 
-// Entry i of a complex table; CONJUGATE for the transpose.
 template <bool CONJUGATE>
-inline float2 twiddle(const device float* table, int i) {
-  const float2 w = reinterpret_cast<const device float2*>(table)[i];
+inline float2 conjugated(float2 w) {
   return float2(w.x, CONJUGATE ? -w.y : w.y);
+}
+
+// A lane's twiddles, in registers: a SIMD group that rotates many vectors reads them once.
+template <int D>
+struct lane_table {
+  float2 norm;  // 1 / sqrt(2 D), 1 / sqrt(D)
+  float2 stage[5];  // the last one, of lanes next to each other, is not used
+  float2 turn[points_of(D)];
+  float2 split[points_of(D)];
+};
+
+template <int D, int ROTATION>
+inline void read_table(thread lane_table<D>& w, const device float* table, uint lane) {
+  constexpr int M = lanes_of(D);
+  const device float2* pairs = reinterpret_cast<const device float2*>(table);
+  const int l = int(lane & uint(M - 1));
+  w.norm = pairs[0];
+  if (ROTATION == SRFT) {
+    UNROLL for (int s = 0; s < log2_of(M) - 1; s++) w.stage[s] = pairs[stage_twiddles / 2 + s * M + l];
+    UNROLL for (int k = 1; k < points_of(D); k++) {
+      w.turn[k] = pairs[lane_twiddles(D) / 2 + (k - 1) * M + l];
+    }
+    UNROLL for (int k = 0; k < points_of(D); k++) {
+      w.split[k] = pairs[split_twiddles(D) / 2 + k * M + l];
+    }
+  }
 }
 
 template <int M>
@@ -135,7 +159,8 @@ inline void dft(thread float2* z, const device float* table) {
       z[k] = x[0];
     }
     UNROLL for (int j = 1; j < R; j++) {
-      const float2 w = twiddle<INVERSE>(table + roots(D), j);
+      const float2 w =
+          conjugated<INVERSE>(reinterpret_cast<const device float2*>(table)[roots(D) / 2 + j]);
       UNROLL for (int k = 1; k < R; k++) {
         UNROLL for (int a = 1; a < R; a++) {
           if (a * k % R == j) {
@@ -157,25 +182,18 @@ inline void dft(thread float2* z, const device float* table) {
 }
 
 template <int D, bool INVERSE>
-inline void lane_turn(thread float2* z, const device float* table, uint lane) {
-  constexpr int M = lanes_of(D);
-  constexpr int R = points_of(D);
-  UNROLL for (int k = 1; k < R; k++) {
-    const int at = (k - 1) * M + int(lane & uint(M - 1));
-    z[k] = complex_product(z[k], twiddle<INVERSE>(table + lane_twiddles(D), at));
+inline void lane_turn(thread float2* z, const thread lane_table<D>& w) {
+  UNROLL for (int k = 1; k < points_of(D); k++) {
+    z[k] = complex_product(z[k], conjugated<INVERSE>(w.turn[k]));
   }
 }
 
 // One butterfly stage over lanes that differ in bit h. The last stage (h = 1) has no twiddle.
 template <int D, bool INVERSE>
-inline void stage(thread float2* z, const device float* table, uint lane, int h, int s) {
-  constexpr int M = lanes_of(D);
+inline void stage(thread float2* z, float2 turn, uint lane, int h) {
   constexpr int R = points_of(D);
   const float side = (lane & uint(h)) != 0 ? -1.0f : 1.0f;
-  float2 w = float2(1.0f, 0.0f);
-  if (h > 1) {
-    w = twiddle<INVERSE>(table + stage_twiddles, s * M + int(lane & uint(M - 1)));
-  }
+  const float2 w = conjugated<INVERSE>(turn);
   UNROLL for (int a = 0; a < R; a++) {
     float2 v = z[a];
     if (INVERSE && h > 1) {
@@ -193,10 +211,10 @@ inline void stage(thread float2* z, const device float* table, uint lane, int h,
 
 // Pairs k with N - k: DFT of complex points <-> DFT of real channels, orthonormal.
 template <int D, bool INVERSE>
-inline void split(thread float2* z, const device float* table, uint lane) {
+inline void split(thread float2* z, const thread lane_table<D>& w, uint lane) {
   constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
-  const float c = table[0];
+  const float c = w.norm.x;
   const uint l = lane & uint(M - 1);
   // Negation of the bit-reversed index flips every bit below the highest one that is set.
   uint below = l | (l >> 1);
@@ -218,12 +236,12 @@ inline void split(thread float2* z, const device float* table, uint lane) {
       re = p.x;
       im = p.y;
     }
-    const float2 w = twiddle<INVERSE>(table + split_twiddles(D), k * M + int(l));
-    const float2 odd = complex_product(float2(v.x - re, v.y + im), w);
+    const float2 odd =
+        complex_product(float2(v.x - re, v.y + im), conjugated<INVERSE>(w.split[k]));
     y[k] = float2(c * (v.x + re) + odd.x, c * (v.y - im) + odd.y);
   }
   if (l == 0) {
-    const float unit = table[1];
+    const float unit = w.norm.y;
     y[0] = float2(unit * (z[0].x + z[0].y), unit * (z[0].x - z[0].y));
   }
   UNROLL for (int k = 0; k < R; k++) z[k] = y[k];
@@ -231,10 +249,9 @@ inline void split(thread float2* z, const device float* table, uint lane) {
 
 // The Hadamard transform; its own transpose.
 template <int D>
-inline void hadamard(thread float2* z, const device float* table, uint lane) {
+inline void hadamard(thread float2* z, float unit, uint lane) {
   constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
-  const float unit = table[1];
   UNROLL for (int a = 0; a < R; a++) {
     z[a] = float2(unit * (z[a].x + z[a].y), unit * (z[a].x - z[a].y));
   }
@@ -259,33 +276,35 @@ inline void hadamard(thread float2* z, const device float* table, uint lane) {
 
 // z, placed as before the rotation, becomes F z, placed as after it.
 template <int D, int ROTATION>
-inline void rotate(thread float2* z, const device float* table, uint lane) {
+inline void rotate(
+    thread float2* z, const thread lane_table<D>& w, const device float* table, uint lane) {
   if (ROTATION == SRFT) {
     constexpr int M = lanes_of(D);
     dft<D, false>(z, table);
-    lane_turn<D, false>(z, table, lane);
+    lane_turn<D, false>(z, w);
     UNROLL for (int s = 0; (M >> 1 >> s) > 0; s++) {
-      stage<D, false>(z, table, lane, M >> 1 >> s, s);
+      stage<D, false>(z, w.stage[s], lane, M >> 1 >> s);
     }
-    split<D, false>(z, table, lane);
+    split<D, false>(z, w, lane);
   } else if (ROTATION == SRHT) {
-    hadamard<D>(z, table, lane);
+    hadamard<D>(z, w.norm.y, lane);
   }
 }
 
 // z, placed as after the rotation, becomes the transpose's product, placed as before it.
 template <int D, int ROTATION>
-inline void rotate_back(thread float2* z, const device float* table, uint lane) {
+inline void rotate_back(
+    thread float2* z, const thread lane_table<D>& w, const device float* table, uint lane) {
   if (ROTATION == SRFT) {
     constexpr int M = lanes_of(D);
-    split<D, true>(z, table, lane);
+    split<D, true>(z, w, lane);
     UNROLL for (int s = log2_of(M) - 1; s >= 0; s--) {
-      stage<D, true>(z, table, lane, M >> 1 >> s, s);
+      stage<D, true>(z, w.stage[s], lane, M >> 1 >> s);
     }
-    lane_turn<D, true>(z, table, lane);
+    lane_turn<D, true>(z, w);
     dft<D, true>(z, table);
   } else if (ROTATION == SRHT) {
-    hadamard<D>(z, table, lane);
+    hadamard<D>(z, w.norm.y, lane);
   }
 }
 

@@ -10,7 +10,7 @@ const int count = x_shape[0] * Hq * L;
 const int first = (int(threadgroup_position_in_grid.x) * 4 + int(simdgroup_index_in_threadgroup)) *
     kvq::vectors_of(VD);
 const auto at = kvq::place_of<VD>(
-    first, count - first, Hq, L, x_strides[0], x_strides[1], x_strides[2], lane);
+    first, count, Hq, L, x_strides[0], x_strides[1], x_strides[2], lane);
 const int64_t to = (int64_t(at.row / (Hq * L)) * L + at.row % L) * Hq + at.head;
 kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
     out + to * VD,

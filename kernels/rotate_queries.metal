@@ -11,9 +11,9 @@ const int count = x_shape[0] * Hq * L;
 const int first = (int(threadgroup_position_in_grid.x) * 4 + int(simdgroup_index_in_threadgroup)) *
     kvq::vectors_of(KD);
 const auto at = kvq::place_of<KD>(
-    first, count - first, Hq, L, x_strides[0], x_strides[1], x_strides[2], lane);
+    first, count, Hq, L, x_strides[0], x_strides[1], x_strides[2], lane);
 float2 z[kvq::points_of(KD)];
-kvq::rotate_vector<KD, ROTATION, K_CALIBRATED, false>(
+kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
     z, x + at.offset, x_strides[3], at.valid, table, at.head / info[0], lane);
 if (at.valid) {
   const auto to = out + int64_t(at.row) * KD +

@@ -15,51 +15,70 @@ inline float2 factor_pair(const device float* factors, int c) {
   return reinterpret_cast<const device float2*>(factors)[c / 2];
 }
 
-// z = (x - mu) * before, as the rotation wants it; x of any type and stride.
-template <int D, int ROTATION, bool CENTRED, typename P>
-inline void read_vector(
-    thread float2* z,
-    P x,
-    int64_t stride,
-    const device float* factors,
-    uint lane) {
+// A lane's channels of a vector of any type and stride, as the rotation wants them.
+template <int D, int ROTATION, typename T>
+inline void read_points(thread float2* z, const device T* x, int64_t stride, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
-  const int first = first_channel<D, ROTATION>(lane);
+  x += first_channel<D, ROTATION>(lane) * stride;
   if (stride == 1) {  // the offsets are constants
-    UNROLL for (int a = 0; a < points_of(D); a++) {
-      z[a] = float2(float(x[first + a * STEP]), float(x[first + a * STEP + 1]));
+    if (reads_pairs(x)) {
+      UNROLL for (int a = 0; a < points_of(D); a++) z[a] = read_pair(x + a * STEP);
+    } else {
+      UNROLL for (int a = 0; a < points_of(D); a++) {
+        z[a] = float2(float(x[a * STEP]), float(x[a * STEP + 1]));
+      }
     }
   } else {
     UNROLL for (int a = 0; a < points_of(D); a++) {
-      z[a] = float2(
-          float(x[(first + a * STEP) * stride]), float(x[(first + a * STEP + 1) * stride]));
+      z[a] = float2(float(x[a * STEP * stride]), float(x[(a * STEP + 1) * stride]));
     }
   }
+}
+
+// A lane's factors of one head, in registers: before the rotation, after it, and the centre.
+template <int D>
+struct lane_factors {
+  float2 before[points_of(D)];
+  float2 after[points_of(D)];
+  float2 mu[points_of(D)];
+};
+
+template <int D, int ROTATION, bool CALIBRATED, bool CENTRED>
+inline void read_factors(
+    thread lane_factors<D>& f, const device float* table, int head, uint lane) {
+  constexpr int STEP = point_step(D, ROTATION);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  const int first = first_channel<D, ROTATION>(lane);
+  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
-    if (CENTRED) {
-      const float2 mu = factor_pair(factors + 2 * D, first + a * STEP);
-      z[a] = float2(z[a].x - mu.x, z[a].y - mu.y);
-    }
-    const float2 f = factor_pair(factors, first + a * STEP);
-    z[a] = float2(z[a].x * f.x, z[a].y * f.y);
+    f.before[a] = factor_pair(factors, first + a * STEP);
+    if (CALIBRATED) f.after[a] = factor_pair(factors + D, rotated + 2 * a);
+    if (CENTRED) f.mu[a] = factor_pair(factors + 2 * D, first + a * STEP);
   }
 }
 
-// z *= after, in the order of channels that the rotation leaves.
-template <int D, int ROTATION, bool CALIBRATED>
-inline void scale_rotated(thread float2* z, const device float* factors, uint lane) {
+// z -> after * R((z - mu) * before), in the order of channels that the rotation leaves.
+template <int D, int ROTATION, bool CALIBRATED, bool CENTRED>
+inline void rotate_points(
+    thread float2* z,
+    const thread lane_factors<D>& f,
+    const thread lane_table<D>& w,
+    const device float* table,
+    uint lane) {
+  UNROLL for (int a = 0; a < points_of(D); a++) {
+    if (CENTRED) z[a] = float2(z[a].x - f.mu[a].x, z[a].y - f.mu[a].y);
+    z[a] = float2(z[a].x * f.before[a].x, z[a].y * f.before[a].y);
+  }
+  rotate<D, ROTATION>(z, w, table, lane);
   if (CALIBRATED) {
-    const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
     UNROLL for (int a = 0; a < points_of(D); a++) {
-      const float2 f = factor_pair(factors + D, first + 2 * a);
-      z[a] = float2(z[a].x * f.x, z[a].y * f.y);
+      z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
     }
   }
 }
 
-// x -> lambda * R((x - mu) / sigma), as the rotation leaves it, or what another table's factors
-// make of it; zeros where not `valid`.
-template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, typename T>
+// The same of a query or another single vector; zeros where not `valid`.
+template <int D, int ROTATION, bool CALIBRATED, typename T>
 inline void rotate_vector(
     thread float2* z,
     const device T* x,
@@ -68,18 +87,19 @@ inline void rotate_vector(
     const device float* table,
     int head,
     uint lane) {
-  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  lane_table<D> w;
+  lane_factors<D> f;
   UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
   if (valid) {
-    read_vector<D, ROTATION, CENTRED>(z, x, stride, factors, lane);
+    read_points<D, ROTATION>(z, x, stride, lane);
   }
-  rotate<D, ROTATION>(z, table, lane);
-  scale_rotated<D, ROTATION, CALIBRATED>(z, factors, lane);
+  read_table<D, ROTATION>(w, table, lane);
+  read_factors<D, ROTATION, CALIBRATED, false>(f, table, head, lane);
+  rotate_points<D, ROTATION, CALIBRATED, false>(z, f, w, table, lane);
 }
 
 // Where a lane's vector is: vector v of the SIMD group is row number first + v of [B, H, L].
 struct vector_place {
-  int v;
   bool valid;
   int row;
   int head;
@@ -88,12 +108,12 @@ struct vector_place {
 
 template <int D>
 inline vector_place place_of(
-    int first, int filled, int H, int L, int64_t by_batch, int64_t by_head, int64_t by_token,
+    int first, int count, int H, int L, int64_t by_batch, int64_t by_head, int64_t by_token,
     uint lane) {
   vector_place at;
-  at.v = int(lane) / lanes_of(D);
-  at.valid = at.v < filled;
-  at.row = at.valid ? first + at.v : 0;
+  at.row = first + int(lane) / lanes_of(D);
+  at.valid = at.row < count;
+  at.row = at.valid ? at.row : 0;
   at.head = at.row / L % H;
   at.offset = at.row / (H * L) * by_batch + at.head * by_head + at.row % L * by_token;
   return at;
@@ -170,7 +190,9 @@ inline void finish_row(
       z[a] = float2(z[a].x * f.x, z[a].y * f.y);
     }
   }
-  rotate_back<D, ROTATION>(z, table, lane);
+  lane_table<D> w;
+  read_table<D, ROTATION>(w, table, lane);
+  rotate_back<D, ROTATION>(z, w, table, lane);
   if (write) {
     const int first = first_channel<D, ROTATION>(lane);
     UNROLL for (int a = 0; a < points_of(D); a++) {

@@ -106,7 +106,7 @@ class _Plan:
     v_pack: mx.array
     k_query: mx.array
     v_output: mx.array
-    pack_set: int  # rows that a pair of SIMD groups packs
+    pack_set: int  # tokens that a pair of SIMD groups packs at once
     pack: _Constants  # compile-time constants
     attend: _Constants
     combine: _Constants
@@ -243,6 +243,15 @@ def _replayed(kernel, grid, threadgroup, shapes, dtypes, inputs: tuple):
     return mx.compile(launch)
 
 
+def _pack_launch(machine: str, fmt: Format, B: int, H: int, L: int):
+    """Constants, grid and threadgroup of quantize_pack."""
+    plan, tuning = _plan(fmt), TUNING[machine]
+    sets = -(-L // plan.pack_set)
+    pairs = 1 if sets < tuning.pack_pairs else tuning.pack_pairs
+    groups = min(-(-sets // pairs), max(1, tuning.pack_threadgroups // (B * H)))
+    return (*plan.pack, ("PAIRS", pairs)), (groups * pairs * 64, B * H, 1), (pairs * 64, 1, 1)
+
+
 class PackStep:
     """:func:`quantize_pack` of a few tokens, prepared for one format, shape and dtype."""
 
@@ -250,12 +259,11 @@ class PackStep:
         self.machine, plan = _machine(), _plan(fmt)
         B, H, L, _ = k.shape
         self.tables = plan.k_pack, plan.v_pack
-        pairs, groups = 1, -(-B * H * L // plan.pack_set)
-        kernel = _kernel(self.machine, "quantize_pack", (*plan.pack, ("PAIRS", pairs)))
+        constants, grid, threadgroup = _pack_launch(self.machine, fmt, B, H, L)
         self.run = _replayed(
-            kernel,
-            (groups * pairs * 64, 1, 1),
-            (pairs * 64, 1, 1),
+            _kernel(self.machine, "quantize_pack", constants),
+            grid,
+            threadgroup,
             ((B, H, L, plan.layout.words),),
             (mx.uint32,),
             (k.shape, v.shape, k.dtype, v.dtype),
@@ -268,19 +276,18 @@ class PackStep:
 def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     """k [B, H, L, Dk], v [B, H, L, Dv], any strides -> rows uint32 [B, H, L, W]; one launch."""
     machine, plan = _machine(), _plan(fmt)
-    tuning = TUNING[machine]
     B, H, L, _ = k.shape
-    count = B * H * L
-    pairs = tuning.pack_pairs if count >= tuning.pack_many else 1
-    groups = -(-count // (pairs * plan.pack_set))
-    return _kernel(machine, "quantize_pack", (*plan.pack, ("PAIRS", pairs)))(
+    constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
+    return _kernel(machine, "quantize_pack", constants)(
         inputs=[k, v, plan.k_pack, plan.v_pack],
-        grid=(groups * pairs * 64, 1, 1),
-        threadgroup=(pairs * 64, 1, 1),
+        grid=grid,
+        threadgroup=threadgroup,
         output_shapes=[(B, H, L, plan.layout.words)],
         output_dtypes=[mx.uint32],
     )[0]
 
+
+_DEQUANTIZE_STEPS = 4  # rows of a thread
 
 _ARRIVALS = 8192  # query blocks of one launch that attend_join can count
 
@@ -312,6 +319,12 @@ def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> i
     """Shares of a context of ``span`` keys that :func:`attend` works on in parallel; 1 spares
     a launch."""
     return _parts(_machine(), fmt.layout, B * Hkv * -(-(Hq // Hkv * L) // 8), span)
+
+
+def forget() -> None:
+    """Look the launch sizes up again: for tests and for tuning, which change the table."""
+    _parts.cache_clear()
+    _launch.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -484,7 +497,7 @@ def dequantize(
     machine, plan = _machine(), _plan(fmt)
     lay = plan.layout
     B, H = rows.shape[:2]
-    threads = length * ((lay.k_dim + lay.v_dim) // 8)
+    threads = -(-length // _DEQUANTIZE_STEPS) * ((lay.k_dim + lay.v_dim) // 8)
     k, v = _kernel(machine, "dequantize", plan.dequantize)(
         inputs=[rows, _integers(length)],
         grid=(-(-threads // 256) * 256, H, B),

@@ -212,7 +212,6 @@ def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
     B, H, M, D = q.shape
     G, g = lay.k_scales, lay.k_group
     q = q.reshape(B, H, M, G, g).swapaxes(2, 3)  # [B, H, G, M, g]
-    offset = middle * q.sum(axis=-1, keepdims=True)
     if lay.k_bits == 4:
         q = mx.concatenate([q[..., ::2], q[..., 1::2]], axis=-1)
     n = 4 * lay.k_words
@@ -226,12 +225,13 @@ def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
         codes = mx.contiguous(codes).reshape(B, H, G, n // G, -1)
         if lay.k_bits == 4:
             codes = mx.concatenate([codes & 15, codes >> 4], axis=3)
-        one = mx.ones((B, H, G, g, codes.shape[-1] // 32))
+        shape = (B, H, G, g, codes.shape[-1] // 32)
+        one, offset = mx.ones(shape), mx.full(shape, -middle)
         dots = mx.quantized_matmul(
-            q, codes.view(mx.uint32), one, mx.zeros_like(one), False, group_size=32, bits=8
+            q, codes.view(mx.uint32), one, offset, False, group_size=32, bits=8
         )
-        scales = split(part, lay)[2].swapaxes(-1, -2).astype(mx.float32)[:, :, :, None]
-        blocks.append(((dots[..., :T] - offset) * scales).sum(axis=2))
+        scales = split(part, lay)[2].swapaxes(-1, -2)[:, :, :, None]
+        blocks.append((dots[..., :T] * scales).sum(axis=2))
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=-1)
 
 

@@ -21,9 +21,9 @@ class Tuning:
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
             GPU is busy anyway and ``busy_keys``, ``busy_groups`` and ``busy_threadgroups`` hold.
         combine_groups (int): SIMD groups of a combine threadgroup.
-        pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup once there are
-            ``pack_many`` rows; below, a pair has a threadgroup to itself.
-        pack_many (int): See ``pack_pairs``.
+        pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
+        pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
+            sets of tokens.
         replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
             replayed.
     """
@@ -40,7 +40,7 @@ class Tuning:
     busy_threadgroups: int = 0
     combine_groups: int = 4
     pack_pairs: int = 4
-    pack_many: int = 512
+    pack_threadgroups: int = 256
     replay: bool = False
 
     def when(self, parallel: int) -> "Tuning":
@@ -72,6 +72,7 @@ TUNING = {
         busy_keys=32,
         busy_groups=4,
         busy_threadgroups=264,
+        pack_threadgroups=528,
         replay=True,
     ),
 }

@@ -185,11 +185,13 @@ def check_attend(
     normal = tuning.TUNING[machine]
     for name, forced in (("one split", 1 << 20), ("splits", 0)):
         tuning.TUNING[machine] = replace(normal, single=forced)
+        fused.forget()
         got = fused.attend(q, rows, T, fmt, D**-0.5, **arguments)
         mx.eval(got)
         want = on_cpu(reference.attend, q, rows, T, fmt, D**-0.5, **arguments)
         out[name] = worst(got, want)
     tuning.TUNING[machine] = normal
+    fused.forget()
     return out
 
 
@@ -333,13 +335,13 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
         tuning.TUNING[machine] = replace(
             normal, keys=keys, simd_groups=groups, threadgroups=total, busy=1 << 30
         )
-        fused.attend_parts.cache_clear()
-        fused._launch.cache_clear()
+        fused.forget()
         if tuning.attend_shape(fmt.layout, tuning.TUNING[machine]) != (groups, keys):
             continue
         parts = fused.attend_parts(fmt, B, Hq, Hkv, 1, T)
         results.append((time_attend(fmt, Hq, Hkv, B, T), keys, groups, total, parts))
     tuning.TUNING[machine] = normal
+    fused.forget()
     print(f"B={B} length {T}: ms, keys, SIMD groups, threadgroups, splits")
     for t, *sizes in sorted(results)[:12]:
         print(f"  {t * 1e3:.4f} {sizes}", flush=True)

@@ -226,20 +226,38 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
     def error(s, n):
         return np.linalg.norm(s * (n - offset) - y, axis=1, keepdims=True)
 
-    allowed = np.zeros_like(scale, bool)
+    # Of every scale that may have been tried: whether the codes are its codes, and its error.
     least = np.full_like(scale, np.inf)
+    tried = []
     for factor in searched:
         ends = [np.maximum(top + sign * top_slack, 0) * factor / outermost for sign in (-1, 1)]
         ends = [oracle._fp16(end) for end in ends]
-        allowed |= (scale == ends[0]) | (scale == ends[1])
+        for end in ends:
+            low, high = (oracle._encode(y + sign * slack, end, bits, rule) for sign in (-1, 1))
+            its = ((n >= low) & (n <= high)).all(axis=1, keepdims=True)
+            tried.append((end, its, error(end, n)))
         worst = np.maximum(*(error(end, oracle._encode(y, end, bits, rule)) for end in ends))
         least = np.minimum(least, worst)
-    assert allowed.all(), f"{(~allowed).sum()} scales are none of those tried, {scale[~allowed]}"
-    low, high = (oracle._encode(y + sign * slack, scale, bits, rule) for sign in (-1, 1))
-    off = (n < low) | (n > high)
-    assert not off.any(), f"{off.sum()} of {off.size} codes: {n[off]}, not {low[off]}"
     limit = least * (1 + 5e-6) + 2 * np.linalg.norm(noise, axis=1, keepdims=True)
-    assert (error(scale, n) <= limit).all(), "a scale with a smaller squared error was passed over"
+    sound = np.zeros_like(scale, bool)
+    for end, its, found in tried:
+        if len(searched) == 1:
+            stored = scale == end
+        else:
+            # The length in fp32, and in it the noise of y.
+            real = np.where(end == 0, 0.0, oracle._length_scale(y, n))
+            spread = real * 2e-6 + np.where(
+                end == 0, 0.0, np.linalg.norm(noise, axis=1, keepdims=True) * 2
+            )
+            low, high = (oracle._fp16(np.maximum(real + x, 0)) for x in (-spread, spread))
+            stored = (scale >= low) & (scale <= high)
+        sound |= its & stored & (found <= limit)
+    assert sound.any() or not len(sound)
+    assert sound.all(), (
+        f"{(~sound).sum()} of {sound.size} groups have codes or a scale of no candidate, or of one "
+        f"with a larger squared error: {y[~sound[:, 0]][:1]} {n[~sound[:, 0]][:1]} "
+        f"{scale[~sound][:1]}"
+    )
 
     same = scale == want_scale
     differ, others = ((n != want_n) & same).sum(), (~same).sum()

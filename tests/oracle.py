@@ -11,7 +11,7 @@ Source: arXiv 2605.05699; the centre, the balanced scale and the half-step level
 import numpy as np
 
 KEYS, VALUES = 0, 1  # the streams of `signs`
-SEARCH = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+SEARCH = (0.98, 0.92, 0.86)
 FP16_MAX = 65504.0
 MASK64 = 2**64 - 1
 
@@ -125,6 +125,12 @@ def _encode(y: np.ndarray, scale: np.ndarray, bits: int, rule: str) -> np.ndarra
     return np.where(scale == 0, middle, n).astype(np.int64)
 
 
+def _length_scale(y: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """The scale [..., G, 1] at which 4-bit codes n of y [..., G, g] have y's length."""
+    squares = (y**2).sum(axis=-1, keepdims=True) / ((n - 7.5) ** 2).sum(axis=-1, keepdims=True)
+    return np.sqrt(squares)
+
+
 def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Round y [..., D] in groups of group_size neighbours.
 
@@ -133,7 +139,9 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
 
     rule "absmax": scale = fp16(max|y| / 7.5), value = scale * (n - 7.5), n = 0 ... 15; for 8 bits
     127.5 and 0 ... 255. "search": for 4 bits the scale fp16(c * max|y| / 7.5), c in `SEARCH`, with
-    the least squared error, the first on ties; for 8 bits the same as "absmax". "paper":
+    the least squared error, the first on ties, gives the codes, and the scale that is stored is
+    fp16(|y| / |n - 7.5|), Euclidean norms of the group, or 0 where that scale is 0; for 8 bits the
+    same as "absmax". "paper":
     scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255.
 
     A scale beyond fp16 is 65504. A scale of 0 gives code 8 (128) and value 0. A group with a NaN or
@@ -161,7 +169,10 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
             scale = np.where(error < least, candidate, scale)
             least = np.minimum(error, least)
 
-    codes = np.where(broken, 0, _encode(groups, scale, bits, rule))
+    codes = _encode(groups, scale, bits, rule)
+    if len(factors) > 1:
+        scale = np.where(scale == 0, 0.0, _fp16(_length_scale(groups, codes)))
+    codes = np.where(broken, 0, codes)
     scale = np.where(broken, np.nan, scale)
     values = scale * (codes - offset)
     return codes.reshape(y.shape), scale[..., 0], values.reshape(y.shape)

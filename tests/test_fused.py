@@ -51,16 +51,12 @@ def emulator():
 def launches(monkeypatch):
     """Set launch sizes: ``launches(single=0)`` splits whatever can be split."""
 
-    def forget():
-        for cached in (fused.attend_parts, fused._launch):
-            cached.cache_clear()
-
     def change(**sizes):
         monkeypatch.setitem(tuning.TUNING, "metal", replace(tuning.TUNING["metal"], **sizes))
-        forget()
+        fused.forget()
 
     yield change
-    forget()
+    fused.forget()
 
 
 def rng(*seed):
@@ -127,7 +123,10 @@ def test_fft_in_a_simd_group(emulator, D):
         const int c = BACK ? after + 2 * a : before + kvq::point_step(D, 0) * a;
         z[a] = float2(x[c], x[c + 1]);
       }
-      if (BACK) kvq::rotate_back<D, 0>(z, table, lane); else kvq::rotate<D, 0>(z, table, lane);
+      kvq::lane_table<D> w;
+      kvq::read_table<D, 0>(w, table, lane);
+      if (BACK) kvq::rotate_back<D, 0>(z, w, table, lane);
+      else kvq::rotate<D, 0>(z, w, table, lane);
       if (lane < uint(kvq::lanes_of(D))) {
         for (int a = 0; a < kvq::points_of(D); a++) {
           const int c = BACK ? before + kvq::point_step(D, 0) * a : after + 2 * a;
@@ -198,14 +197,18 @@ def test_quantize_strange_vectors(emulator, spec):
         assert mx.array_equal(a, b, equal_nan=a.dtype == mx.float16)
 
 
-def test_quantize_takes_any_strides_and_many_rows(emulator, launches):
-    launches(pack_many=4, pack_pairs=2)
-    fmt = format_of("int4-srft", 64)
-    k = normal(1, 2, 64, 7, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
-    v = normal(2, 1, 7, 128, dtype=mx.float16).swapaxes(0, 1)[..., 64:]
+@pytest.mark.parametrize("sizes", [{}, {"pack_pairs": 2, "pack_threadgroups": 2}])
+@pytest.mark.parametrize("D, group", [(64, 32), (96, 24)])
+def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, D, group):
+    """Also where a SIMD group does several sets of tokens, and the last set is not whole."""
+    launches(**sizes)
+    fmt = format_of(f"int4-srft:group_size={group}", D)
+    k = normal(1, 2, D, 77, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
+    v = normal(2, 1, 77, 2 * D, dtype=mx.float16).swapaxes(0, 1)[..., D:]
     want = reference.quantize_pack(k, v, fmt)
     assert mx.array_equal(fused.quantize_pack(k, v, fmt), want)
-    assert emulator.counters[-1].threadgroups == 1  # 14 rows, eight to a pair of SIMD groups
+    if sizes:
+        assert emulator.counters[-1].threadgroups == 2  # one for each of the two heads
 
 
 @pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
