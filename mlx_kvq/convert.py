@@ -25,7 +25,7 @@ from . import __version__, model_card, plugin, repository
 from .baselines import bytes_per_token, candidate
 from .cache import _PackedCache
 from .calibrate import calibrate, sample_text
-from .evaluate import Evaluation, _read, evaluate, read_recall
+from .evaluate import _read, evaluate, read_recall
 from .model import _leaves, disable, enable
 from .spec import OFF, Spec
 
@@ -121,7 +121,9 @@ def _check_in_place(target: Path, options: dict) -> None:
             f"There is no repository '{target}' to add a cache to: give its --mlx-path, or "
             "--hf-path to convert a model."
         )
-    repository.read_config(target)  # before the minutes of work
+    # Whatever can be wrong is found before the minutes of work.
+    repository.read_config(target)
+    model_card.load(target)
 
 
 @contextmanager
@@ -177,6 +179,7 @@ def _add(
     progress: bool,
 ) -> None:
     model, tokenizer = _load(folder, trust)
+    windows = _windows(tokenizer, evaluate_on) if evaluate_on else {}
     calibration = None
     if spec.calibrate != "off":
         calibration = calibrate(model, tokenizer, texts, progress=progress)
@@ -192,7 +195,16 @@ def _add(
     if evaluate_on:
         if mx.default_device().type == mx.DeviceType.cpu:
             model.set_dtype(mx.float32)  # as half precision is only emulated there
-        evaluation = _evaluate(model, tokenizer, spec, calibration, evaluate_on, recall, progress)
+        evaluation = evaluate(
+            model,
+            tokenizer,
+            [OFF, str(spec)],
+            list(evaluate_on.values()),
+            **windows,
+            recall=recall,
+            calibration=calibration,
+            progress=progress,
+        )
         sizes = [evaluation[c].bytes_per_token for c in (OFF, str(spec))]
     else:
         sizes = [_bytes_per_token(model, tokenizer, c, calibration) for c in (OFF, spec)]
@@ -209,7 +221,7 @@ def _add(
     print(f"[mlx_kvq] {name}: {report}", file=sys.stderr)
 
 
-def _evaluate(model, tokenizer, spec, calibration, texts, recall, progress) -> Evaluation:
+def _windows(tokenizer, texts: dict[str, str]) -> dict[str, int]:
     """As many windows as the shortest text has, at most 16 of 1024 tokens."""
     most = 16 * WINDOW * WINDOWS  # characters
     tokens = min(len(tokenizer.encode(t[:most], add_special_tokens=False)) for t in texts.values())
@@ -218,18 +230,7 @@ def _evaluate(model, tokenizer, spec, calibration, texts, recall, progress) -> E
         raise ValueError(
             f"A text of {tokens} tokens is too short to evaluate on: {4 * CHUNK} are the least."
         )
-    return evaluate(
-        model,
-        tokenizer,
-        [OFF, str(spec)],
-        list(texts.values()),
-        windows=min(WINDOWS, tokens // window),
-        tokens=window,
-        chunk=CHUNK,
-        recall=recall,
-        calibration=calibration,
-        progress=progress,
-    )
+    return {"windows": min(WINDOWS, tokens // window), "tokens": window, "chunk": CHUNK}
 
 
 def _bytes_per_token(model, tokenizer, spec, calibration) -> float:

@@ -25,6 +25,20 @@ OURS = "kv_cache"  # argument of our results' metrics, by which the next convers
 _BLOCK = re.compile(r"<!-- mlx_kvq -->.*?<!-- /mlx_kvq -->\n?", re.DOTALL)
 
 
+def load(folder: Path) -> ModelCard:
+    """The card of the repository in ``folder``, an empty one if there is none.
+
+    Raises:
+        ValueError: If the metadata of its README.md cannot be read.
+    """
+    path = folder / "README.md"
+    try:
+        return ModelCard.load(path) if path.is_file() else _empty()
+    except Exception as error:  # of the YAML library or of huggingface_hub
+        line = str(error).strip().split("\n")[0]
+        raise ValueError(f"The metadata of '{path}' cannot be read: {line}") from error
+
+
 def make(
     folder: Path,
     name: str,
@@ -46,14 +60,9 @@ def make(
         note (str): What else is to be said of the evaluation.
 
     Raises:
-        ValueError: If the metadata of a README.md that is there cannot be read.
+        ValueError: As :func:`load`.
     """
-    path = folder / "README.md"
-    try:
-        card = ModelCard.load(path) if path.is_file() else _empty()
-    except Exception as error:  # of the YAML library or of huggingface_hub
-        line = str(error).strip().split("\n")[0]
-        raise ValueError(f"The metadata of '{path}' cannot be read: {line}") from error
+    card = load(folder)
     data: Any = card.data
     data.library_name = data.library_name or "mlx"
     data.pipeline_tag = data.pipeline_tag or "text-generation"
