@@ -23,7 +23,9 @@ HELP = (
     "Keep keys and values packed, for example 'int4-srft' (4.5 bits per value), 'k8v4-srft', "
     "'int8-srft'; 'fp16' is the model's own cache. From mlx_kvq."
 )
-CHUNK = 128  # tokens per step of mlx_lm.perplexity, which has no cache of its own
+# Tokens per step of what scores a text in one step, where nothing would be read from the cache:
+# mlx_lm.perplexity, and mlx_lm.evaluate up to 2048 tokens.
+CHUNK = 128
 
 _asked: str | None = None  # --kv-cache of this process
 _option = ""  # and how it was asked for
@@ -53,6 +55,8 @@ def patch(module: ModuleType) -> None:
         names["load_prompt_cache"] = _knowing_our_caches(names["load_prompt_cache"])
     if "eval_ppl" in names:
         names["eval_ppl"] = _through_the_cache(names["eval_ppl"])
+    if "MLXLM" in names:
+        names["MLXLM"]._score_fn = _in_chunks(names["MLXLM"]._score_fn)
 
 
 def _spec(text: str) -> str:
@@ -247,5 +251,17 @@ def _through_the_cache(eval_ppl):
 
         print(f"[mlx_kvq] perplexity over chunks of {CHUNK} tokens", file=sys.stderr)
         return eval_ppl(chunked, *args, **kwargs)
+
+    return wrapper
+
+
+def _in_chunks(score):
+    """mlx_lm.evaluate's scoring of a text, which would read no cache in its first 2048 tokens."""
+
+    @functools.wraps(score)
+    def wrapper(self, inputs, cache=None, **kwargs):
+        if _asked is not None and cache is None:
+            kwargs.setdefault("step_size", CHUNK)
+        return score(self, inputs, cache, **kwargs)
 
     return wrapper
