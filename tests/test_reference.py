@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mlx_kvq import reference
+from mlx_kvq import reference, rotation
 from mlx_kvq.format import Calibration, make_format
 from mlx_kvq.spec import Spec
 from tests import oracle
@@ -74,11 +74,20 @@ def test_half_a_step_is_the_largest_error(rule, y):
 
 @some
 @given(vectors())
-def test_the_search_is_never_worse(y):
-    def error(rule):
-        return np.square(np.array(quantized(y, 4, rule)[2]) - y, dtype=np.float64).sum(axis=-1)
-
-    assert (error("search") <= error("absmax") * (1 + 1e-5)).all()
+def test_the_search_keeps_the_length(y):
+    """To the rounding of the scale to fp16, 2^-11; codes are those of the best scale tried."""
+    codes, scales, values = quantized(y, 4, "search")
+    length = np.linalg.norm(y, axis=-1)
+    assert (np.abs(np.linalg.norm(values, axis=-1) - length) <= 2.0**-11 * length * 1.01).all()
+    levels = np.array(codes) - 7.5
+    errors, found = [], []
+    for c in reference.SEARCH:
+        s = np.abs(y).max(axis=-1, keepdims=True) * np.float32(c / 7.5)
+        s = np.minimum(s, 65504).astype(np.float16).astype(np.float64)
+        nearest = np.clip(np.floor(y / s), -8, 7) + 0.5
+        errors.append(np.square(y - s * nearest).sum(axis=-1))
+        found.append(np.square(y - s * levels).sum(axis=-1))
+    assert (np.min(found, axis=0) <= np.min(errors, axis=0) * (1 + 1e-5)).all()
 
 
 @given(any_rule, st.integers(1, 5))
@@ -156,3 +165,48 @@ def test_batch_and_heads_are_independent(form):
         mine = (slice(b, b + 1), slice(3 * h, 3 * h + 3))
         alone = reference.attend(q[mine], rows[b, None, h, None], 20, fmt, 0.125, "causal")
         np.testing.assert_allclose(out[mine], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", ["int4-srft", "k8v4-srft", "int8-none:group_size=24"])
+@pytest.mark.parametrize("L", [1, 100])
+def test_blocks_change_nothing(form, L, monkeypatch):
+    """Not a bit: what a token adds must not depend on how many came with it."""
+    D = 72 if "24" in form else 64
+    fmt = make_format(Spec.parse(form), D)
+    k, v, q = (normal(2, h, n, D, seed=n + i) for i, (h, n) in enumerate([(2, L), (2, L), (6, 1)]))
+    rows = reference.quantize_pack(k, v, fmt)
+    whole = reference.attend(q, rows, L, fmt, 0.125)
+    monkeypatch.setattr(reference, "_PACK_BLOCK", 12)
+    monkeypatch.setattr(reference, "_KEY_BLOCK", 7)
+    assert mx.array_equal(reference.quantize_pack(k, v, fmt), rows)
+    assert mx.array_equal(reference.attend(q, rows, L, fmt, 0.125), whole)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_mask_of_minus_infinity(dtype, sinks):
+    """A row whose mask lets nothing through is finite, and the others are as without it."""
+    fmt = make_format(Spec.parse("int4-srft"), 64)
+    k, v, q = (
+        normal(1, h, n, 64, seed=n + i) for i, (h, n) in enumerate([(2, 40), (2, 40), (4, 3)])
+    )
+    rows = reference.quantize_pack(k, v, fmt)
+    mask = mx.where(mx.arange(40) >= mx.array([0, 40, 5])[:, None], 0.0, -mx.inf).astype(dtype)
+    sinks = mx.zeros((4,)) if sinks else None
+    out = reference.attend(q, rows, 40, fmt, 0.125, mask, sinks)
+    assert mx.all(mx.isfinite(out))
+    for i in (0, 2):
+        same = reference.attend(q[:, :, i : i + 1], rows, 40, fmt, 0.125, mask[i] == 0, sinks)
+        np.testing.assert_allclose(out[:, :, i : i + 1], same, atol=2e-6)
+
+
+@pytest.mark.parametrize("D", [8, 24, 40, 64, 72, 80, 112, 128, 192, 256, 512])
+def test_the_fast_rotation_is_the_matrix(D):
+    x, R = normal(3, 5, D, seed=D), np.array(rotation.matrix("srft", 7, 1, D), dtype=np.float64)
+    y = rotation.srft(x, 7, 1)
+    np.testing.assert_allclose(y, np.array(x, dtype=np.float64) @ R.T, atol=3e-6)
+    np.testing.assert_allclose(rotation.srft_inverse(x, 7, 1), np.array(x) @ R, atol=3e-6)
+    # A vector's bits must not depend on its company.
+    alone = rotation.srft(x[1:2, 3:4], 7, 1), rotation.srft_inverse(y[1:2, 3:4], 7, 1)
+    assert mx.array_equal(alone[0], y[1:2, 3:4])
+    assert mx.array_equal(alone[1], rotation.srft_inverse(y, 7, 1)[1:2, 3:4])
