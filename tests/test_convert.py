@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from mlx.utils import tree_flatten
-from mlx_lm import load
+from mlx_lm import generate, load
 
 import mlx_kvq
 from mlx_kvq import cli, model_card, repository
@@ -142,7 +142,7 @@ def test_the_model_is_mlx_lms_own(flags, options, unquantized, text, tmp_path, c
     (QWEN, 4, "int4-srft:high=last"), (GEMMA, 6, "k8v4-srft:calibrate=off,skip=first"),
 ])  # fmt: skip
 def test_both_bundled_models(source, layers, spec, text, tmp_path, capsys, quick):
-    """Convert, evaluate, inspect; tests/test_hub.py generates from a shell."""
+    """Convert, evaluate, inspect, generate; tests/test_hub.py does so from a shell."""
     folder = tmp_path / "model"
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(NOVEL.read_text()[:1200])
@@ -190,6 +190,13 @@ def test_both_bundled_models(source, layers, spec, text, tmp_path, capsys, quick
         status, _, err = run(capsys, "inspect", folder, "--plot", plot)
         assert "There is nothing to plot" in err
         assert status == 1
+    model, tokenizer = load(str(folder))
+    assert f"[mlx_kvq] {spec}: packed {packed} of {layers} layers" in capsys.readouterr().err
+    by_hand, _ = load(str(source))
+    found = repository.of(model).calibration
+    mlx_kvq.enable(by_hand, spec, calibration=found, verbose=False)
+    texts = [generate(m, tokenizer, "It was", max_tokens=4) for m in (model, by_hand)]
+    assert texts[0] == texts[1] != ""
 
 
 def test_in_place_and_again(text, tmp_path, capsys, quick):
