@@ -19,7 +19,7 @@ from .calibration import CalibrationSet
 from .shards import all_ranks
 
 SAMPLES = 16  # values of a tensor that go into the hash
-VERSION = 1  # of what is done here; another one does not read our files
+VERSION = 2  # of what is done here; another one does not read our files
 RANDOM_TOKENS = 512
 SAMPLE_TOKENS = 2048
 

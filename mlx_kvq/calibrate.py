@@ -22,7 +22,9 @@ from .format import Calibration
 from .statistics import LayerMoments, collect
 
 TOKENS = 32768  # of text, at most
-LENGTH = 2048  # of one window
+# Of one window. μ is a mean over its positions: on contexts of 1024 tokens windows of 512, 2048 and
+# 4096 cost tiny-qwen2 11, 12 and 16 % more KL, on contexts of 4096 tokens 1024 is as good as any.
+LENGTH = 1024
 FLOOR = 1e-6  # of the mean power; a channel below it counts as this strong
 
 

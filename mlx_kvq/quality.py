@@ -29,18 +29,19 @@ def compare(
     """Per-token figures of a chunk.
 
     Args:
-        p (mx.array): The baseline's probabilities, fp32 [L, vocabulary].
+        p (mx.array): The baseline's probabilities, fp32 [..., L, vocabulary].
         exact (mx.array): Their logarithms.
         got (mx.array): Log-probabilities with the cache under test, the same shape.
-        targets (mx.array): The next tokens, [L] or [L - 1] at the end of a text.
+        targets (mx.array): The next tokens, [..., L] or [..., L - 1] at the end of a text.
 
     Returns:
-        KL(exact || got) [L], whether the most likely token is the same [L], and the loss of
-        ``got`` in nats, as long as ``targets``.
+        KL(exact || got) [..., L], whether the most likely token is the same [..., L], and the
+        loss of ``got`` in nats, in the shape of ``targets``.
     """
     kl = (p * (exact - got)).sum(axis=-1)
     same = exact.argmax(axis=-1) == got.argmax(axis=-1)
-    loss = -mx.take_along_axis(got[: targets.shape[0]], targets[:, None], axis=-1)[:, 0]
+    got = got[..., : targets.shape[-1], :]
+    loss = -mx.take_along_axis(got, targets[..., None], axis=-1).squeeze(-1)
     return kl, same, loss
 
 
@@ -51,6 +52,7 @@ def measure(
     chunk: int,
     advance: Callable[[int], object] = lambda n: None,
     finished: Callable[[str, list], None] = lambda name, caches: None,
+    batch: int = 1,
 ) -> dict[str, Scores]:
     """Feed windows through the same model with each kind of cache, a chunk at a time.
 
@@ -63,19 +65,21 @@ def measure(
         makers (dict): Name -> makes caches; the first one is the baseline.
         windows (mx.array): Tokens [N, T], T > ``chunk``.
         chunk (int): Tokens fed at a time.
-        advance: Called with 1 after each chunk of each cache.
+        advance: Called with 1 after each chunk of each cache and batch.
         finished: Called with a name and its caches at the end of the last window.
+        batch (int): Windows fed side by side.
     """
     scores = {name: Scores() for name in makers}
-    T = windows.shape[1]
-    for window in windows:
+    N, T = windows.shape
+    for first in range(0, N, batch):
+        some = windows[first : first + batch]
         caches = {name: make() for name, make in makers.items()}
         parts: dict[str, list] = {name: [] for name in makers}
         for start in range(0, T, chunk):
-            tokens, targets = window[start : start + chunk], window[start + 1 : start + chunk + 1]
+            tokens, targets = some[:, start : start + chunk], some[:, start + 1 : start + chunk + 1]
             p: mx.array | None = None
             for name, cache in caches.items():
-                logits = model(tokens[None], cache=cache)[0]
+                logits = model(tokens, cache=cache)
                 if start == 0:
                     mx.eval([c.state for c in cache])
                 else:
@@ -87,10 +91,10 @@ def measure(
                     parts[name].append([np.array(f) for f in figures])
                 advance(1)
         for name, part in parts.items():
-            kl, same, loss = (np.concatenate(p) for p in zip(*part, strict=True))
-            scores[name].kl.append(kl.astype(np.float64))
-            scores[name].same.append(same)
-            scores[name].loss.append(loss.astype(np.float64))
+            kl, same, loss = (np.concatenate(p, axis=1) for p in zip(*part, strict=True))
+            scores[name].kl.extend(kl.astype(np.float64))
+            scores[name].same.extend(same)
+            scores[name].loss.extend(loss.astype(np.float64))
     for name, cache in caches.items():
         finished(name, cache)
     return scores

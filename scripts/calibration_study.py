@@ -1,110 +1,185 @@
-"""KL of calibrated and uncalibrated caches, on a model as it is and with key outliers.
+"""What calibration is worth: KL of caches on models as they are and with key outliers.
 
-Every window is fed in chunks, so that each chunk but the first attends to packed history; all
-windows of a text are one batch. Prints one line per text, outlier and cache:
+Every window is fed in chunks, so that each chunk but the first, which is not scored, attends to
+what the cache remembers; all windows of a text are one batch. Figures are added to ``--json``
+block by block, and what is there already is not measured again:
 
-    python scripts/calibration_study.py --model MODEL --calibration-text novels.txt \\
-        --text heldout.txt --text wiki.txt --json study.json
+    python scripts/calibration_study.py --model tiny-qwen2 --model tiny-llama \\
+        --calibration-text novels.txt --text heldout.txt --text wiki.txt --json study.json
+    python scripts/calibration_study.py --json study.json --report   # the tables, in Markdown
+
+``kv4`` and ``kv8`` are mlx-lm's affine quantization on every layer, groups of 64, rounded when
+written and kept unpacked: mlx-lm itself has no such cache for sliding layers.
 """
 
 import argparse
 import json
+import os
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm import load
-from mlx_lm.models.cache import make_prompt_cache
 from outliers import make_outlier
 from tqdm import tqdm
 
 import mlx_kvq
+from mlx_kvq.baselines import KV_BITS, KV_GROUP, candidate, own
+from mlx_kvq.quality import Estimate, measure, summarize
 
-SPECS = [
-    "int4-srft:group_size=64,scale=paper,calibrate=off",
-    "int4-srft:group_size=64,calibrate=off",
-    "int4-srft:group_size=64",
-    "int4-srft:group_size=64,rounding=feedback",
-    "k8v4-srft:group_size=64",
-]
+OURS = {
+    "paper": "int4-srft:group_size={g},scale=paper,calibrate=off",
+    "off": "int4-srft:group_size={g},calibrate=off",
+    "int4": "int4-srft:group_size={g}",
+    "k8v4": "k8v4-srft:group_size={g}",
+    "int8": "int8-srft:group_size={g}",
+}
+TITLES = {
+    "paper": "int4, paper's rule",
+    "off": "int4, `calibrate=off`",
+    "int4": "**int4**",
+    "k8v4": "k8v4",
+    "int8": "int8",
+    "kv4": "mlx-lm kv4",
+    "kv8": "mlx-lm kv8",
+}
 
 
-def log_probabilities(model, windows, caches, chunk):
-    """windows [N, T] -> log-probabilities [N, chunk, V], chunk by chunk."""
-    for i in range(0, windows.shape[1], chunk):
-        logits = model(windows[:, i : i + chunk], cache=caches).astype(mx.float32)
-        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        mx.eval(logits)
-        yield logits
+def affine(model, bits):
+    """Makes the model's own caches, each of which rounds what it is given as mlx-lm would."""
+
+    def rounded(x):
+        parts = mx.quantize(x.astype(mx.float16), KV_GROUP, bits)
+        return mx.dequantize(*parts, KV_GROUP, bits).astype(x.dtype)
+
+    def make():
+        caches = own(model).make()
+        for cache in caches:
+            update = cache.update_and_fetch
+            cache.update_and_fetch = lambda k, v, update=update: update(rounded(k), rounded(v))
+        return caches
+
+    return make
 
 
-def measure(model, windows, exact, caches, chunk):
-    """Mean KL per token with its standard error over windows, and the change of perplexity."""
-    N, T = windows.shape
-    following = mx.concatenate([windows[:, 1:], windows[:, :1]], axis=1)
-    kl, loss = [], []
-    for i, (p, q) in enumerate(
-        zip(exact, log_probabilities(model, windows, caches, chunk), strict=True)
-    ):
-        kl.append((mx.exp(p) * (p - q)).sum(axis=-1))
-        target = following[:, i * chunk : (i + 1) * chunk, None]
-        loss.append(mx.take_along_axis(p - q, target, axis=-1)[..., 0])
-        mx.eval(kl[-1], loss[-1])
-    per_window = np.array(mx.concatenate(kl, axis=1).mean(axis=1))
-    change = mx.concatenate(loss, axis=1)[:, : T - 1].mean().item()
-    return per_window.mean(), per_window.std(ddof=1) / np.sqrt(N), np.expm1(change)
+def contenders(model, group, calibration):
+    """Name -> makes caches, the baseline first; mlx-lm's beside groups of its own size."""
+    makers = {"own": own(model).make}
+    for name, spec in OURS.items():
+        makers[name] = candidate(model, spec.format(g=group), calibration=calibration).make
+    if group == KV_GROUP:
+        makers |= {name: affine(model, bits) for name, bits in KV_BITS.items()}
+    return makers
+
+
+def block(model, tokenizer, calibration, text, group, args):
+    """The figures of every cache on one text."""
+    n = args.windows * args.tokens
+    ids = tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 16 * n])[:n]
+    windows = mx.array(ids).reshape(args.windows, args.tokens)
+    makers = contenders(model, group, calibration)
+    steps = len(makers) * -(-args.tokens // args.chunk)
+    with tqdm(total=steps, desc="chunks", leave=False) as bar:
+        scores = measure(model, makers, windows, args.chunk, bar.update, batch=args.windows)
+    return [asdict(summarize(name, scores[name], scores["own"], 0)) for name in makers]
+
+
+def save(found, path):
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    os.replace(part, path)
+
+
+def run(args, found):
+    def key_of(model, outlier, text, group):
+        return f"{Path(model).name} {outlier} {Path(text).name} {group}"
+
+    wanted = [
+        (group, text, model, outlier)
+        for group, text, model, outlier in product(
+            args.group_size, args.text, args.model, args.outliers
+        )
+        if key_of(model, outlier, text, group) not in found
+    ]
+    models = {}
+    for group, text, name, outlier in tqdm(wanted, desc="blocks"):
+        if (name, outlier) not in models:
+            model, tokenizer = load(name)
+            model.set_dtype(mx.float32)
+            make_outlier(model, outlier)
+            given = args.calibration_text and Path(args.calibration_text).read_text("utf-8")
+            options = {"tokens": args.calibration_tokens, "length": args.calibration_length}
+            calibration = mlx_kvq.calibrate(model, tokenizer, given or None, **options)
+            models[name, outlier] = model, tokenizer, calibration
+        figures = block(*models[name, outlier], text, group, args)
+        found[key_of(name, outlier, text, group)] = figures
+        save(found, args.json)
+        for f in figures[1:]:
+            line = f"{name} {outlier:5} {group} {f['name']:6} {f['kl']['mean']:.4f}"
+            tqdm.write(f"{line} {f['change']['mean']:+.2%}")
+
+
+def report(found):
+    """Markdown: for each text and group a table of KL, with its ratios, and one of the rest."""
+    keys = [key.split(" ") for key in found]
+    for text, group in dict.fromkeys((k[2], k[3]) for k in keys):
+        columns = [k for k in keys if k[2:] == [text, group]]
+        cells = [{f["name"]: f for f in found[" ".join(k)]} for k in columns]
+        print(f"\n### {text}, groups of {group}\n")
+        head = [m.removeprefix("tiny-") + ("" if o == "none" else f", {o}") for m, o, *_ in columns]
+        print("| KL |", " | ".join(head), "|")
+        print("|---|" + "--:|" * len(head))
+        for name, title in TITLES.items():
+            row = [kl(c[name]) if name in c else "–" for c in cells]
+            if any(x != "–" for x in row):
+                print(f"| {title} |", " | ".join(row), "|")
+        row = [f"{c['int4']['kl']['mean'] / c['paper']['kl']['mean']:.2f}" for c in cells]
+        print("| int4 / paper's rule |", " | ".join(row), "|")
+        if all("kv4" in c for c in cells):
+            row = [f"{c['int4']['kl']['mean'] / c['kv4']['kl']['mean']:.2f}" for c in cells]
+            print("| int4 / kv4 |", " | ".join(row), "|")
+        print("\n| int4 |", " | ".join(head), "|")
+        print("|---|" + "--:|" * len(head))
+        for title, show in {
+            "KL 99 %": lambda f: f"{f['kl_p99']:.3f}",
+            "top-1": lambda f: f"{f['top1']:.1%}",
+            "perplexity": lambda f: change(Estimate(**f["change"])),
+        }.items():
+            print(f"| {title} |", " | ".join(show(c["int4"]) for c in cells), "|")
+
+
+def kl(f):
+    return f"{f['kl']['mean']:.2g}" if f["kl"]["mean"] < 0.001 else f"{f['kl']['mean']:.4f}"
+
+
+def change(e):
+    return f"{100 * e.mean:+.1f} ± {50 * (e.high - e.low):.1f} %"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="Local model directory, not quantized.")
-    parser.add_argument("--text", required=True, action="append", help="A text file; repeatable.")
+    parser.add_argument("--model", action="append", help="Local model directory, not quantized.")
+    parser.add_argument("--text", action="append", help="A text file; repeatable.")
     parser.add_argument("--calibration-text", help="Without one: the built-in sample text.")
-    parser.add_argument("--calibration-length", type=int, default=2048)
+    parser.add_argument("--calibration-tokens", type=int, default=32768, help="At most.")
+    parser.add_argument("--calibration-length", type=int, default=1024, help="Of its windows.")
     parser.add_argument("--outliers", nargs="+", default=["none", "scale", "bias"])
+    parser.add_argument("--group-size", nargs="+", type=int, default=[64, 32])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1024, help="Tokens in a window.")
     parser.add_argument("--chunk", type=int, default=128, help="Tokens fed at a time.")
-    parser.add_argument("--json", help="Write the figures here, too.")
-    parser.add_argument("specs", nargs="*", default=SPECS, metavar="SPEC")
+    parser.add_argument("--json", required=True, help="Where the figures are, and are added.")
+    parser.add_argument("--report", action="store_true", help="Print the tables, measure nothing.")
     args = parser.parse_args()
-
-    def read(name):
-        return Path(name).read_text(encoding="utf-8")
-
-    rows = []
-    for outlier in args.outliers:
-        model, tokenizer = load(args.model)
-        model.set_dtype(mx.float32)
-        make_outlier(model, outlier)
-        texts = None if args.calibration_text is None else read(args.calibration_text)
-        calibration = mlx_kvq.calibrate(model, tokenizer, texts, length=args.calibration_length)
-        for name in args.text:
-            n = args.windows * args.tokens
-            tokens = mx.array(tokenizer.encode(read(name)[: 16 * n])[:n])
-            windows = tokens.reshape(args.windows, args.tokens)
-            exact = list(log_probabilities(model, windows, make_prompt_cache(model), args.chunk))
-            for spec in tqdm(args.specs, desc=f"{outlier}, {Path(name).name}", leave=False):
-                given = None if "calibrate=off" in spec else calibration
-                caches = mlx_kvq.make_prompt_cache(model, spec, calibration=given)
-                kl, error, change = measure(model, windows, exact, caches, args.chunk)
-                rows.append(
-                    [Path(args.model).name, outlier, Path(name).name, spec, kl, error, change]
-                )
-                print(
-                    f"{outlier:6} {Path(name).name:22} {spec:52} "
-                    f"{kl:.4f} ± {error:.4f} {change:+.2%}",
-                    flush=True,
-                )
-    if args.json:
-        names = ["model", "outlier", "text", "cache", "kl", "standard_error", "perplexity"]
-        Path(args.json).write_text(
-            json.dumps([dict(zip(names, map(_plain, row), strict=True)) for row in rows], indent=1)
-        )
-
-
-def _plain(value):
-    return value if isinstance(value, str) else float(value)
+    path = Path(args.json)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if args.report:
+        report(found)
+    elif not args.model or not args.text:
+        parser.error("--model and --text are needed to measure.")
+    else:
+        run(args, found)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,19 @@ def test_measure_against_numpy(qwen, tokens):
     assert all(k.max() == 0 for k in scores[own].kl) and all(s.all() for s in scores[own].same)
 
 
+def test_windows_side_by_side_score_as_one_by_one(qwen, gemma, tokens):
+    for model, _ in (qwen, gemma):
+        makers = {c.name: c.make for c in (baselines.own(model), baselines.candidate(model, PLAIN))}
+        windows = mx.concatenate([tokens, tokens[:1, ::-1]])
+        one, two = (measure(model, makers, windows, 26, batch=n) for n in (1, 2))
+        for name in makers:
+            assert len(two[name].kl) == 3
+            for a, b in zip(one[name].kl, two[name].kl, strict=True):
+                np.testing.assert_allclose(a, b, atol=2e-4)
+            for a, b in zip(one[name].loss, two[name].loss, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 def test_chunks_do_not_matter_to_the_models_own_cache(qwen, gemma, tokens):
     for model in (qwen[0], gemma[0]):
         makers = {"own": baselines.own(model).make}

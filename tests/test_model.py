@@ -317,38 +317,58 @@ def test_layers_can_be_skipped_or_kept_in_eight_bits(model, capsys):
             mlx_kvq.enable(model, spec + ",calibrate=off")
 
 
-def test_a_budget_goes_where_the_loss_is(capsys):
-    """Only one layer's keys matter here: it gets the bits, and no more than the budget allows."""
+class Busy(nn.Module):
+    """Attention whose output is the model's, through keys that 4 bits blur and values that they
+    hold exactly (all of one size, without a rotation), or the other way round."""
 
-    class Dull(Attention):
-        def __call__(self, x, cache):
-            return 0 * super().__call__(x, cache)
+    def __init__(self, sensitive):
+        super().__init__()
+        self.sensitive = sensitive
 
-    class Busy(nn.Module):
-        def __call__(self, x, cache):
-            h = mx.sin(x[:, None, :, None] * (1 + mx.arange(64)) * 0.37) * mx.ones((1, 2, 1, 1))
-            k, v = cache.update_and_fetch(3 * h, h)
-            o = scaled_dot_product_attention(3 * h, k, v, cache=cache, scale=1.0, mask="causal")
-            return o.swapaxes(1, 2).flatten(-2)
+    def __call__(self, x, cache):
+        h = mx.sin(x[:, None, :, None] * (1 + mx.arange(64)) * 0.37) * mx.ones((1, 2, 1, 1))
+        even = mx.where(h > 0, 1.0, -1.0)
+        new, scale = ((h, even), 0.2) if self.sensitive == "keys" else ((even, h), 0.0)
+        k, v = cache.update_and_fetch(*new)
+        o = scaled_dot_product_attention(h, k, v, cache=cache, scale=scale, mask="causal")
+        return o.swapaxes(1, 2).flatten(-2)
 
-    class Last(nn.Module):
-        def __init__(self, layers):
-            super().__init__()
-            self.layers = layers
 
-        def __call__(self, tokens, cache):
-            x = (tokens % 97).astype(mx.float32)
-            return sum(
-                layer(x, c).reshape(*x.shape, -1) if isinstance(layer, Busy) else layer(x, c).sum()
-                for layer, c in zip(self.layers, cache, strict=True)
-            )
+class Dull(Attention):
+    def __call__(self, x, cache):
+        return 0 * super().__call__(x, cache)
 
-    model = Last([Dull(64), Busy(), Dull(64)])
-    spec = "int4-srft:group_size=64,calibrate=off"
-    report = mlx_kvq.enable(model, f"{spec},budget=5.6")
-    assert bits(model.make_cache()) == ["int4", "int8", "int4"]
-    assert report.bits_per_value <= 5.6
-    mlx_kvq.enable(model, f"{spec},budget=4.25")
-    assert bits(model.make_cache()) == ["int4"] * 3
+
+class Last(nn.Module):
+    """The sum of its layers' outputs is the logits."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = layers
+
+    def __call__(self, tokens, cache):
+        x = (tokens % 97).astype(mx.float32)
+        return sum(
+            layer(x, c).reshape(*x.shape, -1) if isinstance(layer, Busy) else layer(x, c).sum()
+            for layer, c in zip(self.layers, cache, strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    "sensitive, bought",
+    [
+        ("keys", {4.25: "int4", 4.9: "int4", 5: "k8v4", 5.6: "k8v4"}),
+        ("values", {4.25: "int4", 5: "int4", 5.5: "int4", 5.6: "int8"}),
+    ],
+)
+def test_a_budget_goes_where_the_loss_is(sensitive, bought):
+    """One layer's keys, or its values, are all that matters: it gets the bits that help, if the
+    budget has room for them. For values k8v4 is no help, and is not bought."""
+    model = Last(Dull(64), Busy(sensitive), Dull(64))
+    spec = "int4-none:group_size=64,calibrate=off"
+    for budget, name in bought.items():
+        report = mlx_kvq.enable(model, f"{spec},budget={budget}", verbose=False)
+        assert bits(model.make_cache()) == ["int4", name, "int4"]
+        assert report.bits_per_value <= budget
     with pytest.raises(ValueError, match="A budget of 4.2 bits per value is less than the 4.25"):
         mlx_kvq.enable(model, f"{spec},budget=4.2")
