@@ -4,7 +4,7 @@
 // Layout: q [B, Hq, L, KD] with any strides; rows uint32 [B, Hkv, capacity, W] with any batch and
 //   head strides, the whole buffer; a threadgroup's 8 query rows are rows of the KV head's
 //   [Hq / Hkv * L], head first. info: length, heads per KV head, L, bits of the softmax scale,
-//   causal, window (0: none), starts given.
+//   causal, window (0: none). starts, mask and sinks are there if their constants say so.
 // Grid: (splits, Hkv * blocks of 8 query rows, B) threadgroups of NSG SIMD groups. A split is a
 //   contiguous share of the tiles of TK keys; its SIMD groups take tiles in turn, each with its
 //   own online softmax, without a barrier between them; sums are merged at the end. The length
@@ -52,7 +52,7 @@ const int blocks = (query_rows + 7) / 8;
 const int b = int(threadgroup_position_in_grid.z);
 const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
 const int first_row = int(threadgroup_position_in_grid.y) % blocks * 8;
-const int start = info[6] != 0 ? int(starts[b]) : 0;
+const int start = STARTS ? int(starts[b]) : 0;
 const auto at = kvq::tile_position(lane);
 
 // Which keys each position may attend to: [low, high), checked only in tiles at an edge.

@@ -18,11 +18,13 @@ constexpr bool is_none(int ROTATION) {
   return ROTATION == 2;
 }
 
-// The lanes of a vector: few, for shuffles cost more than arithmetic and a lane's points share
-// them, but no more than eight points a lane where D allows it.
+// The lanes of a vector. WIDE, an enumerator that precedes this file (see fused.py): as many as
+// divide it, for one vector whose result others wait for. Otherwise few, because shuffles cost more
+// than arithmetic and a lane's points share them, but no more than eight points a lane where D
+// allows it.
 constexpr int lanes_of(int D) {
   int m = 1;
-  while (D / 2 / m > 8 && D / 2 / m % 2 == 0 && m < 32) m *= 2;
+  while ((WIDE != 0 || D / 2 / m > 8) && D / 2 / m % 2 == 0 && m < 32) m *= 2;
   return m;
 }
 constexpr int points_of(int D) {

@@ -23,6 +23,9 @@ from .tuning import TUNING, attend_shape, splits
 
 _ROTATIONS = {"srft": 0, "srht": 1, "none": 2}
 _RULES = {"search": 0, "absmax": 1, "paper": 2}
+# Inputs that a launch may do without -> the constant that says whether it has them. Each input
+# costs the host time at every launch.
+_OPTIONAL = {"starts": "STARTS", "mask": "MASK", "sinks": "SINKS"}
 # name -> files of the header, files of the body, inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "k_table")
 _KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -64,7 +67,12 @@ _KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("x", "info", "table"),
         ("out",),
     ),
-    "rotate_outputs": (("rotate", "vectors"), ("rotate_outputs",), ("x", "info", "table"), ("out",)),
+    "rotate_outputs": (
+        ("rotate", "vectors"),
+        ("rotate_outputs",),
+        ("x", "info", "table"),
+        ("out",),
+    ),
 }
 
 
@@ -104,8 +112,10 @@ class _Plan:
     layout: RowLayout
     k_pack: mx.array
     v_pack: mx.array
-    k_query: mx.array
+    k_query: mx.array  # of attend, wide
     v_output: mx.array
+    k_queries: mx.array  # of prefill
+    v_outputs: mx.array
     pack_set: int  # tokens that a pair of SIMD groups packs at once
     pack: _Constants  # compile-time constants
     attend: _Constants
@@ -139,11 +149,13 @@ def _make_plan(fmt: Format) -> _Plan:
     levels = [("HALF_STEP", fmt.scale != "paper")]
     return _Plan(
         layout=lay,
-        k_pack=tables.channel_table(keys, "pack"),
-        v_pack=tables.channel_table(values, "pack"),
-        k_query=tables.channel_table(keys, "query"),
-        v_output=tables.channel_table(values, "output"),
-        pack_set=32 // max(tables.lanes(lay.k_dim), tables.lanes(lay.v_dim)),
+        k_pack=tables.channel_table(keys, "pack", wide=False),
+        v_pack=tables.channel_table(values, "pack", wide=False),
+        k_query=tables.channel_table(keys, "query", wide=True),
+        v_output=tables.channel_table(values, "output", wide=True),
+        k_queries=tables.channel_table(keys, "query", wide=False),
+        v_outputs=tables.channel_table(values, "output", wide=False),
+        pack_set=32 // max(tables.lanes(D, wide=False) for D in (lay.k_dim, lay.v_dim)),
         pack=(*dims, *codes, *rotation, ("RULE", _RULES[fmt.scale])),
         attend=(*dims, *codes, *rotation, *centred, *levels),
         combine=(*dims, *rotation, *centred),
@@ -165,13 +177,23 @@ def _kernel(machine: str, name: str, constants: tuple[tuple[str, Any], ...]):
     """A kernel with its compile-time constants. They stand in its source and not in ``template``,
     which MLX would convert and format again at every call, a few microseconds of decoding."""
     headers, bodies, inputs, outputs = _KERNELS[name]
-    keywords: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs)}
+    chosen = dict(constants)
+    absent = [n for n in inputs if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
+    keywords: dict[str, Any] = {
+        "input_names": [n for n in inputs if n not in absent],
+        "output_names": list(outputs),
+    }
     body = "".join(
         f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
         for key, value in constants
     )
+    for n in absent:  # named in branches that are never taken
+        body += f"const device int* {n} = nullptr;\n"
+        body += "const int64_t mask_strides[4] = {0, 0, 0, 0};\n" if n == "mask" else ""
+    # How many lanes of a SIMD group share a vector (kernels/rotate.metal).
+    lanes = f"enum : int {{ WIDE = {int(name.startswith(('attend', 'combine')))} }};\n"
     if machine == "metal":
-        header = "".join(_source(h) for h in ("machine", *headers))
+        header = lanes + "".join(_source(h) for h in ("machine", *headers))
         body += "".join(_source(b) for b in bodies)
         digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
         return mx.fast.metal_kernel(
@@ -183,7 +205,9 @@ def _kernel(machine: str, name: str, constants: tuple[tuple[str, Any], ...]):
         )
     # Bodies declare threadgroup memory, the header's functions only point to it.
     header = (
-        _include("machine.cuh", *headers) + "#undef threadgroup\n#define threadgroup __shared__\n"
+        lanes
+        + _include("machine.cuh", *headers)
+        + "#undef threadgroup\n#define threadgroup __shared__\n"
     )
     text = "".join(_source(b) for b in bodies)
     # MLX looks for these words to pass shapes and strides.
@@ -257,6 +281,7 @@ class PackStep:
 
     def __init__(self, k: mx.array, v: mx.array, fmt: Format):
         self.machine, plan = _machine(), _plan(fmt)
+        self.device = mx.default_device()
         B, H, L, _ = k.shape
         self.tables = plan.k_pack, plan.v_pack
         constants, grid, threadgroup = _pack_launch(self.machine, fmt, B, H, L)
@@ -323,13 +348,14 @@ def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> i
 
 def forget() -> None:
     """Look the launch sizes up again: for tests and for tuning, which change the table."""
-    _parts.cache_clear()
-    _launch.cache_clear()
+    for cached in (_parts, _launch, _token):
+        cached.cache_clear()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Launch:
-    """What does not change from one decode step to the next."""
+    """What does not change from one decode step to the next; one object for all layers that are
+    alike but for their calibration."""
 
     groups: int
     merge: int
@@ -339,12 +365,15 @@ class _Launch:
 
 
 @lru_cache(maxsize=4096)
-def _launch(machine: str, fmt: Format, parallel: int, kind: int, sinks: bool) -> _Launch:
+def _launch(
+    machine: str, fmt: Format, parallel: int, kind: int, starts: bool, sinks: bool
+) -> _Launch:
     plan, tuning = _plan(fmt), TUNING[machine].when(parallel)
     groups, keys = attend_shape(plan.layout, tuning)
-    attend = (*plan.attend, ("MASK", kind), ("NSG", groups), ("TK", keys))
+    sizes = (("NSG", groups), ("TK", keys))
+    attend = (*plan.attend, ("MASK", kind), ("STARTS", starts), *sizes)
     with_sinks = ("SINKS", sinks)
-    return _Launch(
+    return _same_launch(
         groups,
         tuning.combine_groups,
         attend,
@@ -353,46 +382,49 @@ def _launch(machine: str, fmt: Format, parallel: int, kind: int, sinks: bool) ->
     )
 
 
+_same_launch = lru_cache(maxsize=1024)(_Launch)
+
+
 class AttendStep:
     """:func:`attend` without a mask or sinks, prepared for one format, shape and dtype: what is
     left to do for a token is to look up the number of splits and to launch."""
 
     def __init__(
-        self, q: mx.array, rows: mx.array, fmt: Format, window: int | None, single: bool
-    ):
+        self, q: mx.array, rows: mx.array, fmt: Format, scale: float, window: int | None,
+        starts: bool, single: bool,
+    ):  # fmt: skip
         self.machine, plan = _machine(), _plan(fmt)
+        self.device = mx.default_device()
         self.single = single  # the kernel for one split, or that for several
         self.rows_shape, self.q_shape, self.dtype = rows.shape, q.shape, q.dtype
-        self.layout, self.window = plan.layout, window
+        self.capacity, self.scale, self.window = rows.shape[2], scale, window
+        self.layout = plan.layout
         B, Hq, L, _ = q.shape
         Hkv = rows.shape[1]
-        self.heads, self.L = Hq // Hkv, L
-        self.blocks = -(-(self.heads * L) // 8)
+        heads = Hq // Hkv
+        self.blocks = -(-(heads * L) // 8)
         self.parallel = B * Hkv * self.blocks
-        self.launch = _launch(self.machine, fmt, self.parallel, 0, False)
+        self.launch = _launch(self.machine, fmt, self.parallel, 0, starts, False)
         self.tables = plan.k_query, plan.v_output
-        self.runs: dict[int, Any] = {}  # by the number of splits
+        self.token = _token(self.machine, self.layout, self.parallel, heads, L, scale, window)
 
     def __call__(
-        self, q: mx.array, rows: mx.array, length: int, scale: float, starts: mx.array | None
+        self, q: mx.array, rows: mx.array, length: int, starts: mx.array | None
     ) -> mx.array | None:
         """``None`` where the length now asks for the other kernel."""
-        span, window = length, self.window
-        if window is not None:
-            span = min(length, window + self.L - 1)
-        parts = _parts(self.machine, self.layout, self.parallel, span)
+        token = self.token
+        if token.length != length:
+            token.move(length)
+        parts = token.parts
         if (parts == 1) is not self.single:
             return None
-        info = _integers(
-            length, self.heads, self.L, _bits(scale), False, window or 0, starts is not None
-        )
-        if (run := self.runs.get(parts)) is None:
-            run = self.runs[parts] = self._prepare(parts)
-        k_table, v_table = self.tables
-        first = info if starts is None else starts
+        key = self.launch, self.rows_shape, self.dtype, parts
+        if (run := token.runs.get(key)) is None:
+            run = token.runs[key] = self._prepare(parts)
+        inputs = (q, rows, token.info) if starts is None else (q, rows, token.info, starts)
         if parts == 1:
-            return run(q, rows, info, first, info, k_table, v_table, info)
-        return run(q, rows, info, first, info, k_table, v_table, info, next(_arrivals()))
+            return run(*inputs, *self.tables)
+        return run(*inputs, *self.tables, next(_arrivals()))
 
     def fits(self) -> bool:
         """Whether one launch does it all, however the context is split."""
@@ -401,7 +433,8 @@ class AttendStep:
     def _prepare(self, parts: int):
         B, Hq, L, _ = self.q_shape
         shape = (B, Hq, L, self.layout.v_dim)
-        shapes, dtypes = (shape,), (self.dtype,)
+        shapes: tuple[tuple[int, ...], ...] = (shape,)
+        dtypes: tuple[mx.Dtype, ...] = (self.dtype,)
         if parts > 1:
             shapes += ((B, Hq, L, parts, shape[3]), (B, Hq, L, parts, 2))
             dtypes += (mx.float32, mx.float32)
@@ -416,6 +449,29 @@ class AttendStep:
             dtypes,
             (self.q_shape, self.rows_shape),
         )
+
+
+class _Token:
+    """What the decode steps of all layers have in common while the length is the same."""
+
+    def __init__(self, machine, layout, parallel, heads, L, scale, window):
+        self.place = machine, layout, parallel
+        self.heads, self.L, self.scale, self.window = heads, L, scale, window
+        self.length = 0
+        self.runs: dict[tuple, Any] = {}  # launches, by what they depend on
+
+    def move(self, length: int) -> None:
+        window = self.window
+        span = length if window is None else min(length, window + self.L - 1)
+        self.length, self.parts = length, _parts(*self.place, span)
+        self.info = _integers(length, self.heads, self.L, _bits(self.scale), False, window or 0)
+        if len(self.runs) > 256:  # lengths far behind
+            self.runs.clear()
+
+
+@lru_cache(maxsize=64)
+def _token(machine, layout, parallel, heads, L, scale, window) -> _Token:
+    return _Token(machine, layout, parallel, heads, L, scale, window)
 
 
 def attend(
@@ -439,20 +495,21 @@ def attend(
     B, Hq, L, _ = q.shape
     Hkv = rows.shape[1]
     heads = Hq // Hkv
-    causal = isinstance(mask, str)
-    info = _integers(length, heads, L, _bits(scale), causal, window or 0, starts is not None)
+    info = _integers(length, heads, L, _bits(scale), isinstance(mask, str), window or 0)
     kind = 0
-    dense = info  # stands in for what is not given
+    inputs = [q, rows, info]
+    if starts is not None:
+        inputs.append(starts)
     if isinstance(mask, mx.array):
         kind = 1 if mask.dtype == mx.bool_ else 2
-        dense = mx.broadcast_to(mask, (B, Hq, L, length))
+        inputs.append(mx.broadcast_to(mask, (B, Hq, L, length)))
     if parts is None:
         span = length if window is None else min(length, window + L - 1)
         parts = attend_parts(fmt, B, Hq, Hkv, L, span)
     blocks = -(-(heads * L) // 8)
-    launch = _launch(machine, fmt, B * Hkv * blocks, kind, sinks is not None)
-    inputs = [q, rows, info, info if starts is None else starts, dense, plan.k_query]
-    last = [plan.v_output, info if sinks is None else sinks]
+    launch = _launch(machine, fmt, B * Hkv * blocks, kind, starts is not None, sinks is not None)
+    inputs.append(plan.k_query)
+    last = [plan.v_output] if sinks is None else [plan.v_output, sinks]
     grid = (parts * launch.groups * 32, Hkv * blocks, B)
     threadgroup = (launch.groups * 32, 1, 1)
     shape = (B, Hq, L, plan.layout.v_dim)
@@ -511,7 +568,7 @@ def dequantize(
 def _rotate(name: str, x: mx.array, fmt: Format, table: mx.array, Hkv: int, shape) -> mx.array:
     machine, plan = _machine(), _plan(fmt)
     B, Hq, L, D = x.shape
-    groups = -(-B * Hq * L // (4 * (32 // tables.lanes(D))))
+    groups = -(-B * Hq * L // (4 * (32 // tables.lanes(D, wide=False))))
     return _kernel(machine, name, plan.turn)(
         inputs=[x, _integers(Hq // Hkv), table],
         grid=(groups * 128, 1, 1),
@@ -523,7 +580,7 @@ def _rotate(name: str, x: mx.array, fmt: Format, table: mx.array, Hkv: int, shap
 
 def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:
     """q [B, Hq, L, Dk] -> R(q ⊙ σ) ⊘ λ of the keys, in q's dtype; one launch."""
-    return _rotate("rotate_queries", q, fmt, _plan(fmt).k_query, Hkv, q.shape)
+    return _rotate("rotate_queries", q, fmt, _plan(fmt).k_queries, Hkv, q.shape)
 
 
 def rotate_outputs(o: mx.array, fmt: Format, Hkv: int) -> mx.array:
@@ -532,5 +589,5 @@ def rotate_outputs(o: mx.array, fmt: Format, Hkv: int) -> mx.array:
     In memory the result is [B, L, Hq, Dv], so that a model's next reshape copies nothing.
     """
     B, Hq, L, D = o.shape
-    out = _rotate("rotate_outputs", o, fmt, _plan(fmt).v_output, Hkv, (B, L, Hq, D))
+    out = _rotate("rotate_outputs", o, fmt, _plan(fmt).v_outputs, Hkv, (B, L, Hq, D))
     return out.swapaxes(1, 2)

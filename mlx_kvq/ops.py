@@ -102,8 +102,8 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     Raises:
         ValueError: If the shapes do not fit each other or ``fmt``, or a dtype is another.
     """
-    key = (fmt, k.shape, v.shape, k.dtype, v.dtype, mx.default_device().type)
-    if (step := _packs.get(key)) is not None:
+    key = (fmt, k.shape, v.shape, k.dtype, v.dtype)
+    if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
         return step(k, v)
     lay = fmt.layout
     if k.shape[:-1] != v.shape[:-1] or k.ndim != 4:
@@ -165,13 +165,15 @@ def attend(
     """
     key = None
     if mask is None and sinks is None:
-        key = (fmt, q.shape, q.dtype, window, starts is None, mx.default_device().type)
+        key = (fmt, q.shape, q.dtype, window, starts is None)
         step = _steps.get(key)
         if (
             step is not None
             and step.rows_shape == rows.shape
-            and 0 < length <= rows.shape[2]
-            and (out := step(q, rows, length, scale, starts)) is not None
+            and 0 < length <= step.capacity
+            and step.scale == scale
+            and mx.default_device() == step.device
+            and (out := step(q, rows, length, starts)) is not None
         ):
             return out
     _check_rows(rows, length, fmt)
@@ -215,7 +217,7 @@ def attend(
         variant = (kind, sinks is None, starts is None, parts == 1)
         if _works("attend", variant, fmt, q.dtype, trial):
             if key is not None and fused.replays():
-                step = fused.AttendStep(q, rows, fmt, window, parts == 1)
+                step = fused.AttendStep(q, rows, fmt, scale, window, starts is not None, parts == 1)
                 if step.fits():
                     _steps[key] = step
             return fused.attend(*args, parts)

@@ -16,11 +16,16 @@ MAX_POINTS = 9  # of the complex FFT held by one lane
 MAX_DIM = 256  # threadgroup memory and registers of attend
 
 
-def lanes(D: int) -> int:
-    """SIMD lanes that share the FFT of D channels: the fewest, a power of two, that leave a lane
-    eight points at most, or as near as D allows."""
+def lanes(D: int, wide: bool) -> int:
+    """SIMD lanes that share the FFT of D channels, a power of two.
+
+    Args:
+        D (int): Head size.
+        wide (bool): As many as divide D / 2, up to 32, for one vector at a time; else the fewest
+            that leave a lane eight points, or as near as D allows.
+    """
     m, n = 1, D // 2
-    while n // m > 8 and n // m % 2 == 0 and m < 32:
+    while (wide or n // m > 8) and n // m % 2 == 0 and m < 32:
         m *= 2
     return m
 
@@ -29,18 +34,19 @@ def why_not(D: int) -> str | None:
     """Why the kernels do not rotate vectors of D channels, or ``None`` if they do."""
     if D % 8 or not 32 <= D <= MAX_DIM:
         return f"head size {D} is not a multiple of 8 from 32 to {MAX_DIM}"
-    if (points := D // 2 // lanes(D)) > MAX_POINTS:
+    if (points := D // 2 // lanes(D, wide=False)) > MAX_POINTS:
         return f"head size {D} would leave {points} points of its FFT to a lane ({MAX_POINTS} fit)"
     return None
 
 
 @lru_cache(maxsize=64)
-def rotation_table(rotation: str, D: int) -> np.ndarray:
-    """The part of a table that depends on the rotation and D alone, float64 rounded to fp32."""
+def rotation_table(rotation: str, D: int, wide: bool) -> np.ndarray:
+    """The part of a table that depends on the rotation, D and its lanes alone, float64 rounded to
+    fp32."""
     factors = np.array([1 / np.sqrt(2 * D), 1 / np.sqrt(D)])
     if rotation != "srft":
         return factors.astype(np.float32)
-    N, M = D // 2, lanes(D)
+    N, M = D // 2, lanes(D, wide)
     R, lane = N // M, np.arange(M)
 
     def turn(x):
@@ -66,18 +72,19 @@ def calibrated(side: Transform) -> bool:
     return c.mu is not None or c.sigma is not None or c.lam is not None
 
 
-def channel_table(side: Transform, purpose: str) -> mx.array:
+def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
     """A table for one side of the cache.
 
     Args:
         side (Transform): Keys or values.
         purpose (str): ``"pack"``: (x − μ) · s/σ, rotate, · λ. ``"query"``: q · sσ, rotate, / λ.
             ``"output"``: / λ, rotate back, · sσ, + μ.
+        wide (bool): Of the kernel that reads it; see :func:`lanes`.
     """
     D = side.dim
     ones = np.ones(D) if side.rotation == "none" else signs(side.seed, side.stream, D)
     s = mx.array(ones.astype(np.float32))
-    table = mx.array(rotation_table(side.rotation, D))
+    table = mx.array(rotation_table(side.rotation, D, wide))
     if calibrated(side):
         c = side.calibration
         shape = next(a.shape for a in (c.mu, c.sigma, c.lam) if a is not None)

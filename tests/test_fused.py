@@ -111,8 +111,9 @@ def assert_attends(q, rows, length, fmt, **arguments):
 
 
 # ---- rotation ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("D", [32, 40, 64, 72, 80, 112, 128, 144, 192, 256])
-def test_fft_in_a_simd_group(emulator, D):
+def test_fft_in_a_simd_group(emulator, D, wide):
     """One vector each way, against the matrix in float64."""
     body = """
       const uint lane = thread_index_in_simdgroup;
@@ -135,11 +136,12 @@ def test_fft_in_a_simd_group(emulator, D):
         }
       }
     """
-    header = "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
+    header = f"enum : int {{ WIDE = {int(wide)} }};\n"
+    header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
     kernel = mx.fast.metal_kernel(
         name="fft", input_names=["x", "table"], output_names=["y"], source=body, header=header
     )
-    x, table = normal(D, seed=D), mx.array(tables.rotation_table("srft", D))
+    x, table = normal(D, seed=D), mx.array(tables.rotation_table("srft", D, wide))
     F, exact = real_fft(D), np.array(x).astype(np.float64)
     for back, want in ((False, F @ exact), (True, F.T @ exact)):
         (got,) = kernel(
