@@ -106,8 +106,8 @@ def _block(name, report, sizes, evaluation, texts, note) -> str:
         "<!-- mlx_kvq -->",
         "## KV cache",
         "",
-        f"This repository brings along how its keys and values are kept, `{report.spec}`: {what}. "
-        "Where mlx_kvq is installed beside mlx-lm, no option is needed:",
+        f"Keys and values of this model are kept as `{report.spec}`: {what}. Where mlx_kvq is "
+        "installed beside mlx-lm, no option is needed:",
         "",
         "```sh",
         f'mlx_lm.generate --model {name} --prompt "Hello"',

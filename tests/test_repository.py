@@ -383,6 +383,9 @@ BAD = {
     "a file but calibrate=off": (
         fields(spec="int4-srft:calibrate=off"), "its calibration is there all the same"
     ),
+    "a file without end": (
+        lambda folder: os.truncate(folder / FILE, (1 << 30) + 1), "more than any calibration"
+    ),
     "no file": (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
     "a folder for the file": (
         lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()), f"{FILE} is missing"
