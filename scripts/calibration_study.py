@@ -44,6 +44,7 @@ TITLES = {
     "kv4": "mlx-lm kv4",
     "kv8": "mlx-lm kv8",
 }
+WITH_OUTLIERS = ("paper", "int4", "k8v4")  # the others say nothing more there
 
 
 def affine(model, bits):
@@ -63,22 +64,24 @@ def affine(model, bits):
     return make
 
 
-def contenders(model, group, calibration):
-    """Name -> makes caches, the baseline first; mlx-lm's beside groups of its own size."""
+def contenders(model, groups, outlier, calibration):
+    """Name -> makes caches, the baseline first."""
     makers = {"own": own(model).make}
-    for name, spec in OURS.items():
-        makers[name] = candidate(model, spec.format(g=group), calibration=calibration).make
-    if group == KV_GROUP:
-        makers |= {name: affine(model, bits) for name, bits in KV_BITS.items()}
+    for g in groups:
+        for name in OURS if outlier == "none" else WITH_OUTLIERS:
+            spec = OURS[name].format(g=g)
+            makers[f"{name} {g}"] = candidate(model, spec, calibration=calibration).make
+    if outlier == "none":
+        makers |= {f"{name} {KV_GROUP}": affine(model, bits) for name, bits in KV_BITS.items()}
     return makers
 
 
-def block(model, tokenizer, calibration, text, group, args):
+def block(model, tokenizer, calibration, text, outlier, args):
     """The figures of every cache on one text."""
     n = args.windows * args.tokens
     ids = tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 16 * n])[:n]
     windows = mx.array(ids).reshape(args.windows, args.tokens)
-    makers = contenders(model, group, calibration)
+    makers = contenders(model, args.group_size, outlier, calibration)
     steps = len(makers) * -(-args.tokens // args.chunk)
     with tqdm(total=steps, desc="chunks", leave=False) as bar:
         scores = measure(model, makers, windows, args.chunk, bar.update, batch=args.windows)
@@ -92,18 +95,16 @@ def save(found, path):
 
 
 def run(args, found):
-    def key_of(model, outlier, text, group):
-        return f"{Path(model).name} {outlier} {Path(text).name} {group}"
+    def key_of(text, model, outlier):
+        return f"{Path(text).name} {Path(model).name} {outlier}"
 
     wanted = [
-        (group, text, model, outlier)
-        for group, text, model, outlier in product(
-            args.group_size, args.text, args.model, args.outliers
-        )
-        if key_of(model, outlier, text, group) not in found
+        (text, model, outlier)
+        for text, outlier, model in product(args.text, args.outliers, args.model)
+        if key_of(text, model, outlier) not in found
     ]
     models = {}
-    for group, text, name, outlier in tqdm(wanted, desc="blocks"):
+    for text, name, outlier in tqdm(wanted, desc="blocks"):
         if (name, outlier) not in models:
             model, tokenizer = load(name)
             model.set_dtype(mx.float32)
@@ -112,45 +113,51 @@ def run(args, found):
             options = {"tokens": args.calibration_tokens, "length": args.calibration_length}
             calibration = mlx_kvq.calibrate(model, tokenizer, given or None, **options)
             models[name, outlier] = model, tokenizer, calibration
-        figures = block(*models[name, outlier], text, group, args)
-        found[key_of(name, outlier, text, group)] = figures
+        key = key_of(text, name, outlier)
+        found[key] = block(*models[name, outlier], text, outlier, args)
         save(found, args.json)
-        for f in figures[1:]:
-            line = f"{name} {outlier:5} {group} {f['name']:6} {f['kl']['mean']:.4f}"
-            tqdm.write(f"{line} {f['change']['mean']:+.2%}")
+        for f in found[key][1:]:
+            tqdm.write(f"{key} {f['name']:8} {f['kl']['mean']:.4f} {f['change']['mean']:+.2%}")
 
 
 def report(found):
-    """Markdown: for each text and group a table of KL, with its ratios, and one of the rest."""
-    keys = [key.split(" ") for key in found]
-    for text, group in dict.fromkeys((k[2], k[3]) for k in keys):
-        columns = [k for k in keys if k[2:] == [text, group]]
-        cells = [{f["name"]: f for f in found[" ".join(k)]} for k in columns]
+    """Markdown: for every text and group the KL of all caches, then more about int4."""
+    cells = {}  # (text, group) -> column -> name -> figures
+    for key, figures in found.items():
+        text, model, outlier = key.split(" ")
+        column = model.removeprefix("tiny-") + ("" if outlier == "none" else f", {outlier}")
+        for f in figures[1:]:
+            name, group = f["name"].split(" ")
+            cells.setdefault((text, group), {}).setdefault(column, {})[name] = f
+    for (text, group), columns in cells.items():
         print(f"\n### {text}, groups of {group}\n")
-        head = [m.removeprefix("tiny-") + ("" if o == "none" else f", {o}") for m, o, *_ in columns]
-        print("| KL |", " | ".join(head), "|")
-        print("|---|" + "--:|" * len(head))
+        columns = {c: columns[c] for c in sorted(columns, key=lambda c: c.split(",")[0])}
+
+        def row(title, show, columns=columns):
+            print(f"| {title} |", " | ".join(show(c) for c in columns.values()), "|")
+
+        def ratio(c, name):
+            return f"{kl_of(c, 'int4') / kl_of(c, name):.2f}" if name in c else "–"
+
+        print("| KL |", " | ".join(columns), "|")
+        print("|---|" + "--:|" * len(columns))
         for name, title in TITLES.items():
-            row = [kl(c[name]) if name in c else "–" for c in cells]
-            if any(x != "–" for x in row):
-                print(f"| {title} |", " | ".join(row), "|")
-        row = [f"{c['int4']['kl']['mean'] / c['paper']['kl']['mean']:.2f}" for c in cells]
-        print("| int4 / paper's rule |", " | ".join(row), "|")
-        if all("kv4" in c for c in cells):
-            row = [f"{c['int4']['kl']['mean'] / c['kv4']['kl']['mean']:.2f}" for c in cells]
-            print("| int4 / kv4 |", " | ".join(row), "|")
-        print("\n| int4 |", " | ".join(head), "|")
-        print("|---|" + "--:|" * len(head))
-        for title, show in {
-            "KL 99 %": lambda f: f"{f['kl_p99']:.3f}",
-            "top-1": lambda f: f"{f['top1']:.1%}",
-            "perplexity": lambda f: change(Estimate(**f["change"])),
-        }.items():
-            print(f"| {title} |", " | ".join(show(c["int4"]) for c in cells), "|")
+            if any(name in c for c in columns.values()):
+                row(title, lambda c, name=name: kl(kl_of(c, name)) if name in c else "–")
+        row("int4 / paper's rule", lambda c: ratio(c, "paper"))
+        if any("kv4" in c for c in columns.values()):
+            row("int4 / kv4", lambda c: ratio(c, "kv4"))
+        row("int4: 99th percentile", lambda c: f"{c['int4']['kl_p99']:.3f}")
+        row("int4: top-1", lambda c: f"{c['int4']['top1']:.1%}")
+        row("int4: perplexity", lambda c: change(Estimate(**c["int4"]["change"])))
 
 
-def kl(f):
-    return f"{f['kl']['mean']:.2g}" if f["kl"]["mean"] < 0.001 else f"{f['kl']['mean']:.4f}"
+def kl_of(column, name):
+    return column[name]["kl"]["mean"]
+
+
+def kl(value):
+    return f"{value:.2g}" if value < 0.001 else f"{value:.4f}"
 
 
 def change(e):
