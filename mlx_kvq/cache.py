@@ -15,10 +15,30 @@ from .format import Format, parse_signature
 _NAMES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 
 
+class _Merge:
+    """``merge`` of the single caches: a batch of copies of them. Caches of a model that fails in a
+    batch have none, by which mlx-lm's server knows to answer one request at a time.
+
+    Args:
+        name (str): The batch's class in ``mlx_kvq.batch``.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, cache, owner):
+        if cache is not None and cache.alone:
+            raise AttributeError("this model does not run in a batch")
+        from . import batch  # which imports this module
+
+        return getattr(batch, self._name).merge
+
+
 class _PackedCache(_BaseCache):
     """What the growing and the rotating cache share."""
 
     step = 256
+    alone = False  # of a model that does not run in a batch
 
     def __init__(self, fmt: Format):
         self.format = fmt
@@ -191,12 +211,7 @@ class PackedKVCache(_PackedCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         return create_attention_mask(N, self.offset, return_array, window_size)
 
-    @classmethod
-    def merge(cls, caches: list["PackedKVCache"]):
-        """A batch of copies of these caches; mlx-lm's server batches caches that have this."""
-        from .batch import PackedBatchKVCache
-
-        return PackedBatchKVCache.merge(caches)
+    merge = _Merge("PackedBatchKVCache")
 
 
 class PackedRotatingKVCache(_PackedCache):
@@ -351,9 +366,4 @@ class PackedRotatingKVCache(_PackedCache):
             return mx.roll(mask, idx + 1)
         return None
 
-    @classmethod
-    def merge(cls, caches: list["PackedRotatingKVCache"]):
-        """A batch of copies of these caches; as in mlx-lm, ``keep`` ends here."""
-        from .batch import PackedBatchRotatingKVCache
-
-        return PackedBatchRotatingKVCache.merge(caches)
+    merge = _Merge("PackedBatchRotatingKVCache")  # as in mlx-lm, ``keep`` ends there

@@ -31,6 +31,7 @@ class Report:
         unpacked (list): Packed layers that attend on their own, not through mlx-lm's shared
             function, and get keys and values unpacked for it.
         calibration (CalibrationSet, optional): What the packed layers were calibrated with.
+        alone (str): Why the model answers one request at a time: what it raises in a batch.
     """
 
     spec: Spec
@@ -38,6 +39,7 @@ class Report:
     left: dict[int, str] = field(default_factory=dict)
     unpacked: list[int] = field(default_factory=list)
     calibration: CalibrationSet | None = None
+    alone: str = ""
 
     @property
     def bits_per_value(self) -> float:
@@ -67,6 +69,8 @@ class Report:
                 line += f"; {bits} in {_ranges(which)}"
         if self.unpacked:
             line += f"; unpacked to attend, without the shared function: {_ranges(self.unpacked)}"
+        if self.alone:
+            line += f"; not in batches, where the model itself raises {self.alone}"
         reasons: dict[str, list[int]] = {}
         for layer, reason in self.left.items():
             reasons.setdefault(reason, []).append(layer)
@@ -279,6 +283,7 @@ def _plan(
         report.left.pop(path[0], None)
         if path in as_arrays:
             report.unpacked.append(path[0])
+    report.alone = _batch_failure(model, make)
     name = cache_once(lambda: automatic.identity(model))
 
     def made_for_this_model(max_kv_size: int | None) -> list:
@@ -286,6 +291,7 @@ def _plan(
         for _, cache in _leaves(caches):
             if isinstance(cache, _PackedCache):
                 cache.model = name()
+                cache.alone = bool(report.alone)
         return caches
 
     return made_for_this_model, report
@@ -426,6 +432,22 @@ def _first_failure(model: nn.Module, caches: list) -> tuple[tuple[int, ...], Exc
     except Exception as error:
         return last[0], error
     return None
+
+
+def _batch_failure(model: nn.Module, make: Callable) -> str:
+    """What the model raises on three sequences together, if mlx-lm's server would try that."""
+    singles = []
+    for length in (3, 1, 2):
+        singles.append(make(None))
+        model(mx.array([[0] * length]), cache=singles[-1])
+    if not all(hasattr(cache, "merge") for cache in singles[0]):
+        return ""
+    try:
+        batch = [caches[0].merge(list(caches)) for caches in zip(*singles, strict=True)]
+        model(mx.array([[0]] * 3), cache=batch)
+    except Exception as error:
+        return type(error).__name__
+    return ""
 
 
 def _ranges(layers: list[int]) -> str:

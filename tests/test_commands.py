@@ -17,7 +17,7 @@ from mlx_kvq import _startup, ops, plugin
 from tests.float32 import MODELS, TEXT, write_float32
 
 LAYERS = 4
-TRIED = 5  # tokens that enable() runs the model on
+TRIED = 14  # tokens that enable() runs the model on, in sequences and in a batch
 COARSE = "int4-none:group_size=128,calibrate=off"  # so coarse that every text changes
 COMMANDS = {"generate", "chat", "server", "cache_prompt", "benchmark", "perplexity", "evaluate"}
 

@@ -83,3 +83,15 @@ def test_sinks_are_attended_to():
     )
     assert packed > 0.1
     assert abs(packed / own - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    "name, batches", [("gemma2", False), ("gpt_bigcode", False), ("qwen2", True)]
+)
+def test_a_model_that_fails_in_a_batch_answers_one_at_a_time(name, batches, capsys):
+    """mlx-lm's server batches if every cache has ``merge``."""
+    model = build(name)
+    mlx_kvq.enable(model, "int4-srft:calibrate=off")
+    assert all(hasattr(c, "merge") == batches for c in make_prompt_cache(model))
+    line = "not in batches, where the model itself raises ValueError"
+    assert (line in capsys.readouterr().err) != batches
