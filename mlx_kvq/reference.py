@@ -38,39 +38,50 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
         scale would overflow fp16 saturates.
     """
     y = y.reshape(*y.shape[:-1], -1, group)  # [..., G, g]
-    middle = 1 << (bits - 1)
-    top = mx.abs(y).max(axis=-1, keepdims=True)
     finite = mx.isfinite((y * 0).sum(axis=-1, keepdims=True))
-
-    def to_half(s):
-        return mx.minimum(s, _HALF_MAX).astype(mx.float16).astype(mx.float32)
-
-    def levels(y, scale):
-        """The nearest levels below, in scales: -middle, ..., middle - 1."""
-        n = y / mx.where(scale > 0, scale, 1.0)
-        if rule == "paper":
-            return mx.clip(mx.round(n), 1 - middle, middle - 1)
-        return mx.clip(mx.floor(n), -middle, middle - 1)
-
-    if rule == "paper":
-        scale = to_half(top * (1 / (middle - 1)))
-    elif rule == "absmax" or bits == 8:
-        scale = to_half(top * (1 / (middle - 0.5)))
-    else:
-        tried = to_half(top * mx.array([c / (middle - 0.5) for c in SEARCH]))  # [..., G, 3]
-        x, s = y[..., None, :], tried[..., None]
-        errors = mx.square(x - s * (levels(x, s) + 0.5)).sum(axis=-1)
-        scale = mx.take_along_axis(tried, mx.argmin(errors, axis=-1, keepdims=True), axis=-1)
-    n = levels(y, scale)
-    codes = mx.where(scale > 0, n + middle, middle)
-    if rule == "search" and bits == 4:
-        # What is stored gives the group its length back.
-        squares = mx.square(y).sum(axis=-1, keepdims=True)
-        length = mx.sqrt(squares / mx.square(n + 0.5).sum(axis=-1, keepdims=True))
-        scale = mx.where(scale > 0, to_half(length), 0.0)
+    step = _step(y, bits, rule)
+    codes = mx.where(step > 0, _codes(y, step, bits, rule), 1 << (bits - 1))
+    scale = _stored(y, codes, step, bits, rule)
     codes = mx.where(finite, codes, 0).astype(mx.uint32)
     scale = mx.where(finite, scale, mx.nan).astype(mx.float16)
     return codes.flatten(-2), scale.squeeze(-1)
+
+
+def _to_half(s: mx.array) -> mx.array:
+    return mx.minimum(s, _HALF_MAX).astype(mx.float16).astype(mx.float32)
+
+
+def _step(y: mx.array, bits: int, rule: str) -> mx.array:
+    """The scale that groups [..., g] are rounded by, [..., 1]."""
+    middle = 1 << (bits - 1)
+    top = mx.abs(y).max(axis=-1, keepdims=True)
+    if rule == "paper":
+        return _to_half(top * (1 / (middle - 1)))
+    if rule == "absmax" or bits == 8:
+        return _to_half(top * (1 / (middle - 0.5)))
+    tried = _to_half(top * mx.array([c / (middle - 0.5) for c in SEARCH]))  # [..., 3]
+    x, s = y[..., None, :], tried[..., None]
+    errors = mx.square(x - s * (_codes(x, s, bits, rule) - _middle(bits, rule))).sum(axis=-1)
+    return mx.take_along_axis(tried, mx.argmin(errors, axis=-1, keepdims=True), axis=-1)
+
+
+def _codes(y: mx.array, step: mx.array, bits: int, rule: str) -> mx.array:
+    """The nearest codes, fp32."""
+    middle = 1 << (bits - 1)
+    n = y / mx.where(step > 0, step, 1.0)
+    if rule == "paper":
+        return mx.clip(mx.round(n) + middle, 1, 2 * middle - 1)
+    return mx.clip(mx.floor(n) + middle, 0, 2 * middle - 1)
+
+
+def _stored(y: mx.array, codes: mx.array, step: mx.array, bits: int, rule: str) -> mx.array:
+    """The scale that is stored with the codes of groups [..., g]: it gives them the length of y
+    back where steps were searched."""
+    if rule != "search" or bits == 8:
+        return step
+    levels = mx.square(codes - _middle(bits, rule)).sum(axis=-1, keepdims=True)
+    length = mx.sqrt(mx.square(y).sum(axis=-1, keepdims=True) / levels)
+    return mx.where(step > 0, _to_half(length), 0.0)
 
 
 def quantize_with_feedback(
@@ -84,39 +95,39 @@ def quantize_with_feedback(
         G (mx.array): fp32 [H, D, D].
     """
     D, block = y.shape[-1], feedback.BLOCK
-    middle = 1 << (bits - 1)
+    middle = _middle(bits, rule)
     codes: list[mx.array] = []
     scales: list[mx.array] = []
     errors: mx.array | None = None  # y − ŷ of the channels so far, [B, H, L, D - done]
+
+    def asked(low: int, high: int) -> mx.array:
+        """Channels of y that make up for the errors so far."""
+        if errors is None:
+            return y[..., low:high]
+        return y[..., low:high] + errors @ G[:, low:high, D - errors.shape[-1] :].swapaxes(-1, -2)
+
     for end in range(D, 0, -group):
-        # The group's scale fits what is asked of it when its turn comes.
-        low = end - group
-        target = y[..., low:end]
-        if errors is not None:
-            target = target + errors @ G[:, low:end, end:].swapaxes(-1, -2)
-        scale = quantize(target, bits, group, rule)[1]
-        scales.insert(0, scale)
-        s = scale.astype(mx.float32)
-        s = mx.where(s > 0, s, 1.0)
-        for j in range(end - block, low - 1, -block):
-            target = y[..., j : j + block]
-            if errors is not None:
-                target = target + errors @ G[:, j : j + block, j + block :].swapaxes(-1, -2)
-            n = target / s
-            if rule == "paper":
-                n = mx.clip(mx.round(n) + middle, 1, 2 * middle - 1)
-                got = s * (n - middle)
-            else:
-                n = mx.clip(mx.floor(n) + middle, 0, 2 * middle - 1)
-                got = s * (n - (middle - 0.5))
-            codes.insert(0, mx.where(scale > 0, n, middle))
+        # The group's step fits what is asked of it when its turn comes.
+        step = _step(asked(end - group, end), bits, rule)
+        known = errors
+        targets: list[mx.array] = []
+        rounded: list[mx.array] = []
+        for j in range(end - block, end - group - 1, -block):
+            targets.insert(0, asked(j, j + block))
+            rounded.insert(0, _codes(targets[0], step, bits, rule))
             # A group of zeros, or a damaged one, has nothing to pass on.
-            error = mx.where(scale > 0, y[..., j : j + block] - got, 0.0)
+            error = y[..., j : j + block] - step * (rounded[0] - middle)
+            error = mx.where(step > 0, error, 0.0)
             errors = error if errors is None else mx.concatenate([error, errors], axis=-1)
-    whole = mx.concatenate(codes, axis=-1)
-    finite = mx.isfinite(mx.repeat(mx.concatenate(scales, axis=-1), group, axis=-1))
-    whole = mx.where(finite, whole, 0).astype(mx.uint32)
-    return whole, mx.concatenate(scales, axis=-1)
+        n, target = (mx.concatenate(parts, axis=-1) for parts in (rounded, targets))
+        scale = _stored(target, n, step, bits, rule)
+        error = mx.where(step > 0, y[..., end - group : end] - scale * (n - middle), 0.0)
+        errors = error if known is None else mx.concatenate([error, known], axis=-1)
+        finite = mx.isfinite((target * 0).sum(axis=-1, keepdims=True))
+        codes.insert(0, mx.where(finite, mx.where(step > 0, n, 1 << (bits - 1)), 0))
+        scales.insert(0, mx.where(finite, scale, mx.nan))
+    whole = mx.concatenate(codes, axis=-1).astype(mx.uint32)
+    return whole, mx.concatenate(scales, axis=-1).astype(mx.float16)
 
 
 def pack_codes(codes: mx.array, bits: int) -> mx.array:
