@@ -2,7 +2,7 @@
 
 Every window is fed in chunks, so that each chunk but the first, which is not scored, attends to
 what the cache remembers; all windows of a text are one batch. Figures are added to ``--json``
-block by block, and what is there already is not measured again:
+text by text and model by model, and what is there already is not measured again:
 
     python scripts/calibration_study.py --model tiny-qwen2 --model tiny-llama \\
         --calibration-text novels.txt --text heldout.txt --text wiki.txt --json study.json
@@ -64,28 +64,29 @@ def affine(model, bits):
     return make
 
 
-def contenders(model, groups, outlier, calibration):
+def makers_of(model, names, calibration):
     """Name -> makes caches, the baseline first."""
     makers = {"own": own(model).make}
-    for g in groups:
-        for name in OURS if outlier == "none" else WITH_OUTLIERS:
-            spec = OURS[name].format(g=g)
-            makers[f"{name} {g}"] = candidate(model, spec, calibration=calibration).make
-    if outlier == "none":
-        makers |= {f"{name} {KV_GROUP}": affine(model, bits) for name, bits in KV_BITS.items()}
+    for name in names:
+        cache, group = name.split(" ")
+        if cache in KV_BITS:
+            makers[name] = affine(model, KV_BITS[cache])
+        else:
+            spec = OURS[cache].format(g=group)
+            makers[name] = candidate(model, spec, calibration=calibration).make
     return makers
 
 
-def block(model, tokenizer, calibration, text, outlier, args):
-    """The figures of every cache on one text."""
+def block(model, tokenizer, calibration, text, names, args):
+    """Name -> the figures of this cache on one text."""
     n = args.windows * args.tokens
     ids = tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 16 * n])[:n]
     windows = mx.array(ids).reshape(args.windows, args.tokens)
-    makers = contenders(model, args.group_size, outlier, calibration)
+    makers = makers_of(model, names, calibration)
     steps = len(makers) * -(-args.tokens // args.chunk)
     with tqdm(total=steps, desc="chunks", leave=False) as bar:
         scores = measure(model, makers, windows, args.chunk, bar.update, batch=args.windows)
-    return [asdict(summarize(name, scores[name], scores["own"], 0)) for name in makers]
+    return {name: asdict(summarize(name, scores[name], scores["own"], 0)) for name in makers}
 
 
 def save(found, path):
@@ -95,16 +96,16 @@ def save(found, path):
 
 
 def run(args, found):
-    def key_of(text, model, outlier):
-        return f"{Path(text).name} {Path(model).name} {outlier}"
-
-    wanted = [
-        (text, model, outlier)
-        for text, outlier, model in product(args.text, args.outliers, args.model)
-        if key_of(text, model, outlier) not in found
-    ]
+    wanted = []
+    for text, outlier, name in product(args.text, args.outliers, args.model):
+        key = f"{Path(text).name} {Path(name).name} {outlier}"
+        caches = [c for c in args.caches if outlier == "none" or c in WITH_OUTLIERS]
+        names = [f"{c} {g}" for g in args.group_size for c in caches if c in OURS]
+        names += [f"{c} {KV_GROUP}" for c in caches if c in KV_BITS]
+        if missing := [n for n in names if n not in found.get(key, {})]:
+            wanted.append((key, text, name, outlier, missing))
     models = {}
-    for text, name, outlier in tqdm(wanted, desc="blocks"):
+    for key, text, name, outlier, missing in tqdm(wanted, desc="blocks"):
         if (name, outlier) not in models:
             model, tokenizer = load(name)
             model.set_dtype(mx.float32)
@@ -113,11 +114,12 @@ def run(args, found):
             options = {"tokens": args.calibration_tokens, "length": args.calibration_length}
             calibration = mlx_kvq.calibrate(model, tokenizer, given or None, **options)
             models[name, outlier] = model, tokenizer, calibration
-        key = key_of(text, name, outlier)
-        found[key] = block(*models[name, outlier], text, outlier, args)
+        figures = block(*models[name, outlier], text, missing, args)
+        found.setdefault(key, {}).update(figures)
         save(found, args.json)
-        for f in found[key][1:]:
-            tqdm.write(f"{key} {f['name']:8} {f['kl']['mean']:.4f} {f['change']['mean']:+.2%}")
+        for cache in missing:
+            f = figures[cache]
+            tqdm.write(f"{key} {cache:8} {f['kl']['mean']:.4f} {f['change']['mean']:+.2%}")
 
 
 def report(found):
@@ -126,8 +128,10 @@ def report(found):
     for key, figures in found.items():
         text, model, outlier = key.split(" ")
         column = model.removeprefix("tiny-") + ("" if outlier == "none" else f", {outlier}")
-        for f in figures[1:]:
-            name, group = f["name"].split(" ")
+        for full, f in figures.items():
+            if full == "own":
+                continue
+            name, group = full.split(" ")
             cells.setdefault((text, group), {}).setdefault(column, {})[name] = f
     for (text, group), columns in cells.items():
         print(f"\n### {text}, groups of {group}\n")
@@ -144,7 +148,8 @@ def report(found):
         for name, title in TITLES.items():
             if any(name in c for c in columns.values()):
                 row(title, lambda c, name=name: kl(kl_of(c, name)) if name in c else "–")
-        row("int4 / paper's rule", lambda c: ratio(c, "paper"))
+        if any("paper" in c for c in columns.values()):
+            row("int4 / paper's rule", lambda c: ratio(c, "paper"))
         if any("kv4" in c for c in columns.values()):
             row("int4 / kv4", lambda c: ratio(c, "kv4"))
         row("int4: 99th percentile", lambda c: f"{c['int4']['kl_p99']:.3f}")
@@ -172,6 +177,7 @@ def main():
     parser.add_argument("--calibration-tokens", type=int, default=32768, help="At most.")
     parser.add_argument("--calibration-length", type=int, default=1024, help="Of its windows.")
     parser.add_argument("--outliers", nargs="+", default=["none", "scale", "bias"])
+    parser.add_argument("--caches", nargs="+", default=[*TITLES], choices=[*TITLES])
     parser.add_argument("--group-size", nargs="+", type=int, default=[64, 32])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1024, help="Tokens in a window.")
