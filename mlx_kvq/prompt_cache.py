@@ -7,6 +7,7 @@ caches also carries, in its metadata, a hash of everything else in the file.
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -25,19 +26,24 @@ _FIELD = f'"0.{KEY}":"'.encode()  # mlx-lm numbers what it keeps there; 0 is the
 
 
 def saving(save: Callable) -> Callable:
-    """mlx-lm's ``save_prompt_cache``, with a hash in files that hold packed caches."""
+    """mlx-lm's ``save_prompt_cache``, with a hash in files that hold packed caches. One that was
+    there stays whole until the new one is complete."""
 
     def save_prompt_cache(file_name, cache, metadata=None):
         packed = any(isinstance(c, _PackedCache) for _, c in _leaves(cache))
         if not packed:
             return save(file_name, cache, metadata)
-        save(file_name, cache, {**(metadata or {}), KEY: _UNSET})
         path = str(file_name)
         path = path if path.endswith(".safetensors") else path + ".safetensors"
-        digest, at = _digest(path)
-        with open(path, "r+b") as file:
-            file.seek(at)
-            file.write(digest.encode())
+        parent = os.path.dirname(path) or "."
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".prompt-cache-") as folder:
+            part = os.path.join(folder, "part.safetensors")
+            save(part, cache, {**(metadata or {}), KEY: _UNSET})
+            digest, at = _digest(part)
+            with open(part, "r+b") as file:
+                file.seek(at)
+                file.write(digest.encode())
+            os.replace(part, path)
 
     return save_prompt_cache
 

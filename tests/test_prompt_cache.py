@@ -93,12 +93,24 @@ def test_every_damage_is_found(qwen, tmp_path):
 
 
 def test_a_file_that_was_not_finished(qwen, tmp_path, monkeypatch):
-    """Written, but the hash not yet."""
+    """What was there before stays; of the new one nothing does."""
     path = tmp_path / "cache.safetensors"
+    saved(*qwen, path)
+    whole = path.read_bytes()
     monkeypatch.setattr(prompt_cache, "_digest", lambda path: (_ for _ in ()).throw(OSError))
     with pytest.raises(OSError):
+        saved(*qwen, path, 30)
+    assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_without_its_hash(qwen, tmp_path, monkeypatch):
+    path, digest = tmp_path / "cache.safetensors", prompt_cache._digest
+    with monkeypatch.context() as unhashed:
+        unhashed.setattr(
+            prompt_cache, "_digest", lambda path: (prompt_cache._UNSET, digest(path)[1])
+        )
         saved(*qwen, path)
-    monkeypatch.undo()
     with pytest.raises(ValueError, match="its bytes are not those that were written"):
         stock.load_prompt_cache(str(path))
 
