@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import benchmark_models, benchmark_ops, benchmark_plot
+from . import benchmark_models, benchmark_ops, benchmark_plot, fused
 from .doctor import machine
 from .shapes import SHAPES
 from .timing import copy_bandwidth
@@ -78,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--beyond", type=int, default=256, metavar="MB",
         help="Cycle through buffers of at least this size, to see memory and not a cache.",
     )  # fmt: skip
+    parser.add_argument(
+        "--cpu-time", action="store_true",
+        help="Operation by operation on a CPU that others use too: processor time, not wall clock.",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="Write everything measured to this file.")
     parser.add_argument("--plot", type=Path, help="Time relative to fp16 over context.")
 
@@ -109,6 +113,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("Contexts, batch sizes, tokens and rounds are at least 1.")
     if (args.model or args.shape) and min(args.contexts) < 2:
         raise ValueError("End to end a context has at least 2 tokens.")
+    if args.cpu_time and (args.model or args.shape or fused.language()):
+        raise ValueError("--cpu-time is for operations, and for a CPU.")
     if args.weight_bits and not args.shape:
         raise ValueError("--weight-bits goes with --shape.")
 

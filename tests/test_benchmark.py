@@ -1,0 +1,336 @@
+"""The benchmark: its arithmetic, its commands, and that contenders do what they are timed for."""
+
+import json
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache
+
+from mlx_kvq import benchmark, benchmark_models, benchmark_ops, cli, contenders, shapes, timing
+from mlx_kvq.contenders import Heads, contender
+
+MODEL = "examples/models/tiny-qwen2-8bit"
+TINY = {
+    "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 2, "rms_norm_eps": 1e-6,
+    "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 100,
+}  # fmt: skip
+GEMMA = "examples/models/tiny-gemma3-8bit"
+HEADS = Heads(4, 2, 64)
+
+
+def run(*arguments: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mlx_kvq", "benchmark", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code in (None, 0), exit_.value.code
+
+
+# ---- timing -----------------------------------------------------------------------------------
+def test_spread_and_speedup():
+    s = timing.spread([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert (s.low, s.median, s.high) == (2.0, 3.0, 4.0)
+    assert timing.spread([7.0]) == timing.Spread(7.0, 7.0, 7.0)
+    # A machine that is twice as slow for a while is so for both.
+    assert timing.speedup([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == timing.Spread(2.0, 2.0, 2.0)
+    # The one that was slower got fewer rounds.
+    assert timing.speedup([6.0, 6.0], [1.0, 2.0, 100.0]).high == 5.25
+
+
+def test_interleave_takes_turns():
+    clock, order = [0.0], []
+
+    def chain(name, cost):
+        def call(steps):
+            order.append((name, steps))
+            clock[0] += cost * steps
+
+        return call
+
+    taken = timing.interleave(
+        {"fast": chain("fast", 0.001), "slow": chain("slow", 1.0)},
+        steps=8, rounds=5, warm_up=0.5, longest=0.2, seconds=3.0,
+        clock=lambda: clock[0],
+    )  # fmt: skip
+    np.testing.assert_allclose(taken["fast"], [0.001] * 5)
+    np.testing.assert_allclose(taken["slow"], [1.0] * 3)  # longer than 3 seconds otherwise
+    timed = order[-8:]
+    assert timed == [("fast", 8), ("slow", 1)] * 3 + [("fast", 8)] * 2
+
+
+# ---- contenders -------------------------------------------------------------------------------
+def exact(q, k, v):
+    return mx.fast.scaled_dot_product_attention(
+        *(x.astype(mx.float32) for x in (q, k, v)), scale=q.shape[-1] ** -0.5
+    )
+
+
+@pytest.mark.parametrize(
+    "name, tolerance",
+    [("fp16", 2e-3), ("bf16", 2e-2), ("kv4", 0.25), ("kv8", 0.02), ("int4-srft", 0.25),
+     ("k8v4-srft", 0.2), ("int8-srft", 0.02)],
+)  # fmt: skip
+def test_contenders_attend_to_what_they_store(name, tolerance):
+    """Also: what is taken out again are the values, in their own or a rotated domain."""
+    c = contender(name, HEADS, mx.float16)
+    k, v = (contenders.random(2, 2, 40, 64, c.dtype) for _ in "kv")
+    q = contenders.random(4, 2, 1, 64, c.dtype)
+    buffer = c.store(k, v)
+    out = c.attend(q.reshape(q.shape), buffer)
+    assert out.dtype == c.dtype  # so that a chain converts nothing
+    assert mx.abs(out.astype(mx.float32) - exact(q, k, v)).max() < tolerance
+    assert contenders.nbytes(buffer) == 2 * 40 * contenders.token_bytes(c, HEADS)
+    if c.dequantize is None:
+        return
+    _, values = c.dequantize(buffer, [])
+    lengths = [mx.linalg.norm(x.astype(mx.float32), axis=-1) for x in (values, v)]
+    assert mx.abs(lengths[0] / lengths[1] - 1).max() < 0.15
+    for a, b in zip(c.dequantize(buffer, [q]), c.dequantize(buffer, []), strict=True):
+        assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["fp16", "kv4", "int4-srft"])
+@pytest.mark.parametrize("B, T", [(1, 10), (3, contenders.PIECE + 100)])
+def test_buffers(name, B, T):
+    c = contender(name, HEADS, mx.float16)
+    buffers = contenders.make_buffers(c, HEADS, B, T, 2)
+    assert len(buffers) == 2
+    for buffer in buffers:
+        for x in contenders.leaves(buffer):
+            assert x.shape[:3] == (B, 2, T)
+            # Not zeros: a kernel may skip them, or a GPU compress them.
+            tokens = np.array(x.astype(mx.float32)).reshape(B, 2, T, -1)
+            assert (np.abs(tokens).sum(axis=-1) > 0).mean() > 0.99
+    assert contenders.nbytes(buffers[0]) == B * T * contenders.token_bytes(c, HEADS)
+
+
+def test_a_chain_leaves_its_query_alone():
+    """mlx-lm's quantized attention scales the array it is given, in place."""
+    c = contender("kv8", HEADS, mx.float16)
+    seen = []
+    original = c.attend
+    c.attend = lambda q, buffer: seen.append(mx.abs(q).sum().item()) or original(q, buffer)
+    chain, _ = benchmark_ops._attend(c, HEADS, 1, 32, 1)
+    chain(1)
+    chain(1)
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("text", ["12,5,128", "12,2", "a,b,c", "0,0,64"])
+def test_heads_that_do_not_parse(text):
+    with pytest.raises(ValueError, match="(?i)heads"):
+        Heads.parse(text)
+
+
+def test_unknown_contender():
+    with pytest.raises(ValueError, match="int5"):
+        contender("int5", HEADS, mx.float16)
+
+
+# ---- operation by operation -------------------------------------------------------------------
+def test_operations(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ops.json"
+    caches = ["fp16", "bf16", "kv4", "int4-srft"]
+    run(
+        "--heads", "4,2,64", "2,1,48", "--contexts", "64", "--kv-cache", *caches, "--vectors", "64",
+        "--tokens", "2", "--rounds", "2", "--beyond", "1", "--json", str(path),
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "x: times faster" in out and "25 ns per vector" in out
+    result = json.loads(path.read_text())
+    record = result["record"]
+    assert {"date", "command", "commit", "sources", "mlx", "mlx-lm", "system", "device"} <= set(
+        record
+    )
+    assert record["command"].startswith("mlx_kvq benchmark --heads 4,2,64")
+    rows = {(r["op"], r["heads"], r["cache"], r["tokens"]): r for r in result["rows"]}
+    heads = str(HEADS)
+    assert {k[2] for k in rows if k[:2] == ("attend", heads)} == set(caches)
+    assert {k[2:] for k in rows if k[:2] == ("quantize", heads)} == {
+        (name, n) for name in ("kv4", "int4-srft") for n in (1, 16)
+    }
+    int4 = rows["attend", heads, "int4-srft", 64]
+    queries = 2 * 4 * 64 * 2
+    assert int4["bytes"] == 64 * 2 * 72 + queries
+    assert rows["attend", heads, "fp16", 64]["bytes"] == 64 * 2 * 256 + queries
+    assert rows["attend", heads, "fp16", 64]["x_fp16"] == [1.0, 1.0, 1.0]
+    assert int4["us_low"] <= int4["us"] <= int4["us_high"] and int4["of_copy"] > 0
+    store = rows["quantize", heads, "int4-srft", 16]
+    assert store["bytes"] == 16 * 2 * (256 + 72)
+    assert store["ns_per_vector"] == pytest.approx(1e3 * store["us"] / 64)
+    assert rows["dequantize", heads, "int4-srft", 64]["bytes"] == 64 * 2 * (72 + 256)
+    # mlx-lm cannot quantize 48 channels in groups of 64: one line, and the others go on.
+    assert "64" in rows["attend", "2 q / 1 kv, D = 48", "kv4", 64]["note"]
+    assert "us" in rows["attend", "2 q / 1 kv, D = 48", "int4-srft", 64]
+
+
+def test_a_contender_that_fails_is_a_row(monkeypatch):
+    original = benchmark_ops.contender
+
+    def broken(name, heads, dtype):
+        c = original(name, heads, dtype)
+        if name == "kv8":
+            c.attend = lambda q, buffer: mx.zeros((2, 3)) @ mx.zeros((2, 3))
+        return c
+
+    monkeypatch.setattr(benchmark_ops, "contender", broken)
+    args = _arguments("--heads", "4,2,64", "--contexts", "16", "--kv-cache", "kv8", "fp16",
+                      "--rounds", "2", "--ops", "attend", "--beyond", "0")  # fmt: skip
+    ((failed, ran),) = benchmark_ops.measure(args, 1e9)
+    assert failed["cache"] == "kv8" and "ValueError" in failed["note"]
+    assert ran["cache"] == "fp16" and "us" in ran
+
+
+def test_buffers_that_do_not_fit_are_left_out(monkeypatch):
+    monkeypatch.setattr(benchmark_ops, "memory_limit", lambda: 100_000)
+    args = _arguments("--heads", "4,2,64", "--contexts", "100", "--kv-cache", "int4-srft", "fp16",
+                      "--rounds", "2", "--ops", "attend", "--beyond", "0")  # fmt: skip
+    ((small, large),) = benchmark_ops.measure(args, 1e9)
+    assert small["bytes"] == 100 * 144 + 1024
+    args.contexts = [400]
+    ((small, large),) = benchmark_ops.measure(args, 1e9)
+    assert "us" in small and "GB" in large["note"]
+
+
+def _arguments(*arguments: str):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+# ---- end to end -------------------------------------------------------------------------------
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+    path, plot = tmp_path / "model.json", tmp_path / "model.png"
+    monkeypatch.setitem(shapes.SHAPES, "qwen2.5-0.5b", (shapes.qwen2, TINY))
+    run(
+        "--shape", "qwen2.5-0.5b", "--contexts", "40", "70",
+        "--kv-cache", "fp16", "kv4", "int4-srft", "--tokens", "2", "--rounds", "2",
+        "--prefill-rounds", "2", "--json", str(path), "--plot", str(plot),
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "int4, paper on M1" in out and "1.03-1.09" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["context"], r["cache"]) for r in rows] == [
+        (T, name) for T in (40, 70) for name in ("fp16", "kv4", "int4-srft")
+    ]
+    fp16, _, int4 = rows[:3]
+    assert int4["smaller_than_fp16"] == fp16["cache_bytes"] / int4["cache_bytes"] > 3.5
+    for r in rows:
+        assert r["model"] == "qwen2.5-0.5b"
+        assert r["tokens_per_s"] == pytest.approx(1e3 / r["ms"])
+        # Both peaks hold the cache itself.
+        assert min(r["prefill_peak_bytes"], r["decode_peak_bytes"]) >= r["cache_bytes"]
+    # The tables and the plot again, without measuring.
+    again = tmp_path / "again.svg"
+    run("--from-json", str(path), str(path), "--plot", str(again), monkeypatch=monkeypatch)
+    assert capsys.readouterr().out.count("tokens/s") == 2 and again.stat().st_size
+
+
+def test_a_run_goes_back_to_where_it_was(monkeypatch):
+    """Chains of the same length measure the same context, and decode as mlx-lm does."""
+    args = _arguments("--model", MODEL)
+    model, tokenizer = benchmark_models._model(args, mx.float32)
+    entry = benchmark_models._entry("fp16", model, tokenizer)
+    tokens = mx.array([[3, 5, 7, 11, 13, 17, 19]])
+    run_ = benchmark_models._Run(entry, tokens)
+    run_.prefill()
+    from mlx_lm.generate import generate_step
+
+    expected = [y for (y, _), _ in zip(generate_step(tokens[0], model), range(4), strict=False)]
+    assert run_.y.item() == expected[0]
+    seen = []
+    original = benchmark_models._Run._next
+
+    def noted(self, y):
+        y = original(self, y)
+        seen.append(y)
+        return y
+
+    monkeypatch.setattr(benchmark_models._Run, "_next", noted)
+    for _ in range(2):
+        run_.decode(3)
+        assert [y.item() for y in seen] == expected[1:]
+        assert all(type(c) is KVCache and c.offset == 7 for c in run_.cache)
+        seen.clear()
+
+
+def test_mlx_lms_quantized_cache_is_what_it_makes():
+    args = _arguments("--model", MODEL)
+    model, tokenizer = benchmark_models._model(args, mx.float32)
+    run_ = benchmark_models._Run(
+        benchmark_models._entry("kv8", model, tokenizer), mx.zeros((1, 5), mx.int32)
+    )
+    run_.prefill()
+    assert all(c.bits == 8 and c.offset == 5 for c in run_.cache)
+    gemma, tokenizer = benchmark_models._model(_arguments("--model", GEMMA), mx.float32)
+    with pytest.raises(ValueError, match="RotatingKVCache"):
+        benchmark_models._entry("kv8", gemma, tokenizer)
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_shapes_are_those_of_the_models(shape):
+    """Without making the weights: layers, heads and head size of the caches."""
+    expected = {
+        "qwen2.5-0.5b": (24, 14, 2, 64),
+        "qwen2.5-1.5b": (28, 12, 2, 128),
+        "gemma-3-1b": (26, 4, 1, 256),
+        "llama-3.1-8b": (32, 32, 8, 128),
+    }[shape]
+    module, values = shapes.SHAPES[shape]
+    a = module.ModelArgs(**values)
+    D = getattr(a, "head_dim", None) or a.hidden_size // a.num_attention_heads
+    assert (a.num_hidden_layers, a.num_attention_heads, a.num_key_value_heads, D) == expected
+
+
+def test_a_shape_runs_without_touching_the_kept_calibrations(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(shapes.SHAPES, "qwen2.5-0.5b", (shapes.qwen2, TINY))
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "kept"))
+    run(
+        "--shape", "qwen2.5-0.5b", "--weight-bits", "8", "--contexts", "20", "--batch-size", "2",
+        "--kv-cache", "bf16", "int4-srft", "--tokens", "2", "--rounds", "1",
+        "--prefill-rounds", "1", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    assert "qwen2.5-0.5b, 8-bit" in capsys.readouterr().out
+    assert not (tmp_path / "kept").exists()
+
+
+# ---- errors -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--json", "no/such/folder/x.json"], "folder"),
+        (["--plot", "x.docx"], "docx|one of"),
+        (["--contexts", "0"], "at least 1"),
+        (["--weight-bits", "4"], "--shape"),
+        (["--model", MODEL, "--contexts", "1"], "2 tokens"),
+        (["--from-json", "README.md"], "not JSON"),
+        (["--from-json", "missing.json"], "No such file"),
+        (["--heads", "3,2,64"], "multiple"),
+        (["--model", MODEL, "--cpu-time"], "--cpu-time"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mlx_kvq", "benchmark", *arguments])
+    with pytest.raises(SystemExit, match=message) as exit_:
+        cli.main()
+    assert "\n" not in str(exit_.value.code)
+
+
+def test_a_plot_needs_fp16(tmp_path, monkeypatch):
+    rows = [{"op": "attend", "heads": "h", "cache": "int4-srft", "batch": 1, "tokens": 9, "us": 1,
+             "us_low": 1, "us_high": 1, "bytes": 1, "of_copy": 1}]  # fmt: skip
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"record": {}, "rows": rows}))
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["mlx_kvq", "benchmark", "--from-json", str(path), "--plot", str(tmp_path / "x.png")],
+    )
+    with pytest.raises(SystemExit, match="fp16"):
+        cli.main()
