@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm import convert, generate, load
+from mlx_lm import convert, generate, load, utils
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
@@ -150,6 +150,22 @@ def test_of_another_program(folder, capsys):
         line == "[mlx_kvq] the KV cache in config.json is not mlx_kvq's but 'other''s, and not used"
     )
     assert repository.calibration(model, Spec.parse("int4-srft")) is None
+
+
+@pytest.mark.parametrize("folder, revision", [("a" * 40, "a" * 40), ("model", "v2")])
+def test_the_file_is_of_the_models_commit(folder, revision, tmp_path, monkeypatch):
+    """Also when the hub has moved on between the two downloads."""
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        (tmp_path / FILE).touch()
+        return tmp_path
+
+    monkeypatch.setattr(utils, "_download", download)
+    source = repository.Repository(tmp_path / folder, {}, "someone/model", "v2")
+    assert source.path == tmp_path / FILE
+    assert asked == {"name": "someone/model", "revision": revision, "allow_patterns": [FILE]}
 
 
 @pytest.mark.parametrize("spec", ["int4-srft", "int4-srft:calibrate=off"])
