@@ -104,7 +104,7 @@ inline void quantize_channels(
         const float y = x[(2 * w + h) * PER_HALF + i];
         float n;
         if (EXACT) {
-          const float q = y / (scale > 0.0f ? scale : 1.0f);
+          const float q = scale > 0.0f ? y / scale : 0.0f;
           const float low = float(LEVELS / 2 + (RULE == PAPER ? 0 : 1));
           n = clamp(RULE == PAPER ? rint(q) : floor(q), -low, float(LEVELS / 2)) + low;
         } else {

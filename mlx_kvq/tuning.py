@@ -15,7 +15,7 @@ class Tuning:
         keys (int): Keys of a tile, 16 or 32; a SIMD group works on one tile at a time.
         simd_groups (int): SIMD groups of an attention threadgroup, fewer where rows are long.
         threadgroups (int): Attention threadgroups that fill the GPU.
-        single (int): Up to this many tiles per SIMD group one split does, and spares a launch.
+        single (int): Up to this many keys one split does, and spares a launch on Metal.
         least (int): Tiles per SIMD group below which more splits do not pay.
         most (int): Splits beyond which merging them costs more than they save.
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
@@ -56,8 +56,9 @@ class Tuning:
 
 
 TUNING = {
-    # Not measured: no Mac at hand.
-    "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=4, least=1),
+    # Not measured: no Mac at hand. MLX's own attention is one launch below 1024 keys
+    # (scripts/count_launches.py), and so is this.
+    "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=1023, least=1),
     # H200, mlx 0.32.4, scripts/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
     # and 32K tokens 0.076 and 0.066 ms.
@@ -65,7 +66,7 @@ TUNING = {
         keys=16,
         simd_groups=8,
         threadgroups=132,
-        single=4,
+        single=512,
         least=2,
         most=64,
         busy=32,
@@ -107,7 +108,7 @@ def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int) -> 
         parallel (int): Threadgroups of one split.
     """
     tiles = -(-span // keys)
-    if tiles <= tuning.single * groups:
+    if span <= tuning.single:
         return 1
     wanted = min(tuning.most, tuning.threadgroups // parallel)
     return max(1, min(wanted, -(-tiles // (tuning.least * groups))))
