@@ -8,9 +8,9 @@
   another layer, and has no cache of its own, got packed ones.
 - ``make_prompt_cache``, in ``mlx_lm.models.cache`` and wherever it was imported: for an enabled
   model it honours ``max_kv_size``, which mlx-lm leaves out for a model with its own caches.
-- ``trim_prompt_cache`` in ``mlx_lm.generate``, where speculative decoding rewinds by it: a
-  rotating cache that is full can give back the tokens of the last chunk, no matter what
-  ``is_trimmable`` says of any number of tokens.
+- ``trim_prompt_cache`` and ``can_trim_prompt_cache`` in ``mlx_lm.generate``, where speculative
+  decoding rewinds by the one and asks the other whether it can: a rotating cache that is full can
+  give back the tokens of the last chunk, no matter what ``is_trimmable`` says of any number.
 - ``save_prompt_cache`` and ``load_prompt_cache``, which then hash and check files of packed
   caches (``mlx_kvq.prompt_cache``); ``mlx_lm.models.cache``'s globals hold our cache classes,
   where the latter looks.
@@ -81,7 +81,13 @@ def install() -> None:
     _replace(stock.save_prompt_cache, prompt_cache.saving(stock.save_prompt_cache))
     _replace(stock.load_prompt_cache, prompt_cache.loading(stock.load_prompt_cache))
     # The package's attribute of that name is the function generate.
-    vars(import_module("mlx_lm.generate"))["trim_prompt_cache"] = rewind
+    generate = vars(import_module("mlx_lm.generate"))
+    generate["trim_prompt_cache"], generate["can_trim_prompt_cache"] = rewind, can_speculate
+
+
+def can_speculate(caches: list) -> bool:
+    """``can_trim_prompt_cache`` for speculative decoding over these caches."""
+    return all(c.is_trimmable() or isinstance(c, cache.PackedRotatingKVCache) for c in caches)
 
 
 def rewind(caches: list, n: int) -> int:

@@ -62,26 +62,35 @@ def test_the_text_is_that_of_greedy_decoding(pair, spec, drafted):
 
 
 def test_the_text_past_a_full_window():
-    """mlx-lm's rotating cache cannot rewind there; ours keeps what a chunk drops until the next
-    update. The draft's ring, fed token by token, cannot, and only guesses worse for it."""
+    """mlx-lm's rotating cache cannot rewind there, nor begin: ours keeps what a chunk drops until
+    the next update. The draft's ring, fed token by token, cannot, and only guesses worse for it.
+    """
     model, draft, tokenizer = _with_draft("tiny-gemma3-8bit")
     for m in (model, draft):
         mlx_kvq.enable(m, "int4-srft:calibrate=off", verbose=False)
-    (prompt,) = prompts(tokenizer, [246])  # the window is 256
-    plain = [s.token for s in stream_generate(model, tokenizer, prompt, max_tokens=40)]
-    for drafted in (1, 4):
-        steps = list(
-            stream_generate(
-                model,
-                tokenizer,
-                prompt,
-                max_tokens=40,
-                draft_model=draft,
-                num_draft_tokens=drafted,
+    prompt, more = prompts(tokenizer, [246, 3])  # the window is 256
+    turns = []
+    for drafted in (0, 1, 4):
+        cache, tokens, guessed = make_prompt_cache(model), [], 0
+        if drafted:
+            cache += make_prompt_cache(draft)
+            kwargs = {"draft_model": draft, "num_draft_tokens": drafted}
+        else:
+            kwargs = {}
+        for turn, length in ((prompt, 28), (more, 12)):
+            tokens += turn
+            rest = tokens[cache[0].offset :]
+            steps = list(
+                stream_generate(
+                    model, tokenizer, rest, max_tokens=length, prompt_cache=cache, **kwargs
+                )
             )
-        )
-        assert [s.token for s in steps] == plain
-        assert 0 < sum(s.from_draft for s in steps) < 40
+            tokens += [s.token for s in steps]
+            guessed += sum(s.from_draft for s in steps)
+        turns.append(tokens)
+        assert (guessed > 0) == (drafted > 0)
+        assert len(tokens) == 246 + 28 + 3 + 12
+    assert turns[0] == turns[1] == turns[2]
 
 
 def test_a_full_window_rewinds():
