@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kv-cache", nargs="+", default=CACHES, metavar="CACHE",
-        help=f"fp16, bf16, kv4, kv8 (mlx-lm's) or specs (default: {' '.join(CACHES)}).",
+        help=f"fp16, bf16, fp32, kv4, kv8 (mlx-lm's) or specs (default: {' '.join(CACHES)}).",
     )  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096, 8192, 32768])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1])
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], default="float16",
-        help="Of the model, or of queries, keys and values, but in rows fp16 and bf16.",
+        help="Of the model, or of queries, keys and values, but in rows fp16, bf16 and fp32.",
     )  # fmt: skip
     parser.add_argument("--weight-bits", type=int, choices=[4, 8], help="With --shape.")
     parser.add_argument("--tokens", type=int, default=32, help="Decode steps in a chain.")

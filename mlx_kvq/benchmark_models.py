@@ -15,7 +15,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from .automatic import random_tokens
 from .calibrate import calibrate_tokens
-from .contenders import HALVES
+from .contenders import PLAIN
 from .model import disable, enable
 from .shapes import random_model
 from .timing import memory_limit, speedup, spread
@@ -57,7 +57,7 @@ def measure(args) -> Iterator[list[dict]]:
         label += f", {args.weight_bits}-bit"
     entries: dict[str, Entry] = {}
     for name in args.kv_cache:
-        dtype = str(HALVES[name]).rpartition(".")[2] if name in HALVES else args.dtype
+        dtype = str(PLAIN[name]).rpartition(".")[2] if name in PLAIN else args.dtype
         model, tokenizer = model_in(dtype)
         try:
             entries[name] = _entry(name, model, tokenizer)
@@ -90,7 +90,7 @@ def _model(args, dtype: mx.Dtype):
 
 
 def _entry(name: str, model, tokenizer) -> Entry:
-    if name in HALVES:
+    if name in PLAIN:
         return Entry(model, lambda: make_prompt_cache(model))
     if name in ("kv4", "kv8"):
         for cache in make_prompt_cache(model):

@@ -13,7 +13,7 @@ from .format import make_format
 from .spec import Spec
 
 PIECE = 2048  # tokens of random content; a longer buffer repeats them, nothing depends on them
-HALVES = {"fp16": mx.float16, "bf16": mx.bfloat16}
+PLAIN = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class Contender:
 
 
 def contender(name: str, heads: Heads, dtype: mx.Dtype) -> Contender:
-    """``fp16`` or ``bf16`` (plain arrays), ``kv4`` or ``kv8`` (mlx-lm's, group 64), or a spec;
-    the last two kinds with queries, keys and values of ``dtype``.
+    """``fp16``, ``bf16`` or ``fp32`` (plain arrays), ``kv4`` or ``kv8`` (mlx-lm's, group 64), or a
+    spec; the last two kinds with queries, keys and values of ``dtype``.
 
     Raises:
         ValueError: If ``name`` is none of these or cannot pack this head size.
     """
     scale = heads.dim**-0.5
-    if name in HALVES:
+    if name in PLAIN:
 
         def plain(q, buffer):
             return mx.fast.scaled_dot_product_attention(q, *buffer, scale=scale)
 
-        return Contender(HALVES[name], plain, lambda k, v: (k, v))
+        return Contender(PLAIN[name], plain, lambda k, v: (k, v))
 
     if name in ("kv4", "kv8"):
         bits = int(name[2:])
