@@ -18,6 +18,8 @@ instruction throughputs that philipturner/metal-benchmarks measured on M1:
 - Bytes: every input once, every output once, at the chip's nominal bandwidth. The larger of the
   two times is the estimate.
 
+- A load or store is one instruction for 8 bytes of device memory, or 4 of threadgroup memory.
+
 Not in it: the price of a launch (about the same number of them, scripts/count_launches.py), caches,
 threadgroup memory but for its instructions, spilled registers, address arithmetic beyond one
 instruction each, and what newer chips do better than M1. An error of a factor of two is to be
@@ -109,7 +111,8 @@ def work_of(c: Counters, bytes_: float) -> Work:
     main = sum(lanes.get(k, 0) * n for k, n in SIMPLE.items())
     rest = sum(lanes.get(k, 0) * n for k, n in COMPLEX.items())
     main += sum(lanes.get(k, 0) for k in COMPLEX)  # they take a slot as well
-    main += sum(c.loads.values()) + sum(c.stores.values())
+    # Neighbours are loaded together, 8 bytes at a time on average.
+    main += (sum(c.bytes_read.values()) + sum(c.bytes_written.values())) / 8
     main += (c.threadgroup_bytes_read + c.threadgroup_bytes_written) / 4
     main, rest = main / 32, rest / 32
     for name, n in c.simd.items():
