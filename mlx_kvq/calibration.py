@@ -70,10 +70,10 @@ class CalibrationSet:
 
     @property
     def digest(self) -> str:
-        """Hash of all values, 16 hex digits."""
+        """Hash of all names, shapes and values, 16 hex digits."""
         digest = hashlib.sha256()
         for name, a in self.arrays().items():
-            digest.update(name.encode() + np.array(a, dtype=np.float32).tobytes())
+            digest.update(f"{name}{a.shape}".encode() + np.array(a, dtype=np.float32).tobytes())
         return digest.hexdigest()[:16]
 
     def only(self, keys: Iterable[str] = NAMES, values: Iterable[str] = NAMES) -> "CalibrationSet":

@@ -47,11 +47,12 @@ TITLES = {
 WITH_OUTLIERS = ("paper", "int4", "k8v4")  # the others say nothing more there
 
 
-def affine(model, bits):
-    """Makes the model's own caches, each of which rounds what it is given as mlx-lm would."""
+def affine(model, bits, dtype=mx.float16):
+    """Makes the model's own caches, each of which rounds what it is given as mlx-lm would in a
+    model of this dtype, in which scales and biases are kept."""
 
     def rounded(x):
-        parts = mx.quantize(x.astype(mx.float16), KV_GROUP, bits)
+        parts = mx.quantize(x.astype(dtype), KV_GROUP, bits)
         return mx.dequantize(*parts, KV_GROUP, bits).astype(x.dtype)
 
     def make():
