@@ -58,16 +58,19 @@ def test_quantize_by_hand():
 
 
 def test_the_search_is_the_least_squared_error():
+    """Codes are those of the scale with the least; the scale that is stored keeps the length."""
     y = RNG.standard_normal((1000, 128))
-    _, _, values = oracle.quantize(y, 4, 128, "search")
-    error = ((values - y) ** 2).sum(axis=-1)
-    tried = []
+    codes, _, values = oracle.quantize(y, 4, 128, "search")
+    found, tried = [], []
     for c in oracle.SEARCH:
         scale = np.float16(c * np.abs(y).max(axis=-1) / 7.5).astype(float)[:, None]
         levels = scale[..., None] * (np.arange(16) - 7.5)
         nearest = np.abs(y[..., None] - levels).min(axis=-1)  # of all levels
         tried.append((nearest**2).sum(axis=-1))
-    np.testing.assert_allclose(error, np.min(tried, axis=0))
+        found.append(((scale * (codes - 7.5) - y) ** 2).sum(axis=-1))
+    np.testing.assert_allclose(np.min(found, axis=0), np.min(tried, axis=0))
+    lengths = [np.linalg.norm(x, axis=-1) for x in (values, y)]
+    np.testing.assert_allclose(*lengths, rtol=2.0**-11)
     assert len(np.unique(np.argmin(tried, axis=0))) == len(oracle.SEARCH)  # each wins somewhere
 
 
