@@ -38,13 +38,12 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
         scale would overflow fp16 saturates.
     """
     y = y.reshape(*y.shape[:-1], -1, group)  # [..., G, g]
-    finite = mx.isfinite((y * 0).sum(axis=-1, keepdims=True))
+    damage = (y * 0).sum(axis=-1, keepdims=True)  # 0 or NaN
     step = _step(y, bits, rule)
     codes = mx.where(step > 0, _codes(y, step, bits, rule), 1 << (bits - 1))
     scale = _stored(y, codes, step, bits, rule)
-    codes = mx.where(finite, codes, 0).astype(mx.uint32)
-    scale = mx.where(finite, scale, mx.nan).astype(mx.float16)
-    return codes.flatten(-2), scale.squeeze(-1)
+    codes = mx.where(damage == 0, codes, 0).astype(mx.uint32)
+    return codes.flatten(-2), (scale + damage).astype(mx.float16).squeeze(-1)
 
 
 def _to_half(s: mx.array) -> mx.array:
