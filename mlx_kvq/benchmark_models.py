@@ -63,21 +63,34 @@ def measure(args) -> Iterator[list[dict]]:
             entries[name] = _entry(name, model, tokenizer)
         except ValueError as error:
             print(f"{name}: left out: {error}", file=sys.stderr)
-    weights = mx.get_active_memory()
-    largest = None  # tokens and bytes of the last item
+    guess = _Guess()
     for B, T in itertools.product(args.batch_size, sorted(args.contexts)):
-        if largest is not None:
-            expected = weights + (largest[1] - weights) * B * T / largest[0]
-            if expected > memory_limit():
-                print(
-                    f"batch {B}, {T} tokens left out: about {expected / 1e9:.0f} GB",
-                    file=sys.stderr,
-                )
-                continue
-        whole = _Peak()
-        yield _compare(label, entries, B, T, args)
-        largest = (B * T, whole.bytes)
+        if (expected := guess.bytes(B, T)) > memory_limit():
+            left = f"batch {B}, {T} tokens left out: it would take about {expected / 1e9:.0f} GB"
+            print(left, file=sys.stderr)
+            continue
+        mx.reset_peak_memory()
+        _Peak.highest = 0
+        rows = _compare(label, entries, B, T, args)
+        guess.learn(B, T, _Peak().highest, sum(r.get("cache_bytes", 0) for r in rows))
+        yield rows
         mx.clear_cache()
+
+
+class _Guess:
+    """Memory that an item will take, from the one before: caches grow with the context, what
+    computes them with a chunk of it."""
+
+    def __init__(self) -> None:
+        self.weights = mx.get_active_memory()
+        self.token = self.chunk = 0.0
+
+    def learn(self, B: int, T: int, peak: int, caches: int) -> None:
+        self.token = caches / (B * T)
+        self.chunk = max(0, peak - self.weights - caches) / (B * min(T, CHUNK))
+
+    def bytes(self, B: int, T: int) -> float:
+        return self.weights + B * (T * self.token + min(T, CHUNK) * self.chunk)
 
 
 def _model(args, dtype: mx.Dtype):
@@ -109,20 +122,15 @@ def _entry(name: str, model, tokenizer) -> Entry:
 
 
 class _Peak:
-    """Peak memory above what was in use when this was made; ``bytes`` is all of it."""
+    """Peak memory since this was made, above what was in use then."""
 
-    _high = 0  # of the outer ones, as MLX has one counter
+    highest = 0  # of all that came before, as MLX has one counter
 
     def __init__(self) -> None:
         mx.synchronize()
-        _Peak._high = max(_Peak._high, mx.get_peak_memory())
+        _Peak.highest = max(_Peak.highest, mx.get_peak_memory())
         mx.reset_peak_memory()
         self.before = mx.get_active_memory()
-
-    @property
-    def bytes(self) -> int:
-        mx.synchronize()
-        return max(mx.get_peak_memory(), _Peak._high)
 
     @property
     def above(self) -> int:

@@ -260,6 +260,24 @@ def test_a_run_goes_back_to_where_it_was(monkeypatch):
         seen.clear()
 
 
+def test_an_item_that_does_not_fit_is_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(shapes.SHAPES, "qwen2.5-0.5b", (shapes.qwen2, TINY))
+    args = _arguments(
+        "--shape", "qwen2.5-0.5b", "--contexts", "300", "20000000", "--kv-cache", "fp16",
+        "--tokens", "1", "--rounds", "1", "--prefill-rounds", "1",
+    )  # fmt: skip
+    ((row,),) = benchmark_models.measure(args)
+    assert row["context"] == 300
+    # 2 layers of 512 tokens, K and V of 64 channels.
+    assert row["cache_bytes"] == 2 * 512 * 2 * 64 * 2
+    assert "20000000 tokens left out" in capsys.readouterr().err
+    guess = benchmark_models._Guess()
+    guess.weights = 1000
+    guess.learn(2, 100, 1000 + 400 + 600, 400)
+    assert guess.bytes(1, 200) == 1000 + 200 * 2 + 200 * 3
+    assert guess.bytes(1, 10000) == 1000 + 10000 * 2 + 2048 * 3
+
+
 def test_mlx_lms_quantized_cache_is_what_it_makes():
     args = _arguments("--model", MODEL)
     model, tokenizer = benchmark_models._model(args, mx.float32)
