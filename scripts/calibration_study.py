@@ -2,7 +2,8 @@
 
 Every window is fed in chunks, so that each chunk but the first, which is not scored, attends to
 what the cache remembers; all windows of a text are one batch. Figures are added to ``--json``
-text by text and model by model, and what is there already is not measured again:
+text by text and model by model, calibrations are kept beside it, and what is there already is not
+made again:
 
     python scripts/calibration_study.py --model tiny-qwen2 --model tiny-llama \\
         --calibration-text novels.txt --text heldout.txt --text wiki.txt --json study.json
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import mlx_kvq
 from mlx_kvq.baselines import KV_BITS, KV_GROUP, candidate, own
+from mlx_kvq.calibration import CalibrationSet
 from mlx_kvq.quality import Estimate, measure, summarize
 
 OURS = {
@@ -96,6 +98,18 @@ def save(found, path):
     os.replace(part, path)
 
 
+def calibrated(model, tokenizer, key, args):
+    """The calibration of this model and outlier, kept beside the figures."""
+    _, model_name, outlier = key.split(" ")
+    stem = Path(args.json).with_suffix("")
+    path = Path(f"{stem}-{model_name}-{outlier}.safetensors")
+    if not path.exists():
+        given = args.calibration_text and Path(args.calibration_text).read_text("utf-8")
+        options = {"tokens": args.calibration_tokens, "length": args.calibration_length}
+        mlx_kvq.calibrate(model, tokenizer, given or None, **options).save(path)
+    return CalibrationSet.load(path)
+
+
 def run(args, found):
     wanted = []
     for text, outlier, name in product(args.text, args.outliers, args.model):
@@ -111,10 +125,7 @@ def run(args, found):
             model, tokenizer = load(name)
             model.set_dtype(mx.float32)
             make_outlier(model, outlier)
-            given = args.calibration_text and Path(args.calibration_text).read_text("utf-8")
-            options = {"tokens": args.calibration_tokens, "length": args.calibration_length}
-            calibration = mlx_kvq.calibrate(model, tokenizer, given or None, **options)
-            models[name, outlier] = model, tokenizer, calibration
+            models[name, outlier] = model, tokenizer, calibrated(model, tokenizer, key, args)
         figures = block(*models[name, outlier], text, missing, args)
         found.setdefault(key, {}).update(figures)
         save(found, args.json)
