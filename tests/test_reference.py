@@ -210,3 +210,19 @@ def test_the_fast_rotation_is_the_matrix(D):
     alone = rotation.srft(x[1:2, 3:4], 7, 1), rotation.srft_inverse(y[1:2, 3:4], 7, 1)
     assert mx.array_equal(alone[0], y[1:2, 3:4])
     assert mx.array_equal(alone[1], rotation.srft_inverse(y, 7, 1)[1:2, 3:4])
+
+
+@pytest.mark.parametrize(
+    "form, D", [("int4-srft", 64), ("k8v4-srht", 128), ("int4-none:group_size=24", 72)]
+)
+def test_the_way_of_gpus_gives_the_same(form, D, monkeypatch):
+    """Where no fused kernel does a format, GPUs multiply without turning the codes over."""
+    fmt = make_format(Spec.parse(form), D)
+    k, v, q = (
+        normal(2, h, n, D, seed=n + i) for i, (h, n) in enumerate([(2, 70), (2, 70), (4, 2)])
+    )
+    rows = reference.quantize_pack(k, v, fmt)
+    out = reference.attend(q, rows, 70, fmt, 0.125, "causal")
+    monkeypatch.setattr(reference, "_on_gpu", lambda: True)
+    assert mx.array_equal(reference.quantize_pack(k, v, fmt), rows)
+    np.testing.assert_allclose(reference.attend(q, rows, 70, fmt, 0.125, "causal"), out, atol=5e-6)
