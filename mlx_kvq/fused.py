@@ -247,8 +247,9 @@ def _bits(x: float) -> int:
 
 
 @lru_cache(maxsize=512)
-def _replayed(kernel, grid, threadgroup, shapes, dtypes, inputs: tuple):
-    """A launch that MLX traced once and replays for the same shapes of ``inputs``.
+def _replayed(kernel, grid, threadgroup, shapes, dtypes, inputs: tuple, results: int = 1):
+    """A launch that MLX traced once and replays for the same shapes of ``inputs``; gives the first
+    of the kernel's outputs, or the first ``results`` of them.
 
     Calling a kernel builds its source text, 1 to 2 KB, and hashes it; replaying a trace does not
     (H100: 12 to 20 us of the host's time a launch before, see docs/performance.md). One function
@@ -256,15 +257,32 @@ def _replayed(kernel, grid, threadgroup, shapes, dtypes, inputs: tuple):
     """
 
     def launch(*arrays):
-        return kernel(
+        made = kernel(
             inputs=list(arrays),
             grid=grid,
             threadgroup=threadgroup,
             output_shapes=list(shapes),
             output_dtypes=list(dtypes),
-        )[0]
+        )
+        return made[0] if results == 1 else tuple(made[:results])
 
     return mx.compile(launch)
+
+
+def _run(machine, name, constants, inputs, grid, threadgroup, shapes, dtypes):
+    """Launch a kernel, or replay it where that pays; all outputs."""
+    kernel = _kernel(machine, name, constants)
+    if TUNING[machine].replay:
+        like = tuple((a.shape, a.dtype) for a in inputs)
+        made = _replayed(kernel, grid, threadgroup, shapes, dtypes, like, len(shapes))(*inputs)
+        return (made,) if len(shapes) == 1 else made
+    return kernel(
+        inputs=inputs,
+        grid=grid,
+        threadgroup=threadgroup,
+        output_shapes=list(shapes),
+        output_dtypes=list(dtypes),
+    )
 
 
 def _pack_launch(machine: str, fmt: Format, B: int, H: int, L: int):
@@ -303,12 +321,10 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     machine, plan = _machine(), _plan(fmt)
     B, H, L, _ = k.shape
     constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
-    return _kernel(machine, "quantize_pack", constants)(
-        inputs=[k, v, plan.k_pack, plan.v_pack],
-        grid=grid,
-        threadgroup=threadgroup,
-        output_shapes=[(B, H, L, plan.layout.words)],
-        output_dtypes=[mx.uint32],
+    inputs = [k, v, plan.k_pack, plan.v_pack]
+    shapes = ((B, H, L, plan.layout.words),)
+    return _run(
+        machine, "quantize_pack", constants, inputs, grid, threadgroup, shapes, (mx.uint32,)
     )[0]
 
 
@@ -555,12 +571,11 @@ def dequantize(
     lay = plan.layout
     B, H = rows.shape[:2]
     threads = -(-length // _DEQUANTIZE_STEPS) * ((lay.k_dim + lay.v_dim) // 8)
-    k, v = _kernel(machine, "dequantize", plan.dequantize)(
-        inputs=[rows, _integers(length)],
-        grid=(-(-threads // 256) * 256, H, B),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(B, H, length, lay.k_dim), (B, H, length, lay.v_dim)],
-        output_dtypes=[dtype, dtype],
+    grid = (-(-threads // 256) * 256, H, B)
+    shapes = ((B, H, length, lay.k_dim), (B, H, length, lay.v_dim))
+    inputs = [rows, _integers(length)]
+    k, v = _run(
+        machine, "dequantize", plan.dequantize, inputs, grid, (256, 1, 1), shapes, (dtype, dtype)
     )
     return k, v
 
@@ -569,12 +584,9 @@ def _rotate(name: str, x: mx.array, fmt: Format, table: mx.array, Hkv: int, shap
     machine, plan = _machine(), _plan(fmt)
     B, Hq, L, D = x.shape
     groups = -(-B * Hq * L // (4 * (32 // tables.lanes(D, wide=False))))
-    return _kernel(machine, name, plan.turn)(
-        inputs=[x, _integers(Hq // Hkv), table],
-        grid=(groups * 128, 1, 1),
-        threadgroup=(128, 1, 1),
-        output_shapes=[shape],
-        output_dtypes=[x.dtype],
+    inputs = [x, _integers(Hq // Hkv), table]
+    return _run(
+        machine, name, plan.turn, inputs, (groups * 128, 1, 1), (128, 1, 1), (shape,), (x.dtype,)
     )[0]
 
 

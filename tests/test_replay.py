@@ -1,0 +1,118 @@
+"""What CUDA's launches are handed, on any machine: a kernel that mixes all it gets stands in.
+
+That replayed launches compute the same on a GPU is checked there, by scripts/check_gpu.py.
+"""
+
+import mlx.core as mx
+import pytest
+
+from mlx_kvq import fused, ops
+from mlx_kvq.format import Calibration, make_format
+from mlx_kvq.spec import Spec
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """fused believes in CUDA; the kernels it makes are lazy sums of their inputs and launch."""
+
+    def kernel(machine, name, constants):
+        salt = float(hash((name, constants)) % 1000)
+
+        def launch(inputs, grid, threadgroup, output_shapes, output_dtypes):
+            small = [a if a.dtype == mx.float32 else a % 1009 for a in inputs]
+            sums = [(i + 1) * a.astype(mx.float32).mean() for i, a in enumerate(small)]
+            mixed = salt + sum(sums) + 0.1 * grid[0] + 0.01 * grid[1] + threadgroup[0]
+            return [
+                mx.full(shape, mixed + i).astype(dtype)
+                for i, (shape, dtype) in enumerate(zip(output_shapes, output_dtypes, strict=True))
+            ]
+
+        return launch
+
+    kernels = {}  # one object for one kernel, as fused._kernel keeps them
+
+    def same(*key):
+        return kernels.setdefault(key, kernel(*key))
+
+    monkeypatch.setattr(fused, "language", lambda: "cuda")
+    monkeypatch.setattr(fused, "_kernel", same)
+    ops.forget()
+    fused.forget()
+    yield kernels
+    ops.forget()
+    fused.forget()
+
+
+def formats():
+    """Two layers that are alike but for their calibration, and the plain one."""
+    spec = Spec.parse("int4-srft")
+    mus = (mx.random.normal((2, 64)) for _ in range(4))
+    calibrated = [
+        make_format(spec, 64, keys=Calibration(k), values=Calibration(v))
+        for k, v in zip(mus, mus, strict=True)
+    ]
+    return [*calibrated, make_format(spec, 64)]
+
+
+@pytest.mark.parametrize("starts, window", [(None, None), ([0, 3], None), (None, 300)])
+def test_decode_steps_launch_what_plain_launches_do(cuda, starts, window):
+    starts = None if starts is None else mx.array(starts, dtype=mx.int32)
+    layers = formats()
+    buffer = mx.random.randint(0, 1000, (2, 2, 2304, layers[0].layout.words)).astype(mx.uint32)
+    seen = set()
+    for length in (200, 500, 513, 514, 700, 1500, 513, 2300, 100):
+        rows = buffer[:, :, : -(-length // 256) * 256]
+        q = mx.random.normal((2, 6, 1, 64))
+        for fmt in layers:
+            options = {"starts": starts, "window": window}
+            for _ in range(2):  # the first may prepare the step
+                got = ops.attend(q, rows, length, fmt, 0.1, **options)
+            want = fused.attend(q, rows, length, fmt, 0.1, **options)
+            assert mx.array_equal(got, want), (length, options)
+            seen.add(want[0, 0, 0, 0].item())
+            one = mx.random.normal((2, 2, 1, 64))
+            for _ in range(2):
+                got = ops.quantize_pack(one, 2 * one, fmt)
+            assert mx.array_equal(got, fused.quantize_pack(one, 2 * one, fmt))
+    assert len(seen) > 20  # they do differ
+
+
+def test_layers_share_their_traces(cuda):
+    layers = formats()[:2]
+    rows = mx.zeros((1, 2, 1024, layers[0].layout.words), mx.uint32)
+    q = mx.random.normal((1, 6, 1, 64))
+    for fmt in layers:
+        for length in (800, 801, 801):
+            ops.attend(q, rows, length, fmt, 0.1)
+    first, second = (s for key, s in ops._steps.items() if key[0] in layers)
+    assert first.token is second.token
+    assert len(first.token.runs) <= 2  # by splits, not by layer or length
+
+
+def test_prefill_gets_every_output(cuda):
+    fmt = formats()[0]
+    rows = mx.random.randint(0, 1000, (1, 2, 300, fmt.layout.words)).astype(mx.uint32)
+    for _ in range(2):
+        k, v = ops.dequantize(rows, 280, fmt, mx.float32)
+        assert k.shape == v.shape == (1, 2, 280, 64)
+        assert mx.array_equal(v, k + 1)  # the second output
+        q = mx.random.normal((1, 4, 9, 64))
+        assert ops.rotate_queries(q, fmt, 2).shape == q.shape
+        assert ops.rotate_outputs(q, fmt, 2).shape == q.shape
+        assert ops.quantize_pack(q[:, :2], q[:, :2], fmt).shape == (1, 2, 9, fmt.layout.words)
+
+
+def test_a_step_is_not_taken_on_another_device(cuda, monkeypatch):
+    fmt = formats()[0]
+    rows = mx.zeros((1, 2, 256, fmt.layout.words), mx.uint32)
+    q = mx.random.normal((1, 4, 1, 64))
+    ops.attend(q, rows, 100, fmt, 0.1)
+    (step,) = ops._steps.values()
+    taken = []
+    monkeypatch.setattr(fused.AttendStep, "__call__", lambda *_: taken.append(1))
+    ops.attend(q, rows, 101, fmt, 0.1)
+    assert taken == [1]
+    (step,) = ops._steps.values()
+    step.device = "another"
+    ops.attend(q, rows, 102, fmt, 0.1)
+    assert taken == [1]
