@@ -26,7 +26,7 @@ from .baselines import bytes_per_token, candidate
 from .cache import _PackedCache
 from .calibrate import calibrate, sample_text
 from .evaluate import _read, evaluate, read_recall
-from .model import _leaves, disable, enable
+from .model import _leaves, enable
 from .spec import OFF, Spec
 
 CHUNK = 128  # tokens at a time when a repository is evaluated
@@ -190,7 +190,6 @@ def _add(
         for path, cache in _leaves(model.make_cache())
         if isinstance(cache, _PackedCache)
     }
-    disable(model)
     evaluation = None
     if evaluate_on:
         if mx.default_device().type == mx.DeviceType.cpu:

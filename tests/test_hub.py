@@ -98,7 +98,6 @@ def test_generate_from_the_hub_and_then_offline(calibrated, hub, tmp_path):
     assert (snapshot / FILE).read_bytes() == (folder / FILE).read_bytes()
     asked = len(hub.requests)
     assert generate(name, home=tmp_path) == (text, lines)
-    assert generate(folder, home=tmp_path) == (text, lines)
     assert generate(name, "--kv-cache", "fp16", home=tmp_path)[1] == [
         "[mlx_kvq] --kv-cache fp16 in place of the repository's int4-srft"
     ]
@@ -122,7 +121,6 @@ def test_a_snapshot_without_the_file_is_told(calibrated, hub, tmp_path):
         f"[mlx_kvq] error: The KV cache of '{name}' cannot be used: {FILE} cannot be fetched: "
     )
     assert "Traceback" not in process.stderr
-    assert generate(name, "--kv-cache", "fp16", home=tmp_path)[0]
     assert generate(name, home=tmp_path, hub=hub)[1] == [LINE]  # with the net it is fetched
 
 

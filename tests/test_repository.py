@@ -35,6 +35,12 @@ def folder(tmp_path):
     return write(tmp_path / "model")
 
 
+@pytest.fixture
+def no_tokenizer(monkeypatch):
+    """Loading it is most of the time of a test that loads and no more."""
+    monkeypatch.setattr(utils, "load_tokenizer", lambda *args, **kwargs: None)
+
+
 @pytest.mark.parametrize("name", ["tiny-qwen2-8bit", "tiny-gemma3-8bit"])
 def test_load_picks_the_cache_up(name, tmp_path, capsys):
     folder = write(tmp_path / "model", "int4-srft:group_size=64", name)
@@ -204,7 +210,9 @@ def test_the_rest_of_config_json_stays(folder):
 
 @pytest.mark.parametrize("old", ["plain", "calibrated", "off"])
 @pytest.mark.parametrize("new", ["calibrated", "off"])
-def test_an_interrupted_write_leaves_a_whole_repository(old, new, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_write_leaves_a_whole_repository(
+    old, new, tmp_path, monkeypatch, capsys, no_tokenizer
+):
     specs = {"calibrated": "int4-srft", "off": "int4-srft:calibrate=off"}
     replace = os.replace
     outcomes = set()
@@ -465,7 +473,7 @@ def five_thirds(folder):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_repository_is_one_clear_error(case, folder, capsys):
+def test_a_bad_repository_is_one_clear_error(case, folder, capsys, no_tokenizer):
     tamper, message = BAD[case]
     tamper(folder)
     with pytest.raises(RepositoryError) as caught:
