@@ -115,7 +115,7 @@ UNROLL for (int i = 0; i < Q_TILES; i++) {
 }
 float2 offsets[OFFSETS];
 if (WHOLE) {
-  kvq::score_offset<KD, KB, WHOLE ? KG : KD, HALF_STEP>(offsets, query);
+  kvq::score_offset<KD, KB, WHOLE ? KG : KD, HALF_STEP>(offsets, query, queries, at);
 }
 const float2 factor = float2(query_scale[2 * at.pair], query_scale[2 * at.pair + 1]);
 int low[2], high[2];

@@ -103,6 +103,8 @@ inline float simd_max(float x) {
 
 namespace kvq {
 
+enum : int { PRODUCTS_ARE_CHEAP = 1 };
+
 struct tile_lane {
   uint row;
   uint pair;

@@ -8,6 +8,10 @@
 
 namespace kvq {
 
+// Whether a product of tiles costs little more than one of numbers: 20 cycles here, so that 128 of
+// them before the first key were half of attend's time at 1K keys (scripts/estimate_apple.py).
+enum : int { PRODUCTS_ARE_CHEAP = 0 };
+
 struct tile_lane {
   uint row;   // 0 to 7
   uint pair;  // 0 to 3, columns 2 * pair and 2 * pair + 1

@@ -122,9 +122,33 @@ inline tile_lift lift_of(const threadgroup uint* tile, uint lane) {
   return out;
 }
 
-// Minus the sum, over each group, of queries times what raw codes are too large by.
+// Minus the sum, over each group, of queries times what raw codes are too large by; `rotated` are
+// the 8 queries [8][D] that the operands were made of.
 template <int D, int BITS, int GROUP, bool HALF_STEP>
-inline void score_offset(thread float2* offset, const thread half2* queries) {
+inline void score_offset(
+    thread float2* offset,
+    const thread half2* queries,
+    const threadgroup half* rotated,
+    tile_lane at) {
+  if (PRODUCTS_ARE_CHEAP == 0) {
+    // The eight rows of a column pair share the channels; those of a row are all upper codes or
+    // none, since a row's channels are eight apart.
+    const bool upper = BITS == 4 && (at.row & 1u) != 0;
+    const float up = upper ? 0.0625f : 1.0f;
+    const float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
+    const float excess = 1024.0f + (upper ? 16.0f : 1.0f) * middle;
+    const threadgroup half* x = rotated + 2 * int(at.pair) * D + int(at.row);
+    UNROLL for (int group = 0; group < D / GROUP; group++) {
+      float2 c = float2(0.0f, 0.0f);
+      UNROLL for (int i = 0; i < GROUP; i += 8) {
+        const float a = float(half(float(x[group * GROUP + i]) * up));
+        const float b = float(half(float(x[D + group * GROUP + i]) * up));
+        c = float2(fma(a, excess, c.x), fma(b, excess, c.y));
+      }
+      offset[group] = float2(-rows_sum(c.x), -rows_sum(c.y));
+    }
+    return;
+  }
   constexpr int P = per_word(BITS);
   constexpr int TILES = GROUP / (128 / BITS) * P;
   UNROLL for (int group = 0; group < D / GROUP; group++) {

@@ -9,11 +9,13 @@ from mlx_lm import load, stream_generate
 import mlx_kvq
 from tests.emulator import emulated
 
-# Prompts that lead to no near tie between two tokens (0.17 nats and more for Qwen2), which the
+# Prompts that lead to no near tie between two tokens (0.12 nats and more for Qwen2), which the
 # kernels' fp16 operands would decide one way and the fp32 reference another: these models are
 # unsure of much.
 PROMPTS = {
-    "tiny-qwen2-8bit": 'Sometimes the broken reply was, "Wait! ',
+    "tiny-qwen2-8bit": (
+        'It is fifteen years since we--since I--came last from France." "Indeed, sir? '
+    ),
     "tiny-gemma3-8bit": "My dear sir, I have the honour",
 }
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
