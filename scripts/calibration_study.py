@@ -145,6 +145,10 @@ def report(found):
                 continue
             name, group = full.split(" ")
             cells.setdefault((text, group), {}).setdefault(column, {})[name] = f
+    for (text, _), columns in cells.items():
+        for column, caches in columns.items():  # mlx-lm's caches beside every group size
+            beside = cells.get((text, str(KV_GROUP)), {}).get(column, {})
+            caches |= {name: beside[name] for name in KV_BITS if name in beside}
     for (text, group), columns in cells.items():
         print(f"\n### {text}, groups of {group}\n")
         columns = {c: columns[c] for c in sorted(columns, key=lambda c: c.split(",")[0])}
