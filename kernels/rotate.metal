@@ -18,7 +18,7 @@ constexpr bool is_none(int ROTATION) {
   return ROTATION == 2;
 }
 
-// The lanes of a vector. WIDE, an enumerator that precedes this file (see fused.py): as many as
+// The lanes of a vector. WIDE, an enumerator that precedes this file (see mlx_kvq/jit.py): as many as
 // divide it, for one vector whose result others wait for. Otherwise few, because shuffles cost more
 // than arithmetic and a lane's points share them, but no more than eight points a lane where D
 // allows it.

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from . import fused, reference
+from . import fused, reference, steps
 from .format import Format
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
@@ -22,8 +22,8 @@ _chosen: dict[tuple, ModuleType] = {}  # what `backend` said before
 _tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
 _said: set[str] = set()
 # Arguments of a decode step, checked before, -> its launch: tens of layers ask for every token.
-_packs: dict[tuple, fused.PackStep] = {}
-_steps: dict[tuple, fused.AttendStep] = {}
+_packs: dict[tuple, steps.PackStep] = {}
+_steps: dict[tuple, steps.AttendStep] = {}
 
 
 def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
@@ -60,6 +60,7 @@ def forget() -> None:
     """Choose and try again: for tests, which change the environment."""
     for known in (_chosen, _tried, _packs, _steps):
         known.clear()
+    steps.token_of.cache_clear()
 
 
 def _say(line: str) -> None:
@@ -126,7 +127,7 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
 
         if _works("quantize_pack", (), fmt, k.dtype, trial):
             if fused.replays() and k.shape[2] == 1:
-                _packs[key] = fused.PackStep(k, v, fmt)
+                _packs[key] = steps.PackStep(k, v, fmt)
             return fused.quantize_pack(k, v, fmt)
     return reference.quantize_pack(k, v, fmt)
 
@@ -217,7 +218,7 @@ def attend(
         variant = (kind, sinks is None, starts is None, parts == 1)
         if _works("attend", variant, fmt, q.dtype, trial):
             if key is not None and fused.replays():
-                step = fused.AttendStep(q, rows, fmt, scale, window, starts is not None, parts == 1)
+                step = steps.AttendStep(q, rows, fmt, scale, window, starts is not None, parts == 1)
                 if step.fits():
                     _steps[key] = step
             return fused.attend(*args, parts)

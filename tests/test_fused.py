@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvq import fused, reference, tables, tuning
+from mlx_kvq import fused, jit, reference, tables, tuning
 from mlx_kvq.format import Calibration, make_format
 from mlx_kvq.rotation import real_fft
 from mlx_kvq.sources import kernel_source, kernels_path
@@ -473,7 +473,7 @@ def test_the_cuda_prelude_has_the_kernels_vocabulary():
 
 def test_bodies_use_threadgroup_only_to_declare():
     """In a body it is CUDA's __shared__, which no pointer or cast may carry."""
-    for _, bodies, _, _ in fused._KERNELS.values():
+    for _, bodies, _, _ in jit.KERNELS.values():
         for name in bodies:
             text = kernel_source(name if "." in name else f"{name}.metal")
             for line in re.findall(r".*\bthreadgroup\b.*", re.sub(r"//.*", "", text)):

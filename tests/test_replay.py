@@ -6,7 +6,7 @@ That replayed launches compute the same on a GPU is checked there, by scripts/ch
 import mlx.core as mx
 import pytest
 
-from mlx_kvq import fused, ops
+from mlx_kvq import fused, jit, ops, steps
 from mlx_kvq.format import Calibration, make_format
 from mlx_kvq.spec import Spec
 
@@ -29,13 +29,13 @@ def cuda(monkeypatch):
 
         return launch
 
-    kernels = {}  # one object for one kernel, as fused._kernel keeps them
+    kernels = {}  # one object for one kernel, as jit.kernel keeps them
 
     def same(*key):
         return kernels.setdefault(key, kernel(*key))
 
     monkeypatch.setattr(fused, "language", lambda: "cuda")
-    monkeypatch.setattr(fused, "_kernel", same)
+    monkeypatch.setattr(jit, "kernel", same)
     ops.forget()
     fused.forget()
     yield kernels
@@ -109,7 +109,7 @@ def test_a_step_is_not_taken_on_another_device(cuda, monkeypatch):
     ops.attend(q, rows, 100, fmt, 0.1)
     (step,) = ops._steps.values()
     taken = []
-    monkeypatch.setattr(fused.AttendStep, "__call__", lambda *_: taken.append(1))
+    monkeypatch.setattr(steps.AttendStep, "__call__", lambda *_: taken.append(1))
     ops.attend(q, rows, 101, fmt, 0.1)
     assert taken == [1]
     (step,) = ops._steps.values()

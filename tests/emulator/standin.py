@@ -169,9 +169,10 @@ def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
     before, language = mx.fast.metal_kernel, getattr(fused, "language", None)
 
     def clear():
-        for value in vars(fused).values() if fused else ():
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
+        for module in (fused, sys.modules.get("mlx_kvq.jit")):
+            for value in vars(module).values() if module else ():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
         getattr(sys.modules.get("mlx_kvq.ops"), "_tried", {}).clear()
 
     clear()

@@ -1,0 +1,126 @@
+"""Decode steps, prepared once: tens of layers ask for the same launch at every token.
+
+Only where launches are replayed (``Tuning.replay``). What a step launches is what
+:mod:`mlx_kvq.fused` launches.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from . import fused, jit
+from .format import Format
+
+
+class PackStep:
+    """:func:`quantize_pack` of a few tokens, prepared for one format, shape and dtype."""
+
+    def __init__(self, k: mx.array, v: mx.array, fmt: Format):
+        self.machine, plan = fused._machine(), fused._plan(fmt)
+        self.device = mx.default_device()
+        B, H, L, _ = k.shape
+        self.tables = plan.k_pack, plan.v_pack
+        constants, grid, threadgroup = fused._pack_launch(self.machine, fmt, B, H, L)
+        self.run = jit.replayed(
+            jit.kernel(self.machine, "quantize_pack", constants),
+            grid,
+            threadgroup,
+            ((B, H, L, plan.layout.words),),
+            (mx.uint32,),
+            (k.shape, v.shape, k.dtype, v.dtype),
+        )
+
+    def __call__(self, k: mx.array, v: mx.array) -> mx.array:
+        return self.run(k, v, *self.tables)
+
+
+class AttendStep:
+    """:func:`attend` without a mask or sinks, prepared for one format, shape and dtype: what is
+    left to do for a token is to look up the number of splits and to launch."""
+
+    def __init__(
+        self, q: mx.array, rows: mx.array, fmt: Format, scale: float, window: int | None,
+        starts: bool, single: bool,
+    ):  # fmt: skip
+        self.machine, plan = fused._machine(), fused._plan(fmt)
+        self.device = mx.default_device()
+        self.single = single  # the kernel for one split, or that for several
+        self.rows_shape, self.q_shape, self.dtype = rows.shape, q.shape, q.dtype
+        self.capacity, self.scale, self.window = rows.shape[2], scale, window
+        self.layout = plan.layout
+        B, Hq, L, _ = q.shape
+        Hkv = rows.shape[1]
+        heads = Hq // Hkv
+        self.blocks = -(-(heads * L) // 8)
+        self.parallel = B * Hkv * self.blocks
+        self.launch = fused._launch(self.machine, fmt, self.parallel, 0, starts, False)
+        self.tables = plan.k_query, plan.v_output
+        self.token = token_of(self.machine, self.layout, self.parallel, heads, L, scale, window)
+
+    def __call__(
+        self, q: mx.array, rows: mx.array, length: int, starts: mx.array | None
+    ) -> mx.array | None:
+        """``None`` where the length now asks for the other kernel."""
+        token = self.token
+        if token.length != length:
+            token.move(length)
+        parts = token.parts
+        if (parts == 1) is not self.single:
+            return None
+        key = self.launch, self.rows_shape, self.dtype, parts
+        if (run := token.runs.get(key)) is None:
+            run = token.runs[key] = self._prepare(parts)
+        inputs = (q, rows, token.info) if starts is None else (q, rows, token.info, starts)
+        if parts == 1:
+            return run(*inputs, *self.tables)
+        return run(*inputs, *self.tables, next(fused._arrivals()))
+
+    def fits(self) -> bool:
+        """Whether one launch does it all, however the context is split."""
+        return self.parallel <= fused._ARRIVALS
+
+    def _prepare(self, parts: int):
+        B, Hq, L, _ = self.q_shape
+        shape = (B, Hq, L, self.layout.v_dim)
+        shapes: tuple[tuple[int, ...], ...] = (shape,)
+        dtypes: tuple[mx.Dtype, ...] = (self.dtype,)
+        if parts > 1:
+            shapes += ((B, Hq, L, parts, shape[3]), (B, Hq, L, parts, 2))
+            dtypes += (mx.float32, mx.float32)
+        groups = self.launch.groups
+        return jit.replayed(
+            jit.kernel(
+                self.machine, "attend_finish" if parts == 1 else "attend_join", self.launch.finish
+            ),
+            (parts * groups * 32, self.rows_shape[1] * self.blocks, B),
+            (groups * 32, 1, 1),
+            shapes,
+            dtypes,
+            (self.q_shape, self.rows_shape),
+        )
+
+
+class _Token:
+    """What the decode steps of all layers have in common while the length is the same."""
+
+    def __init__(self, machine, layout, parallel, heads, L, scale, window):
+        self.place = machine, layout, parallel
+        self.heads, self.L, self.scale, self.window = heads, L, scale, window
+        self.length = 0
+        self.runs: dict[tuple, Any] = {}  # launches, by what they depend on
+
+    def move(self, length: int) -> None:
+        window = self.window
+        span = length if window is None else min(length, window + self.L - 1)
+        self.length, self.parts = length, fused._parts(*self.place, span)
+        self.info = fused._integers(
+            length, self.heads, self.L, fused._bits(self.scale), False, window or 0
+        )
+        if len(self.runs) > 256:  # lengths far behind
+            self.runs.clear()
+
+
+@lru_cache(maxsize=64)
+def token_of(machine, layout, parallel, heads, L, scale, window) -> _Token:
+    return _Token(machine, layout, parallel, heads, L, scale, window)
