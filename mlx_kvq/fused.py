@@ -118,11 +118,17 @@ def _bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
+def pack_pairs(fmt: Format, L: int) -> int:
+    """Pairs of SIMD groups in a threadgroup of quantize_pack, a compile-time constant."""
+    pairs = TUNING[_machine()].pack_pairs
+    return 1 if -(-L // _plan(fmt).pack_set) < pairs else pairs
+
+
 def _pack_launch(machine: str, fmt: Format, B: int, H: int, L: int):
     """Constants, grid and threadgroup of quantize_pack."""
     plan, tuning = _plan(fmt), TUNING[machine]
     sets = -(-L // plan.pack_set)
-    pairs = 1 if sets < tuning.pack_pairs else tuning.pack_pairs
+    pairs = pack_pairs(fmt, L)
     groups = min(-(-sets // pairs), max(1, tuning.pack_threadgroups // (B * H)))
     return (*plan.pack, ("PAIRS", pairs)), (groups * pairs * 64, B * H, 1), (pairs * 64, 1, 1)
 
@@ -171,6 +177,12 @@ def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> i
     """Shares of a context of ``span`` keys that :func:`attend` works on in parallel; 1 spares
     a launch."""
     return _parts(_machine(), fmt.layout, B * Hkv * -(-(Hq // Hkv * L) // 8), span)
+
+
+def attend_sizes(fmt: Format, B: int, Hq: int, Hkv: int, L: int) -> tuple[int, int]:
+    """SIMD groups and keys of a tile of :func:`attend`, compile-time constants."""
+    parallel = B * Hkv * -(-(Hq // Hkv * L) // 8)
+    return attend_shape(fmt.layout, TUNING[_machine()].when(parallel))
 
 
 def forget() -> None:

@@ -120,12 +120,13 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
         )
     # The kernel has no rounding with feedback.
     if fmt.feedback is None and _backend(fmt, k.dtype) is fused:
+        tokens = min(k.shape[2], 64)  # enough for every constant of the kernel
 
         def trial():
-            zeros = mx.zeros((1, k.shape[1], 1, lay.k_dim), k.dtype)
-            return zeros, mx.zeros((1, k.shape[1], 1, lay.v_dim), v.dtype), fmt
+            zeros = mx.zeros((1, k.shape[1], tokens, lay.k_dim), k.dtype)
+            return zeros, mx.zeros((1, k.shape[1], tokens, lay.v_dim), v.dtype), fmt
 
-        if _works("quantize_pack", (), fmt, k.dtype, trial):
+        if _works("quantize_pack", (fused.pack_pairs(fmt, k.shape[2]),), fmt, k.dtype, trial):
             if fused.replays() and k.shape[2] == 1:
                 _packs[key] = steps.PackStep(k, v, fmt)
             return fused.quantize_pack(k, v, fmt)
@@ -203,19 +204,21 @@ def attend(
 
         def trial():
             return (
-                mx.zeros((1, Hq, L, D), q.dtype),
-                mx.zeros((1, Hkv, 64, rows.shape[3]), mx.uint32),
+                mx.zeros((B, Hq, L, D), q.dtype),
+                mx.zeros((B, Hkv, 64, rows.shape[3]), mx.uint32),
                 64,
                 fmt,
                 scale,
                 None if kind is None else mx.zeros((L, 64), kind),
                 sinks,
-                None if starts is None else mx.zeros((1,), mx.int32),
+                None if starts is None else mx.zeros((B,), mx.int32),
                 window,
                 min(2, parts),
             )
 
-        variant = (kind, sinks is None, starts is None, parts == 1)
+        # What is a constant of the kernel: another is another compilation, which may fail.
+        sizes = fused.attend_sizes(fmt, B, Hq, Hkv, L)
+        variant = (kind, sinks is None, starts is None, parts == 1, sizes)
         if _works("attend", variant, fmt, q.dtype, trial):
             if key is not None and fused.replays():
                 step = steps.AttendStep(q, rows, fmt, scale, window, starts is not None, parts == 1)

@@ -1,11 +1,12 @@
 """mlx_kvq doctor: with kernels (in the emulator), without a GPU, with a kernel that is wrong."""
 
 import argparse
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from mlx_kvq import doctor, fused, ops
+from mlx_kvq import doctor, fused, ops, tuning
 from mlx_kvq.cli import main
 from mlx_kvq.format import make_format
 from mlx_kvq.spec import Spec
@@ -105,3 +106,36 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(capsys, monk
     assert "warning: the quantize_pack kernel failed on this machine" in line
     assert "no matching function" in line
     assert "mlx_kvq doctor" in line
+
+
+def test_what_compiles_for_a_token_is_tried_again_for_a_prompt(capsys, monkeypatch):
+    """Many tokens, and batches, are other kernels: other compile-time constants."""
+    fmt = make_format(Spec.parse("int4-srft"), 64)
+    k, v = (mx.random.normal((2, 16, 80, 64)) for _ in "kv")
+    q = mx.random.normal((2, 16, 1, 64))
+    rows = ops.quantize_pack(k, v, fmt)
+    pack, attend = fused.quantize_pack, fused.attend
+
+    def only_few(k, v, fmt):
+        if fused.pack_pairs(fmt, k.shape[2]) > 1:
+            raise RuntimeError("too many registers")
+        return pack(k, v, fmt)
+
+    def only_one(q, *args):
+        if q.shape[0] > 1:
+            raise RuntimeError("too much threadgroup memory")
+        return attend(q, *args)
+
+    sizes = replace(tuning.TUNING["metal"], busy=32, busy_keys=32, busy_groups=4)
+    monkeypatch.setitem(tuning.TUNING, "metal", sizes)
+    with emulated("fast"):
+        monkeypatch.setattr(fused, "quantize_pack", only_few)
+        monkeypatch.setattr(fused, "attend", only_one)
+        mx.eval(ops.quantize_pack(k[:, :, :1], v[:, :, :1], fmt))
+        mx.eval(ops.attend(q[:1], rows[:1], 70, fmt, 0.1))
+        assert not capsys.readouterr().err
+        assert mx.array_equal(ops.quantize_pack(k, v, fmt), rows)
+        mx.eval(ops.attend(q, rows, 70, fmt, 0.1))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "quantize_pack kernel failed" in first and "registers" in first
+    assert "attend kernel failed" in second and "threadgroup memory" in second
