@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import benchmark_models, benchmark_ops, benchmark_plot, fused
 from .doctor import machine
+from .files import replacing
 from .shapes import SHAPES
 from .timing import copy_bandwidth
 
@@ -140,7 +141,9 @@ def _measure(args: argparse.Namespace) -> dict:
             bar.update(len(rows))
             result["rows"] += rows
             if args.json:
-                _write(args.json, json.dumps(result, indent=1, ensure_ascii=False))
+                with replacing(args.json) as part:
+                    text = json.dumps(result, indent=1, ensure_ascii=False)
+                    part.write_text(text, encoding="utf-8")
     if table:
         table.end()
     return result
@@ -252,9 +255,3 @@ def _read(path: Path) -> dict:
     if not isinstance(result, dict) or not {"record", "rows"} <= set(result):
         raise ValueError(f"{path} was not written by 'mlx_kvq benchmark --json'.")
     return result
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

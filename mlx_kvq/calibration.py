@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .files import replacing
 from .format import Calibration
 
 FILE_VERSION = 1
@@ -101,10 +101,8 @@ class CalibrationSet:
             "version": str(FILE_VERSION),
             "metadata": json.dumps(dict(self.metadata), sort_keys=True),
         }
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".calibration-") as folder:
-            part = os.path.join(folder, "part.safetensors")
-            mx.save_safetensors(part, self.arrays(), header)
-            os.replace(part, path)
+        with replacing(path) as part:
+            mx.save_safetensors(str(part), self.arrays(), header)
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationSet":

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from . import __version__
 from .baselines import Candidate, bytes_per_token, candidate, check_name, own
 from .calibration import CalibrationSet
+from .files import replacing
 from .quality import Estimate, Result, measure, summarize
 from .spec import Spec
 
@@ -84,16 +84,8 @@ class Evaluation:
     def save(self, path: str | os.PathLike) -> None:
         """Write everything, every window's figures included, as JSON; atomically."""
         text = json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
-        target = Path(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def evaluate(
@@ -364,12 +356,6 @@ def _finite(value):
     if isinstance(value, list):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and value - value != 0 else value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class _Callable(types.ModuleType):

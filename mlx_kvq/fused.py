@@ -173,15 +173,20 @@ def _parts(machine: str, lay: RowLayout, parallel: int, span: int) -> int:
     return splits(tuning, groups, keys, span, parallel)
 
 
+def query_blocks(heads: int, L: int) -> int:
+    """Threadgroups of 8 query rows that the ``heads`` of a KV head at L positions take."""
+    return -(-heads * L // 8)
+
+
 def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> int:
     """Shares of a context of ``span`` keys that :func:`attend` works on in parallel; 1 spares
     a launch."""
-    return _parts(_machine(), fmt.layout, B * Hkv * -(-(Hq // Hkv * L) // 8), span)
+    return _parts(_machine(), fmt.layout, B * Hkv * query_blocks(Hq // Hkv, L), span)
 
 
 def attend_sizes(fmt: Format, B: int, Hq: int, Hkv: int, L: int) -> tuple[int, int]:
     """SIMD groups and keys of a tile of :func:`attend`, compile-time constants."""
-    parallel = B * Hkv * -(-(Hq // Hkv * L) // 8)
+    parallel = B * Hkv * query_blocks(Hq // Hkv, L)
     return attend_shape(fmt.layout, TUNING[_machine()].when(parallel))
 
 
@@ -256,7 +261,7 @@ def attend(
     if parts is None:
         span = length if window is None else min(length, window + L - 1)
         parts = attend_parts(fmt, B, Hq, Hkv, L, span)
-    blocks = -(-(heads * L) // 8)
+    blocks = query_blocks(heads, L)
     launch = _launch(machine, fmt, B * Hkv * blocks, kind, starts is not None, sinks is not None)
     inputs.append(plan.k_query)
     last = [plan.v_output] if sinks is None else [plan.v_output, sinks]

@@ -81,10 +81,6 @@ def kernel(machine: str, name: str, constants: Constants):
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
     absent = [n for n in inputs if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
-    keywords: dict[str, Any] = {
-        "input_names": [n for n in inputs if n not in absent],
-        "output_names": list(outputs),
-    }
     body = "".join(
         f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
         for key, value in constants
@@ -97,31 +93,26 @@ def kernel(machine: str, name: str, constants: Constants):
     if machine == "metal":
         header = lanes + "".join(_source(h) for h in ("machine", *headers))
         body += "".join(_source(b) for b in bodies)
-        digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
-        return mx.fast.metal_kernel(
-            name=f"kvq_{name}_{digest}",
-            header=header,
-            source=body,
-            ensure_row_contiguous=False,
-            **keywords,
+    else:
+        # Bodies declare threadgroup memory, the header's functions only point to it.
+        header = (
+            lanes
+            + _include("machine.cuh", *headers)
+            + "#undef threadgroup\n#define threadgroup __shared__\n"
         )
-    # Bodies declare threadgroup memory, the header's functions only point to it.
-    header = (
-        lanes
-        + _include("machine.cuh", *headers)
-        + "#undef threadgroup\n#define threadgroup __shared__\n"
-    )
-    text = "".join(_source(b) for b in bodies)
-    # MLX looks for these words to pass shapes and strides.
-    words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
-    body += f"// {' '.join(words)}\n" + _include(*bodies)
+        text = "".join(_source(b) for b in bodies)
+        # MLX looks for these words to pass shapes and strides.
+        words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
+        body += f"// {' '.join(words)}\n" + _include(*bodies)
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
-    return mx.fast.cuda_kernel(
+    make: Any = mx.fast.metal_kernel if machine == "metal" else mx.fast.cuda_kernel
+    return make(
         name=f"kvq_{name}_{digest}",
+        input_names=[n for n in inputs if n not in absent],
+        output_names=list(outputs),
         header=header,
         source=body,
         ensure_row_contiguous=False,
-        **keywords,
     )
 
 

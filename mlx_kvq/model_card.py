@@ -4,16 +4,15 @@ A card that is there keeps its text and its metadata; ours is a block between tw
 the next conversion replaces.
 """
 
-import os
 import platform
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .files import replacing
 from .model import Report
 
 if TYPE_CHECKING:
@@ -85,12 +84,10 @@ def make(
 def write(folder: Path, card: ModelCard) -> None:
     """Write README.md; one that was there stays whole until the new one is complete."""
     target = folder / "README.md"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".README-") as name:
-        part = Path(name) / "README.md"
+    with replacing(target) as part:
         card.save(part)
         if target.exists():
             shutil.copymode(target, part)
-        os.replace(part, target)
 
 
 def _empty() -> ModelCard:

@@ -7,7 +7,6 @@ caches also carries, in its metadata, a hash of everything else in the file.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ from mlx_lm.models import cache as stock
 from . import ops
 from .automatic import identity
 from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
+from .files import replacing
 from .model import _leaves, make_prompt_cache
 from .spec import Spec
 
@@ -35,15 +35,12 @@ def saving(save: Callable) -> Callable:
             return save(file_name, cache, metadata)
         path = str(file_name)
         path = path if path.endswith(".safetensors") else path + ".safetensors"
-        parent = os.path.dirname(path) or "."
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".prompt-cache-") as folder:
-            part = os.path.join(folder, "part.safetensors")
-            save(part, cache, {**(metadata or {}), KEY: _UNSET})
-            digest, at = _digest(part)
+        with replacing(path) as part:
+            save(str(part), cache, {**(metadata or {}), KEY: _UNSET})
+            digest, at = _digest(str(part))
             with open(part, "r+b") as file:
                 file.seek(at)
                 file.write(digest.encode())
-            os.replace(part, path)
 
     return save_prompt_cache
 

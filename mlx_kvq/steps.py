@@ -52,7 +52,7 @@ class AttendStep:
         B, Hq, L, _ = q.shape
         Hkv = rows.shape[1]
         heads = Hq // Hkv
-        self.blocks = -(-(heads * L) // 8)
+        self.blocks = fused.query_blocks(heads, L)
         self.parallel = B * Hkv * self.blocks
         self.launch = fused._launch(self.machine, fmt, self.parallel, 0, starts, False)
         self.tables = plan.k_query, plan.v_output

@@ -15,7 +15,6 @@ written and kept unpacked: mlx-lm itself has no such cache for sliding layers.
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -23,11 +22,13 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm import load
 from outliers import make_outlier
+from texts import windows_of
 from tqdm import tqdm
 
 import mlx_kvq
 from mlx_kvq.baselines import KV_BITS, KV_GROUP, candidate, own
 from mlx_kvq.calibration import CalibrationSet
+from mlx_kvq.files import replacing
 from mlx_kvq.quality import Estimate, measure, summarize
 
 OURS = {
@@ -82,9 +83,7 @@ def makers_of(model, names, calibration):
 
 def block(model, tokenizer, calibration, text, names, args):
     """Name -> the figures of this cache on one text."""
-    n = args.windows * args.tokens
-    ids = tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 16 * n])[:n]
-    windows = mx.array(ids).reshape(args.windows, args.tokens)
+    windows = windows_of(tokenizer, text, args.windows, args.tokens)
     makers = makers_of(model, names, calibration)
     steps = len(makers) * -(-args.tokens // args.chunk)
     with tqdm(total=steps, desc="chunks", leave=False) as bar:
@@ -93,9 +92,8 @@ def block(model, tokenizer, calibration, text, names, args):
 
 
 def save(found, path):
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def calibrated(model, tokenizer, key, args):

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import load
 from outliers import make_outlier
+from texts import windows_of
 from tqdm import tqdm
 
 from mlx_kvq import rotation, seams
@@ -228,11 +229,6 @@ def seeds(samples, group, n):
             for seed in range(n):
                 layers = fixed(data, name, seed)
                 yield f"{name} seed {seed}{suffix}", Spec("int4", "none", group), layers
-
-
-def windows_of(tokenizer, path, n, tokens):
-    ids = tokenizer.encode(Path(path).read_text(encoding="utf-8")[: 16 * n * tokens])
-    return mx.array(ids[: n * tokens]).reshape(n, tokens)
 
 
 def main():

@@ -7,11 +7,11 @@ its ratio to the first, with the standard error of the windows' paired differenc
 """
 
 import argparse
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm import load
+from texts import windows_of
 from tqdm import tqdm
 
 from mlx_kvq import reference
@@ -64,9 +64,7 @@ def main():
 
     model, tokenizer = load(args.model)
     model.set_dtype(mx.float32)
-    n = args.windows * args.tokens
-    ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8")[: 16 * n])[:n]
-    windows = mx.array(ids).reshape(args.windows, args.tokens)
+    windows = windows_of(tokenizer, args.text, args.windows, args.tokens)
     given = CalibrationSet.load(args.calibration)
     makers = {"own": own(model).make, "packed": candidate(model, args.spec, calibration=given).make}
     first = None

@@ -9,12 +9,12 @@ kept unpacked. One line per setting, the spec alone first:
 """
 
 import argparse
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm import load
 from mlx_lm.models import base
+from texts import windows_of
 from tqdm import tqdm
 
 import mlx_kvq
@@ -101,8 +101,6 @@ def main():
     model, tokenizer = load(args.model)
     model.set_dtype(mx.float32)
     calibration = CalibrationSet.load(args.calibration)
-    n = args.windows * args.tokens
-    ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8")[: 16 * n])[:n]
     settings = [(args.spec, 0, 0)]
     settings += [(args.spec, r, 0) for r in args.recent] + [(args.spec, 0, s) for s in args.sink]
     settings += [(spec, 0, 0) for spec in args.other]
@@ -114,7 +112,7 @@ def main():
         bits[name] = 16 * part + (1 - part) * stored
     base.quantized_scaled_dot_product_attention = attention
     steps = len(makers) * -(-args.tokens // args.chunk)
-    windows = mx.array(ids).reshape(args.windows, args.tokens)
+    windows = windows_of(tokenizer, args.text, args.windows, args.tokens)
     with tqdm(total=steps, desc="chunks") as bar:
         scores = measure(model, makers, windows, args.chunk, bar.update, batch=args.windows)
     first = np.mean([x.mean() for x in scores[next(iter(bits))].kl])
