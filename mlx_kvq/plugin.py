@@ -196,12 +196,15 @@ def _enabling(load, is_server: bool):
             return loaded
         from .model import enable
         from .prompt_cache import check
+        from .seams import refuse_kv_bits
 
         try:
             if _asked is not None:
                 enable(loaded[0], _asked, tokenizer=loaded[1])
             if caches is not None:
                 check(caches, loaded[0])
+                if _option.startswith("--kv-bits"):
+                    refuse_kv_bits(caches, _option)
         except ValueError as error:
             if is_server:  # answers the request with it and goes on
                 raise _PackingError(str(error)) from error

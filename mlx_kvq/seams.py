@@ -11,6 +11,8 @@
 - ``trim_prompt_cache`` and ``can_trim_prompt_cache`` in ``mlx_lm.generate``, where speculative
   decoding rewinds by the one and asks the other whether it can: a rotating cache that is full can
   give back the tokens of the last chunk, no matter what ``is_trimmable`` says of any number.
+- ``maybe_quantize_kv_cache`` there, through which ``kv_bits`` reaches a cache, and which passes
+  over packed ones without a word: two ways to quantize the cache are an error.
 - ``save_prompt_cache`` and ``load_prompt_cache``, which then hash and check files of packed
   caches (``mlx_kvq.prompt_cache``); ``mlx_lm.models.cache``'s globals hold our cache classes,
   where the latter looks.
@@ -83,6 +85,28 @@ def install() -> None:
     # The package's attribute of that name is the function generate.
     generate = vars(import_module("mlx_lm.generate"))
     generate["trim_prompt_cache"], generate["can_trim_prompt_cache"] = rewind, can_speculate
+    original_quantize = generate["maybe_quantize_kv_cache"]
+
+    @functools.wraps(original_quantize)
+    def quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits):
+        if kv_bits is not None:
+            disable = "; mlx_kvq.disable(model) gives a model its own cache back"
+            refuse_kv_bits(prompt_cache, f"kv_bits={kv_bits}", disable)
+        return original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+    _replace(original_quantize, quantize)
+
+
+def refuse_kv_bits(caches, asked: str, hint: str = "") -> None:
+    """Raise a ``ValueError`` if ``asked``, mlx-lm's own quantization, meets a packed cache."""
+    for c in caches:
+        if isinstance(c, stock.CacheList):
+            refuse_kv_bits(c.caches, asked, hint)
+        elif isinstance(c, CLASSES):
+            raise ValueError(
+                f"{asked} is for mlx-lm's own cache, and this one is packed already "
+                f"('{c.format.spec}'): leave one of them out{hint}."
+            )
 
 
 def can_speculate(caches: list) -> bool:

@@ -6,7 +6,6 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock_caches
 from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -272,13 +271,10 @@ def test_state_can_be_evaluated(known):
 
 
 def test_quantized_already(known):
-    """mlx-lm tells a quantized cache by ``bits``, and quantizes those with ``to_quantized``."""
+    """mlx-lm tells a quantized cache by ``bits``."""
     for pair in kinds(known("calibrated"), [(8, 0)]):
         pair.update([[0, 1, 2]])
         assert (pair.ours.bits, pair.ours.group_size) == (8, 32)
-        caches = [pair.ours]
-        maybe_quantize_kv_cache(caches, quantized_kv_start=0, kv_group_size=32, kv_bits=4)
-        assert caches[0] is pair.ours
 
 
 def test_views_stand_for_arrays(known):

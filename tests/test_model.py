@@ -10,7 +10,7 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import scaled_dot_product_attention
 
 import mlx_kvq
-from mlx_kvq import reference
+from mlx_kvq import reference, seams
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
@@ -281,6 +281,24 @@ def test_stock_quantized_cache_still_works(loaded, model):
     if not hasattr(type(model), "make_cache"):
         text = generate(model, loaded[1], prompt, max_tokens=5, kv_bits=8, quantized_kv_start=0)
         assert text
+
+
+def test_kv_bits_and_a_packed_cache_are_an_error(loaded, model):
+    """However the packed cache comes in; mlx-lm would pass over it without a word."""
+    prompt = loaded[1].encode(PROMPT)
+    ask = {"max_tokens": 1, "kv_bits": 4, "quantized_kv_start": 0}
+    mlx_kvq.enable(model, "int4-srft:calibrate=off", verbose=False)
+    message = r"kv_bits=4 .* packed already \('int4-srft:calibrate=off'\): leave one of them out"
+    with pytest.raises(ValueError, match=message):
+        generate(model, *loaded[1:], prompt, **ask)
+    with pytest.raises(ValueError, match=message):
+        generate(model, *loaded[1:], prompt, draft_model=model, **ask)
+    mlx_kvq.disable(model)
+    packed = mlx_kvq.make_prompt_cache(model, "int4-srft:calibrate=off")
+    with pytest.raises(ValueError, match=message):
+        generate(model, *loaded[1:], prompt, prompt_cache=packed, **ask)
+    with pytest.raises(ValueError, match=message):
+        seams.refuse_kv_bits([stock.KVCache(), stock.CacheList(packed[0])], "kv_bits=4")
 
 
 @pytest.mark.parametrize("spec", ["int4-srft", "int8-none", "k8v4-srht"])

@@ -131,6 +131,10 @@ def test_cache_prompt_then_generate(tmp_path):
     assert made.returncode == 0, made.stderr
     assert any(a.dtype == mx.uint32 and a.ndim == 4 for a in mx.load(str(file)).values())
     assert text(generate("mlx_lm.generate", "--prompt-cache-file", file)).strip()
+    refused = generate("mlx_lm.generate", "--prompt-cache-file", file, "--kv-bits", "4")
+    assert refused.returncode == 1
+    assert "[mlx_kvq] error: --kv-bits 4 is for mlx-lm's own cache" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_perplexity_reads_compressed_history():
