@@ -4,7 +4,10 @@
 // Layout: q [B, Hq, L, KD] with any strides; rows uint32 [B, Hkv, capacity, W] with any batch and
 //   head strides, the whole buffer; a threadgroup's 8 query rows are rows of the KV head's
 //   [Hq / Hkv * L], head first. info: length, heads per KV head, L, bits of the softmax scale,
-//   causal, window (0: none). starts, mask and sinks are there if their constants say so.
+//   causal, window (0: none). starts, mask, sinks and tail are there if their constants say so.
+//   tail [B, Hkv, R, KD + VD]: rotated vectors of the newest tokens, the newest last. A query reads
+//   the `recent` tokens up to its own, and those after it, from there, all others from rows. The
+//   newest token's row is idx - 1; before row `keep` rows wrap around to the last one (a ring).
 // Grid: (splits, Hkv * blocks of 8 query rows, B) threadgroups of NSG SIMD groups. A split is a
 //   contiguous share of the tiles of TK keys; its SIMD groups take tiles in turn, each with its
 //   own online softmax, without a barrier between them; sums are merged at the end. The length
@@ -59,12 +62,21 @@ const auto at = kvq::tile_position(lane);
 const int offset = length - L;
 const int lowest = max(start, window > 0 ? offset - window + 1 : 0);
 const int low_edge = max(start, window > 0 ? length - window : 0);
-const int high_edge = causal ? offset + 1 : length;
+int high_edge = causal ? offset + 1 : length;
+// Rows of tokens that are read from the tail: in a ring [hole, idx) and those from `end` on,
+// otherwise the last ones.
+const int recent = TAIL ? info[6] : 0;
+const int keep = TAIL ? info[7] : 0;
+const int idx = TAIL ? info[8] : length;
+const bool is_ring = TAIL && idx < length;
+const int hole = is_ring ? max(keep, idx - recent) : length;
+const int end = is_ring ? min(length, length - recent + idx - keep) : length - recent;
+if (TAIL) high_edge = min(high_edge, is_ring ? end : offset + 1 - recent);
 
 // This SIMD group's first rows are on their way while the queries are rotated.
 const auto head_rows = rows + (b * rows_strides[0] + kv_head * rows_strides[1]);
 const int first_tile = lowest / TK;
-const int tiles = (length + TK - 1) / TK - first_tile;
+const int tiles = max(0, (end + TK - 1) / TK - first_tile);
 const int share = (tiles + splits - 1) / splits;
 const int tile_end = first_tile + min(tiles, (split + 1) * share);
 int tile = first_tile + split * share + group;
@@ -118,13 +130,14 @@ if (WHOLE) {
   kvq::score_offset<KD, KB, WHOLE ? KG : KD, HALF_STEP>(offsets, query, queries, at);
 }
 const float2 factor = float2(query_scale[2 * at.pair], query_scale[2 * at.pair + 1]);
-int low[2], high[2];
+int low[2], high[2], limit[2];
 int64_t mask_at[2];
 UNROLL for (int i = 0; i < 2; i++) {
   const int row = min(first_row + 2 * int(at.pair) + i, query_rows - 1);
   const int position = offset + row % L;
   low[i] = max(start, window > 0 ? position - window + 1 : 0);
-  high[i] = causal ? position + 1 : length;
+  limit[i] = causal ? position + 1 : length;
+  high[i] = TAIL ? min(limit[i], is_ring ? end : position + 1 - recent) : limit[i];
   mask_at[i] = 0;
   if (MASK != 0) {
     mask_at[i] = b * mask_strides[0] + (kv_head * heads + row / L) * mask_strides[1] +
@@ -141,6 +154,39 @@ float2 sums[V_TILES];
 UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
 auto own = kvq::words_of(memory) + group * TILE;
 
+if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
+  for (int age = split * NSG + group; age < min(recent + L - 1, length - keep);
+       age += splits * NSG) {
+    const int key = idx - 1 - age + (idx - 1 - age < keep ? length - keep : 0);
+    const auto y = tail +
+        (b * tail_strides[0] + kv_head * tail_strides[1] +
+         (tail_shape[2] - 1 - age) * tail_strides[2]);
+    float2 s = kvq::exact_score<KD>(y, queries, at);
+    s = float2(s.x * factor.x, s.y * factor.y);
+    if (MASK != 0) {
+      const auto x = mask[mask_at[0] + key * mask_strides[3]];
+      const auto z = mask[mask_at[1] + key * mask_strides[3]];
+      if (MASK == 1) {
+        s = float2(x ? s.x : masked, z ? s.y : masked);
+      } else {
+        s = float2(s.x + float(x) * 1.44269504088896f, s.y + float(z) * 1.44269504088896f);
+      }
+    }
+    s = float2(
+        key >= low[0] && key < limit[0] && (is_ring || key >= high[0]) ? s.x : masked,
+        key >= low[1] && key < limit[1] && (is_ring || key >= high[1]) ? s.y : masked);
+    const float2 top = float2(max(m.x, s.x), max(m.y, s.y));
+    const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
+    const float2 p = float2(fast::exp2(s.x - top.x), fast::exp2(s.y - top.y));
+    // Totals are added up over the eight rows of a column pair at the end.
+    l = float2(l.x * f.x + (at.row == 0 ? p.x : 0.0f), l.y * f.y + (at.row == 0 ? p.y : 0.0f));
+    UNROLL for (int i = 0; i < V_TILES; i++) {
+      sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
+    }
+    kvq::add_exact<VD, VB>(sums, y + KD, float2(256.0f * p.x, 256.0f * p.y), at);
+    m = top;
+  }
+}
 for (; tile < tile_end; tile += NSG) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
   kvq::store_tile<TILE, WIDTH>(own, stage, lane);
@@ -162,7 +208,8 @@ for (; tile < tile_end; tile += NSG) {
         s[i], s[i + 1], own + 8 * i * W, query, offsets, key_lift.operand, at);
   }
   const int first_key = tile * TK;
-  const bool edge = first_key < low_edge || first_key + TK > high_edge;
+  const bool edge = first_key < low_edge || first_key + TK > high_edge ||
+      (TAIL && first_key < idx && first_key + TK > hole);
   float2 top = m;
   UNROLL for (int i = 0; i < TK / 8; i++) {
     s[i] = float2(s[i].x * (factor.x * key_lift.back), s[i].y * (factor.y * key_lift.back));
@@ -180,9 +227,10 @@ for (; tile < tile_end; tile += NSG) {
       }
     }
     if (edge) {
+      const bool there = !TAIL || key < hole || key >= idx;
       s[i] = float2(
-          key >= low[0] && key < high[0] ? s[i].x : masked,
-          key >= low[1] && key < high[1] ? s[i].y : masked);
+          there && key >= low[0] && key < high[0] ? s[i].x : masked,
+          there && key >= low[1] && key < high[1] ? s[i].y : masked);
     }
     top = float2(max(top.x, s[i].x), max(top.y, s[i].y));
   }

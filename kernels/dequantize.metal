@@ -1,7 +1,8 @@
 // dequantize: packed rows -> keys [B, H, length, KD] and values [B, H, length, VD], still rotated,
 // in the query's dtype, for prefill's fused attention.
 //
-// Layout: rows uint32 [B, H, capacity, W], any batch and head strides; outputs row contiguous.
+// Layout: rows uint32 [B, H, capacity, W], any batch and head strides; outputs row contiguous. If
+//   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD].
 // Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS
 //   rows, on their way at once: one word of 4-bit or two words of 8-bit codes each, and
 //   neighbouring threads write neighbouring channels, 16 bytes
@@ -23,6 +24,9 @@ const int row = i / EIGHTS * STEPS;
 const int eight = i % EIGHTS;
 const auto head = rows + (b * rows_strides[0] + h * rows_strides[1]);
 const int64_t to = (int64_t(b) * rows_shape[1] + h) * length;
+const int exact = TAIL ? length - tail_shape[2] : length;  // from this row on
+const auto end = tail +
+    (b * tail_strides[0] + h * tail_strides[1] - int64_t(exact) * tail_strides[2] + 8 * eight);
 float x[8];
 if (eight < KD / 8) {
   uint words[STEPS][KB / 4];
@@ -33,7 +37,9 @@ if (eight < KD / 8) {
     scales[j] = kvq::row_scale(from + CODES, eight * 8 / KG);
   }
   UNROLL for (int j = 0; j < STEPS; j++) {
-    if (row + j < length) {
+    if (TAIL && row + j >= exact && row + j < length) {
+      kvq::convert_eight(keys + ((to + row + j) * KD + 8 * eight), end + (row + j) * tail_strides[2]);
+    } else if (row + j < length) {
       kvq::eight_levels<KB, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(keys + ((to + row + j) * KD + 8 * eight), x);
     }
@@ -48,7 +54,9 @@ if (eight < KD / 8) {
     scales[j] = kvq::row_scale(from + CODES, KD / KG + v * 8 / VG);
   }
   UNROLL for (int j = 0; j < STEPS; j++) {
-    if (row + j < length) {
+    if (TAIL && row + j >= exact && row + j < length) {
+      kvq::convert_eight(values + ((to + row + j) * VD + 8 * v), end + (row + j) * tail_strides[2]);
+    } else if (row + j < length) {
       kvq::eight_levels<VB, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(values + ((to + row + j) * VD + 8 * v), x);
     }

@@ -1,4 +1,4 @@
-// Codes to values, one thread at a time, in fp32.
+// Codes to values, one thread at a time, in fp32; and values in memory, eight at a time.
 namespace kvq {
 
 inline float row_scale(const device uint* scales, int index) {
@@ -28,6 +28,22 @@ inline void write_eight(device float* out, const thread float* x) {
         as_type<uint>(x[4 * i]), as_type<uint>(x[4 * i + 1]), as_type<uint>(x[4 * i + 2]),
         as_type<uint>(x[4 * i + 3]));
   }
+}
+
+// Copies eight neighbouring channels; both sides are aligned to 16 bytes.
+template <typename T, typename S>
+inline void copy_eight(device T* out, const device S* in) {
+  UNROLL for (int i = 0; i < int(sizeof(T)) / 2; i++) {
+    reinterpret_cast<device uint4*>(out)[i] = reinterpret_cast<const device uint4*>(in)[i];
+  }
+}
+
+// The same between types.
+template <typename T, typename S>
+inline void convert_eight(device T* out, const device S* in) {
+  float x[8];
+  UNROLL for (int i = 0; i < 8; i++) x[i] = float(in[i]);
+  write_eight(out, x);
 }
 
 template <typename T>

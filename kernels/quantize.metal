@@ -211,12 +211,34 @@ inline void store_shared(
   }
 }
 
+// A lane's rotated channels of one vector, as they are.
+template <int D, int ROTATION, typename T>
+inline void write_points(device T* out, const thread float2* z, uint lane) {
+  out += 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  if (points_of(D) % 4 == 0) {
+    UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
+      float y[8];
+      UNROLL for (int a = 0; a < 4; a++) {
+        y[2 * a] = z[4 * i + a].x;
+        y[2 * a + 1] = z[4 * i + a].y;
+      }
+      write_eight(out + 8 * i, y);
+    }
+  } else {
+    UNROLL for (int a = 0; a < points_of(D); a++) {
+      write_one(out + 2 * a, z[a].x);
+      write_one(out + 2 * a + 1, z[a].y);
+    }
+  }
+}
+
 // One side of a head's L tokens, by one SIMD group, which does every `workers`-th set of SET
 // tokens from number `worker` on. x and rows begin with the head's first token; `shared` has room
-// for a set's vectors unless groups are lanes.
+// for a set's vectors unless groups are lanes. KEEPS: rotated vectors of the tokens from number
+// `drop` on go to `kept`, KEPT channels apart.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, int SET,
-    int FIRST, int CODES, int SCALE, int W, typename T>
+    int FIRST, int CODES, int SCALE, int W, bool KEEPS, int KEPT, typename T, typename K>
 inline void pack_vectors(
     device uint* rows,
     const device T* x,
@@ -228,6 +250,8 @@ inline void pack_vectors(
     threadgroup float* shared,
     const device float* table,
     int head,
+    device K* kept,
+    int drop,
     uint lane) {
   const int v = int(lane) / lanes_of(D);
   lane_table<D> w;
@@ -243,6 +267,9 @@ inline void pack_vectors(
       read_points<D, ROTATION>(z, x + token * by_token, stride, lane);
     }
     rotate_points<D, ROTATION, CALIBRATED, CALIBRATED>(z, f, w, table, lane);
+    if (KEEPS && valid && token >= drop) {
+      write_points<D, ROTATION>(kept + int64_t(token - drop) * KEPT, z, lane);
+    }
     if (groups_are_lanes(D, GROUP)) {
       store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W % 2 == 0>(
           rows + int64_t(valid ? token : 0) * W, z, valid, lane);

@@ -1,7 +1,9 @@
 // quantize_pack: new keys and values [B, H, L, D] -> packed rows uint32 [B, H, L, W], one launch.
 //
 // Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
-// Layout: k, v with any strides, read once; rows written once.
+// Layout: k, v with any strides, read once; rows written once. If KEEPS, the newest tokens' y go to
+//   kept [B, H, keep[0], KD + VD] as well, the last one last; if it holds more than L tokens, they
+//   come from tail [B, H, R, KD + VD], or are zeros without one (TAIL).
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even one of a pair does
 //   the keys of a head's tokens, the odd one the values: sets of as many tokens as a SIMD group
 //   holds vectors, 4 at D = 128, in turn, with the head's factors and twiddles in registers.
@@ -31,15 +33,34 @@ const int worker = int(threadgroup_position_in_grid.x) * PAIRS + pair;
 const int workers = int(threadgroups_per_grid.x) * PAIRS;
 const auto own = shared + pair * (K_SHARED + V_SHARED);
 const auto head_rows = rows + int64_t(threadgroup_position_in_grid.y) * L * W;
+const int older = KEEPS ? keep[0] - L : 0;  // than the new tokens; of these the first -older go
+const auto head_kept =
+    kept + int64_t(threadgroup_position_in_grid.y) * (older + L) * (KD + VD);
+if (KEEPS) {
+  constexpr int EIGHTS = (KD + VD) / 8;
+  const auto from = tail +
+      (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]);
+  for (int i = worker * 64 + int(thread_position_in_threadgroup.x & 63u); i < older * EIGHTS;
+       i += workers * 64) {
+    if (TAIL) {
+      kvq::copy_eight(head_kept + 8 * i, from + (i / EIGHTS * tail_strides[2] + 8 * (i % EIGHTS)));
+    } else {
+      const float zeros[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+      kvq::write_eight(head_kept + 8 * i, zeros);
+    }
+  }
+}
+const auto new_kept = head_kept + int64_t(max(older, 0)) * (KD + VD);
+const int drop = max(-older, 0);
 
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {
-  kvq::pack_vectors<KD, KB, KG, RULE, ROTATION, K_CALIBRATED, SET, 0, CODES, 0, W>(
+  kvq::pack_vectors<KD, KB, KG, RULE, ROTATION, K_CALIBRATED, SET, 0, CODES, 0, W, KEEPS, KD + VD>(
       head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
-      worker, workers, own, k_table, h, lane);
+      worker, workers, own, k_table, h, new_kept, drop, lane);
 } else {
-  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, SET, K_WORDS, CODES, KD / KG, W>(
+  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, SET, K_WORDS, CODES, KD / KG, W, KEEPS, KD + VD>(
       head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
-      worker, workers, own + K_SHARED, v_table, h, lane);
+      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, lane);
   if (SCALES % 2 == 1) {
     for (int i = worker * 32 + int(lane); i < L; i += workers * 32) {
       kvq::halves_of(head_rows + int64_t(i) * W + W - 1)[1] = 0;

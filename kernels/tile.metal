@@ -309,6 +309,29 @@ inline void add_values(
   }
 }
 
+// One exact token, keys then values, in place of a row's codes: its score for queries 2 * pair and
+// 2 * pair + 1, which the eight rows of a column pair add up ...
+template <int D, typename T>
+inline float2 exact_score(const device T* key, const threadgroup half* rotated, tile_lane at) {
+  const threadgroup half* x = rotated + 2 * int(at.pair) * D + int(at.row) * (D / 8);
+  float2 s = float2(0.0f, 0.0f);
+  UNROLL for (int i = 0; i < D / 8; i++) {
+    const float y = float(key[int(at.row) * (D / 8) + i]);
+    s = float2(fma(float(x[i]), y, s.x), fma(float(x[D + i]), y, s.y));
+  }
+  return float2(rows_sum(s.x), rows_sum(s.y));
+}
+
+// ... and sums += its value times probabilities.
+template <int D, int BITS, typename T>
+inline void add_exact(thread float2* sums, const device T* value, float2 p, tile_lane at) {
+  UNROLL for (int i = 0; i < value_tiles(D, BITS); i++) {
+    const int c = value_channel<D, BITS>(i, at.row);
+    const float y = c < D ? float(value[c]) : 0.0f;
+    sums[i] = float2(fma(p.x, y, sums[i].x), fma(p.y, y, sums[i].y));
+  }
+}
+
 // A SIMD group's copy of a tile of rows, contiguous in memory: into registers first, so that the
 // next tile is on its way while this one is used. Words past `valid` are zero, hence finite.
 template <int WORDS, int WIDTH>

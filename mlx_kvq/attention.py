@@ -4,7 +4,7 @@ import weakref
 
 import mlx.core as mx
 
-from . import ops
+from . import ops, reference
 from .format import Format
 
 DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
@@ -29,6 +29,7 @@ class PackedView:
         exact: mx.array | None = None,
         new: mx.array | None = None,
         ring: tuple[int, int, int] | None = None,
+        tail: mx.array | None = None,
     ):
         self.rows = rows
         self.length = length
@@ -42,6 +43,8 @@ class PackedView:
         # (keep, idx, max_size) of a rotating cache whose rows are not in the order of their
         # tokens, which is [:keep], [idx:], [keep:idx], or more than a query may see.
         self.ring = ring
+        # The newest tokens as they are, rotated, [B, Hkv, R, Dk + Dv] (``ops.quantize_pack_tail``).
+        self.tail = tail
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -120,7 +123,10 @@ def _packed(q, keys: PackedView, scale, mask, sinks) -> mx.array:
         and ops.is_reference(keys.format, q.dtype)
     ):
         return _in_token_order(q, keys, scale, mask, sinks, starts, window)
-    return ops.attend(q, keys.rows, keys.length, keys.format, scale, mask, sinks, starts, window)
+    ring = None if keys.ring is None else keys.ring[:2]
+    return ops.attend(
+        q, keys.rows, keys.length, keys.format, scale, mask, sinks, starts, window, keys.tail, ring
+    )
 
 
 def _in_token_order(q, keys: PackedView, scale, mask, sinks, starts, window) -> mx.array:
@@ -131,24 +137,19 @@ def _in_token_order(q, keys: PackedView, scale, mask, sinks, starts, window) -> 
     once for all queries.)
     """
     keep, idx, size = keys.ring  # type: ignore[misc]
-    L, rows = q.shape[2], keys.rows[..., : keys.length, :]
-    if idx < keys.length:  # after a single token
-        rows = mx.concatenate(
-            [rows[..., :keep, :], rows[..., idx:, :], rows[..., keep:idx, :]], axis=2
-        )
-        if isinstance(mask, mx.array) and mask.shape[-1] == keys.length:
-            parts = [mask[..., :keep], mask[..., idx:], mask[..., keep:idx]]
-            mask = mx.concatenate(parts, axis=-1)
-    found = []
+    L, rows, tail = q.shape[2], keys.rows[..., : keys.length, :], keys.tail
+    rows, mask = reference.in_token_order(rows, mask, keys.length, keep, idx)
+    found, keep = [], keep if L == 1 else 0
     for i in range(L):
         end = keys.length - L + 1 + i
         first = max(0, end - size)
         part = rows[..., first:end, :]
         seen = None if starts is None else starts - first
+        last = None if tail is None else tail[:, :, : tail.shape[2] - (L - 1 - i)]
         found.append(
             ops.attend(
                 q[:, :, i : i + 1], part, end - first, keys.format, scale,
-                mask if L == 1 else None, sinks, seen, window,
+                mask if L == 1 else None, sinks, seen, window, last, (keep, end - first),
             )
         )  # fmt: skip
     return found[0] if L == 1 else mx.concatenate(found, axis=2)
@@ -172,9 +173,12 @@ def _prefill(q, keys: PackedView, scale, mask, sinks) -> mx.array:
     calibrated = fmt.keys.calibration.mu is not None or fmt.values.calibration.mu is not None
     if sinks is not None and calibrated:
         # With sinks the centres do not cancel; the decode operation accounts for them.
-        return ops.attend(q, keys.rows, keys.length, fmt, scale, mask, sinks)
+        return ops.attend(q, keys.rows, keys.length, fmt, scale, mask, sinks, tail=keys.tail)
     dtype, Hkv = _compute_dtype(q.dtype), keys.rows.shape[1]
-    k, v = ops.dequantize(keys.rows, keys.length, fmt, dtype)
+    tail = keys.tail
+    if tail is not None and keys.ring is not None:  # before row `keep` there are other tokens
+        tail = tail[:, :, -(keys.length - keys.ring[0]) :]
+    k, v = ops.dequantize(keys.rows, keys.length, fmt, dtype, tail)
     out = mx.fast.scaled_dot_product_attention(
         ops.rotate_queries(q.astype(dtype), fmt, Hkv),
         k,

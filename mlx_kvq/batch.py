@@ -2,7 +2,7 @@
 BatchRotatingKVCache.
 
 Rows are moved as they are, never unpacked: a batch is merged, extended, filtered and extracted
-by copying uint32 words.
+by copying uint32 words, and so is the exact tail, which ends with the last token of each sequence.
 """
 
 from typing import cast
@@ -40,10 +40,27 @@ class _PackedBatch(_PackedCache):
         self.offset = self.offset + L
         return new
 
-    def _fetch(self, keys: mx.array, values: mx.array, new: list[bool]):
+    def _fetch(self, tail: mx.array | None, keys: mx.array, values: mx.array, new: list[bool]):
         if not any(new):
-            return self._views()
-        return self._views(keys, values, None if all(new) else mx.array(new))
+            return self._views(tail)
+        return self._views(tail, keys, values, None if all(new) else mx.array(new))
+
+    def _ends(self) -> list[int] | None:
+        """Where padding is to the right: the tokens that each sequence will have without it."""
+        return None
+
+    def _tail_to_make(self, before: int, L: int) -> int:
+        return super()._tail_to_make(before, L) if self._ends() is None else before + L
+
+    def _tail_to_keep(self, tail: mx.array, L: int) -> mx.array:
+        """Of a right-padded chunk, the tail ends with each sequence's last token, not with the
+        padding. (Where a sequence has ended, only padding attends over what this moves.)"""
+        if (ends := self._ends()) is None:
+            return super()._tail_to_keep(tail, L)
+        recent = self.format.recent
+        first = tail.shape[2] - L - recent
+        at = [first + min(max(end - n, 0), L) for end, n in zip(ends, self._seen, strict=True)]
+        return mx.stack([tail[i, :, n : n + recent] for i, n in enumerate(at)])
 
     def _prepare_left(self, left_padding) -> None:
         if left_padding is not None:
@@ -74,6 +91,8 @@ class _PackedBatch(_PackedCache):
         """Keep just these sequences, in this order."""
         if self.rows is not None:
             self.rows = self.rows[batch_indices]
+        if self.tail is not None:
+            self.tail = self.tail[batch_indices]
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices]
         self._seen = [self._seen[i] for i in batch_indices]
@@ -113,9 +132,19 @@ class _PackedBatch(_PackedCache):
             return rows, c.offset, c.left_padding + left
 
         self._dtype = self._dtype if self.rows is not None else other._dtype
+        if recent := self.format.recent:
+            tails = [c._last(recent, heads, getattr(mx, self._dtype)) for c in (self, other)]
+            self.tail = mx.concatenate(tails)
         both = zip(padded(self), padded(other), strict=True)
         self.rows, self.offset, self.left_padding = (mx.concatenate(list(two)) for two in both)
         self._idx = idx
+
+    def _last(self, recent: int, heads: int, dtype: mx.Dtype) -> mx.array:
+        """The last ``recent`` tokens of the tail; zeros of an empty cache."""
+        if self.tail is not None:
+            return self.tail[:, :, -recent:]
+        lay = self.format.layout
+        return mx.zeros((self.offset.shape[0], heads, recent, lay.k_dim + lay.v_dim), dtype)
 
     def _fill(self, caches: list, ordered: list[mx.array | None]) -> None:
         """Take over the rows of single caches, in the order of their tokens."""
@@ -131,6 +160,12 @@ class _PackedBatch(_PackedCache):
                 rows[i : i + 1, :, length - r.shape[2] :] = r
         self.rows = rows
         self._dtype = next(c._dtype for c, r in zip(caches, ordered, strict=True) if r is not None)
+        if recent := self.format.recent:
+            some = next(c.tail for c in caches if c.tail is not None)
+            empty = mx.zeros((1, some.shape[1], recent, some.shape[3]), some.dtype)
+            self.tail = mx.concatenate(
+                [empty if c.tail is None else c.tail[:, :, -recent:] for c in caches]
+            )
         self._idx = length
         self._seen = [c.offset for c in caches]
         self.offset = mx.array(self._seen)
@@ -149,13 +184,18 @@ class PackedBatchKVCache(_PackedBatch):
     """
 
     _right_padding: list[int] | None = None
+    _lengths: list[int] | None = None  # tokens of each sequence after right-padded chunks
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self._idx
-        self._grow_and_write(self._pack(keys, values), prev)
+        rows, tail = self._pack(keys, values)
+        self._grow_and_write(rows, prev)
         self._idx += keys.shape[2]
-        return self._fetch(keys, values, self._count(keys.shape[2]))
+        return self._fetch(tail, keys, values, self._count(keys.shape[2]))
+
+    def _ends(self) -> list[int] | None:
+        return self._lengths
 
     def _length(self) -> int:
         return self._idx
@@ -168,12 +208,16 @@ class PackedBatchKVCache(_PackedBatch):
         self._prepare_left(left_padding)
         if right_padding is not None and max(right_padding) > 0:
             self._right_padding = list(right_padding)
+            if lengths is not None:
+                self._lengths = [seen + n for seen, n in zip(self._seen, lengths, strict=True)]
 
     def finalize(self) -> None:
         """After right-padded chunks: move the padding to the left."""
         if self._right_padding is not None:
             self._roll_right(self._right_padding)
-            self._right_padding = None
+            if self.tail is not None and self._lengths is None:
+                self.tail = self._as_tail(self._idx, self.format.recent)
+            self._right_padding = self._lengths = None
 
     @property
     def state(self):
@@ -191,6 +235,7 @@ class PackedBatchKVCache(_PackedBatch):
         n = min(self._idx, n)
         self._idx -= n
         self._forget(n)
+        self._drop_tail(n, self._idx)
         return n
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs) -> mx.array:
@@ -221,6 +266,8 @@ class PackedBatchKVCache(_PackedBatch):
         if self.rows is not None and padding < self._idx:
             cache.rows = mx.contiguous(self.rows[idx : idx + 1, :, padding : self._idx])
             cache.offset = cache.rows.shape[2]
+            if self.tail is not None:
+                cache.tail = mx.contiguous(self.tail[idx : idx + 1])
         return cache
 
     @classmethod
@@ -302,7 +349,7 @@ class PackedBatchRotatingKVCache(_PackedBatch):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
         kept, in ring order after a single token and in temporal order after several."""
-        new = self._pack(keys, values)
+        new, tail = self._pack(keys, values)
         L = keys.shape[2]
         if self._in_place(L):
             self._update_in_place(new)
@@ -313,7 +360,10 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         # Evaluated with the rows, so that their graphs do not grow from token to token.
         assert self.rows is not None
         self.rows = mx.depends(self.rows, [self.left_padding, self.offset])
-        return self._fetch(keys, values, was_new)
+        return self._fetch(tail, keys, values, was_new)
+
+    def _ends(self) -> list[int] | None:
+        return self._lengths
 
     def _length(self) -> int:
         assert self.rows is not None
@@ -376,6 +426,7 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         self._offset -= n
         self._idx -= n
         self._forget(n)
+        self._drop_tail(n, self._idx)
         return n
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
@@ -419,6 +470,8 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         cache.rows = mx.contiguous(rows[:, :, padding:end])
         cache.offset = self._seen[idx]
         cache._idx = cache.rows.shape[2]
+        if self.tail is not None:
+            cache.tail = mx.contiguous(self.tail[idx : idx + 1])
         return cache
 
     @classmethod

@@ -1,7 +1,9 @@
 """Packed caches for one sequence, method by method like mlx-lm's KVCache and RotatingKVCache.
 
-Keys and values live in one array of packed rows, uint32 [B, Hkv, capacity, W]; nothing else
-is kept of any token.
+Keys and values live in one array of packed rows, uint32 [B, Hkv, capacity, W], which holds every
+token. Beside it, `recent` in the spec keeps the newest tokens as they are: the tail, rotated vectors
+[B, Hkv, R, Dk + Dv] in the model's dtype, the newest last, R at least `recent`; it begins with zeros
+while there are fewer tokens. What no longer is in the tail can always be had from the rows.
 """
 
 import mlx.core as mx
@@ -9,7 +11,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from . import ops
-from .attention import PackedView, remember_padding
+from .attention import DECODE_QUERIES, PackedView, remember_padding
 from .format import Format, parse_signature
 
 _NAMES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
@@ -43,6 +45,7 @@ class _PackedCache(_BaseCache):
     def __init__(self, fmt: Format):
         self.format = fmt
         self.rows: mx.array | None = None
+        self.tail: mx.array | None = None
         # For a model that computes its attention itself: keys and values as arrays, unpacked one
         # layer at a time.
         self.as_arrays = False
@@ -78,39 +81,101 @@ class _PackedCache(_BaseCache):
         """Rows that hold tokens."""
         raise NotImplementedError
 
-    def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
-        rows = ops.quantize_pack(keys, values, self.format)  # which checks them
+    def _pack(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Rows of new tokens, and the tail that they attend over; moves the tail on."""
+        recent, L = self.format.recent, keys.shape[2]
+        tail = None
+        if not recent:
+            rows = ops.quantize_pack(keys, values, self.format)  # which checks them
+        else:
+            before = recent if self.tail is None else self.tail.shape[2]
+            keep = self._tail_to_make(before, L)
+            rows, tail = ops.quantize_pack_tail(keys, values, self.format, self.tail, keep)
+            self.tail = self._tail_to_keep(tail, L)
         self._dtype = _NAMES[keys.dtype]
-        return rows
+        return rows, tail
+
+    def _tail_to_make(self, before: int, L: int) -> int:
+        """Tokens of the tail that L new tokens attend over."""
+        if L > DECODE_QUERIES:  # a prompt reads all of its own chunk as it is
+            return self.format.recent if self.tail is None else before + L
+        # Each of a few tokens reads `recent` of them, and then all but one may be taken back.
+        return min(before + L, self.format.recent + L - 1)
+
+    def _tail_to_keep(self, tail: mx.array, L: int) -> mx.array:
+        """What stays of it. A copy, if it is less: a slice would keep a prompt's chunk in memory."""
+        recent = self.format.recent
+        if L <= DECODE_QUERIES or tail.shape[2] == recent:
+            return tail
+        return mx.contiguous(tail[:, :, -recent:])
+
+    def _drop_tail(self, n: int, length: int) -> None:
+        """Take the newest n tokens off the tail. ``length`` rows are left, in the order of their
+        tokens; what the tail then lacks comes from there."""
+        if self.tail is None or n == 0:
+            return
+        left = max(self.tail.shape[2] - n, 0)
+        tail = self.tail[:, :, :left]
+        if length == 0:
+            self.tail = None
+        elif (lacking := self.format.recent - left) <= 0:
+            self.tail = tail
+        else:
+            self.tail = mx.concatenate([self._as_tail(length - left, lacking), tail], axis=2)
+
+    def _as_tail(self, end: int, n: int) -> mx.array:
+        """The n rows before row ``end``, as a tail."""
+        assert self.rows is not None and self.tail is not None
+        first = max(0, end - n)
+        shape = (*self.tail.shape[:2], n - (max(end, 0) - first), self.tail.shape[3])
+        found = mx.zeros(shape, self.tail.dtype)
+        if end > 0:
+            rows = self.rows[:, :, first:end]
+            y = mx.concatenate(ops.dequantize(rows, end - first, self.format), axis=-1)
+            found = mx.concatenate([found, y.astype(found.dtype)], axis=2)
+        return found
 
     def _views(
         self,
+        tail: mx.array | None,
         keys: mx.array | None = None,
         values: mx.array | None = None,
         new: mx.array | None = None,
     ) -> tuple:
         assert self.rows is not None
         if self.as_arrays:
-            return self._arrays(keys, values, new)
+            return self._arrays(tail, keys, values, new)
         lay = self.format.layout
         shared = (self.rows, self._length(), self.format, self._dtype)
         ring = self._ring()
-        first = PackedView(*shared, lay.k_dim, keys, new, ring)
+        first = PackedView(*shared, lay.k_dim, keys, new, ring, tail)
         if keys is None and lay.k_dim == lay.v_dim:  # a decode step: nothing tells them apart
             return first, first
-        return first, PackedView(*shared, lay.v_dim, values, new, ring)
+        return first, PackedView(*shared, lay.v_dim, values, new, ring, tail)
 
     def _ring(self) -> tuple[int, int, int] | None:
         """Where the rows of a rotating cache begin (``attention.PackedView``)."""
         return None
 
-    def _arrays(self, keys, values, new) -> tuple[mx.array, mx.array]:
+    def _arrays(self, tail, keys, values, new) -> tuple[mx.array, mx.array]:
         """What the views stand for, in the model's own domain."""
-        if keys is not None and new is None and keys.shape[2] == self._length():
+        length, fmt = self._length(), self.format
+        if keys is not None and new is None and keys.shape[2] == length:
             return keys, values  # a prompt's first chunk
         assert self.rows is not None
-        fmt = self.format
-        k, v = ops.dequantize(self.rows, self._length(), fmt)
+        keep, idx, _ = self._ring() or (0, length, 0)
+        if tail is None or idx == length:
+            last = None if tail is None else tail[:, :, -(length - keep) :]
+            k, v = ops.dequantize(self.rows, length, fmt, tail=last)
+        else:  # the newest tokens are before row idx, and before them those at the end
+            k, v = ops.dequantize(self.rows, length, fmt)
+            n = min(fmt.recent, length - keep)
+            last, here = tail[:, :, -n:].astype(k.dtype), min(n, idx - keep)
+            for x, y in zip(
+                (k, v), (last[..., : k.shape[3]], last[..., k.shape[3] :]), strict=True
+            ):
+                x[:, :, idx - here : idx] = y[:, :, n - here :]
+                x[:, :, length - (n - here) : length] = y[:, :, : n - here]
         return fmt.keys.output(k).astype(self.dtype), fmt.values.output(v).astype(self.dtype)
 
     def _grow_and_write(self, new: mx.array, prev: int) -> None:
@@ -126,7 +191,7 @@ class _PackedCache(_BaseCache):
         self.rows[..., prev : prev + new.shape[2], :] = new
 
     def keys_and_values(self) -> tuple:
-        return self._views()
+        return self._views(self.tail)
 
     def _zeros(self, like: mx.array, tokens: int) -> mx.array:
         return mx.zeros((*like.shape[:2], tokens, like.shape[3]), mx.uint32)
@@ -134,11 +199,13 @@ class _PackedCache(_BaseCache):
     # Strings and the calibration go along, so that a saved cache says what it is.
     @property
     def _format_state(self) -> list:
-        return [self.as_arrays, self.model, self._dtype, self.format.signature, self.format.arrays]
+        fmt = self.format
+        state = [self.as_arrays, self.model, self._dtype, fmt.signature, fmt.arrays]
+        return [*state, self.tail] if fmt.recent else state
 
     @_format_state.setter
     def _format_state(self, v: list) -> None:
-        self.as_arrays, self.model, dtype, signature, arrays = v
+        self.as_arrays, self.model, dtype, signature, arrays, *tail = v
         if dtype not in _NAMES.values():
             raise ValueError(f"The cache's dtype is {dtype!r}, which is not one of a model.")
         self._dtype = dtype
@@ -151,6 +218,25 @@ class _PackedCache(_BaseCache):
                 f"The cache holds {self.rows.dtype} {self.rows.shape}, not the uint32 rows of "
                 f"{words} words that {signature!r} describes."
             )
+        self.tail = tail[0] if tail else None
+        self._check_tail()
+
+    def _check_tail(self) -> None:
+        fmt, rows, tail = self.format, self.rows, self.tail
+        if not fmt.recent or rows is None:
+            fits = tail is None
+        else:
+            wanted = (*rows.shape[:2], fmt.layout.k_dim + fmt.layout.v_dim)
+            fits = (
+                tail is not None
+                and tail.ndim == 4
+                and (*tail.shape[:2], tail.shape[3]) == wanted
+                and tail.shape[2] >= fmt.recent
+                and _NAMES.get(tail.dtype) == self._dtype
+            )
+        if not fits:
+            found = "none" if tail is None else f"{tail.dtype} {tail.shape}"
+            raise ValueError(f"The cache's tail, {found}, is not what {fmt.signature!r} describes.")
 
     def _made_like(self, other: "_PackedCache"):
         self.as_arrays, self.model, self._dtype = other.as_arrays, other.model, other._dtype
@@ -161,7 +247,7 @@ class _PackedCache(_BaseCache):
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.rows is None else self.rows.nbytes
+        return sum(a.nbytes for a in (self.rows, self.tail) if a is not None)
 
 
 class PackedKVCache(_PackedCache):
@@ -178,9 +264,10 @@ class PackedKVCache(_PackedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self.offset
-        self._grow_and_write(self._pack(keys, values), prev)
+        rows, tail = self._pack(keys, values)
+        self._grow_and_write(rows, prev)
         self.offset += keys.shape[2]
-        return self._views(keys, values) if prev == 0 else self._views()
+        return self._views(tail, keys, values) if prev == 0 else self._views(tail)
 
     def _length(self) -> int:
         return self.offset
@@ -206,6 +293,7 @@ class PackedKVCache(_PackedCache):
     def trim(self, n: int) -> int:
         n = min(self.offset, n)
         self.offset -= n
+        self._drop_tail(n, self.offset)
         return n
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
@@ -289,12 +377,12 @@ class PackedRotatingKVCache(_PackedCache):
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
         kept, in ring order after a single token and in temporal order after several."""
         first = self.offset == 0
-        new = self._pack(keys, values)
+        new, tail = self._pack(keys, values)
         if keys.shape[2] == 1:
             self._update_in_place(new)
         else:
             self._update_concat(new)
-        return self._views(keys, values) if first else self._views()
+        return self._views(tail, keys, values) if first else self._views(tail)
 
     def _length(self) -> int:
         assert self.rows is not None
@@ -329,6 +417,7 @@ class PackedRotatingKVCache(_PackedCache):
         n = min(self.offset, n)
         self.offset -= n
         self._idx -= n
+        self._drop_tail(n, self._idx if self.offset else 0)
         return n
 
     def can_rewind(self, n: int) -> bool:
@@ -345,6 +434,7 @@ class PackedRotatingKVCache(_PackedCache):
         self._idx -= n
         self.offset -= n
         self.rows = self.rows[..., : self._idx, :]
+        self._drop_tail(n, self._idx)
         return n
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):

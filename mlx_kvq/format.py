@@ -109,9 +109,15 @@ class Format:
     def scale(self) -> str:
         return self.spec.scale
 
+    @property
+    def recent(self) -> int:
+        """Tokens before a query, its own included, that it reads from the tail."""
+        return self.spec.recent
+
     @cached_property
     def signature(self) -> str:
-        """Identifies the bytes of a row: two caches may be mixed only if these are equal."""
+        """Identifies what a cache holds, the bytes of a row and the length of the tail: two caches
+        may be mixed only if these are equal."""
         lay = self.layout
         parts = [
             f"mlx_kvq/{VERSION}",
@@ -121,6 +127,8 @@ class Format:
             f"dims={lay.k_dim},{lay.v_dim}",
             f"groups={lay.k_group},{lay.v_group}",
         ]
+        if self.recent:
+            parts.append(f"recent={self.recent}")
         if self.arrays is not None:
             digest = hashlib.sha256()
             for a in self.arrays:
@@ -220,7 +228,7 @@ def make_format(
 
 _SIGNATURE = re.compile(
     r"mlx_kvq/(\d+);([a-z0-9-]+);scale=([a-z]+);seed=(\d+);dims=(\d+),(\d+)"
-    r";groups=(\d+),(\d+)(?:;calibration=([0-9a-f]{16}))?"
+    r";groups=(\d+),(\d+)(?:;recent=(\d+))?(?:;calibration=([0-9a-f]{16}))?"
 )
 
 
@@ -233,12 +241,12 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
     """
     if not (match := _SIGNATURE.fullmatch(str(signature))):
         raise ValueError(f"{str(signature)[:80]!r} is not the signature of an mlx_kvq cache.")
-    version, name, scale, seed, k_dim, v_dim, k_group, v_group, _ = match.groups()
+    version, name, scale, seed, k_dim, v_dim, k_group, v_group, recent, _ = match.groups()
     if int(version) != VERSION:
         raise ValueError(
             f"The cache was written in format version {version}; this mlx_kvq reads {VERSION}."
         )
-    spec = Spec.parse(f"{name}:scale={scale},seed={seed}")
+    spec = Spec.parse(f"{name}:scale={scale},seed={seed},recent={recent or 0}")
     if spec is None:
         raise ValueError(f"{signature!r} is not the signature of an mlx_kvq cache.")
     damaged = (

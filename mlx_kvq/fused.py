@@ -125,7 +125,7 @@ def pack_pairs(fmt: Format, L: int) -> int:
 
 
 def _pack_launch(machine: str, fmt: Format, B: int, H: int, L: int):
-    """Constants, grid and threadgroup of quantize_pack."""
+    """Constants, grid and threadgroup of quantize_pack, but for KEEPS and TAIL."""
     plan, tuning = _plan(fmt), TUNING[machine]
     sets = -(-L // plan.pack_set)
     pairs = pack_pairs(fmt, L)
@@ -138,11 +138,32 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     machine, plan = _machine(), _plan(fmt)
     B, H, L, _ = k.shape
     constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
+    constants = (*constants, ("KEEPS", False), ("TAIL", False))
     inputs = [k, v, plan.k_pack, plan.v_pack]
     shapes = ((B, H, L, plan.layout.words),)
     return jit.run(
         machine, "quantize_pack", constants, inputs, grid, threadgroup, shapes, (mx.uint32,)
     )[0]
+
+
+def quantize_pack_tail(
+    k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None, keep: int
+) -> tuple[mx.array, mx.array]:
+    """Rows, and the new tail [B, H, keep, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack_tail`; one
+    launch."""
+    machine, plan = _machine(), _plan(fmt)
+    B, H, L, _ = k.shape
+    lay = plan.layout
+    constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
+    inputs = [k, v, plan.k_pack, plan.v_pack, _integers(keep)]
+    inputs += [] if tail is None else [tail]
+    shapes = ((B, H, L, lay.words), (B, H, keep, lay.k_dim + lay.v_dim))
+    constants = (*constants, ("KEEPS", True), ("TAIL", tail is not None))
+    dtypes = (mx.uint32, k.dtype)
+    rows, kept = jit.run(
+        machine, "quantize_pack", constants, inputs, grid, threadgroup, shapes, dtypes
+    )
+    return rows, kept
 
 
 _DEQUANTIZE_STEPS = 4  # rows of a thread
@@ -178,6 +199,24 @@ def query_blocks(heads: int, L: int) -> int:
     return -(-heads * L // 8)
 
 
+def attend_info(
+    length: int,
+    heads: int,
+    L: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    recent: int | None,
+    ring: tuple[int, int] | None,
+) -> mx.array:
+    """The integers that ``kernels/attend.metal`` takes; ``recent`` is ``None`` without a tail."""
+    given = (length, heads, L, _bits(scale), causal, window or 0)
+    if recent is None:
+        return _integers(*given)
+    keep, idx = ring or (0, length)
+    return _integers(*given, min(recent, length - keep), keep, idx)
+
+
 def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> int:
     """Shares of a context of ``span`` keys that :func:`attend` works on in parallel; 1 spares
     a launch."""
@@ -210,12 +249,12 @@ class _Launch:
 
 @lru_cache(maxsize=4096)
 def _launch(
-    machine: str, fmt: Format, parallel: int, kind: int, starts: bool, sinks: bool
+    machine: str, fmt: Format, parallel: int, kind: int, starts: bool, sinks: bool, tail: bool
 ) -> _Launch:
     plan, tuning = _plan(fmt), TUNING[machine].when(parallel)
     groups, keys = attend_shape(plan.layout, tuning)
     sizes = (("NSG", groups), ("TK", keys))
-    attend = (*plan.attend, ("MASK", kind), ("STARTS", starts), *sizes)
+    attend = (*plan.attend, ("MASK", kind), ("STARTS", starts), ("TAIL", tail), *sizes)
     with_sinks = ("SINKS", sinks)
     return _same_launch(
         groups,
@@ -239,6 +278,8 @@ def attend(
     sinks: mx.array | None = None,
     starts: mx.array | None = None,
     window: int | None = None,
+    tail: mx.array | None = None,
+    ring: tuple[int, int] | None = None,
     parts: int | None = None,
 ) -> mx.array:
     """Attention over the first ``length`` rows, one launch, or two where the context is split.
@@ -250,7 +291,8 @@ def attend(
     B, Hq, L, _ = q.shape
     Hkv = rows.shape[1]
     heads = Hq // Hkv
-    info = _integers(length, heads, L, _bits(scale), isinstance(mask, str), window or 0)
+    recent = None if tail is None else fmt.recent
+    info = attend_info(length, heads, L, scale, isinstance(mask, str), window, recent, ring)
     kind = 0
     inputs = [q, rows, info]
     if starts is not None:
@@ -258,11 +300,14 @@ def attend(
     if isinstance(mask, mx.array):
         kind = 1 if mask.dtype == mx.bool_ else 2
         inputs.append(mx.broadcast_to(mask, (B, Hq, L, length)))
+    if tail is not None:
+        inputs.append(tail)
     if parts is None:
         span = length if window is None else min(length, window + L - 1)
         parts = attend_parts(fmt, B, Hq, Hkv, L, span)
     blocks = query_blocks(heads, L)
-    launch = _launch(machine, fmt, B * Hkv * blocks, kind, starts is not None, sinks is not None)
+    given = [a is not None for a in (starts, sinks, tail)]
+    launch = _launch(machine, fmt, B * Hkv * blocks, kind, *given)
     inputs.append(plan.k_query)
     last = [plan.v_output] if sinks is None else [plan.v_output, sinks]
     grid = (parts * launch.groups * 32, Hkv * blocks, B)
@@ -303,18 +348,24 @@ def attend(
 
 
 def dequantize(
-    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype = mx.float32
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype = mx.float32,
+    tail: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """rows [B, H, capacity, W] -> rotated K [B, H, length, Dk] and V [B, H, length, Dv]."""
+    """rows [B, H, capacity, W] -> rotated K [B, H, length, Dk] and V [B, H, length, Dv], the last
+    ones from the tail [B, H, R, Dk + Dv] if there is one."""
     machine, plan = _machine(), _plan(fmt)
     lay = plan.layout
     B, H = rows.shape[:2]
     threads = -(-length // _DEQUANTIZE_STEPS) * ((lay.k_dim + lay.v_dim) // 8)
     grid = (-(-threads // 256) * 256, H, B)
     shapes = ((B, H, length, lay.k_dim), (B, H, length, lay.v_dim))
-    inputs = [rows, _integers(length)]
+    constants = (*plan.dequantize, ("TAIL", tail is not None))
+    inputs = [rows, _integers(length)] + ([] if tail is None else [tail])
     k, v = jit.run(
-        machine, "dequantize", plan.dequantize, inputs, grid, (256, 1, 1), shapes, (dtype, dtype)
+        machine, "dequantize", constants, inputs, grid, (256, 1, 1), shapes, (dtype, dtype)
     )
     return k, v
 

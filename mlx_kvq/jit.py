@@ -10,17 +10,24 @@ import mlx.core as mx
 from .sources import kernel_source, kernels_path
 from .tuning import TUNING
 
-# Inputs that a launch may do without -> the constant that says whether it has them. Each input
-# costs the host time at every launch.
-_OPTIONAL = {"starts": "STARTS", "mask": "MASK", "sinks": "SINKS"}
+# Arrays that a launch may do without -> the constant that says whether it has them. Each costs
+# the host time at every launch.
+_OPTIONAL = {
+    "starts": "STARTS",
+    "mask": "MASK",
+    "sinks": "SINKS",
+    "tail": "TAIL",
+    "keep": "KEEPS",
+    "kept": "KEEPS",
+}
 # name -> files of the header, files of the body, inputs, outputs
-_ATTEND = ("q", "rows", "info", "starts", "mask", "k_table")
+_ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "k_table")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
-        ("rotate", "vectors", "quantize"),
+        ("rotate", "vectors", "levels", "quantize"),
         ("quantize_pack",),
-        ("k", "v", "k_table", "v_table"),
-        ("rows",),
+        ("k", "v", "k_table", "v_table", "keep", "tail"),
+        ("rows", "kept"),
     ),
     "attend_finish": (
         ("rotate", "vectors", "tile"),
@@ -47,7 +54,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("q", "info", "partial", "statistics", "k_table", "v_table", "sinks"),
         ("out",),
     ),
-    "dequantize": (("levels",), ("dequantize",), ("rows", "info"), ("keys", "values")),
+    "dequantize": (("levels",), ("dequantize",), ("rows", "info", "tail"), ("keys", "values")),
     "rotate_queries": (
         ("rotate", "vectors", "levels"),
         ("rotate_queries",),
@@ -80,14 +87,17 @@ def kernel(machine: str, name: str, constants: Constants):
     which MLX would convert and format again at every call, a few microseconds of decoding."""
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
-    absent = [n for n in inputs if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
+    absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
     body = "".join(
         f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
         for key, value in constants
     )
     for n in absent:  # named in branches that are never taken
-        body += f"const device int* {n} = nullptr;\n"
-        body += "const int64_t mask_strides[4] = {0, 0, 0, 0};\n" if n == "mask" else ""
+        body += f"{'device float' if n in outputs else 'const device int'}* {n} = nullptr;\n"
+        if n in ("mask", "tail"):
+            body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
+        if n == "tail":
+            body += "const int tail_shape[4] = {0, 0, 0, 0};\n"
     # How many lanes of a SIMD group share a vector (kernels/rotate.metal).
     lanes = f"enum : int {{ WIDE = {int(name.startswith(('attend', 'combine')))} }};\n"
     if machine == "metal":
@@ -109,7 +119,7 @@ def kernel(machine: str, name: str, constants: Constants):
     return make(
         name=f"kvq_{name}_{digest}",
         input_names=[n for n in inputs if n not in absent],
-        output_names=list(outputs),
+        output_names=[n for n in outputs if n not in absent],
         header=header,
         source=body,
         ensure_row_contiguous=False,

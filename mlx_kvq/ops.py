@@ -106,31 +106,66 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     key = (fmt, k.shape, v.shape, k.dtype, v.dtype)
     if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
         return step(k, v)
-    lay = fmt.layout
-    if k.shape[:-1] != v.shape[:-1] or k.ndim != 4:
-        raise ValueError(f"Keys {k.shape} and values {v.shape} are not [B, Hkv, L, D] of one size.")
-    if k.shape[-1] != lay.k_dim or v.shape[-1] != lay.v_dim:
-        raise ValueError(
-            f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
-            f"{lay.k_dim} and {lay.v_dim}."
-        )
-    if k.dtype not in _FLOATS or v.dtype not in _FLOATS:
-        raise ValueError(
-            f"Keys and values are float16, bfloat16 or float32, got {k.dtype} and {v.dtype}."
-        )
-    # The kernel has no rounding with feedback.
-    if fmt.feedback is None and _backend(fmt, k.dtype) is fused:
-        tokens = min(k.shape[2], 64)  # enough for every constant of the kernel
-
-        def trial():
-            zeros = mx.zeros((1, k.shape[1], tokens, lay.k_dim), k.dtype)
-            return zeros, mx.zeros((1, k.shape[1], tokens, lay.v_dim), v.dtype), fmt
-
-        if _works("quantize_pack", (fused.pack_pairs(fmt, k.shape[2]),), fmt, k.dtype, trial):
-            if fused.replays() and k.shape[2] == 1:
-                _packs[key] = steps.PackStep(k, v, fmt)
-            return fused.quantize_pack(k, v, fmt)
+    _check_vectors(k, v, fmt)
+    if _packs_fused("quantize_pack", k, v, fmt):
+        if fused.replays() and k.shape[2] == 1:
+            _packs[key] = steps.PackStep(k, v, fmt)
+        return fused.quantize_pack(k, v, fmt)
     return reference.quantize_pack(k, v, fmt)
+
+
+def quantize_pack_tail(
+    k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None, keep: int
+) -> tuple[mx.array, mx.array]:
+    """:func:`quantize_pack`, and the exact tail: rotated vectors of the newest tokens.
+
+    Args:
+        k (mx.array), v (mx.array), fmt (Format): As there.
+        tail (mx.array, optional): The tail before these tokens, [B, Hkv, R, Dk + Dv] in the dtype
+            of ``k``, the newest token last. ``None`` where there was no token.
+        keep (int): Tokens of the new tail, 1 to R + L; any number where ``tail`` is ``None``: it
+            then begins with zeros.
+
+    Returns:
+        Rows as :func:`quantize_pack`, and the new tail [B, Hkv, keep, Dk + Dv] in the dtype of
+        ``k``: what codes are made of, λ ⊙ R((x − μ) ⊘ σ), of keys and then of values.
+
+    Raises:
+        ValueError: As there, or if the tail is of another shape or dtype.
+    """
+    key = (fmt, k.shape, v.shape, k.dtype, v.dtype, keep, None if tail is None else tail.shape)
+    if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
+        return step(k, v, tail)
+    _check_vectors(k, v, fmt)
+    if tail is not None:
+        _check_tail(tail, k.shape[:2], keep - k.shape[2], fmt)
+    if keep < 1 or (tail is not None and tail.dtype != k.dtype):
+        dtype = None if tail is None else tail.dtype
+        raise ValueError(
+            f"A tail keeps at least 1 token in the keys' dtype {k.dtype}, got {keep} of {dtype}."
+        )
+    if _packs_fused("quantize_pack_tail", k, v, fmt, tail is None):
+        if fused.replays() and k.shape[2] == 1 and tail is not None:
+            _packs[key] = steps.PackStep(k, v, fmt, tail, keep)
+        return fused.quantize_pack_tail(k, v, fmt, tail, keep)
+    return reference.quantize_pack_tail(k, v, fmt, tail, keep)
+
+
+def _packs_fused(op: str, k: mx.array, v: mx.array, fmt: Format, first: bool = False) -> bool:
+    # The kernel has no rounding with feedback.
+    if fmt.feedback is not None or _backend(fmt, k.dtype) is not fused:
+        return False
+    lay, tokens = fmt.layout, min(k.shape[2], 64)  # enough for every constant of the kernel
+
+    def trial():
+        zeros = mx.zeros((1, k.shape[1], tokens, lay.k_dim), k.dtype)
+        args = zeros, mx.zeros((1, k.shape[1], tokens, lay.v_dim), v.dtype), fmt
+        if op == "quantize_pack":
+            return args
+        tail = mx.zeros((1, k.shape[1], 2, lay.k_dim + lay.v_dim), k.dtype)
+        return *args, None if first else tail, 2
+
+    return _works(op, (fused.pack_pairs(fmt, k.shape[2]), first), fmt, k.dtype, trial)
 
 
 def attend(
@@ -143,6 +178,8 @@ def attend(
     sinks: mx.array | None = None,
     starts: mx.array | None = None,
     window: int | None = None,
+    tail: mx.array | None = None,
+    ring: tuple[int, int] | None = None,
 ) -> mx.array:
     """Attention of a few queries straight over the packed rows.
 
@@ -157,6 +194,12 @@ def attend(
         sinks (mx.array, optional): [Hq] logits that take probability and add no value.
         starts (mx.array, optional): int32 [B], the first position each batch row may attend to.
         window (int, optional): The query at position p attends to positions above p - window.
+        tail (mx.array, optional): From :func:`quantize_pack_tail`, at least ``fmt.recent + L - 1``
+            tokens: a query reads the ``fmt.recent`` tokens up to its own, and any after it, from
+            there and not from their rows. Masks hold as without it.
+        ring (tuple, optional): ``(keep, idx)`` where rows are not in the order of their tokens,
+            which is [:keep], [idx:length], [keep:idx]; then L is 1, unless idx is ``length``. Only
+            a tail needs it.
 
     Returns:
         mx.array: [B, Hq, L, Dv] in q's dtype. A query that may attend to nothing gets a
@@ -167,7 +210,7 @@ def attend(
     """
     key = None
     if mask is None and sinks is None:
-        key = (fmt, q.shape, q.dtype, window, starts is None)
+        key = (fmt, q.shape, q.dtype, window, starts is None, None if tail is None else tail.shape)
         step = _steps.get(key)
         if (
             step is not None
@@ -175,7 +218,7 @@ def attend(
             and 0 < length <= step.capacity
             and step.scale == scale
             and mx.default_device() == step.device
-            and (out := step(q, rows, length, starts)) is not None
+            and (out := step(q, rows, length, starts, tail, ring)) is not None
         ):
             return out
     _check_rows(rows, length, fmt)
@@ -195,7 +238,15 @@ def attend(
         raise ValueError(f"Starts are one number for each of {B} sequences, got {starts.shape}.")
     if window is not None and window < 1:
         raise ValueError(f"A window is at least 1 token, got {window}.")
-    args = (q, rows, length, fmt, scale, mask, sinks, starts, window)
+    if tail is not None:
+        _check_tail(tail, rows.shape[:2], fmt.recent + q.shape[2] - 1, fmt)
+        keep, idx = ring or (0, length)
+        if not 0 <= keep < idx <= length or (q.shape[2] > 1 and idx < length):
+            raise ValueError(
+                f"A ring of {length} rows for {q.shape[2]} queries is (keep, idx) with 0 <= keep < "
+                f"idx <= {length}, of which idx is {length} for several queries, got {ring}."
+            )
+    args = (q, rows, length, fmt, scale, mask, sinks, starts, window, tail, ring)
     if _backend(fmt, q.dtype) is fused:
         Hkv, L = rows.shape[1], q.shape[2]
         span = length if window is None else min(length, window + L - 1)
@@ -213,15 +264,19 @@ def attend(
                 sinks,
                 None if starts is None else mx.zeros((B,), mx.int32),
                 window,
+                None if tail is None else mx.zeros((B, Hkv, *tail.shape[2:]), tail.dtype),
+                None,
                 min(2, parts),
             )
 
         # What is a constant of the kernel: another is another compilation, which may fail.
         sizes = fused.attend_sizes(fmt, B, Hq, Hkv, L)
-        variant = (kind, sinks is None, starts is None, parts == 1, sizes)
+        variant = (kind, sinks is None, starts is None, tail is None, parts == 1, sizes)
         if _works("attend", variant, fmt, q.dtype, trial):
             if key is not None and fused.replays():
-                step = steps.AttendStep(q, rows, fmt, scale, window, starts is not None, parts == 1)
+                step = steps.AttendStep(
+                    q, rows, fmt, scale, window, starts is not None, parts == 1, tail
+                )
                 if step.fits():
                     _steps[key] = step
             return fused.attend(*args, parts)
@@ -229,22 +284,32 @@ def attend(
 
 
 def dequantize(
-    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype = mx.float32
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype = mx.float32,
+    tail: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Rows to keys and values in the rotated domain, for prefill.
+
+    With a tail [B, Hkv, R, Dk + Dv], the last R of them, or as many as there are, come from it.
 
     Returns:
         K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``.
     """
     _check_rows(rows, length, fmt)
+    if tail is not None:
+        _check_tail(tail, rows.shape[:2], 0, fmt)
     if _backend(fmt, dtype) is fused:
 
         def trial():
-            return mx.zeros((1, rows.shape[1], 1, rows.shape[3]), mx.uint32), 1, fmt, dtype
+            zeros = mx.zeros((1, rows.shape[1], 1, rows.shape[3]), mx.uint32)
+            end = None if tail is None else mx.zeros((1, *tail.shape[1:]), tail.dtype)
+            return zeros, 1, fmt, dtype, end
 
-        if _works("dequantize", (), fmt, dtype, trial):
-            return fused.dequantize(rows, length, fmt, dtype)
-    return reference.dequantize(rows, length, fmt, dtype)
+        if _works("dequantize", (None if tail is None else tail.dtype,), fmt, dtype, trial):
+            return fused.dequantize(rows, length, fmt, dtype, tail)
+    return reference.dequantize(rows, length, fmt, dtype, tail)
 
 
 def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:
@@ -266,6 +331,36 @@ def _fused_rotation(name: str, x: mx.array, fmt: Format, Hkv: int) -> bool:
         return mx.zeros((1, Hkv, 1, x.shape[3]), x.dtype), fmt, Hkv
 
     return _backend(fmt, x.dtype) is fused and _works(name, (), fmt, x.dtype, trial)
+
+
+def _check_vectors(k: mx.array, v: mx.array, fmt: Format) -> None:
+    lay = fmt.layout
+    if k.shape[:-1] != v.shape[:-1] or k.ndim != 4:
+        raise ValueError(f"Keys {k.shape} and values {v.shape} are not [B, Hkv, L, D] of one size.")
+    if k.shape[-1] != lay.k_dim or v.shape[-1] != lay.v_dim:
+        raise ValueError(
+            f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
+            f"{lay.k_dim} and {lay.v_dim}."
+        )
+    if k.dtype not in _FLOATS or v.dtype not in _FLOATS:
+        raise ValueError(
+            f"Keys and values are float16, bfloat16 or float32, got {k.dtype} and {v.dtype}."
+        )
+
+
+def _check_tail(tail: mx.array, heads: tuple[int, ...], least: int, fmt: Format) -> None:
+    lay = fmt.layout
+    wanted = (*heads, lay.k_dim + lay.v_dim)
+    if (
+        tail.ndim != 4
+        or (*tail.shape[:2], tail.shape[3]) != wanted
+        or tail.shape[2] < least
+        or tail.dtype not in _FLOATS
+    ):
+        raise ValueError(
+            f"The tail is [{heads[0]}, {heads[1]}, at least {max(0, least)} tokens, {wanted[2]}] "
+            f"in float16, bfloat16 or float32, got {tail.dtype} {tail.shape}."
+        )
 
 
 def _check_mask(mask: mx.array | str, q: mx.array, length: int) -> None:

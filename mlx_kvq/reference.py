@@ -146,18 +146,45 @@ def unpack_codes(words: mx.array, bits: int) -> mx.array:
 
 def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W]."""
+    return _in_blocks(k, v, fmt, 0)[0]
+
+
+def quantize_pack_tail(
+    k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None, keep: int
+) -> tuple[mx.array, mx.array]:
+    """As :func:`quantize_pack`, with the tail; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
+    B, H, L, _ = k.shape
+    rows, y = _in_blocks(k, v, fmt, min(L, keep))
+    y = y.astype(k.dtype)
+    if keep <= L:
+        return rows, y
+    if tail is None:
+        tail = mx.zeros((B, H, keep - L, y.shape[3]), y.dtype)
+    return rows, mx.concatenate([tail[:, :, tail.shape[2] + L - keep :], y], axis=2)
+
+
+def _in_blocks(k: mx.array, v: mx.array, fmt: Format, keep: int) -> tuple[mx.array, mx.array]:
+    """Rows, and the rotated vectors [B, H, keep, Dk + Dv], fp32, of the last ``keep`` tokens."""
     B, H, L, _ = k.shape
     block = _PACK_BLOCK * (32 if _on_gpu() else 1)
     step = max(1, block // (B * H))
-    rows = [
-        _quantize_pack(k[:, :, i : i + step], v[:, :, i : i + step], fmt) for i in range(0, L, step)
-    ]
-    return rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=2)
+    rows: list[mx.array] = []
+    kept: list[mx.array] = []
+    for i in range(0, L, step):
+        y, z = fmt.keys.forward(k[:, :, i : i + step]), fmt.values.forward(v[:, :, i : i + step])
+        rows.append(_pack(y, z, fmt))
+        if (first := max(0, L - keep - i)) < y.shape[2] and keep:
+            kept.append(mx.concatenate([y[:, :, first:], z[:, :, first:]], axis=-1))
+    return _joined(rows), _joined(kept) if kept else y[:, :, :0]
 
 
-def _quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _pack(y: mx.array, z: mx.array, fmt: Format) -> mx.array:
+    """Rotated keys y and values z, fp32 -> rows."""
     lay = fmt.layout
-    y, z = fmt.keys.forward(k), fmt.values.forward(v)
     alike = (lay.k_dim, lay.k_bits, lay.k_group) == (lay.v_dim, lay.v_bits, lay.v_group)
     if (G := fmt.feedback) is None and alike:
         # Of a single token, most of the time is the number of operations.
@@ -173,7 +200,7 @@ def _quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
         words = [pack_codes(k_codes, lay.k_bits), pack_codes(v_codes, lay.v_bits)]
         halves = [k_scales, v_scales]
     if (lay.k_scales + lay.v_scales) % 2:
-        halves.append(mx.zeros((*k.shape[:-1], 1), mx.float16))
+        halves.append(mx.zeros((*y.shape[:-1], 1), mx.float16))
     return mx.concatenate([*words, mx.concatenate(halves, axis=-1).view(mx.uint32)], axis=-1)
 
 
@@ -205,14 +232,23 @@ def _values(words: mx.array, scales: mx.array, bits: int, group: int, rule: str)
 
 
 def dequantize(
-    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype = mx.float32
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype = mx.float32,
+    tail: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """rows [B, H, capacity, W] -> rotated K [B, H, length, Dk] and V [B, H, length, Dv]."""
+    """Rows to rotated keys and values; see :func:`mlx_kvq.ops.dequantize`."""
     lay = fmt.layout
-    kc, vc, ks, vs = split(rows[..., :length, :], lay)
-    k = _values(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
-    v = _values(vc, vs, lay.v_bits, lay.v_group, fmt.scale)
-    return k.astype(dtype), v.astype(dtype)
+    packed = length if tail is None else max(0, length - tail.shape[2])
+    kc, vc, ks, vs = split(rows[..., :packed, :], lay)
+    k = _values(kc, ks, lay.k_bits, lay.k_group, fmt.scale).astype(dtype)
+    v = _values(vc, vs, lay.v_bits, lay.v_group, fmt.scale).astype(dtype)
+    if tail is None:
+        return k, v
+    last = tail[:, :, tail.shape[2] - (length - packed) :].astype(dtype)
+    k = mx.concatenate([k, last[..., : lay.k_dim]], axis=2)
+    return k, mx.concatenate([v, last[..., lay.k_dim :]], axis=2)
 
 
 def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
@@ -290,13 +326,12 @@ def _matmul(
     )
 
 
-def positions(L: int, length: int, causal: bool, window: int | None) -> mx.array | None:
-    """Which of ``length`` positions the last L of them may see, boolean [L, length]."""
+def visible(query: mx.array, key: mx.array, causal: bool, window: int | None) -> mx.array | None:
+    """Which keys queries may see, all given by their positions, boolean [queries, keys]."""
     if not causal and window is None:
         return None
-    query, key = mx.arange(length - L, length)[:, None], mx.arange(length)
-    allowed = query >= key if causal else key >= 0
-    return allowed if window is None else allowed & (key > query - window)
+    allowed = query[:, None] >= key if causal else key >= 0
+    return allowed if window is None else allowed & (key > query[:, None] - window)
 
 
 def attend(
@@ -309,25 +344,51 @@ def attend(
     sinks: mx.array | None = None,
     starts: mx.array | None = None,
     window: int | None = None,
+    tail: mx.array | None = None,
+    ring: tuple[int, int] | None = None,
 ) -> mx.array:
     """Attention over the first ``length`` rows; shapes as in :func:`mlx_kvq.ops.attend`."""
     lay = fmt.layout
     B, Hq, L, _ = q.shape
     Hkv = rows.shape[1]
+    # Scores of the first `packed` rows, then of the last `exact` tokens of the tail. Queries differ
+    # in where the one ends and the other begins: of several queries, some positions have both.
+    packed, exact, own = length, 0, None
+    key, query = mx.arange(length), mx.arange(length - L, length)
+    if tail is not None:
+        keep = 0
+        if ring is not None:
+            rows, mask = in_token_order(rows, mask, length, *ring)
+            keep = ring[0]
+        recent = min(fmt.recent, length - keep)
+        packed, exact = length - recent, min(recent + L - 1, length - keep)
+        if L > 1:
+            key = mx.concatenate([key[:packed], key[length - exact :]])
+            if isinstance(mask, mx.array) and mask.shape[-1] > 1:
+                mask = mx.concatenate([mask[..., :packed], mask[..., length - exact :]], axis=-1)
+            of_tail = mx.arange(packed + exact) >= packed
+            own = (key > query[:, None] - recent) == of_tail
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
-    scores = _scores(qr, rows, length, fmt).reshape(B, Hq, L, length)
+    parts = [_scores(qr, rows, packed, fmt)] if packed else []
+    if exact:
+        last = tail[:, :, tail.shape[2] - exact :].astype(mx.float32)
+        parts.append(qr @ last[..., : lay.k_dim].swapaxes(-1, -2))
+    scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    scores = scores.reshape(B, Hq, L, packed + exact)
     least = mx.finfo(mx.float32).min
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         # A mask of -inf alone must not make the softmax of a row NaN.
         scores = mx.maximum(scores + mask, least)
     elif isinstance(mask, mx.array):
         scores = mx.where(mask, scores, least)
-    allowed = positions(L, length, mask == "causal" if isinstance(mask, str) else False, window)
+    if own is not None:
+        scores = mx.where(own, scores, least)
+    allowed = visible(query, key, mask == "causal" if isinstance(mask, str) else False, window)
     if allowed is not None:
         scores = mx.where(allowed, scores, least)
     if starts is not None:
-        scores = mx.where(mx.arange(length) >= starts.reshape(B, 1, 1, 1), scores, least)
+        scores = mx.where(key >= starts.reshape(B, 1, 1, 1), scores, least)
     if sinks is not None:
         sink = sinks.astype(mx.float32).reshape(1, Hq, 1, 1)
         if (mu := fmt.keys.calibration.mu) is not None:
@@ -339,9 +400,32 @@ def attend(
     p = mx.softmax(scores, axis=-1, precise=True)
     if sinks is not None:
         p = p[..., 1:]
-    p = p.reshape(B, Hkv, -1, length)
-    o = _mix(p, rows, length, fmt)
+    p = p.reshape(B, Hkv, -1, packed + exact)
+    if not exact:
+        o = _mix(p, rows, packed, fmt)
+    else:
+        o = p[..., packed:] @ last[..., lay.k_dim :]
+        if packed:
+            o = o + _mix(p[..., :packed], rows, packed, fmt)
     return _output(o.reshape(B, Hq, L, lay.v_dim), p, fmt, q.dtype, sinks is not None)
+
+
+def in_token_order(
+    rows: mx.array, mask: mx.array | str | None, length: int, keep: int, idx: int
+) -> tuple[mx.array, mx.array | str | None]:
+    """Rows of a ring, and an array mask over them, in the order of the tokens."""
+    if idx == length:
+        return rows, mask
+
+    def ordered(a: mx.array, axis: int) -> mx.array:
+        a = a.swapaxes(axis, 0)
+        a = mx.concatenate([a[:keep], a[idx:length], a[keep:idx]])
+        return a.swapaxes(axis, 0)
+
+    rows = ordered(rows, 2)
+    if isinstance(mask, mx.array) and mask.shape[-1] == length:
+        mask = ordered(mask, mask.ndim - 1)
+    return rows, mask
 
 
 def _output(o: mx.array, p: mx.array, fmt: Format, dtype: mx.Dtype, sinks: bool) -> mx.array:

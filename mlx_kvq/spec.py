@@ -30,7 +30,10 @@ ROUNDINGS = {
     "nearest": "every channel to its nearest level",
     "feedback": "a channel makes up for the errors before it, weighted by what queries read",
 }
-OPTIONS = ("group_size", "seed", "scale", "calibrate", "skip", "high", "budget", "rounding")
+OPTIONS = (
+    "group_size", "seed", "scale", "calibrate", "skip", "high", "budget", "rounding", "recent",
+)  # fmt: skip
+MAX_RECENT = 1024
 OFF = "fp16"
 
 
@@ -53,6 +56,8 @@ class Spec:
             what is left over goes to the layers whose error costs most (``mlx_kvq.budget``).
         rounding (str): ``"nearest"`` or ``"feedback"`` (``mlx_kvq.feedback``): how codes of keys
             are chosen when written; what is stored is read in the same way.
+        recent (int): Tokens before a query, its own included, that it reads as they are, 0 to
+            1024: an exact tail of a few tokens, in the model's dtype, beside the packed rows.
 
     Raises:
         ValueError: If a value is unknown or out of range; the message lists what is accepted.
@@ -68,6 +73,7 @@ class Spec:
     high: tuple[int | str, ...] = ()
     budget: float | None = None
     rounding: str = "nearest"
+    recent: int = 0
 
     def __post_init__(self):
         for option, known in (
@@ -81,6 +87,8 @@ class Spec:
             raise ValueError(f"group_size is a multiple of 8, got {g!r}.")
         if type(seed) is not int or not 0 <= seed < 1 << 32:
             raise ValueError(f"seed is 0 to 2**32 - 1, got {seed!r}.")
+        if type(self.recent) is not int or not 0 <= self.recent <= MAX_RECENT:
+            raise ValueError(f"recent is 0 to {MAX_RECENT} tokens, got {self.recent!r}.")
         if budget is not None and not (isinstance(budget, int | float) and 4 <= budget <= 16):
             raise ValueError(f"budget is 4 to 16 bits per value, got {budget!r}.")
         for option in ("skip", "high"):
@@ -119,6 +127,8 @@ class Spec:
             options.append(f"budget={str(float(self.budget)).removesuffix('.0')}")
         if self.rounding != "nearest":
             options.append(f"rounding={self.rounding}")
+        if self.recent != 0:
+            options.append(f"recent={self.recent}")
         name = f"{self.bits}-{self.rotation}"
         return f"{name}:{','.join(options)}" if options else name
 
@@ -171,7 +181,7 @@ def names() -> list[str]:
 
 def _typed(key: str, value: str):
     """The value of an option; whether it is in range is for ``Spec`` to say."""
-    if key in ("group_size", "seed"):
+    if key in ("group_size", "seed", "recent"):
         try:
             return int(value)
         except ValueError:

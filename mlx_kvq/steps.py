@@ -14,25 +14,32 @@ from .format import Format
 
 
 class PackStep:
-    """:func:`quantize_pack` of a few tokens, prepared for one format, shape and dtype."""
+    """:func:`quantize_pack` of a few tokens, or :func:`quantize_pack_tail`, prepared for one format,
+    shape and dtype."""
 
-    def __init__(self, k: mx.array, v: mx.array, fmt: Format):
+    def __init__(
+        self, k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None = None, keep: int = 0
+    ):
         self.machine, plan = fused._machine(), fused._plan(fmt)
         self.device = mx.default_device()
         B, H, L, _ = k.shape
         self.tables = plan.k_pack, plan.v_pack
         constants, grid, threadgroup = fused._pack_launch(self.machine, fmt, B, H, L)
-        self.run = jit.replayed(
-            jit.kernel(self.machine, "quantize_pack", constants),
-            grid,
-            threadgroup,
-            ((B, H, L, plan.layout.words),),
-            (mx.uint32,),
-            (k.shape, v.shape, k.dtype, v.dtype),
-        )
+        lay, keeps = plan.layout, tail is not None
+        constants = (*constants, ("KEEPS", keeps), ("TAIL", keeps))
+        shapes: tuple[tuple[int, ...], ...] = ((B, H, L, lay.words),)
+        dtypes: tuple[mx.Dtype, ...] = (mx.uint32,)
+        like: tuple = (k.shape, v.shape, k.dtype, v.dtype)
+        if tail is not None:
+            shapes += ((B, H, keep, lay.k_dim + lay.v_dim),)
+            dtypes += (k.dtype,)
+            like += (tail.shape,)
+            self.tables += (fused._integers(keep),)
+        kernel = jit.kernel(self.machine, "quantize_pack", constants)
+        self.run = jit.replayed(kernel, grid, threadgroup, shapes, dtypes, like, len(shapes))
 
-    def __call__(self, k: mx.array, v: mx.array) -> mx.array:
-        return self.run(k, v, *self.tables)
+    def __call__(self, k: mx.array, v: mx.array, *tail: mx.array):
+        return self.run(k, v, *self.tables, *tail)
 
 
 class AttendStep:
@@ -41,7 +48,7 @@ class AttendStep:
 
     def __init__(
         self, q: mx.array, rows: mx.array, fmt: Format, scale: float, window: int | None,
-        starts: bool, single: bool,
+        starts: bool, single: bool, tail: mx.array | None,
     ):  # fmt: skip
         self.machine, plan = fused._machine(), fused._plan(fmt)
         self.device = mx.default_device()
@@ -54,17 +61,23 @@ class AttendStep:
         heads = Hq // Hkv
         self.blocks = fused.query_blocks(heads, L)
         self.parallel = B * Hkv * self.blocks
-        self.launch = fused._launch(self.machine, fmt, self.parallel, 0, starts, False)
+        self.launch = fused._launch(
+            self.machine, fmt, self.parallel, 0, starts, False, tail is not None
+        )
+        self.tail = None if tail is None else tail.shape
         self.tables = plan.k_query, plan.v_output
-        self.token = token_of(self.machine, self.layout, self.parallel, heads, L, scale, window)
+        place = self.machine, self.layout, self.parallel
+        recent = None if tail is None else fmt.recent
+        self.token = token_of(*place, heads, L, scale, window, recent)
 
     def __call__(
-        self, q: mx.array, rows: mx.array, length: int, starts: mx.array | None
-    ) -> mx.array | None:
+        self, q: mx.array, rows: mx.array, length: int, starts: mx.array | None,
+        tail: mx.array | None, ring: tuple[int, int] | None,
+    ) -> mx.array | None:  # fmt: skip
         """``None`` where the length now asks for the other kernel."""
         token = self.token
-        if token.length != length:
-            token.move(length)
+        if token.length != length or token.ring != ring:
+            token.move(length, ring)
         parts = token.parts
         if (parts == 1) is not self.single:
             return None
@@ -72,6 +85,8 @@ class AttendStep:
         if (run := token.runs.get(key)) is None:
             run = token.runs[key] = self._prepare(parts)
         inputs = (q, rows, token.info) if starts is None else (q, rows, token.info, starts)
+        if tail is not None:
+            inputs += (tail,)
         if parts == 1:
             return run(*inputs, *self.tables)
         return run(*inputs, *self.tables, next(fused._arrivals()))
@@ -97,30 +112,31 @@ class AttendStep:
             (groups * 32, 1, 1),
             shapes,
             dtypes,
-            (self.q_shape, self.rows_shape),
+            (self.q_shape, self.rows_shape, self.tail),
         )
 
 
 class _Token:
     """What the decode steps of all layers have in common while the length is the same."""
 
-    def __init__(self, machine, layout, parallel, heads, L, scale, window):
+    def __init__(self, machine, layout, parallel, heads, L, scale, window, recent):
         self.place = machine, layout, parallel
         self.heads, self.L, self.scale, self.window = heads, L, scale, window
-        self.length = 0
+        self.recent = recent
+        self.length, self.ring = 0, None
         self.runs: dict[tuple, Any] = {}  # launches, by what they depend on
 
-    def move(self, length: int) -> None:
+    def move(self, length: int, ring: tuple[int, int] | None) -> None:
         window = self.window
         span = length if window is None else min(length, window + self.L - 1)
-        self.length, self.parts = length, fused._parts(*self.place, span)
-        self.info = fused._integers(
-            length, self.heads, self.L, fused._bits(self.scale), False, window or 0
+        self.length, self.ring, self.parts = length, ring, fused._parts(*self.place, span)
+        self.info = fused.attend_info(
+            length, self.heads, self.L, self.scale, False, window, self.recent, ring
         )
         if len(self.runs) > 256:  # lengths far behind
             self.runs.clear()
 
 
 @lru_cache(maxsize=64)
-def token_of(machine, layout, parallel, heads, L, scale, window) -> _Token:
-    return _Token(machine, layout, parallel, heads, L, scale, window)
+def token_of(machine, layout, parallel, heads, L, scale, window, recent) -> _Token:
+    return _Token(machine, layout, parallel, heads, L, scale, window, recent)

@@ -148,9 +148,9 @@ def test_rows_are_moved_not_unpacked(tokens, monkeypatch):
 def spied(monkeypatch):
     calls = []
 
-    def attend(q, rows, length, fmt, scale, mask=None, sinks=None, starts=None, window=None):
+    def attend(q, rows, length, fmt, scale, mask, sinks, starts, window, *tail):
         calls.append((mask, starts, window))
-        return real(q, rows, length, fmt, scale, mask, sinks, starts, window)
+        return real(q, rows, length, fmt, scale, mask, sinks, starts, window, *tail)
 
     real = ops.attend
     monkeypatch.setattr(ops, "attend", attend)
