@@ -1,9 +1,9 @@
 """Packed caches for one sequence, method by method like mlx-lm's KVCache and RotatingKVCache.
 
 Keys and values live in one array of packed rows, uint32 [B, Hkv, capacity, W], which holds every
-token. Beside it, `recent` in the spec keeps the newest tokens as they are: the tail, rotated vectors
-[B, Hkv, R, Dk + Dv] in the model's dtype, the newest last, R at least `recent`; it begins with zeros
-while there are fewer tokens. What no longer is in the tail can always be had from the rows.
+token. Beside it, `recent` in the spec keeps the newest tokens as they are: the tail, rotated
+vectors [B, Hkv, R, Dk + Dv] in the model's dtype, the newest last, R at least `recent`; it begins
+with zeros while there are fewer tokens. What is no longer in the tail can be had from the rows.
 """
 
 import mlx.core as mx
@@ -103,7 +103,7 @@ class _PackedCache(_BaseCache):
         return min(before + L, self.format.recent + L - 1)
 
     def _tail_to_keep(self, tail: mx.array, L: int) -> mx.array:
-        """What stays of it. A copy, if it is less: a slice would keep a prompt's chunk in memory."""
+        """What stays of it. A copy, if less: a slice would keep a prompt's chunk in memory."""
         recent = self.format.recent
         if L <= DECODE_QUERIES or tail.shape[2] == recent:
             return tail
@@ -131,7 +131,7 @@ class _PackedCache(_BaseCache):
         found = mx.zeros(shape, self.tail.dtype)
         if end > 0:
             rows = self.rows[:, :, first:end]
-            y = mx.concatenate(ops.dequantize(rows, end - first, self.format), axis=-1)
+            y = mx.concatenate([*ops.dequantize(rows, end - first, self.format)], axis=-1)
             found = mx.concatenate([found, y.astype(found.dtype)], axis=2)
         return found
 

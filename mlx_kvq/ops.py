@@ -133,9 +133,11 @@ def quantize_pack_tail(
     Raises:
         ValueError: As there, or if the tail is of another shape or dtype.
     """
-    key = (fmt, k.shape, v.shape, k.dtype, v.dtype, keep, None if tail is None else tail.shape)
-    if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
-        return step(k, v, tail)
+    key = None
+    if tail is not None:
+        key = (fmt, k.shape, v.shape, k.dtype, v.dtype, keep, tail.shape, tail.dtype)
+        if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
+            return step(k, v, tail)
     _check_vectors(k, v, fmt)
     if tail is not None:
         _check_tail(tail, k.shape[:2], keep - k.shape[2], fmt)
@@ -145,7 +147,7 @@ def quantize_pack_tail(
             f"A tail keeps at least 1 token in the keys' dtype {k.dtype}, got {keep} of {dtype}."
         )
     if _packs_fused("quantize_pack_tail", k, v, fmt, tail is None):
-        if fused.replays() and k.shape[2] == 1 and tail is not None:
+        if key is not None and fused.replays() and k.shape[2] == 1:
             _packs[key] = steps.PackStep(k, v, fmt, tail, keep)
         return fused.quantize_pack_tail(k, v, fmt, tail, keep)
     return reference.quantize_pack_tail(k, v, fmt, tail, keep)

@@ -371,7 +371,7 @@ def attend(
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
     parts = [_scores(qr, rows, packed, fmt)] if packed else []
-    if exact:
+    if tail is not None:
         last = tail[:, :, tail.shape[2] - exact :].astype(mx.float32)
         parts.append(qr @ last[..., : lay.k_dim].swapaxes(-1, -2))
     scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
@@ -401,7 +401,7 @@ def attend(
     if sinks is not None:
         p = p[..., 1:]
     p = p.reshape(B, Hkv, -1, packed + exact)
-    if not exact:
+    if tail is None:
         o = _mix(p, rows, packed, fmt)
     else:
         o = p[..., packed:] @ last[..., lay.k_dim :]

@@ -14,8 +14,8 @@ from .format import Format
 
 
 class PackStep:
-    """:func:`quantize_pack` of a few tokens, or :func:`quantize_pack_tail`, prepared for one format,
-    shape and dtype."""
+    """:func:`quantize_pack` of a few tokens, or :func:`quantize_pack_tail`, prepared for one
+    format, shape and dtype."""
 
     def __init__(
         self, k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None = None, keep: int = 0
@@ -23,7 +23,7 @@ class PackStep:
         self.machine, plan = fused._machine(), fused._plan(fmt)
         self.device = mx.default_device()
         B, H, L, _ = k.shape
-        self.tables = plan.k_pack, plan.v_pack
+        self.tables: tuple[mx.array, ...] = (plan.k_pack, plan.v_pack)
         constants, grid, threadgroup = fused._pack_launch(self.machine, fmt, B, H, L)
         lay, keeps = plan.layout, tail is not None
         constants = (*constants, ("KEEPS", keeps), ("TAIL", keeps))
@@ -84,7 +84,9 @@ class AttendStep:
         key = self.launch, self.rows_shape, self.dtype, parts
         if (run := token.runs.get(key)) is None:
             run = token.runs[key] = self._prepare(parts)
-        inputs = (q, rows, token.info) if starts is None else (q, rows, token.info, starts)
+        inputs: tuple[mx.array, ...] = (q, rows, token.info)
+        if starts is not None:
+            inputs += (starts,)
         if tail is not None:
             inputs += (tail,)
         if parts == 1:
