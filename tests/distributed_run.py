@@ -1,6 +1,8 @@
 """One rank of ``tests/test_distributed.py``, run by ``mlx.launch``, or the whole model alone.
 
-python tests/distributed_run.py <single|tensor|pipeline> <spec> <calibration or -> <folder>
+python tests/distributed_run.py <single|tensor|pipeline> <folder> <calibration>…
+
+A calibration is a file, "off", or "auto".
 """
 
 import json
@@ -12,6 +14,7 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
+from mlx_kvq import automatic
 from tests.float32 import load_float32, prompts
 
 
@@ -29,7 +32,8 @@ def two_heads():
     return model, tokenizer
 
 
-def main(mode: str, spec: str, calibration: str, folder: str) -> None:
+def main(mode: str, folder: str, *calibrations: str) -> None:
+    automatic.RANDOM_TOKENS = 128  # less to wait for
     model, tokenizer = two_heads()
     rank = 0
     if mode != "single":
@@ -37,16 +41,19 @@ def main(mode: str, spec: str, calibration: str, folder: str) -> None:
         rank = group.rank()
         _ = model.shard(group) if mode == "tensor" else model.model.pipeline(group)
         mx.eval(model.parameters())
-    mlx_kvq.enable(model, spec, calibration=None if calibration == "-" else calibration)
-    cache = make_prompt_cache(model)
-    (prompt,) = prompts(tokenizer, [40])
-    steps = stream_generate(model, tokenizer, prompt, max_tokens=40, prompt_cache=cache)
-    tokens = [step.token for step in steps]
-    first = getattr(model.model, "start_idx", 0)
-    rows = {f"{first + i}": c.rows[..., : c.offset, :] for i, c in enumerate(cache)}
-    path = Path(folder) / f"{mode}-{rank}"
-    mx.save_safetensors(str(path), rows)
-    path.with_suffix(".json").write_text(json.dumps(tokens))
+    for i, calibration in enumerate(calibrations):
+        spec = "int4-srft:calibrate=off" if calibration == "off" else "int4-srft"
+        given = calibration if Path(calibration).is_file() else None
+        mlx_kvq.enable(model, spec, calibration=given)
+        cache = make_prompt_cache(model)
+        (prompt,) = prompts(tokenizer, [40])
+        steps = stream_generate(model, tokenizer, prompt, max_tokens=24, prompt_cache=cache)
+        tokens = [step.token for step in steps]
+        first = getattr(model.model, "start_idx", 0)
+        rows = {f"{first + j}": c.rows[..., : c.offset, :] for j, c in enumerate(cache)}
+        path = Path(folder) / f"{mode}-{rank}-{i}"
+        mx.save_safetensors(str(path), rows)
+        path.with_suffix(".json").write_text(json.dumps(tokens))
 
 
 if __name__ == "__main__":

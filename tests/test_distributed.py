@@ -39,8 +39,9 @@ def calibration(tmp_path_factory):
     return path
 
 
-def run(mode, spec, calibration, folder):
-    command = [SCRIPT, mode, spec, calibration, folder]
+def run(mode, folder, *calibrations):
+    """(tokens, rows) by rank for each of the calibrations."""
+    command = [SCRIPT, mode, folder, *calibrations]
     if mode != "single":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -57,33 +58,30 @@ def run(mode, spec, calibration, folder):
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     ranks = 1 if mode == "single" else 2
-    tokens, rows = [], []
-    for rank in range(ranks):
-        path = Path(folder) / f"{mode}-{rank}"
-        assert path.with_suffix(".json").exists(), process.stdout + process.stderr
-        tokens.append(json.loads(path.with_suffix(".json").read_text()))
-        rows.append(mx.load(f"{path}.safetensors"))
-    return tokens, rows
+    found = []
+    for i in range(len(calibrations)):
+        tokens, rows = [], []
+        for rank in range(ranks):
+            path = Path(folder) / f"{mode}-{rank}-{i}"
+            assert path.with_suffix(".json").exists(), process.stdout + process.stderr
+            tokens.append(json.loads(path.with_suffix(".json").read_text()))
+            rows.append(mx.load(f"{path}.safetensors"))
+        found.append((tokens, rows))
+    return found
 
 
 @pytest.fixture(scope="module")
-def single(calibration, tmp_path_factory):
-    def alone(spec, given):
-        return run("single", spec, given, tmp_path_factory.mktemp("single"))
-
-    return {
-        "-": alone("int4-srft:calibrate=off", "-"),
-        calibration: alone("int4-srft", calibration),
-    }
+def results(calibration, tmp_path_factory):
+    """By mode: what came of no calibration, and of the one whose heads all differ."""
+    modes = ("single", "tensor", "pipeline")
+    return {m: run(m, tmp_path_factory.mktemp(m), "off", calibration) for m in modes}
 
 
 @pytest.mark.parametrize("mode", ["tensor", "pipeline"])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_the_text_of_one_process(mode, calibrated, single, calibration, tmp_path):
-    given = calibration if calibrated else "-"
-    spec = "int4-srft" if calibrated else "int4-srft:calibrate=off"
-    (expected,), (whole,) = single[given]
-    tokens, rows = run(mode, spec, given, tmp_path)
+def test_the_text_of_one_process(mode, calibrated, results):
+    (expected,), (whole,) = results["single"][calibrated]
+    tokens, rows = results[mode][calibrated]
     assert tokens == [expected, expected]
     seen = set()
     for rank, found in enumerate(rows):
@@ -104,12 +102,12 @@ def test_the_text_of_one_process(mode, calibrated, single, calibration, tmp_path
 
 def test_automatic_calibration_of_shards(tmp_path):
     """Made by all ranks together, also when one of them has kept its part."""
-    first, _ = run("tensor", "int4-srft", "-", tmp_path)
+    ((first, _),) = run("tensor", tmp_path, "auto")
     assert first[0] == first[1]
     kept = sorted(tmp_path.glob("*-random.safetensors"))
     assert len(kept) == 2  # each rank has heads of its own
     kept[0].unlink()
-    again, _ = run("tensor", "int4-srft", "-", tmp_path)
+    ((again, _),) = run("tensor", tmp_path, "auto")
     assert again == first
     assert len(list(tmp_path.glob("*-random.safetensors"))) == 2
 
