@@ -23,7 +23,7 @@ from mlx_kvq.batch import PackedBatchKVCache, PackedBatchRotatingKVCache
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 from mlx_kvq.format import make_format
 from mlx_kvq.spec import Spec
-from tests.float32 import NAMES, load_float32, prompts
+from tests.float32 import NAMES, WINDOW, load_float32, prompts
 from tests.stock import Pair
 from tests.stock_batch import BatchPair, PaddedTokens
 
@@ -35,7 +35,7 @@ def tokens():
 
 @pytest.fixture(scope="module", params=NAMES)
 def loaded(request):
-    model, tokenizer = load_float32(request.param)
+    model, tokenizer = load_float32(request.param, WINDOW)
     mlx_kvq.enable(model, "int4-srft", verbose=False)
     return model, tokenizer
 
@@ -269,7 +269,7 @@ def alone(loaded, prompt, n, **kwargs):
 
 def test_batch_generate_gives_the_texts_of_single_prompts(loaded):
     many = prompts(loaded[1], LENGTHS)
-    limits = [12 + 2 * i for i in range(len(many))]  # sequences leave one after another
+    limits = [8 + i for i in range(len(many))]  # sequences leave one after another
     found = batch_generate(*loaded, many, max_tokens=limits, return_token_ids=True).token_ids
     assert found == [alone(loaded, p, n) for p, n in zip(many, limits, strict=True)]
 
@@ -277,9 +277,9 @@ def test_batch_generate_gives_the_texts_of_single_prompts(loaded):
 def test_requests_that_join_a_running_batch(loaded):
     """Prompts in chunks, in small groups, while others decode, past tiny-gemma3's window."""
     model, tokenizer = loaded
-    many = prompts(tokenizer, [250, 3, 60, 1, 33, 120])
+    many = prompts(tokenizer, [WINDOW - 6, 3, 40, 1, 17, WINDOW + 20])
     generator = BatchGenerator(
-        model, max_tokens=12, prefill_step_size=50, prefill_batch_size=2, completion_batch_size=3
+        model, max_tokens=12, prefill_step_size=20, prefill_batch_size=2, completion_batch_size=3
     )
     found = {uid: [] for uid in generator.insert(many[:3])}
     late = list(many[3:])
@@ -295,7 +295,7 @@ def test_requests_that_join_a_running_batch(loaded):
             break
     generator.close()
     assert nbytes > 0
-    expected = [alone(loaded, p, 12, prefill_step_size=50) for p in many]
+    expected = [alone(loaded, p, 12, prefill_step_size=20) for p in many]
     assert list(found.values()) == expected
 
 

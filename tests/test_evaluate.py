@@ -139,7 +139,7 @@ def test_measure_against_numpy(qwen, tokens):
 def test_windows_side_by_side_score_as_one_by_one(qwen, gemma, tokens):
     for model, _ in (qwen, gemma):
         makers = {c.name: c.make for c in (baselines.own(model), baselines.candidate(model, PLAIN))}
-        windows = mx.concatenate([tokens, tokens[:1, ::-1]])
+        windows = mx.concatenate([tokens, tokens[:1, ::-1]])[:, :60]
         one, two = (measure(model, makers, windows, 26, batch=n) for n in (1, 2))
         for name in makers:
             assert len(two[name].kl) == 3
@@ -316,8 +316,7 @@ def run(capsys, *args, model=QWEN):
     return out, err, stop.value.code
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "cache"))
+def test_the_command(tmp_path, capsys):
     saved, plot = tmp_path / "out.json", tmp_path / "out.png"
     out, err, status = run(
         capsys, "--kv-cache", "fp16", "kv8", "kv4", "int8-srft", PLAIN, "--json", saved,

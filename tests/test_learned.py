@@ -41,6 +41,11 @@ def test_errors_by_definition():
         np.testing.assert_allclose(found, (want, weighted), rtol=1e-3)
 
 
+def test_learning_is_reproducible():
+    first, again = (learn_rotation(samples(0), group=GROUP, steps=3)[0] for _ in range(2))
+    assert mx.array_equal(first, again)
+
+
 @pytest.mark.parametrize("with_lambda", [False, True])
 @pytest.mark.parametrize("base", ["none", "srft"])
 def test_learning_lowers_the_error_on_unseen_vectors(base, with_lambda):
@@ -53,8 +58,6 @@ def test_learning_lowers_the_error_on_unseen_vectors(base, with_lambda):
         errors(unseen, rotation.matrix(name, 0, 0, D), group=GROUP)[1] for name in ("srft", "none")
     )
     assert errors(unseen, R, lam, group=GROUP)[1] < 0.85 * best
-    again, _ = learn_rotation(seen, start, group=GROUP, with_lambda=with_lambda, steps=60)
-    assert mx.array_equal(R, again)
 
 
 def test_the_objective_is_the_one_asked_for():
