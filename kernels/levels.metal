@@ -46,6 +46,17 @@ inline void convert_eight(device T* out, const device S* in) {
   write_eight(out, x);
 }
 
+// Two neighbouring channels in one store.
+inline void write_two(device half* out, float2 x) {
+  *reinterpret_cast<device uint*>(out) = as_type<uint>(half2(half(x.x), half(x.y)));
+}
+inline void write_two(device bfloat16_t* out, float2 x) {
+  *reinterpret_cast<device uint*>(out) = two_bfloats(x.x, x.y);
+}
+inline void write_two(device float* out, float2 x) {
+  *reinterpret_cast<device uint2*>(out) = uint2(as_type<uint>(x.x), as_type<uint>(x.y));
+}
+
 template <typename T>
 inline void write_one(device T* out, float x) {
   *out = T(x);

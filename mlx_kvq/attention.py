@@ -8,6 +8,7 @@ from . import ops, reference
 from .format import Format
 
 DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
+RESTORED = 4  # vectors that come out of the rotation in the time that one of a query takes
 
 
 class PackedView:
@@ -169,25 +170,27 @@ def _exact(q, k, v, scale, mask, sinks) -> mx.array:
 
 
 def _prefill(q, keys: PackedView, scale, mask, sinks) -> mx.array:
-    fmt = keys.format
-    calibrated = fmt.keys.calibration.mu is not None or fmt.values.calibration.mu is not None
-    if sinks is not None and calibrated:
-        # With sinks the centres do not cancel; the decode operation accounts for them.
-        return ops.attend(q, keys.rows, keys.length, fmt, scale, mask, sinks, tail=keys.tail)
-    dtype, Hkv = _compute_dtype(q.dtype), keys.rows.shape[1]
+    """Either keys and values come out of the rotation, or queries and outputs go through it: what
+    are fewer vectors, but with sinks the centre that was taken off the keys counts."""
+    fmt, dtype = keys.format, _compute_dtype(q.dtype)
+    B, Hq, L, _ = q.shape
+    Hkv = keys.rows.shape[1]
     tail = keys.tail
     if tail is not None and keys.ring is not None:  # before row `keep` there are other tokens
         tail = tail[:, :, -(keys.length - keys.ring[0]) :]
-    k, v = ops.dequantize(keys.rows, keys.length, fmt, dtype, tail)
+    restores = keys.length * Hkv <= RESTORED * L * Hq or sinks is not None
+    unpack = ops.restore if restores else ops.dequantize
+    k, v = unpack(keys.rows, keys.length, fmt, dtype, tail)
+    q, given = q.astype(dtype), q.dtype
     out = mx.fast.scaled_dot_product_attention(
-        ops.rotate_queries(q.astype(dtype), fmt, Hkv),
+        q if restores else ops.rotate_queries(q, fmt, Hkv),
         k,
         v,
         scale=scale,
         mask=_mask_as(mask, dtype),
         sinks=None if sinks is None else sinks.astype(dtype),
     )
-    return ops.rotate_outputs(out, fmt, Hkv).astype(q.dtype)
+    return (out if restores else ops.rotate_outputs(out, fmt, Hkv)).astype(given)
 
 
 def _compute_dtype(dtype: mx.Dtype) -> mx.Dtype:

@@ -164,19 +164,18 @@ class _PackedCache(_BaseCache):
             return keys, values  # a prompt's first chunk
         assert self.rows is not None
         keep, idx, _ = self._ring() or (0, length, 0)
-        if tail is None or idx == length:
-            last = None if tail is None else tail[:, :, -(length - keep) :]
-            k, v = ops.dequantize(self.rows, length, fmt, tail=last)
-        else:  # the newest tokens are before row idx, and before them those at the end
-            k, v = ops.dequantize(self.rows, length, fmt)
-            n = min(fmt.recent, length - keep)
-            last, here = tail[:, :, -n:].astype(k.dtype), min(n, idx - keep)
-            for x, y in zip(
-                (k, v), (last[..., : k.shape[3]], last[..., k.shape[3] :]), strict=True
-            ):
-                x[:, :, idx - here : idx] = y[:, :, n - here :]
-                x[:, :, length - (n - here) : length] = y[:, :, : n - here]
-        return fmt.keys.output(k).astype(self.dtype), fmt.values.output(v).astype(self.dtype)
+        last = None if tail is None else tail[:, :, -(length - keep) :]
+        if last is None or idx == length:
+            return ops.restore(self.rows, length, fmt, self.dtype, last)
+        # The newest tokens are before row idx, and before them those at the end.
+        n = min(fmt.recent, length - keep)
+        here = min(n, idx - keep)
+        k, v = ops.restore(self.rows, length, fmt, self.dtype)
+        exact = ops.restore(self.rows, n, fmt, self.dtype, last[:, :, -n:])
+        for x, y in zip((k, v), exact, strict=True):
+            x[:, :, idx - here : idx] = y[:, :, n - here :]
+            x[:, :, length - (n - here) : length] = y[:, :, : n - here]
+        return k, v
 
     def _grow_and_write(self, new: mx.array, prev: int) -> None:
         """Write rows at ``prev``, in an array that grows in steps."""

@@ -56,6 +56,7 @@ class _Plan:
     v_pack: mx.array
     k_query: mx.array  # of attend, wide
     v_output: mx.array
+    k_outputs: mx.array  # of restore
     k_queries: mx.array  # of prefill
     v_outputs: mx.array
     pack_set: int  # tokens that a pair of SIMD groups packs at once
@@ -63,6 +64,7 @@ class _Plan:
     attend: jit.Constants
     combine: jit.Constants
     dequantize: jit.Constants
+    restore: jit.Constants
     turn: jit.Constants
 
 
@@ -95,6 +97,7 @@ def _make_plan(fmt: Format) -> _Plan:
         v_pack=tables.channel_table(values, "pack", wide=False),
         k_query=tables.channel_table(keys, "query", wide=True),
         v_output=tables.channel_table(values, "output", wide=True),
+        k_outputs=tables.channel_table(keys, "output", wide=False),
         k_queries=tables.channel_table(keys, "query", wide=False),
         v_outputs=tables.channel_table(values, "output", wide=False),
         pack_set=32 // max(tables.lanes(D, wide=False) for D in (lay.k_dim, lay.v_dim)),
@@ -102,6 +105,7 @@ def _make_plan(fmt: Format) -> _Plan:
         attend=(*dims, *codes, *rotation, *centred, *levels),
         combine=(*dims, *rotation, *centred),
         dequantize=(*dims, *codes, *levels),
+        restore=(*dims, *codes, *rotation, *levels),
         turn=(*dims, *rotation),
     )
 
@@ -367,6 +371,28 @@ def dequantize(
     k, v = jit.run(
         machine, "dequantize", constants, inputs, grid, (256, 1, 1), shapes, (dtype, dtype)
     )
+    return k, v
+
+
+_RESTORE_PAIRS = 2  # of SIMD groups of a threadgroup
+
+
+def restore(
+    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype, tail: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """As :func:`dequantize`, but out of the rotation: keys and values as the model made them."""
+    machine, plan = _machine(), _plan(fmt)
+    lay = plan.layout
+    B, H = rows.shape[:2]
+    sets = -(-length // plan.pack_set)
+    most = max(1, TUNING[machine].restore_threadgroups // (B * H))
+    groups = min(-(-sets // _RESTORE_PAIRS), most)
+    grid, threadgroup = (groups * _RESTORE_PAIRS * 64, B * H, 1), (_RESTORE_PAIRS * 64, 1, 1)
+    shapes = ((B, H, length, lay.k_dim), (B, H, length, lay.v_dim))
+    constants = (*plan.restore, ("TAIL", tail is not None))
+    inputs = [rows, _integers(length)] + ([] if tail is None else [tail])
+    inputs += [plan.k_outputs, plan.v_outputs]
+    k, v = jit.run(machine, "restore", constants, inputs, grid, threadgroup, shapes, (dtype, dtype))
     return k, v
 
 

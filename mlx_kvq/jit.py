@@ -55,6 +55,12 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("out",),
     ),
     "dequantize": (("levels",), ("dequantize",), ("rows", "info", "tail"), ("keys", "values")),
+    "restore": (
+        ("rotate", "vectors", "levels", "restore"),
+        ("restore_rows",),
+        ("rows", "info", "tail", "k_table", "v_table"),
+        ("keys", "values"),
+    ),
     "rotate_queries": (
         ("rotate", "vectors", "levels"),
         ("rotate_queries",),

@@ -299,6 +299,21 @@ def dequantize(
     Returns:
         K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``.
     """
+    return _unpacked("dequantize", rows, length, fmt, dtype, tail)
+
+
+def restore(
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype = mx.float32,
+    tail: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Rows to keys and values as the model made them; as :func:`dequantize`."""
+    return _unpacked("restore", rows, length, fmt, dtype, tail)
+
+
+def _unpacked(op: str, rows, length, fmt, dtype, tail) -> tuple[mx.array, mx.array]:
     _check_rows(rows, length, fmt)
     if tail is not None:
         _check_tail(tail, rows.shape[:2], 0, fmt)
@@ -309,9 +324,9 @@ def dequantize(
             end = None if tail is None else mx.zeros((1, *tail.shape[1:]), tail.dtype)
             return zeros, 1, fmt, dtype, end
 
-        if _works("dequantize", (None if tail is None else tail.dtype,), fmt, dtype, trial):
-            return fused.dequantize(rows, length, fmt, dtype, tail)
-    return reference.dequantize(rows, length, fmt, dtype, tail)
+        if _works(op, (None if tail is None else tail.dtype,), fmt, dtype, trial):
+            return getattr(fused, op)(rows, length, fmt, dtype, tail)
+    return getattr(reference, op)(rows, length, fmt, dtype, tail)
 
 
 def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:

@@ -241,14 +241,24 @@ def dequantize(
     """Rows to rotated keys and values; see :func:`mlx_kvq.ops.dequantize`."""
     lay = fmt.layout
     packed = length if tail is None else max(0, length - tail.shape[2])
-    kc, vc, ks, vs = split(rows[..., :packed, :], lay)
-    k = _values(kc, ks, lay.k_bits, lay.k_group, fmt.scale).astype(dtype)
-    v = _values(vc, vs, lay.v_bits, lay.v_group, fmt.scale).astype(dtype)
-    if tail is None:
-        return k, v
-    last = tail[:, :, tail.shape[2] - (length - packed) :].astype(dtype)
-    k = mx.concatenate([k, last[..., : lay.k_dim]], axis=2)
-    return k, mx.concatenate([v, last[..., lay.k_dim :]], axis=2)
+    parts: list[tuple[mx.array, mx.array]] = []
+    if packed:
+        kc, vc, ks, vs = split(rows[..., :packed, :], lay)
+        k = _values(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
+        parts.append((k, _values(vc, vs, lay.v_bits, lay.v_group, fmt.scale)))
+    if tail is not None:
+        last = tail[:, :, tail.shape[2] - (length - packed) :]
+        parts.append((last[..., : lay.k_dim], last[..., lay.k_dim :]))
+    k, v = (_joined([x.astype(dtype) for x in side]) for side in zip(*parts, strict=True))
+    return k, v
+
+
+def restore(
+    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype, tail: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """As :func:`dequantize`, but out of the rotation; see :func:`mlx_kvq.ops.restore`."""
+    k, v = dequantize(rows, length, fmt, mx.float32, tail)
+    return fmt.keys.output(k).astype(dtype), fmt.values.output(v).astype(dtype)
 
 
 def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:

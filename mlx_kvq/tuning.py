@@ -24,6 +24,7 @@ class Tuning:
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
         pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
             sets of tokens.
+        restore_threadgroups (int): Likewise for restore.
         replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
             replayed.
     """
@@ -41,6 +42,7 @@ class Tuning:
     combine_groups: int = 4
     pack_pairs: int = 4
     pack_threadgroups: int = 256
+    restore_threadgroups: int = 512
     replay: bool = False
 
     def when(self, parallel: int) -> "Tuning":

@@ -1,0 +1,107 @@
+// Packed vectors back in the registers of a SIMD group, and out of the rotation: what
+// restore_rows.metal does for keys and for values.
+namespace kvq {
+
+// A lane's factors on the way back, from a table of outputs: before the transpose of the rotation,
+// after it, and the centre.
+template <int D, int ROTATION, bool CALIBRATED>
+inline void read_output_factors(
+    thread lane_factors<D>& f, const device float* table, int head, uint lane) {
+  constexpr int STEP = point_step(D, ROTATION);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  const int first = first_channel<D, ROTATION>(lane);
+  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  UNROLL for (int a = 0; a < points_of(D); a++) {
+    if (CALIBRATED) {
+      f.before[a] = factor_pair(factors, rotated + 2 * a);
+      f.mu[a] = factor_pair(factors + 2 * D, first + a * STEP);
+    }
+    f.after[a] = factor_pair(factors + (CALIBRATED ? D : 0), first + a * STEP);
+  }
+}
+
+// A lane's channels of one row: codes begin at word FIRST, scales with half SCALE of those from
+// word CODES on.
+template <int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int CODES, int SCALE>
+inline void read_levels(thread float2* z, const device uint* row, uint lane) {
+  const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  if (points_of(D) % 4 == 0) {
+    UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
+      const int c = first + 8 * i;
+      uint words[BITS / 4];
+      UNROLL for (int w = 0; w < BITS / 4; w++) words[w] = row[FIRST + c / (32 / BITS) + w];
+      float x[8];
+      eight_levels<BITS, HALF_STEP>(x, words, row_scale(row + CODES, SCALE + c / GROUP));
+      UNROLL for (int a = 0; a < 4; a++) z[4 * i + a] = float2(x[2 * a], x[2 * a + 1]);
+    }
+  } else {
+    constexpr float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
+    constexpr uint mask = uint((1 << BITS) - 1);
+    UNROLL for (int a = 0; a < points_of(D); a++) {  // two codes are never in two words
+      const int c = first + 2 * a;
+      const uint word = row[FIRST + c / (32 / BITS)] >> uint(c * BITS % 32);
+      const float scale = row_scale(row + CODES, SCALE + c / GROUP);
+      z[a] = float2(
+          (float(word & mask) - middle) * scale, (float((word >> BITS) & mask) - middle) * scale);
+    }
+  }
+}
+
+// One side of a head's rows, by one SIMD group, which does every `workers`-th set of as many rows
+// as it holds vectors, from number `worker` on. Rows from `exact` on are those of `tail`, whose
+// number 0 would be row `exact`, `by_token` channels apart.
+template <
+    int D, int BITS, int GROUP, int ROTATION, bool CALIBRATED, bool HALF_STEP, int FIRST, int CODES,
+    int SCALE, int W, bool TAIL, typename T, typename S>
+inline void restore_vectors(
+    device T* out,
+    const device uint* rows,
+    int length,
+    const device S* tail,
+    int64_t by_token,
+    int exact,
+    int worker,
+    int workers,
+    const device float* table,
+    int head,
+    uint lane) {
+  constexpr int STEP = point_step(D, ROTATION);
+  constexpr int SET = vectors_of(D);
+  const int v = int(lane) / lanes_of(D);
+  const int first = first_channel<D, ROTATION>(lane);
+  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  lane_table<D> w;
+  lane_factors<D> f;
+  read_table<D, ROTATION>(w, table, lane);
+  read_output_factors<D, ROTATION, CALIBRATED>(f, table, head, lane);
+  for (int set = worker; set * SET < length; set += workers) {
+    const int at = set * SET + v;
+    const int row = min(at, length - 1);
+    float2 z[points_of(D)];
+    if (TAIL && row >= exact) {
+      const device S* y = tail + (row - exact) * by_token + rotated;
+      UNROLL for (int a = 0; a < points_of(D); a++) {
+        z[a] = float2(float(y[2 * a]), float(y[2 * a + 1]));
+      }
+    } else {
+      read_levels<D, BITS, GROUP, ROTATION, HALF_STEP, FIRST, CODES, SCALE>(
+          z, rows + int64_t(row) * W, lane);
+    }
+    if (CALIBRATED) {
+      UNROLL for (int a = 0; a < points_of(D); a++) {
+        z[a] = float2(z[a].x * f.before[a].x, z[a].y * f.before[a].y);
+      }
+    }
+    rotate_back<D, ROTATION>(z, w, table, lane);
+    if (at < length) {
+      device T* to = out + int64_t(at) * D + first;
+      UNROLL for (int a = 0; a < points_of(D); a++) {
+        float2 x = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
+        if (CALIBRATED) x = float2(x.x + f.mu[a].x, x.y + f.mu[a].y);
+        write_two(to + a * STEP, x);
+      }
+    }
+  }
+}
+
+}  // namespace kvq

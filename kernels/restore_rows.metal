@@ -1,0 +1,38 @@
+// restore: packed rows -> keys [B, H, length, KD] and values [B, H, length, VD] as the model made
+// them, R^T(y / lambda) sigma + mu, for prefill: MLX's own attention then needs no rotated queries.
+//
+// Layout: rows uint32 [B, H, capacity, W], any batch and head strides; outputs row contiguous. If
+//   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD].
+// Grid: (any number, B * H) threadgroups of two pairs of SIMD groups. The even one of a pair does
+//   keys, the odd one values, as in quantize_pack.metal.
+// Limits: head sizes as quantize_pack. fp32 arithmetic, rounded once.
+constexpr int K_WORDS = KD * KB / 32;
+constexpr int CODES = K_WORDS + VD * VB / 32;
+constexpr int SCALES = KD / KG + VD / VG;
+constexpr int W = CODES + (SCALES + 1) / 2;
+constexpr int PAIRS = 2;  // fused.py knows
+
+const uint lane = thread_index_in_simdgroup;
+const int length = info[0];
+const int H = rows_shape[1];
+const int b = int(threadgroup_position_in_grid.y) / H;
+const int h = int(threadgroup_position_in_grid.y) % H;
+const int worker =
+    int(threadgroup_position_in_grid.x) * PAIRS + int(simdgroup_index_in_threadgroup >> 1);
+const int workers = int(threadgroups_per_grid.x) * PAIRS;
+const auto head_rows = rows + (b * rows_strides[0] + h * rows_strides[1]);
+const int exact = TAIL ? length - tail_shape[2] : length;
+const auto head_tail = tail + (b * tail_strides[0] + h * tail_strides[1]);
+const int64_t to = int64_t(threadgroup_position_in_grid.y) * length;
+
+if ((simdgroup_index_in_threadgroup & 1u) == 0) {
+  kvq::restore_vectors<
+      KD, KB, KG, ROTATION, K_CALIBRATED, HALF_STEP, 0, CODES, 0, W, TAIL>(
+      keys + to * KD, head_rows, length, head_tail, tail_strides[2], exact, worker, workers,
+      k_table, h, lane);
+} else {
+  kvq::restore_vectors<
+      VD, VB, VG, ROTATION, V_CALIBRATED, HALF_STEP, K_WORDS, CODES, KD / KG, W, TAIL>(
+      values + to * VD, head_rows, length, head_tail + KD, tail_strides[2], exact, worker, workers,
+      v_table, h, lane);
+}
