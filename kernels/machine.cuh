@@ -149,12 +149,24 @@ inline float square_root(float x) {
 inline float saturated(float x) {
   return __saturatef(x);  // no instruction of its own
 }
-// Nearest integers through the rounding of an addition: rint() is a quarter as fast.
-inline float round_small(float x) {
-  return __fsub_rn(__fadd_rn(x, 12582912.0f), 12582912.0f);
+// Codes: whole numbers n, kept as 2^23 + n, in whose lowest bits n is. Rounding through an addition
+// is four times as fast as rint().
+inline float rounded_code(float a, float b) {  // the nearest to a * b
+  return __fmaf_rn(a, b, 8388608.0f);
 }
-inline float round_product(float a, float b) {
-  return __fsub_rn(__fmaf_rn(a, b, 12582912.0f), 12582912.0f);
+inline float floor_code(float a, float b) {  // floor(a * b) + 8, which is not negative
+  return __fmaf_rd(a, b, 8388616.0f);
+}
+// n - 7.5 in one instruction, and exact: the product is 2^23 + 7.5.
+inline float level_of(float code) {
+  return __fmaf_rn(-31.0f, 270600.5f, code);
+}
+// Codes of a word, the first one lowest.
+template <int BITS>
+inline uint word_of(const float* codes) {
+  uint word = 0;
+  UNROLL for (int i = 32 / BITS - 1; i >= 0; i--) word = (word << BITS) + as_type<uint>(codes[i]);
+  return word - (BITS == 4 ? 0xfb000000u : 0x4b000000u);
 }
 
 inline float rows_max(float x) {

@@ -48,12 +48,27 @@ inline float square_root(float x) {
 inline float saturated(float x) {
   return clamp(x, 0.0f, 1.0f);
 }
-// Nearest integers, to even at the half; of magnitudes below 2^22.
-inline float round_small(float x) {
-  return rint(x);
-}
-inline float round_product(float a, float b) {
+// Codes: whole numbers.
+inline float rounded_code(float a, float b) {  // the nearest to a * b
   return rint(a * b);
+}
+inline float floor_code(float a, float b) {  // floor(a * b) + 8, which is not negative
+  return floor(a * b) + 8.0f;
+}
+inline float level_of(float code) {
+  return code - 7.5f;
+}
+// Codes of a word, the first one lowest. Sums of fp32 hold 16 bits exactly, and adding 2^23 puts
+// them where integers have theirs: shifts and conversions take longer.
+template <int BITS>
+inline uint word_of(const thread float* codes) {
+  constexpr int HALF = 16 / BITS;
+  float low = 0.0f, high = 0.0f;
+  UNROLL for (int i = HALF - 1; i >= 0; i--) {
+    low = fma(low, float(1 << BITS), codes[i]);
+    high = fma(high, float(1 << BITS), codes[HALF + i]);
+  }
+  return (as_type<uint>(low + 8388608.0f) & 0xffffu) | (as_type<uint>(high + 8388608.0f) << 16);
 }
 
 // Reductions over the eight rows of a tile's column pair.

@@ -33,100 +33,97 @@ inline device ushort* halves_of(device uint* words) {
   return reinterpret_cast<device ushort*>(words);
 }
 
-// 1 / s for a scale; 0 for a group of zeros, whose codes are then the middle.
-inline float inverse_scale(float s) {
-  return s > 0.0f ? reciprocal(s) : 0.0f;
+// The two scales that are tried, in 750ths of a group's largest channel: `reference.SEARCH`.
+constexpr int tried_scale(int GROUP, int i) {
+  return GROUP <= 32 ? 100 - 6 * i : GROUP <= 64 ? 96 - 7 * i : 93 - 7 * i;
+}
+// Channels up to this have a scale of 0.
+constexpr float LEAST = 7.5f / 33554432.0f;  // whose 7.5th rounds to 0 in fp16
+
+// Codes n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], or rint() for the paper's rule, and
+// words of them, to which dot and length, of the levels n - 7.5, add up. Half-precision channels
+// that were not rotated are often whole multiples of their scale; EXACT then divides, so that all
+// backends agree about such ties. INSIDE: no code is out of range.
+template <int CH, int BITS, int RULE, bool INSIDE, bool EXACT>
+inline void code_channels(
+    thread uint* words,
+    thread float& dot,
+    thread float& length,
+    const thread float* x,
+    float scale,
+    float inverse) {
+  constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;  // steps of a scale
+  constexpr int PER_WORD = 32 / BITS;
+  const float step = INSIDE ? inverse : inverse * (1.0f / float(LEVELS));
+  UNROLL for (int w = 0; w < CH / PER_WORD; w++) {
+    float codes[PER_WORD];
+    UNROLL for (int i = 0; i < PER_WORD; i++) {
+      const float y = x[w * PER_WORD + i];
+      if (EXACT) {
+        const float q = scale > 0.0f ? y / scale : 0.0f;
+        const float low = float(LEVELS / 2 + (RULE == PAPER ? 0 : 1));
+        const float n = RULE == PAPER ? rint(q) : floor(q);
+        codes[i] = rounded_code(1.0f, clamp(n, -low, float(LEVELS / 2)) + low);
+      } else if (INSIDE) {
+        codes[i] = floor_code(y, step);
+      } else {
+        codes[i] = rounded_code(saturated(fma(y, step, 0.5f)), float(LEVELS));
+      }
+      const float level = level_of(codes[i]);
+      dot = fma(y, level, dot);
+      length = fma(level, level, length);
+    }
+    // The paper's codes begin at 1.
+    words[w] = word_of<BITS>(codes) + (RULE == PAPER ? (BITS == 4 ? 0x11111111u : 0x01010101u) : 0u);
+  }
 }
 
-// Squared error at a scale: |x| / scale - 1/2 against the nearest of 0 to 7. NaN where an x is.
-template <int CH>
-inline float squared_error(const thread float* x, float scale, float inverse) {
-  float e = 0.0f;
-  if (scale == 0.0f) {
-    UNROLL for (int i = 0; i < CH; i++) e = fma(x[i], x[i], e);
-    return e;
-  }
-  UNROLL for (int i = 0; i < CH; i++) {
-    const float t = fma(fabs(x[i]), inverse, -0.5f);
-    const float d = t - round_small(min(t, 7.0f));
-    e = fma(d, d, e);
-  }
-  return e * (scale * scale);
-}
-
-// Writes CH * BITS / 32 words and the bits of the group's fp16 scale. Half-precision channels that
-// were not rotated are often whole multiples of their scale; EXACT then divides, so that all
-// backends agree about such ties.
+// Writes CH * BITS / 32 words and the bits of the group's fp16 scale.
 template <int CH, int BITS, int RULE, int SPAN, int MASK, bool EXACT>
 inline void quantize_channels(
     thread uint* words,
     thread ushort& scale_bits,
     const thread float* x,
     uint first) {
-  constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;  // steps of a scale
-  constexpr bool SEARCHED = RULE == SEARCH && BITS == 4;
-  float top = 0.0f;
-  UNROLL for (int i = 0; i < CH; i++) top = max(top, fabs(x[i]));
+  constexpr int WORDS = CH * BITS / 32;
+  constexpr int GROUP = CH * SPAN;
+  float top = 0.0f, squares = 0.0f;  // NaN where a channel is, which max() passes over
+  UNROLL for (int i = 0; i < CH; i++) {
+    top = max(top, fabs(x[i]));
+    squares = fma(x[i], x[i], squares);
+  }
   top = group_reduce<SPAN, MASK, false>(top, first);
-  float odd = 0.0f;  // NaN where a channel of the group is NaN, which max() passes over
-  // 0.98, 0.92 and 0.86 of the scale of the largest channel are tried: `reference.SEARCH`.
-  float scale = scale_to_half(top * ((SEARCHED ? 1.96f : 2.0f) / float(LEVELS)));
-  float inverse = inverse_scale(scale);
-  if (SEARCHED) {
-    float least = group_reduce<SPAN, MASK, true>(squared_error<CH>(x, scale, inverse), first);
-    odd = least;
-    UNROLL for (int c = 1; c < 3; c++) {
-      const float s = scale_to_half(top * (float(98 - 6 * c) / 750.0f));
-      const float r = inverse_scale(s);
-      const float e = group_reduce<SPAN, MASK, true>(squared_error<CH>(x, s, r), first);
-      if (e < least) {
-        least = e;
-        scale = s;
-        inverse = r;
-      }
+  squares = group_reduce<SPAN, MASK, true>(squares, first);
+  float scale;
+  if (RULE == SEARCH && BITS == 4) {
+    // The better one gives codes whose levels point more in the direction of x. Stored is the
+    // scale that gives them the length of x. A reciprocal below 2^-126 would be 0.
+    const bool some = top > LEAST;
+    const float inverse = some ? reciprocal(0.25f * top) : 0.0f;
+    uint tried[2][WORDS];
+    float dots[2] = {0.0f, 0.0f}, lengths[2] = {0.0f, 0.0f};
+    UNROLL for (int i = 0; i < 2; i++) {
+      constexpr bool INSIDE = 7.5f * 100.0f < 7.99f * float(tried_scale(GROUP, 1));
+      const float c = float(tried_scale(GROUP, i));
+      code_channels<CH, BITS, RULE, INSIDE, EXACT>(
+          tried[i], dots[i], lengths[i], x, some ? top * (c / 750.0f) : 0.0f,
+          inverse * (187.5f / c));
+      dots[i] = group_reduce<SPAN, MASK, true>(dots[i], first);
+      lengths[i] = group_reduce<SPAN, MASK, true>(lengths[i], first);
     }
+    const bool second = dots[1] * dots[1] * lengths[0] > dots[0] * dots[0] * lengths[1];
+    UNROLL for (int w = 0; w < WORDS; w++) words[w] = second ? tried[1][w] : tried[0][w];
+    const float length = second ? lengths[1] : lengths[0];
+    scale = some ? scale_to_half(square_root(squares * reciprocal(length))) : 0.0f;
   } else {
-    UNROLL for (int i = 0; i < CH; i++) odd = fma(x[i], 0.0f, odd);
-    odd = group_reduce<SPAN, MASK, true>(odd, first);
+    constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;
+    scale = scale_to_half(top * (2.0f / float(LEVELS)));
+    float dot = 0.0f, length = 0.0f;
+    code_channels<CH, BITS, RULE, false, EXACT>(
+        words, dot, length, x, scale, scale > 0.0f ? reciprocal(scale) : 0.0f);
   }
-  const bool finite = isfinite(top) && odd == odd;
-
-  // n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], as round(LEVELS * u) with u in [0, 1];
-  // sums of fp32 put codes together exactly, 16 bits at a time.
-  const float step = inverse * (1.0f / float(LEVELS));
-  float squares = 0.0f, levels = 0.0f;
-  constexpr int PER_HALF = 16 / BITS;
-  UNROLL for (int w = 0; w < CH * BITS / 32; w++) {
-    float parts[2];
-    UNROLL for (int h = 0; h < 2; h++) {
-      parts[h] = 0.0f;
-      UNROLL for (int i = PER_HALF - 1; i >= 0; i--) {
-        const float y = x[(2 * w + h) * PER_HALF + i];
-        float n;
-        if (EXACT) {
-          const float q = scale > 0.0f ? y / scale : 0.0f;
-          const float low = float(LEVELS / 2 + (RULE == PAPER ? 0 : 1));
-          n = clamp(RULE == PAPER ? rint(q) : floor(q), -low, float(LEVELS / 2)) + low;
-        } else {
-          n = round_product(saturated(fma(y, step, 0.5f)), float(LEVELS));
-        }
-        parts[h] = fma(parts[h], float(1 << BITS), n);
-        if (SEARCHED) {
-          squares = fma(y, y, squares);
-          levels = fma(n - 7.5f, n - 7.5f, levels);
-        }
-      }
-      // The paper's codes begin at 1.
-      parts[h] += RULE == PAPER ? (BITS == 4 ? 4369.0f : 257.0f) : 0.0f;
-    }
-    words[w] = finite ? uint(parts[0]) | (uint(parts[1]) << 16) : 0u;
-  }
-  if (SEARCHED) {
-    // The scale that is stored gives the group its length back.
-    squares = group_reduce<SPAN, MASK, true>(squares, first);
-    levels = group_reduce<SPAN, MASK, true>(levels, first);
-    scale = scale > 0.0f ? scale_to_half(square_root(squares * reciprocal(levels))) : 0.0f;
-  }
+  const bool finite = isfinite(top) && squares == squares;
+  UNROLL for (int w = 0; w < WORDS; w++) words[w] = finite ? words[w] : 0u;
   scale_bits = finite ? as_type<ushort>(half(scale)) : ushort(0x7e00);
 }
 

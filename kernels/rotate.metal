@@ -6,8 +6,9 @@
 // An in-lane DFT of size R, one twiddle, M-point butterflies by simd_shuffle_xor (decimation in
 // frequency, so lane l ends with the bit-reversed index), then the split that pairs k with N - k.
 // A lane ends with 2 R channels in a row. The transpose runs the same steps backwards with
-// conjugate twiddles.
-// srht: Hadamard butterflies; lane l holds n = R * l + a. none: the same placement, and nothing.
+// conjugate twiddles. Both are sqrt(2 D) times as long as they should be.
+// srht: Hadamard butterflies, sqrt(D) times as long; lane l holds n = R * l + a. none: the same
+// placement, and nothing. The channels' factors (vectors.metal) make up for the lengths.
 //
 // Twiddles come from the host in float64, rounded once (`rotation_table` in mlx_kvq/tables.py,
 // which this file's offsets must match); half precision or fast sines here would cost quality.
@@ -40,11 +41,10 @@ constexpr bool is_power(int n) {
   return (n & (n - 1)) == 0;
 }
 
-// Where the parts of a table are, in floats: two factors, stage twiddles [m - 1][M],
-// lane twiddles [R - 1][M], split twiddles [R][M], roots [R], all complex; then the channels.
-enum : int { stage_twiddles = 2 };
+// Where the parts of a table are, in floats: stage twiddles [m - 2][M], lane twiddles [R - 1][M],
+// split twiddles [R][M], roots [R], all complex; then the channels' factors.
 constexpr int lane_twiddles(int D) {
-  return stage_twiddles + 2 * lanes_of(D) * (lanes_of(D) > 1 ? log2_of(lanes_of(D)) - 1 : 0);
+  return 2 * lanes_of(D) * (lanes_of(D) > 4 ? log2_of(lanes_of(D)) - 2 : 0);
 }
 constexpr int split_twiddles(int D) {
   return lane_twiddles(D) + 2 * lanes_of(D) * (points_of(D) - 1);
@@ -53,7 +53,7 @@ constexpr int roots(int D) {
   return split_twiddles(D) + D;
 }
 constexpr int channel_factors(int D, int ROTATION) {
-  return ROTATION == SRFT ? roots(D) + 2 * points_of(D) : stage_twiddles;
+  return ROTATION == SRFT ? roots(D) + 2 * points_of(D) : 0;
 }
 
 inline float2 complex_product(float2 a, float2 b) {
@@ -68,8 +68,7 @@ inline float2 conjugated(float2 w) {
 // A lane's twiddles, in registers: a SIMD group that rotates many vectors reads them once.
 template <int D>
 struct lane_table {
-  float2 norm;  // 1 / sqrt(2 D), 1 / sqrt(D)
-  float2 stage[5];  // the last one, of lanes next to each other, is not used
+  float2 stage[5];  // the last two, of two lanes and of four, are not used
   float2 turn[points_of(D)];
   float2 split[points_of(D)];
 };
@@ -79,9 +78,8 @@ inline void read_table(thread lane_table<D>& w, const device float* table, uint 
   constexpr int M = lanes_of(D);
   const device float2* pairs = reinterpret_cast<const device float2*>(table);
   const int l = int(lane & uint(M - 1));
-  w.norm = pairs[0];
   if (ROTATION == SRFT) {
-    UNROLL for (int s = 0; s < log2_of(M) - 1; s++) w.stage[s] = pairs[stage_twiddles / 2 + s * M + l];
+    UNROLL for (int s = 0; s < log2_of(M) - 2; s++) w.stage[s] = pairs[s * M + l];
     UNROLL for (int k = 1; k < points_of(D); k++) {
       w.turn[k] = pairs[lane_twiddles(D) / 2 + (k - 1) * M + l];
     }
@@ -190,33 +188,34 @@ inline void lane_turn(thread float2* z, const thread lane_table<D>& w) {
   }
 }
 
-// One butterfly stage over lanes that differ in bit h. The last stage (h = 1) has no twiddle.
+// One butterfly stage over lanes that differ in bit h, the upper one of which is then turned: by an
+// eighth and more where h > 2, by none or a quarter where it is 2, not at all where it is 1.
 template <int D, bool INVERSE>
 inline void stage(thread float2* z, float2 turn, uint lane, int h) {
   constexpr int R = points_of(D);
   const float side = (lane & uint(h)) != 0 ? -1.0f : 1.0f;
   const float2 w = conjugated<INVERSE>(turn);
+  const bool quarter = h == 2 && (lane & 3u) == 3u;
   UNROLL for (int a = 0; a < R; a++) {
     float2 v = z[a];
-    if (INVERSE && h > 1) {
-      v = complex_product(v, w);
+    if (INVERSE) {
+      v = h > 2 ? complex_product(v, w) : quarter ? float2(-v.y, v.x) : v;
     }
     const float re = simd_shuffle_xor(v.x, ushort(h));
     const float im = simd_shuffle_xor(v.y, ushort(h));
-    v = float2(re + side * v.x, im + side * v.y);
-    if (!INVERSE && h > 1) {
-      v = complex_product(v, w);
+    v = float2(fma(side, v.x, re), fma(side, v.y, im));
+    if (!INVERSE) {
+      v = h > 2 ? complex_product(v, w) : quarter ? float2(v.y, -v.x) : v;
     }
     z[a] = v;
   }
 }
 
-// Pairs k with N - k: DFT of complex points <-> DFT of real channels, orthonormal.
+// Pairs k with N - k: DFT of complex points <-> DFT of real channels.
 template <int D, bool INVERSE>
 inline void split(thread float2* z, const thread lane_table<D>& w, uint lane) {
   constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
-  const float c = w.norm.x;
   const uint l = lane & uint(M - 1);
   // Negation of the bit-reversed index flips every bit below the highest one that is set.
   uint below = l | (l >> 1);
@@ -238,24 +237,25 @@ inline void split(thread float2* z, const thread lane_table<D>& w, uint lane) {
       re = p.x;
       im = p.y;
     }
-    const float2 odd =
-        complex_product(float2(v.x - re, v.y + im), conjugated<INVERSE>(w.split[k]));
-    y[k] = float2(c * (v.x + re) + odd.x, c * (v.y - im) + odd.y);
+    const float2 u = conjugated<INVERSE>(w.split[k]);
+    const float odd = v.x - re, even = v.y + im;
+    y[k] = float2(
+        fma(odd, u.x, fma(-even, u.y, v.x + re)), fma(odd, u.y, fma(even, u.x, v.y - im)));
   }
   if (l == 0) {
-    const float unit = w.norm.y;
-    y[0] = float2(unit * (z[0].x + z[0].y), unit * (z[0].x - z[0].y));
+    const float c = 1.41421356237309505f;
+    y[0] = float2(c * (z[0].x + z[0].y), c * (z[0].x - z[0].y));
   }
   UNROLL for (int k = 0; k < R; k++) z[k] = y[k];
 }
 
 // The Hadamard transform; its own transpose.
 template <int D>
-inline void hadamard(thread float2* z, float unit, uint lane) {
+inline void hadamard(thread float2* z, uint lane) {
   constexpr int M = lanes_of(D);
   constexpr int R = points_of(D);
   UNROLL for (int a = 0; a < R; a++) {
-    z[a] = float2(unit * (z[a].x + z[a].y), unit * (z[a].x - z[a].y));
+    z[a] = float2(z[a].x + z[a].y, z[a].x - z[a].y);
   }
   UNROLL for (int h = 1; h < R; h *= 2) {
     UNROLL for (int a = 0; a < R; a++) {
@@ -289,7 +289,7 @@ inline void rotate(
     }
     split<D, false>(z, w, lane);
   } else if (ROTATION == SRHT) {
-    hadamard<D>(z, w.norm.y, lane);
+    hadamard<D>(z, lane);
   }
 }
 
@@ -306,7 +306,7 @@ inline void rotate_back(
     lane_turn<D, true>(z, w);
     dft<D, true>(z, table);
   } else if (ROTATION == SRHT) {
-    hadamard<D>(z, w.norm.y, lane);
+    hadamard<D>(z, lane);
   }
 }
 

@@ -40,7 +40,7 @@ template <int D>
 struct lane_factors {
   float2 before[points_of(D)];
   float2 after[points_of(D)];
-  float2 mu[points_of(D)];
+  float2 mu[points_of(D)];  // the centre; before the rotation what it is there, -mu * before
 };
 
 template <int D, int ROTATION, bool CALIBRATED, bool CENTRED>
@@ -53,7 +53,10 @@ inline void read_factors(
   UNROLL for (int a = 0; a < points_of(D); a++) {
     f.before[a] = factor_pair(factors, first + a * STEP);
     if (CALIBRATED) f.after[a] = factor_pair(factors + D, rotated + 2 * a);
-    if (CENTRED) f.mu[a] = factor_pair(factors + 2 * D, first + a * STEP);
+    if (CENTRED) {
+      const float2 mu = factor_pair(factors + 2 * D, first + a * STEP);
+      f.mu[a] = float2(-mu.x * f.before[a].x, -mu.y * f.before[a].y);
+    }
   }
 }
 
@@ -66,8 +69,8 @@ inline void rotate_points(
     const device float* table,
     uint lane) {
   UNROLL for (int a = 0; a < points_of(D); a++) {
-    if (CENTRED) z[a] = float2(z[a].x - f.mu[a].x, z[a].y - f.mu[a].y);
-    z[a] = float2(z[a].x * f.before[a].x, z[a].y * f.before[a].y);
+    const float2 b = f.before[a], c = CENTRED ? f.mu[a] : float2(0.0f, 0.0f);
+    z[a] = float2(fma(z[a].x, b.x, c.x), fma(z[a].y, b.y, c.y));
   }
   rotate<D, ROTATION>(z, w, table, lane);
   if (CALIBRATED) {

@@ -18,7 +18,7 @@ ROTATIONS = {
     "none": "no rotation",
 }
 SCALES = {
-    "search": "the best of three scales by squared error; the one stored keeps the length",
+    "search": "the better of two scales by angle; the one that is stored keeps the length",
     "absmax": "the largest magnitude maps to the outermost of the 2^bits half-step levels",
     "paper": "arXiv 2605.05699: an odd number of levels around zero",
 }

@@ -1,7 +1,7 @@
 """Constants that the fused kernels read: twiddles of the real FFT and factors of each channel.
 
-One flat fp32 array per side and purpose, laid out as ``kernels/rotate.metal`` reads it: two
-normalising factors, the FFT's tables (``srft`` only), then the channels' factors.
+One flat fp32 array per side and purpose, laid out as ``kernels/rotate.metal`` reads it: the FFT's
+tables (``srft`` only), then the channels' factors.
 """
 
 from functools import lru_cache
@@ -42,29 +42,34 @@ def why_not(D: int) -> str | None:
 @lru_cache(maxsize=64)
 def rotation_table(rotation: str, D: int, wide: bool) -> np.ndarray:
     """The part of a table that depends on the rotation, D and its lanes alone, float64 rounded to
-    fp32."""
-    factors = np.array([1 / np.sqrt(2 * D), 1 / np.sqrt(D)])
+    fp32: of a transform :func:`stretch` times as long as the orthonormal one."""
     if rotation != "srft":
-        return factors.astype(np.float32)
+        return np.zeros(0, np.float32)
     N, M = D // 2, lanes(D, wide)
     R, lane = N // M, np.arange(M)
 
     def turn(x):
         return np.exp(-2j * np.pi * np.asarray(x, np.float64))
 
-    # Stage h joins lanes that differ in bit h; the upper one is turned after the butterfly.
+    # Stage h joins lanes that differ in bit h; the upper one is turned after the butterfly. Quarter
+    # turns, and none, need no table.
     stages = [
         np.where(lane & h, turn((lane % h) / (2 * h)), 1)
-        for h in (M >> s for s in range(1, M.bit_length() - 1))
+        for h in (M >> s for s in range(1, M.bit_length() - 2))
     ]
     turns = [turn(lane * k / N) for k in range(1, R)]
     width = M.bit_length() - 1
     reverse = np.array([int(f"{i:0{width}b}"[::-1], 2) if width else 0 for i in lane])
-    split = [factors[0] * -1j * turn((k + R * reverse) / D) for k in range(R)]
+    split = [-1j * turn((k + R * reverse) / D) for k in range(R)]
     parts = [*stages, *turns, *split, turn(np.arange(R) / R)]
     flat = np.concatenate([np.asarray(p, np.complex128) for p in parts])
     pairs = np.stack([flat.real, flat.imag], axis=-1).reshape(-1)
-    return np.concatenate([factors, pairs]).astype(np.float32)
+    return pairs.astype(np.float32)
+
+
+def stretch(rotation: str, D: int) -> float:
+    """How many times as long as it should be a vector is that the kernels have rotated."""
+    return {"srft": np.sqrt(2 * D), "srht": np.sqrt(D)}.get(rotation, 1.0)
 
 
 def calibrated(side: Transform) -> bool:
@@ -83,7 +88,7 @@ def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
     """
     D = side.dim
     ones = np.ones(D) if side.rotation == "none" else signs(side.seed, side.stream, D)
-    s = mx.array(ones.astype(np.float32))
+    s = mx.array((ones / stretch(side.rotation, D)).astype(np.float32))
     table = mx.array(rotation_table(side.rotation, D, wide))
     if calibrated(side):
         c = side.calibration

@@ -1,4 +1,4 @@
-"""Which scales to try for a group, and which one to store: KL of int4's writers.
+"""Which scales to try for a group, how to choose one, and which one to store: KL of int4's writers.
 
 Variants of ``mlx_kvq.reference`` write the rows, the package reads them. Prints the KL of each and
 its ratio to the first, with the standard error of the windows' paired differences:
@@ -20,19 +20,48 @@ from mlx_kvq.calibration import CalibrationSet
 from mlx_kvq.quality import measure
 
 SIX = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+THREE = (0.98, 0.92, 0.86)
+# What codes are made with: fractions of the abs-max scale, chosen by the least squared error or the
+# smallest angle, or the weights of the largest magnitude and of the rms; and what is stored.
 VARIANTS = {
-    "shipped": (reference.SEARCH, "length"),
-    "shipped's scales, none refitted": (reference.SEARCH, "step"),
-    "six": (SIX, "step"),
-    "six, least squares": (SIX, "least squares"),
-    "six, length": (SIX, "length"),
-    "six, unbiased": (SIX, "unbiased"),
-    "1 .9 .8, least squares": ((1.0, 0.9, 0.8), "least squares"),
-    "1 .9 .8, length": ((1.0, 0.9, 0.8), "length"),
-    ".95 .85, least squares": ((0.95, 0.85), "least squares"),
-    ".95, least squares": ((0.95,), "least squares"),
-    "18 from .6, least squares": (tuple(np.arange(0.6, 1.05, 0.025).tolist()), "least squares"),
+    "shipped": (reference.tried, "angle", "length"),
+    "three": (THREE, "error", "length"),
+    "three by angle": (THREE, "angle", "length"),
+    ".95 .88": ((0.95, 0.88), "error", "length"),
+    ".95": ((0.95,), "error", "length"),
+    "moments": ({32: (0.95, 0.02), 64: (0.85, 0.2), 128: (0.7, 0.5)}, "moments", "length"),
+    "shipped's scales, none refitted": (reference.tried, "angle", "step"),
+    "six": (SIX, "error", "step"),
+    "six, least squares": (SIX, "error", "least squares"),
+    "six, length": (SIX, "error", "length"),
+    "six, unbiased": (SIX, "error", "unbiased"),
+    "18 from .6": (tuple(np.arange(0.6, 1.05, 0.025).tolist()), "error", "length"),
 }
+
+
+def step(fractions, rule):
+    """In place of ``reference._step``."""
+
+    def scale(y, bits, name):
+        if name != "search" or bits == 8:
+            return search(y, bits, name)
+        group = y.shape[-1]
+        top = mx.abs(y).max(axis=-1, keepdims=True) / 7.5
+        if rule == "moments":
+            of_top, of_rms = fractions[group]
+            rms = mx.sqrt(mx.square(y).mean(axis=-1, keepdims=True))
+            return of_top * top + of_rms / 7.5 * rms
+        tried = top * mx.array(fractions(group) if callable(fractions) else fractions)
+        x, s = y[..., None, :], tried[..., None]
+        levels = reference._codes(x, s, bits, name) - 7.5
+        if rule == "error":
+            found = mx.square(x - s * levels).sum(axis=-1)
+        else:
+            found = -(x * levels).sum(axis=-1) / mx.linalg.norm(levels, axis=-1)
+        return mx.take_along_axis(tried, mx.argmin(found, axis=-1, keepdims=True), axis=-1)
+
+    search = reference._step
+    return scale
 
 
 def stored(rule):
@@ -67,11 +96,12 @@ def main():
     windows = windows_of(tokenizer, args.text, args.windows, args.tokens)
     given = CalibrationSet.load(args.calibration)
     makers = {"own": own(model).make, "packed": candidate(model, args.spec, calibration=given).make}
-    first = None
+    first, shipped = None, reference._step
     for name in tqdm(args.only, desc="variants"):
-        fractions, rule = VARIANTS[name]
-        reference.SEARCH, reference._stored = fractions, stored(rule)
+        fractions, criterion, scale = VARIANTS[name]
+        reference._step, reference._stored = step(fractions, criterion), stored(scale)
         scores = measure(model, makers, windows, args.chunk, batch=args.windows)["packed"]
+        reference._step = shipped
         kl = np.array([x.mean() for x in scores.kl])
         first = kl if first is None else first
         ratio = kl.mean() / first.mean()

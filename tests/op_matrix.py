@@ -199,8 +199,8 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
     """Codes [B, H, T, D] and scales [B, H, T, G] of keys or of values against the oracle.
 
     A backend's y is off by up to ``slack``, so a code may be any of those within it (mostly one),
-    and a scale the fp16 neighbour. Of the searched scales any may be taken whose squared error is
-    the least but for that noise.
+    and a scale the fp16 neighbour. Of the searched scales any may be taken whose angle is the
+    smallest but for that noise and the rounding of a cosine in fp32.
     """
     rule, rotation = data.case.rule, data.spec.rotation
     y = oracle.forward(x, rotation, data.spec.seed, stream, *params)
@@ -226,43 +226,40 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
         return {"codes": 0.0, "scales": 0.0}
     offset = oracle._offset(bits, rule)
     outermost = offset - 1 if rule == "paper" else offset
-    searched = oracle.SEARCH if rule == "search" and bits == 4 else (1.0,)
+    searched = rule == "search" and bits == 4
+    factors = oracle.tried(y.shape[1]) if searched else (1.0,)
     top, top_slack = np.abs(y).max(axis=1, keepdims=True), slack.max(axis=1, keepdims=True)
 
-    def error(s, n):
-        return np.linalg.norm(s * (n - offset) - y, axis=1, keepdims=True)
-
-    # Of every scale that may have been tried: whether the codes are its codes, and its error.
-    least = np.full_like(scale, np.inf)
-    tried = []
-    for factor in searched:
-        ends = [np.maximum(top + sign * top_slack, 0) * factor / outermost for sign in (-1, 1)]
-        ends = [oracle._fp16(end) for end in ends]
+    # Of every scale that may have been tried: whether the codes are its codes.
+    tried, best = [], np.full_like(scale, -np.inf)
+    for factor in factors:
+        ends = [np.maximum(top + sign * top_slack, 0) / outermost for sign in (-1, 1)]
+        ends = [np.where(oracle._fp16(end) == 0, 0, factor * end) for end in ends]
+        if not searched:
+            ends = [oracle._fp16(end) for end in ends]
         for end in ends:
             low, high = (oracle._encode(y + sign * slack, end, bits, rule) for sign in (-1, 1))
-            its = ((n >= low) & (n <= high)).all(axis=1, keepdims=True)
-            tried.append((end, its, error(end, n)))
-        worst = np.maximum(*(error(end, oracle._encode(y, end, bits, rule)) for end in ends))
-        least = np.minimum(least, worst)
-    limit = least * (1 + 5e-6) + 2 * np.linalg.norm(noise, axis=1, keepdims=True)
+            tried.append((end, ((n >= low) & (n <= high)).all(axis=1, keepdims=True)))
+        if searched:
+            worst = np.minimum(*(oracle._cosine(y, oracle._encode(y, e, bits, rule)) for e in ends))
+            best = np.maximum(best, worst)
+    length, off = (np.linalg.norm(a, axis=1, keepdims=True) for a in (y, noise))
+    relative = off / np.where(length == 0, 1, length)
     sound = np.zeros_like(scale, bool)
-    for end, its, found in tried:
-        if len(searched) == 1:
-            stored = scale == end
-        else:
-            # The length in fp32, and in it the noise of y.
-            real = np.where(end == 0, 0.0, oracle._length_scale(y, n))
-            spread = real * 2e-6 + np.where(
-                end == 0, 0.0, np.linalg.norm(noise, axis=1, keepdims=True) * 2
-            )
-            low, high = (oracle._fp16(np.maximum(real + x, 0)) for x in (-spread, spread))
-            stored = (scale >= low) & (scale <= high)
-        sound |= its & stored & (found <= limit)
+    for end, its in tried:
+        if not searched:
+            sound |= its & (scale == end)
+            continue
+        # The length in fp32, and in it the noise of y.
+        real = np.where(end == 0, 0.0, oracle._length_scale(y, n))
+        spread = np.where(end == 0, 0.0, real * 2e-6 + 2 * off)
+        low, high = (oracle._fp16(np.maximum(real + x, 0)) for x in (-spread, spread))
+        close = (end == 0) | (oracle._cosine(y, n) >= best - 2e-6 - 2 * relative)
+        sound |= its & close & (scale >= low) & (scale <= high)
     assert sound.any() or not len(sound)
     assert sound.all(), (
         f"{(~sound).sum()} of {sound.size} groups have codes or a scale of no candidate, or of one "
-        f"with a larger squared error: {y[~sound[:, 0]][:1]} {n[~sound[:, 0]][:1]} "
-        f"{scale[~sound][:1]}"
+        f"at a larger angle: {y[~sound[:, 0]][:1]} {n[~sound[:, 0]][:1]} {scale[~sound][:1]}"
     )
 
     same = scale == want_scale

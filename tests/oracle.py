@@ -8,10 +8,12 @@ Shapes: B batch, Hq query heads, Hkv = H key/value heads, L queries, T positions
 Source: arXiv 2605.05699; the centre, the balanced scale and the half-step levels are the project's.
 """
 
+import math
+
 import numpy as np
 
 KEYS, VALUES = 0, 1  # the streams of `signs`
-SEARCH = (0.98, 0.92, 0.86)
+SEARCH = {32: (1.0, 0.94), 64: (0.96, 0.89), math.inf: (0.93, 0.86)}  # group size up to: fractions
 FP16_MAX = 65504.0
 MASK64 = 2**64 - 1
 
@@ -125,6 +127,25 @@ def _encode(y: np.ndarray, scale: np.ndarray, bits: int, rule: str) -> np.ndarra
     return np.where(scale == 0, middle, n).astype(np.int64)
 
 
+def tried(group_size: int) -> tuple[float, float]:
+    """Of the abs-max scale, for groups of this size."""
+    return next(fractions for size, fractions in SEARCH.items() if group_size <= size)
+
+
+def _cosine(y: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Of the angle between y [..., G, g] and the levels of its 4-bit codes n, [..., G, 1]; 1 for
+    zeros."""
+    levels = n - 7.5
+    lengths = np.linalg.norm(y, axis=-1, keepdims=True) * np.linalg.norm(
+        levels, axis=-1, keepdims=True
+    )
+    return np.where(
+        lengths == 0,
+        1.0,
+        (y * levels).sum(axis=-1, keepdims=True) / np.where(lengths == 0, 1.0, lengths),
+    )
+
+
 def _length_scale(y: np.ndarray, n: np.ndarray) -> np.ndarray:
     """The scale [..., G, 1] at which 4-bit codes n of y [..., G, g] have y's length."""
     squares = (y**2).sum(axis=-1, keepdims=True) / ((n - 7.5) ** 2).sum(axis=-1, keepdims=True)
@@ -138,10 +159,10 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
     values (float64 [..., D]).
 
     rule "absmax": scale = fp16(max|y| / 7.5), value = scale * (n - 7.5), n = 0 ... 15; for 8 bits
-    127.5 and 0 ... 255. "search": for 4 bits the scale fp16(c * max|y| / 7.5), c in `SEARCH`, with
-    the least squared error, the first on ties, gives the codes, and the scale that is stored is
-    fp16(|y| / |n - 7.5|), Euclidean norms of the group, or 0 where that scale is 0; for 8 bits the
-    same as "absmax". "paper":
+    127.5 and 0 ... 255. "search": for 4 bits the scale c * max|y| / 7.5, c in `SEARCH`, under which
+    y and n - 7.5 enclose the smallest angle, the first on ties, gives the codes, and the scale that
+    is stored is fp16(|y| / |n - 7.5|), Euclidean norms of the group; where the scale of "absmax" is
+    0, all is as there; for 8 bits the same as "absmax". "paper":
     scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255.
 
     A scale beyond fp16 is 65504. A scale of 0 gives code 8 (128) and value 0. A group with a NaN or
@@ -158,19 +179,13 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
 
     largest = np.abs(groups).max(axis=-1, keepdims=True)
     top_level = offset - 1.0 if rule == "paper" else offset
-    factors = SEARCH if rule == "search" and bits == 4 else (1.0,)
-    for i, factor in enumerate(factors):
-        candidate = _fp16(factor * largest / top_level)
-        n = _encode(groups, candidate, bits, rule)
-        error = ((candidate * (n - offset) - groups) ** 2).sum(axis=-1, keepdims=True)
-        if i == 0:
-            scale, least = candidate, error
-        else:
-            scale = np.where(error < least, candidate, scale)
-            least = np.minimum(error, least)
-
+    scale = _fp16(largest / top_level)
     codes = _encode(groups, scale, bits, rule)
-    if len(factors) > 1:
+    if rule == "search" and bits == 4:
+        steps = [np.where(scale == 0, 0.0, c * largest / 7.5) for c in tried(group_size)]
+        found = [_encode(groups, step, bits, rule) for step in steps]
+        first, second = (_cosine(groups, n) for n in found)
+        codes = np.where(second > first, found[1], found[0])
         scale = np.where(scale == 0, 0.0, _fp16(_length_scale(groups, codes)))
     codes = np.where(broken, 0, codes)
     scale = np.where(broken, np.nan, scale)

@@ -495,7 +495,7 @@ def test_feedback_lowers_the_cost_it_is_weighted_by():
     k = model.layers[0].vectors(model.embedded(some_tokens(100, 9)[None]), 0)[1]
     cost = {}
     for rounding in ("nearest", "feedback"):
-        spec = mlx_kvq.Spec.parse(f"int4-srft:group_size=16,rounding={rounding}")
+        spec = mlx_kvq.Spec.parse(f"int4-srft:group_size=8,rounding={rounding}")
         fmt = make_format(spec, D, keys=keys)
         assert (fmt.feedback is None) == (rounding == "nearest")
         rows = reference.quantize_pack(k, k, fmt)

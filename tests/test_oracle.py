@@ -57,21 +57,23 @@ def test_quantize_by_hand():
     assert (scales.tolist(), codes.tolist()) == ([1.0], [255, 0, 128, 129] * 2)
 
 
-def test_the_search_is_the_least_squared_error():
-    """Codes are those of the scale with the least; the scale that is stored keeps the length."""
-    y = RNG.standard_normal((1000, 128))
-    codes, _, values = oracle.quantize(y, 4, 128, "search")
-    found, tried = [], []
-    for c in oracle.SEARCH:
-        scale = np.float16(c * np.abs(y).max(axis=-1) / 7.5).astype(float)[:, None]
-        levels = scale[..., None] * (np.arange(16) - 7.5)
-        nearest = np.abs(y[..., None] - levels).min(axis=-1)  # of all levels
-        tried.append((nearest**2).sum(axis=-1))
-        found.append(((scale * (codes - 7.5) - y) ** 2).sum(axis=-1))
-    np.testing.assert_allclose(np.min(found, axis=0), np.min(tried, axis=0))
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_search_is_the_smaller_angle(group):
+    """Codes are those of the scale with the smaller one; the scale that is stored keeps the length,
+    so the angle is all of the error."""
+    y = RNG.standard_normal((1000, group))
+    _, _, values = oracle.quantize(y, 4, group, "search")
+    tried = []
+    for c in oracle.tried(group):
+        grid = c * np.abs(y).max(axis=-1)[:, None, None] / 7.5 * (np.arange(16) - 7.5)
+        nearest = np.abs(y[..., None] - grid).argmin(axis=-1) - 7.5  # of all levels
+        longer = np.linalg.norm(y, axis=-1) / np.linalg.norm(nearest, axis=-1)
+        tried.append(np.linalg.norm(longer[:, None] * nearest - y, axis=-1))
     lengths = [np.linalg.norm(x, axis=-1) for x in (values, y)]
     np.testing.assert_allclose(*lengths, rtol=2.0**-11)
-    assert len(np.unique(np.argmin(tried, axis=0))) == len(oracle.SEARCH)  # each wins somewhere
+    scaled = values * (lengths[1] / lengths[0])[:, None]
+    np.testing.assert_allclose(np.linalg.norm(scaled - y, axis=-1), np.min(tried, axis=0))
+    assert len(np.unique(np.argmin(tried, axis=0))) == 2  # each wins somewhere
 
 
 def test_pack_row_by_hand():
