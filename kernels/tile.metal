@@ -309,26 +309,61 @@ inline void add_values(
   }
 }
 
+// Eight neighbouring channels, aligned to 16 bytes.
+inline void read_eight(thread float* x, const device half* in) {
+  const uint4 w = *reinterpret_cast<const device uint4*>(in);
+  const uint words[4] = {w.x, w.y, w.z, w.w};
+  UNROLL for (int i = 0; i < 4; i++) {
+    const half2 pair = as_type<half2>(words[i]);
+    x[2 * i] = float(pair.x);
+    x[2 * i + 1] = float(pair.y);
+  }
+}
+inline void read_eight(thread float* x, const device bfloat16_t* in) {
+  const uint4 w = *reinterpret_cast<const device uint4*>(in);
+  const uint words[4] = {w.x, w.y, w.z, w.w};
+  UNROLL for (int i = 0; i < 4; i++) {
+    x[2 * i] = as_type<float>(words[i] << 16);
+    x[2 * i + 1] = as_type<float>(words[i] & 0xffff0000u);
+  }
+}
+template <typename T>  // float, and what stands for a tail that is not there
+inline void read_eight(thread float* x, const device T* in) {
+  UNROLL for (int i = 0; i < 8; i++) x[i] = float(in[i]);
+}
+
+// A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.
+template <int D, int COUNT, typename T>
+inline void read_exact(thread float* x, const device T* in, int first) {
+  if (COUNT % 8 == 0 && 8 * COUNT == D) {
+    UNROLL for (int i = 0; i < COUNT / 8; i++) read_eight(x + 8 * i, in + first + 8 * i);
+  } else {
+    UNROLL for (int i = 0; i < COUNT; i++) x[i] = first + i < D ? float(in[first + i]) : 0.0f;
+  }
+}
+
 // One exact token, keys then values, in place of a row's codes: its score for queries 2 * pair and
 // 2 * pair + 1, which the eight rows of a column pair add up ...
 template <int D, typename T>
 inline float2 exact_score(const device T* key, const threadgroup half* rotated, tile_lane at) {
   const threadgroup half* x = rotated + 2 * int(at.pair) * D + int(at.row) * (D / 8);
+  float y[D / 8];
+  read_exact<D, D / 8>(y, key, int(at.row) * (D / 8));
   float2 s = float2(0.0f, 0.0f);
   UNROLL for (int i = 0; i < D / 8; i++) {
-    const float y = float(key[int(at.row) * (D / 8) + i]);
-    s = float2(fma(float(x[i]), y, s.x), fma(float(x[D + i]), y, s.y));
+    s = float2(fma(float(x[i]), y[i], s.x), fma(float(x[D + i]), y[i], s.y));
   }
   return float2(rows_sum(s.x), rows_sum(s.y));
 }
 
-// ... and sums += its value times probabilities.
+// ... and sums += its value times probabilities; a lane's accumulators are neighbouring channels.
 template <int D, int BITS, typename T>
 inline void add_exact(thread float2* sums, const device T* value, float2 p, tile_lane at) {
-  UNROLL for (int i = 0; i < value_tiles(D, BITS); i++) {
-    const int c = value_channel<D, BITS>(i, at.row);
-    const float y = c < D ? float(value[c]) : 0.0f;
-    sums[i] = float2(fma(p.x, y, sums[i].x), fma(p.y, y, sums[i].y));
+  constexpr int TILES = value_tiles(D, BITS);
+  float y[TILES];
+  read_exact<D, TILES>(y, value, value_channel<D, BITS>(0, at.row));
+  UNROLL for (int i = 0; i < TILES; i++) {
+    sums[i] = float2(fma(p.x, y[i], sums[i].x), fma(p.y, y[i], sums[i].y));
   }
 }
 

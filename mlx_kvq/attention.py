@@ -1,10 +1,11 @@
 """Attention over a packed cache: what mlx-lm's shared attention function is led to."""
 
+import itertools
 import weakref
 
 import mlx.core as mx
 
-from . import ops, reference
+from . import fused, ops, reference
 from .format import Format
 
 DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
@@ -93,6 +94,20 @@ def packed_attention(
     ``DECODE_QUERIES`` queries attend straight from the rows; longer chunks dequantize this one
     layer and attend in the rotated domain.
     """
+    out = _attention(queries, keys, values, scale, mask, sinks)
+    if (
+        queries.shape[2] > DECODE_QUERIES
+        and (every := fused.ahead())
+        and next(_prompts) % every == 0
+    ):
+        mx.async_eval(out)
+    return out
+
+
+_prompts = itertools.count(1)  # layers that chunks of prompts went through
+
+
+def _attention(queries, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
     if keys.exact is None or values.exact is None:
         return _packed(queries, keys, scale, mask, sinks)
     own = _own_part(mask, queries.shape[2])

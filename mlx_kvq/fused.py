@@ -35,6 +35,12 @@ def replays() -> bool:
     return TUNING[_machine()].replay
 
 
+def ahead() -> int:
+    """Layers of a prompt after which evaluation begins (``Tuning.ahead``), 0 without a GPU."""
+    machine = language()
+    return 0 if machine is None else TUNING[machine].ahead
+
+
 def why_not(fmt: Format, dtype: mx.Dtype | None = None) -> str | None:
     """Why the fused kernels do not do this format, in one line, or ``None`` if they do."""
     if fmt.spec.rotation not in _ROTATIONS:

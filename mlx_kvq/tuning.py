@@ -25,6 +25,9 @@ class Tuning:
         pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
             sets of tokens.
         restore_threadgroups (int): Likewise for restore.
+        ahead (int): In a prompt, evaluation begins after so many layers and goes on while the host
+            builds the next ones; 0 leaves it to the caller. What MLX encodes far ahead of the GPU
+            is in memory at once: the arrays of a chunk's attention, of every layer.
         replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
             replayed.
     """
@@ -43,6 +46,7 @@ class Tuning:
     pack_pairs: int = 4
     pack_threadgroups: int = 256
     restore_threadgroups: int = 512
+    ahead: int = 0
     replay: bool = False
 
     def when(self, parallel: int) -> "Tuning":
@@ -76,6 +80,7 @@ TUNING = {
         busy_groups=4,
         busy_threadgroups=264,
         pack_threadgroups=528,
+        ahead=4,
         replay=True,
     ),
 }
