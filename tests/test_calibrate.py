@@ -372,7 +372,8 @@ def test_automatic_calibration_is_made_once_and_kept(kept, capsys):
     lines = capsys.readouterr().err
     assert "calibrating" not in lines and lines.count("calibrated (built-in sample)") == 2
     assert again.calibration.digest == first.calibration.digest
-    expected = mlx_kvq.calibrate(model, Words(), sample_text(), tokens=2048, progress=False)
+    tokens = automatic.SAMPLE_TOKENS
+    expected = mlx_kvq.calibrate(model, Words(), sample_text(), tokens=tokens, progress=False)
     assert first.calibration.digest == expected.digest
 
 

@@ -11,7 +11,7 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import scaled_dot_product_attention
 
 import mlx_kvq
-from mlx_kvq import reference, seams
+from mlx_kvq import automatic, reference, seams
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
@@ -382,9 +382,10 @@ class Last(nn.Module):
         ("values", {4.25: "int4", 5: "int4", 5.5: "int4", 5.6: "int8"}),
     ],
 )
-def test_a_budget_goes_where_the_loss_is(sensitive, bought):
+def test_a_budget_goes_where_the_loss_is(sensitive, bought, monkeypatch):
     """One layer's keys, or its values, are all that matters: it gets the bits that help, if the
     budget has room for them. For values k8v4 is no help, and is not bought."""
+    monkeypatch.setattr(automatic, "RANDOM_TOKENS", 512)  # as outside the tests
     model = Last(Dull(64), Busy(sensitive), Dull(64))
     spec = "int4-none:group_size=64,calibrate=off"
     for budget, name in bought.items():
