@@ -2,8 +2,7 @@
 //
 // A lane has CH channels in a row, all of one group or of the part of a group that SPAN lanes
 // share; the lanes of a group differ in the bits of MASK * (SPAN - 1), or, where SPAN is not a
-// power of two, are those from `first` on. The arithmetic is that of `mlx_kvq.reference.quantize`:
-// the scale is rounded to fp16 before it is used.
+// power of two, are those from `first` on. The arithmetic is that of `mlx_kvq.reference.quantize`.
 namespace kvq {
 
 enum : int { SEARCH = 0, ABSMAX = 1, PAPER = 2 };  // template value RULE
@@ -114,7 +113,7 @@ inline void quantize_channels(
     const bool second = dots[1] * dots[1] * lengths[0] > dots[0] * dots[0] * lengths[1];
     UNROLL for (int w = 0; w < WORDS; w++) words[w] = second ? tried[1][w] : tried[0][w];
     const float length = second ? lengths[1] : lengths[0];
-    scale = some ? scale_to_half(square_root(squares * reciprocal(length))) : 0.0f;
+    scale = some ? square_root(squares * reciprocal(length)) : 0.0f;
   } else {
     constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;
     scale = scale_to_half(top * (2.0f / float(LEVELS)));
@@ -124,7 +123,7 @@ inline void quantize_channels(
   }
   const bool finite = isfinite(top) && squares == squares;
   UNROLL for (int w = 0; w < WORDS; w++) words[w] = finite ? words[w] : 0u;
-  scale_bits = finite ? as_type<ushort>(half(scale)) : ushort(0x7e00);
+  scale_bits = finite ? as_type<ushort>(half(min(scale, 65504.0f))) : ushort(0x7e00);
 }
 
 // Whether a lane's 16 channels are one group, whole groups of 8, or share one with other lanes.
@@ -234,7 +233,7 @@ inline void write_points(device T* out, const thread float2* z, uint lane) {
 // for a set's vectors unless groups are lanes. KEEPS: rotated vectors of the tokens from number
 // `drop` on go to `kept`, KEPT channels apart.
 template <
-    int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, int SET,
+    int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,
     int FIRST, int CODES, int SCALE, int W, bool KEEPS, int KEPT, typename T, typename K>
 inline void pack_vectors(
     device uint* rows,
@@ -250,26 +249,29 @@ inline void pack_vectors(
     device K* kept,
     int drop,
     uint lane) {
+  constexpr bool LANES = groups_are_lanes(D, GROUP);
   const int v = int(lane) / lanes_of(D);
   lane_table<D> w;
   lane_factors<D> f;
   read_table<D, ROTATION>(w, table, lane);
-  read_factors<D, ROTATION, CALIBRATED, CALIBRATED>(f, table, head, lane);
-  for (int set = worker; set * SET < L; set += workers) {
-    const int token = set * SET + v;
+  read_factors<D, ROTATION, CALIBRATED, CALIBRATED, SCALED>(f, table, head, lane);
+  float2 z[points_of(D)];
+  UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
+  x += int64_t(worker * SET + v) * by_token;
+  device uint* to = rows + int64_t(worker * SET + (LANES ? v : 0)) * W;
+  for (int first = worker * SET; first < L; first += workers * SET) {
+    const int token = first + v;
     const bool valid = v < SET && token < L;
-    float2 z[points_of(D)];
-    UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
-    if (valid) {
-      read_points<D, ROTATION>(z, x + token * by_token, stride, lane);
+    if (valid) {  // the other lanes go on with what they have
+      read_points<D, ROTATION>(z, x, stride, lane);
     }
-    rotate_points<D, ROTATION, CALIBRATED, CALIBRATED>(z, f, w, table, lane);
+    rotate_points<D, ROTATION, CALIBRATED, SCALED>(z, f, w, table, lane);
     if (KEEPS && valid && token >= drop) {
       write_points<D, ROTATION>(kept + int64_t(token - drop) * KEPT, z, lane);
     }
-    if (groups_are_lanes(D, GROUP)) {
+    if (LANES) {
       store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W % 2 == 0>(
-          rows + int64_t(valid ? token : 0) * W, z, valid, lane);
+          to, z, valid, lane);
     } else {
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (valid) {
@@ -281,8 +283,10 @@ inline void pack_vectors(
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W>(
-          rows + int64_t(set) * SET * W, shared, min(SET, L - set * SET), lane);
+          to, shared, min(SET, L - first), lane);
     }
+    x += int64_t(workers * SET) * by_token;
+    to += int64_t(workers * SET) * W;
   }
 }
 

@@ -43,7 +43,7 @@ struct lane_factors {
   float2 mu[points_of(D)];  // the centre; before the rotation what it is there, -mu * before
 };
 
-template <int D, int ROTATION, bool CALIBRATED, bool CENTRED>
+template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, bool SCALED>
 inline void read_factors(
     thread lane_factors<D>& f, const device float* table, int head, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
@@ -52,7 +52,7 @@ inline void read_factors(
   const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
     f.before[a] = factor_pair(factors, first + a * STEP);
-    if (CALIBRATED) f.after[a] = factor_pair(factors + D, rotated + 2 * a);
+    if (SCALED) f.after[a] = factor_pair(factors + D, rotated + 2 * a);
     if (CENTRED) {
       const float2 mu = factor_pair(factors + 2 * D, first + a * STEP);
       f.mu[a] = float2(-mu.x * f.before[a].x, -mu.y * f.before[a].y);
@@ -60,8 +60,9 @@ inline void read_factors(
   }
 }
 
-// z -> after * R((z - mu) * before), in the order of channels that the rotation leaves.
-template <int D, int ROTATION, bool CALIBRATED, bool CENTRED>
+// z -> after * R((z - mu) * before), in the order of channels that the rotation leaves; without
+// mu unless CENTRED, without the factors after it unless SCALED.
+template <int D, int ROTATION, bool CENTRED, bool SCALED>
 inline void rotate_points(
     thread float2* z,
     const thread lane_factors<D>& f,
@@ -73,7 +74,7 @@ inline void rotate_points(
     z[a] = float2(fma(z[a].x, b.x, c.x), fma(z[a].y, b.y, c.y));
   }
   rotate<D, ROTATION>(z, w, table, lane);
-  if (CALIBRATED) {
+  if (SCALED) {
     UNROLL for (int a = 0; a < points_of(D); a++) {
       z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
     }
@@ -97,8 +98,8 @@ inline void rotate_vector(
     read_points<D, ROTATION>(z, x, stride, lane);
   }
   read_table<D, ROTATION>(w, table, lane);
-  read_factors<D, ROTATION, CALIBRATED, false>(f, table, head, lane);
-  rotate_points<D, ROTATION, CALIBRATED, false>(z, f, w, table, lane);
+  read_factors<D, ROTATION, CALIBRATED, false, CALIBRATED>(f, table, head, lane);
+  rotate_points<D, ROTATION, false, CALIBRATED>(z, f, w, table, lane);
 }
 
 // Where a lane's vector is: vector v of the SIMD group is row number first + v of [B, H, L].

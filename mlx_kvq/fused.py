@@ -95,6 +95,10 @@ def _make_plan(fmt: Format) -> _Plan:
         ("K_CALIBRATED", tables.calibrated(keys)),
         ("V_CALIBRATED", tables.calibrated(values)),
     ]
+    scaled = [
+        ("K_SCALED", keys.calibration.lam is not None),
+        ("V_SCALED", values.calibration.lam is not None),
+    ]
     centred = [("K_CENTRED", keys.calibration.mu is not None)]
     levels = [("HALF_STEP", fmt.scale != "paper")]
     return _Plan(
@@ -107,7 +111,7 @@ def _make_plan(fmt: Format) -> _Plan:
         k_queries=tables.channel_table(keys, "query", wide=False),
         v_outputs=tables.channel_table(values, "output", wide=False),
         pack_set=32 // max(tables.lanes(D, wide=False) for D in (lay.k_dim, lay.v_dim)),
-        pack=(*dims, *codes, *rotation, ("RULE", _RULES[fmt.scale])),
+        pack=(*dims, *codes, *rotation, *scaled, ("RULE", _RULES[fmt.scale])),
         attend=(*dims, *codes, *rotation, *centred, *levels),
         combine=(*dims, *rotation, *centred),
         dequantize=(*dims, *codes, *levels),
