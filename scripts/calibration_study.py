@@ -47,7 +47,6 @@ TITLES = {
     "kv4": "mlx-lm kv4",
     "kv8": "mlx-lm kv8",
 }
-WITH_OUTLIERS = ("paper", "int4", "k8v4")  # the others say nothing more there
 
 
 def affine(model, bits, dtype=mx.float16):
@@ -112,9 +111,8 @@ def run(args, found):
     wanted = []
     for text, outlier, name in product(args.text, args.outliers, args.model):
         key = f"{Path(text).name} {Path(name).name} {outlier}"
-        caches = [c for c in args.caches if outlier == "none" or c in WITH_OUTLIERS]
-        names = [f"{c} {g}" for g in args.group_size for c in caches if c in OURS]
-        names += [f"{c} {KV_GROUP}" for c in caches if c in KV_BITS]
+        names = [f"{c} {g}" for g in args.group_size for c in args.caches if c in OURS]
+        names += [f"{c} {KV_GROUP}" for c in args.caches if c in KV_BITS]
         if missing := [n for n in names if n not in found.get(key, {})]:
             wanted.append((key, text, name, outlier, missing))
     models = {}
