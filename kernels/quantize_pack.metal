@@ -38,15 +38,20 @@ const auto head_kept =
     kept + int64_t(threadgroup_position_in_grid.y) * (older + L) * (KD + VD);
 if (KEEPS) {
   constexpr int EIGHTS = (KD + VD) / 8;
+  constexpr int STEPS = 8;  // of a thread, on their way at once: a token alone waits for them
   const auto from = tail +
       (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]);
   for (int i = worker * 64 + int(thread_position_in_threadgroup.x & 63u); i < older * EIGHTS;
-       i += workers * 64) {
-    if (TAIL) {
-      kvq::copy_eight(head_kept + 8 * i, from + (i / EIGHTS * tail_strides[2] + 8 * (i % EIGHTS)));
-    } else {
-      const float zeros[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-      kvq::write_eight(head_kept + 8 * i, zeros);
+       i += STEPS * workers * 64) {
+    float y[STEPS][8];
+    UNROLL for (int j = 0; j < STEPS; j++) {
+      const int at = min(i + j * workers * 64, older * EIGHTS - 1);
+      UNROLL for (int c = 0; c < 8; c++) y[j][c] = 0.0f;
+      if (TAIL) kvq::read_eight(y[j], from + (at / EIGHTS * tail_strides[2] + 8 * (at % EIGHTS)));
+    }
+    UNROLL for (int j = 0; j < STEPS; j++) {
+      const int at = i + j * workers * 64;
+      if (at < older * EIGHTS) kvq::write_eight(head_kept + 8 * at, y[j]);
     }
   }
 }

@@ -309,29 +309,6 @@ inline void add_values(
   }
 }
 
-// Eight neighbouring channels, aligned to 16 bytes.
-inline void read_eight(thread float* x, const device half* in) {
-  const uint4 w = *reinterpret_cast<const device uint4*>(in);
-  const uint words[4] = {w.x, w.y, w.z, w.w};
-  UNROLL for (int i = 0; i < 4; i++) {
-    const half2 pair = as_type<half2>(words[i]);
-    x[2 * i] = float(pair.x);
-    x[2 * i + 1] = float(pair.y);
-  }
-}
-inline void read_eight(thread float* x, const device bfloat16_t* in) {
-  const uint4 w = *reinterpret_cast<const device uint4*>(in);
-  const uint words[4] = {w.x, w.y, w.z, w.w};
-  UNROLL for (int i = 0; i < 4; i++) {
-    x[2 * i] = as_type<float>(words[i] << 16);
-    x[2 * i + 1] = as_type<float>(words[i] & 0xffff0000u);
-  }
-}
-template <typename T>  // float, and what stands for a tail that is not there
-inline void read_eight(thread float* x, const device T* in) {
-  UNROLL for (int i = 0; i < 8; i++) x[i] = float(in[i]);
-}
-
 // A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.
 template <int D, int COUNT, typename T>
 inline void read_exact(thread float* x, const device T* in, int first) {

@@ -30,20 +30,20 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("rows", "kept"),
     ),
     "attend_finish": (
-        ("rotate", "vectors", "tile"),
+        ("rotate", "vectors", "levels", "tile"),
         ("attend", "attend_finish"),
         (*_ATTEND, "v_table", "sinks"),
         ("out",),
     ),
     "attend_store": (
-        ("rotate", "vectors", "tile"),
+        ("rotate", "vectors", "levels", "tile"),
         ("attend", "attend_store"),
         _ATTEND,
         ("partial", "statistics"),
     ),
     # CUDA only
     "attend_join": (
-        ("rotate", "vectors", "tile"),
+        ("rotate", "vectors", "levels", "tile"),
         ("attend", "attend_store", "attend_join.cuh"),
         (*_ATTEND, "v_table", "sinks", "arrivals"),
         ("out", "partial", "statistics"),
