@@ -175,7 +175,7 @@ inline void store_vectors(device uint* row, const thread float2* z, bool valid, 
 template <int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE, int W>
 inline void store_shared(
     device uint* row,
-    const threadgroup float* y,
+    const threadgroup float2* y,
     int vectors,
     uint lane) {
   constexpr int SPAN = GROUP / 8;
@@ -189,8 +189,11 @@ inline void store_shared(
     const int index = group % (D / GROUP);
     const bool valid = mine < AT_ONCE && v < vectors;
     float x[8];
-    UNROLL for (int i = 0; i < 8; i++) {
-      x[i] = valid ? y[v * D + index * GROUP + 8 * part + i] : 0.0f;
+    UNROLL for (int i = 0; i < 4; i++) {
+      const int at = (v * D + index * GROUP) / 2 + 4 * part + i;
+      const float2 pair = valid ? y[at] : float2(0.0f, 0.0f);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
     }
     uint words[WORDS];
     ushort scale;
@@ -228,9 +231,16 @@ inline void write_points(device T* out, const thread float2* z, uint lane) {
   }
 }
 
+// Threadgroup memory of a SIMD group that packs vectors, in float2.
+constexpr int shared_points(int D, int GROUP, int ROTATION, int SET) {
+  return swaps(D, ROTATION)           ? vectors_of(D) * swap_points(D)
+      : groups_are_lanes(D, GROUP) ? 0
+                                   : SET * D / 2;
+}
+
 // One side of a head's L tokens, by one SIMD group, which does every `workers`-th set of SET
-// tokens from number `worker` on. x and rows begin with the head's first token; `shared` has room
-// for a set's vectors unless groups are lanes. KEEPS: rotated vectors of the tokens from number
+// tokens from number `worker` on. x and rows begin with the head's first token; `shared` has
+// shared_points. KEEPS: rotated vectors of the tokens from number
 // `drop` on go to `kept`, KEPT channels apart.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,
@@ -243,7 +253,7 @@ inline void pack_vectors(
     int L,
     int worker,
     int workers,
-    threadgroup float* shared,
+    threadgroup float2* shared,
     const device float* table,
     int head,
     device K* kept,
@@ -265,7 +275,8 @@ inline void pack_vectors(
     if (valid) {  // the other lanes go on with what they have
       read_points<D, ROTATION>(z, x, stride, lane);
     }
-    rotate_points<D, ROTATION, CALIBRATED, SCALED>(z, f, w, table, lane);
+    rotate_points<D, ROTATION, CALIBRATED, SCALED, swaps(D, ROTATION)>(
+        z, f, w, table, shared, lane);
     if (KEEPS && valid && token >= drop) {
       write_points<D, ROTATION>(kept + int64_t(token - drop) * KEPT, z, lane);
     }
@@ -276,9 +287,7 @@ inline void pack_vectors(
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (valid) {
         UNROLL for (int a = 0; a < points_of(D); a++) {
-          const int c = 2 * (rotated_block<D, ROTATION>(lane) * points_of(D) + a);
-          shared[v * D + c] = z[a].x;
-          shared[v * D + c + 1] = z[a].y;
+          shared[v * D / 2 + rotated_block<D, ROTATION>(lane) * points_of(D) + a] = z[a];
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);

@@ -9,8 +9,9 @@
 //   holds vectors, 4 at D = 128, in turn, with the head's factors and twiddles in registers.
 // Limits: head sizes 32 to 256 with D / 2 = r * 2^m, r <= 9; PAIRS at most 4 (256 threads).
 // Reasons: a vector on 8 lanes of 16 channels each, not on 32 of 4, because all 32 lanes then
-//   quantize, in registers, and the FFT has 3 stages of shuffles, not 5. With a SIMD group per
-//   vector 2.0 ns a vector (H100, D = 128); figures of this version in docs/performance.md.
+//   quantize, in registers, and the FFT at D = 128 is two in-lane ones with a swap through
+//   threadgroup memory between them: 141 instructions a vector, 156 with shuffles. Figures in
+//   docs/performance.md.
 // Source: arXiv 2605.05699, section 4 (one fused pass); levels and search are the project's.
 constexpr int K_WORDS = KD * KB / 32;
 constexpr int CODES = K_WORDS + VD * VB / 32;
@@ -18,10 +19,10 @@ constexpr int SCALES = KD / KG + VD / VG;
 constexpr int W = CODES + (SCALES + 1) / 2;
 constexpr int SET =
     kvq::vectors_of(KD) < kvq::vectors_of(VD) ? kvq::vectors_of(KD) : kvq::vectors_of(VD);
-constexpr int K_SHARED = kvq::groups_are_lanes(KD, KG) ? 0 : SET * KD;
-constexpr int V_SHARED = kvq::groups_are_lanes(VD, VG) ? 0 : SET * VD;
+constexpr int K_SHARED = kvq::shared_points(KD, KG, ROTATION, SET);
+constexpr int V_SHARED = kvq::shared_points(VD, VG, ROTATION, SET);
 
-threadgroup float shared[PAIRS * (K_SHARED + V_SHARED) + 1];
+threadgroup float2 shared[PAIRS * (K_SHARED + V_SHARED) + 1];
 
 const uint lane = thread_index_in_simdgroup;
 const int pair = int(simdgroup_index_in_threadgroup >> 1);

@@ -79,13 +79,11 @@ inline void read_table(thread lane_table<D>& w, const device float* table, uint 
   const device float2* pairs = reinterpret_cast<const device float2*>(table);
   const int l = int(lane & uint(M - 1));
   if (ROTATION == SRFT) {
-    UNROLL for (int s = 0; s < log2_of(M) - 2; s++) w.stage[s] = pairs[s * M + l];
-    UNROLL for (int k = 1; k < points_of(D); k++) {
-      w.turn[k] = pairs[lane_twiddles(D) / 2 + (k - 1) * M + l];
-    }
-    UNROLL for (int k = 0; k < points_of(D); k++) {
-      w.split[k] = pairs[split_twiddles(D) / 2 + k * M + l];
-    }
+    constexpr int R = points_of(D), STAGES = log2_of(M) - 2;
+    constexpr int TURNS = lane_twiddles(D) / 2, SPLITS = split_twiddles(D) / 2;
+    UNROLL for (int s = 0; s < STAGES; s++) w.stage[s] = pairs[s * M + l];
+    UNROLL for (int k = 1; k < R; k++) w.turn[k] = pairs[TURNS + (k - 1) * M + l];
+    UNROLL for (int k = 0; k < R; k++) w.split[k] = pairs[SPLITS + k * M + l];
   }
 }
 
@@ -211,6 +209,19 @@ inline void stage(thread float2* z, float2 turn, uint lane, int h) {
   }
 }
 
+// Point k of the DFT of real channels from points k and N - k of the complex one, or back.
+template <bool INVERSE>
+inline float2 joined(float2 v, float2 other, float2 turn) {
+  const float2 u = conjugated<INVERSE>(turn);
+  const float odd = v.x - other.x, even = v.y + other.y;
+  return float2(
+      fma(odd, u.x, fma(-even, u.y, v.x + other.x)), fma(odd, u.y, fma(even, u.x, v.y - other.y)));
+}
+inline float2 joined_zero(float2 v) {
+  const float c = 1.41421356237309505f;
+  return float2(c * (v.x + v.y), c * (v.x - v.y));
+}
+
 // Pairs k with N - k: DFT of complex points <-> DFT of real channels.
 template <int D, bool INVERSE>
 inline void split(thread float2* z, const thread lane_table<D>& w, uint lane) {
@@ -237,15 +248,9 @@ inline void split(thread float2* z, const thread lane_table<D>& w, uint lane) {
       re = p.x;
       im = p.y;
     }
-    const float2 u = conjugated<INVERSE>(w.split[k]);
-    const float odd = v.x - re, even = v.y + im;
-    y[k] = float2(
-        fma(odd, u.x, fma(-even, u.y, v.x + re)), fma(odd, u.y, fma(even, u.x, v.y - im)));
+    y[k] = joined<INVERSE>(v, float2(re, im), w.split[k]);
   }
-  if (l == 0) {
-    const float c = 1.41421356237309505f;
-    y[0] = float2(c * (z[0].x + z[0].y), c * (z[0].x - z[0].y));
-  }
+  if (l == 0) y[0] = joined_zero(z[0]);
   UNROLL for (int k = 0; k < R; k++) z[k] = y[k];
 }
 
@@ -291,6 +296,44 @@ inline void rotate(
   } else if (ROTATION == SRHT) {
     hadamard<D>(z, lane);
   }
+}
+
+// The same for vectors of as many lanes as a lane has points: these swap roles through threadgroup
+// memory, so that both DFTs are in-lane. Rows of R + 1 points keep lanes on banks of their own.
+constexpr bool swaps(int D, int ROTATION) {
+  return ROTATION == SRFT && WIDE == 0 && lanes_of(D) == points_of(D);
+}
+constexpr int swap_points(int D) {  // of a vector
+  return lanes_of(D) * (points_of(D) + 1);
+}
+
+template <int D>
+inline void rotate_swapping(
+    thread float2* z,
+    const thread lane_table<D>& w,
+    const device float* table,
+    threadgroup float2* swap,
+    uint lane) {
+  constexpr int R = points_of(D);
+  const int l = int(lane) % R;
+  const int block = int(reverse_lane<R>(uint(l)));
+  swap += int(lane) / R * swap_points(D);
+  dft<D, false>(z, table);
+  lane_turn<D, false>(z, w);
+  UNROLL for (int k = 0; k < R; k++) swap[k * (R + 1) + l] = z[k];
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLL for (int a = 0; a < R; a++) z[a] = swap[l * (R + 1) + a];
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  dft<D, false>(z, table);
+  UNROLL for (int k = 0; k < R; k++) swap[k * (R + 1) + l] = z[k];
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLL for (int k = 0; k < R; k++) {
+    const float2 v = swap[block * (R + 1) + k];
+    const int row = k == 0 ? (R - block) % R : R - 1 - block;
+    z[k] = joined<false>(v, swap[row * (R + 1) + (R - k) % R], w.split[k]);
+    if (k == 0 && l == 0) z[0] = joined_zero(v);
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 // z, placed as after the rotation, becomes the transpose's product, placed as before it.

@@ -7,7 +7,8 @@ namespace kvq {
 
 template <int D, int ROTATION, bool CALIBRATED>
 inline const device float* factors_of(const device float* table, int head) {
-  return table + channel_factors(D, ROTATION) + (CALIBRATED ? head * 3 * D : 0);
+  constexpr int FIRST = channel_factors(D, ROTATION);
+  return table + FIRST + (CALIBRATED ? head * 3 * D : 0);
 }
 
 // Two neighbouring factors; c is even, and so is every offset in a table.
@@ -61,19 +62,24 @@ inline void read_factors(
 }
 
 // z -> after * R((z - mu) * before), in the order of channels that the rotation leaves; without
-// mu unless CENTRED, without the factors after it unless SCALED.
-template <int D, int ROTATION, bool CENTRED, bool SCALED>
+// mu unless CENTRED, without the factors after it unless SCALED. SWAPS: `swap` is there.
+template <int D, int ROTATION, bool CENTRED, bool SCALED, bool SWAPS>
 inline void rotate_points(
     thread float2* z,
     const thread lane_factors<D>& f,
     const thread lane_table<D>& w,
     const device float* table,
+    threadgroup float2* swap,
     uint lane) {
   UNROLL for (int a = 0; a < points_of(D); a++) {
     const float2 b = f.before[a], c = CENTRED ? f.mu[a] : float2(0.0f, 0.0f);
     z[a] = float2(fma(z[a].x, b.x, c.x), fma(z[a].y, b.y, c.y));
   }
-  rotate<D, ROTATION>(z, w, table, lane);
+  if (SWAPS) {
+    rotate_swapping<D>(z, w, table, swap, lane);
+  } else {
+    rotate<D, ROTATION>(z, w, table, lane);
+  }
   if (SCALED) {
     UNROLL for (int a = 0; a < points_of(D); a++) {
       z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
@@ -99,7 +105,7 @@ inline void rotate_vector(
   }
   read_table<D, ROTATION>(w, table, lane);
   read_factors<D, ROTATION, CALIBRATED, false, CALIBRATED>(f, table, head, lane);
-  rotate_points<D, ROTATION, false, CALIBRATED>(z, f, w, table, lane);
+  rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, nullptr, lane);
 }
 
 // Where a lane's vector is: vector v of the SIMD group is row number first + v of [B, H, L].
