@@ -19,13 +19,16 @@ def cuda(monkeypatch):
         salt = float(hash((name, constants)) % 1000)
 
         def launch(inputs, grid, threadgroup, output_shapes, output_dtypes):
+            # No two element-wise operations in a row: on a CPU mx.compile would call a compiler.
             small = [a if a.dtype == mx.float32 else a % 1009 for a in inputs]
-            sums = [(i + 1) * a.astype(mx.float32).mean() for i, a in enumerate(small)]
-            mixed = salt + sum(sums) + 0.1 * grid[0] + 0.01 * grid[1] + threadgroup[0]
-            return [
-                mx.full(shape, mixed + i).astype(dtype)
-                for i, (shape, dtype) in enumerate(zip(output_shapes, output_dtypes, strict=True))
-            ]
+            sums = mx.stack([a.sum().astype(mx.float32) for a in small])
+            sizes = mx.array([salt, 0.1 * grid[0], 0.01 * grid[1], threadgroup[0]])
+            outputs = []
+            for i, (shape, dtype) in enumerate(zip(output_shapes, output_dtypes, strict=True)):
+                parts = mx.concatenate([sums, sizes, mx.array([i])])
+                weights = [(n + 1) / a.size for n, a in enumerate(inputs)] + [1] * 5
+                outputs.append(mx.broadcast_to((parts @ mx.array(weights)).astype(dtype), shape))
+            return outputs
 
         return launch
 
