@@ -139,7 +139,7 @@ def pack_pairs(fmt: Format, L: int) -> int:
 
 
 def _pack_launch(machine: str, fmt: Format, B: int, H: int, L: int):
-    """Constants, grid and threadgroup of quantize_pack, but for KEEPS and TAIL."""
+    """Constants, grid and threadgroup of quantize_pack, but for KEEPS, TAIL and HOLDS."""
     plan, tuning = _plan(fmt), TUNING[machine]
     sets = -(-L // plan.pack_set)
     pairs = pack_pairs(fmt, L)
@@ -152,7 +152,7 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     machine, plan = _machine(), _plan(fmt)
     B, H, L, _ = k.shape
     constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
-    constants = (*constants, ("KEEPS", False), ("TAIL", False))
+    constants = (*constants, ("KEEPS", False), ("TAIL", False), ("HOLDS", False))
     inputs = [k, v, plan.k_pack, plan.v_pack]
     shapes = ((B, H, L, plan.layout.words),)
     return jit.run(
@@ -161,7 +161,12 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
 
 
 def quantize_pack_tail(
-    k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None, keep: int
+    k: mx.array,
+    v: mx.array,
+    fmt: Format,
+    tail: mx.array | None,
+    keep: int,
+    held: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Rows, and the new tail [B, H, keep, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack_tail`; one
     launch."""
@@ -170,9 +175,11 @@ def quantize_pack_tail(
     lay = plan.layout
     constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
     inputs = [k, v, plan.k_pack, plan.v_pack, _integers(keep)]
-    inputs += [] if tail is None else [tail]
-    shapes = ((B, H, L, lay.words), (B, H, keep, lay.k_dim + lay.v_dim))
-    constants = (*constants, ("KEEPS", True), ("TAIL", tail is not None))
+    inputs += [a for a in (tail, held) if a is not None]
+    count = L if held is None else held.shape[2]
+    shapes = ((B, H, count, lay.words), (B, H, keep, lay.k_dim + lay.v_dim))
+    given = ("TAIL", tail is not None), ("HOLDS", held is not None)
+    constants = (*constants, ("KEEPS", True), *given)
     dtypes = (mx.uint32, k.dtype)
     rows, kept = jit.run(
         machine, "quantize_pack", constants, inputs, grid, threadgroup, shapes, dtypes

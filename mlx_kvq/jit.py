@@ -19,6 +19,7 @@ _OPTIONAL = {
     "tail": "TAIL",
     "keep": "KEEPS",
     "kept": "KEEPS",
+    "held": "HOLDS",
 }
 # name -> files of the header, files of the body, inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "k_table")
@@ -26,7 +27,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
         ("rotate", "vectors", "levels", "quantize"),
         ("quantize_pack",),
-        ("k", "v", "k_table", "v_table", "keep", "tail"),
+        ("k", "v", "k_table", "v_table", "keep", "tail", "held"),
         ("rows", "kept"),
     ),
     "attend_finish": (
@@ -100,10 +101,10 @@ def kernel(machine: str, name: str, constants: Constants):
     )
     for n in absent:  # named in branches that are never taken
         body += f"{'device float' if n in outputs else 'const device int'}* {n} = nullptr;\n"
-        if n in ("mask", "tail"):
+        if n in ("mask", "tail", "held"):
             body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
-        if n == "tail":
-            body += "const int tail_shape[4] = {0, 0, 0, 0};\n"
+        if n in ("tail", "held"):
+            body += f"const int {n}_shape[4] = {{0, 0, 0, 0}};\n"
     # How many lanes of a SIMD group share a vector (kernels/rotate.metal).
     lanes = f"enum : int {{ WIDE = {int(name.startswith(('attend', 'combine')))} }};\n"
     if machine == "metal":

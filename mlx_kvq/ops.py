@@ -115,7 +115,12 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
 
 
 def quantize_pack_tail(
-    k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None, keep: int
+    k: mx.array,
+    v: mx.array,
+    fmt: Format,
+    tail: mx.array | None,
+    keep: int,
+    held: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """:func:`quantize_pack`, and the exact tail: rotated vectors of the newest tokens.
 
@@ -125,19 +130,25 @@ def quantize_pack_tail(
             of ``k``, the newest token last. ``None`` where there was no token.
         keep (int): Tokens of the new tail, 1 to R + L; any number where ``tail`` is ``None``: it
             then begins with zeros.
+        held (mx.array, optional): Rows uint32 [B, Hkv, N, W], row contiguous, N at least L, that the
+            new ones are to follow.
 
     Returns:
-        Rows as :func:`quantize_pack`, and the new tail [B, Hkv, keep, Dk + Dv] in the dtype of
-        ``k``: what codes are made of, λ ⊙ R((x − μ) ⊘ σ), of keys and then of values.
+        Rows as :func:`quantize_pack`, or the last N of ``held`` and them; and the new tail
+        [B, Hkv, keep, Dk + Dv] in the dtype of ``k``: what codes are made of, λ ⊙ R((x − μ) ⊘ σ),
+        of keys and then of values.
 
     Raises:
-        ValueError: As there, or if the tail is of another shape or dtype.
+        ValueError: As there, or if the tail or what is held is of another shape or dtype.
     """
     key = None
     if tail is not None:
-        key = (fmt, k.shape, v.shape, k.dtype, v.dtype, keep, tail.shape, tail.dtype)
+        key = (
+            fmt, k.shape, v.shape, k.dtype, v.dtype, keep, tail.shape, tail.dtype,
+            None if held is None else held.shape,
+        )  # fmt: skip
         if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
-            return step(k, v, tail)
+            return step(k, v, tail) if held is None else step(k, v, tail, held)
     _check_vectors(k, v, fmt)
     if tail is not None:
         _check_tail(tail, k.shape[:2], keep - k.shape[2], fmt)
@@ -146,28 +157,35 @@ def quantize_pack_tail(
         raise ValueError(
             f"A tail keeps at least 1 token in the keys' dtype {k.dtype}, got {keep} of {dtype}."
         )
-    if _packs_fused("quantize_pack_tail", k, v, fmt, tail is None):
+    if held is not None:
+        _check_rows(held, k.shape[2], fmt)
+    given = tail is not None, held is not None
+    if _packs_fused("quantize_pack_tail", k, v, fmt, given):
         if key is not None and fused.replays() and k.shape[2] == 1:
-            _packs[key] = steps.PackStep(k, v, fmt, tail, keep)
-        return fused.quantize_pack_tail(k, v, fmt, tail, keep)
-    return reference.quantize_pack_tail(k, v, fmt, tail, keep)
+            _packs[key] = steps.PackStep(k, v, fmt, tail, keep, held)
+        return fused.quantize_pack_tail(k, v, fmt, tail, keep, held)
+    return reference.quantize_pack_tail(k, v, fmt, tail, keep, held)
 
 
-def _packs_fused(op: str, k: mx.array, v: mx.array, fmt: Format, first: bool = False) -> bool:
+def _packs_fused(
+    op: str, k: mx.array, v: mx.array, fmt: Format, given: tuple[bool, bool] = (False, False)
+) -> bool:
     # The kernel has no rounding with feedback.
     if fmt.feedback is not None or _backend(fmt, k.dtype) is not fused:
         return False
     lay, tokens = fmt.layout, min(k.shape[2], 64)  # enough for every constant of the kernel
 
     def trial():
-        zeros = mx.zeros((1, k.shape[1], tokens, lay.k_dim), k.dtype)
-        args = zeros, mx.zeros((1, k.shape[1], tokens, lay.v_dim), v.dtype), fmt
+        H = k.shape[1]
+        zeros = mx.zeros((1, H, tokens, lay.k_dim), k.dtype)
+        args = zeros, mx.zeros((1, H, tokens, lay.v_dim), v.dtype), fmt
         if op == "quantize_pack":
             return args
-        tail = mx.zeros((1, k.shape[1], 2, lay.k_dim + lay.v_dim), k.dtype)
-        return *args, None if first else tail, 2
+        tail = mx.zeros((1, H, 2, lay.k_dim + lay.v_dim), k.dtype) if given[0] else None
+        held = mx.zeros((1, H, tokens, lay.words), mx.uint32) if given[1] else None
+        return *args, tail, 2, held
 
-    return _works(op, (fused.pack_pairs(fmt, k.shape[2]), first), fmt, k.dtype, trial)
+    return _works(op, (fused.pack_pairs(fmt, k.shape[2]), *given), fmt, k.dtype, trial)
 
 
 def attend(

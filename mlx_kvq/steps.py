@@ -18,28 +18,31 @@ class PackStep:
     format, shape and dtype."""
 
     def __init__(
-        self, k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None = None, keep: int = 0
-    ):
+        self, k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None = None, keep: int = 0,
+        held: mx.array | None = None,
+    ):  # fmt: skip
         self.machine, plan = fused._machine(), fused._plan(fmt)
         self.device = mx.default_device()
         B, H, L, _ = k.shape
         self.tables: tuple[mx.array, ...] = (plan.k_pack, plan.v_pack)
         constants, grid, threadgroup = fused._pack_launch(self.machine, fmt, B, H, L)
         lay, keeps = plan.layout, tail is not None
-        constants = (*constants, ("KEEPS", keeps), ("TAIL", keeps))
-        shapes: tuple[tuple[int, ...], ...] = ((B, H, L, lay.words),)
+        given = ("KEEPS", keeps), ("TAIL", keeps), ("HOLDS", held is not None)
+        constants = (*constants, *given)
+        count = L if held is None else held.shape[2]
+        shapes: tuple[tuple[int, ...], ...] = ((B, H, count, lay.words),)
         dtypes: tuple[mx.Dtype, ...] = (mx.uint32,)
         like: tuple = (k.shape, v.shape, k.dtype, v.dtype)
         if tail is not None:
             shapes += ((B, H, keep, lay.k_dim + lay.v_dim),)
             dtypes += (k.dtype,)
-            like += (tail.shape,)
+            like += (tail.shape, held is None)
             self.tables += (fused._integers(keep),)
         kernel = jit.kernel(self.machine, "quantize_pack", constants)
         self.run = jit.replayed(kernel, grid, threadgroup, shapes, dtypes, like, len(shapes))
 
-    def __call__(self, k: mx.array, v: mx.array, *tail: mx.array):
-        return self.run(k, v, *self.tables, *tail)
+    def __call__(self, k: mx.array, v: mx.array, *before: mx.array):
+        return self.run(k, v, *self.tables, *before)
 
 
 class AttendStep:
