@@ -3,7 +3,8 @@
 // Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
 // Layout: k, v with any strides, read once; rows written once. If KEEPS, the newest tokens' y go to
 //   kept [B, H, keep[0], KD + VD] as well, the last one last; if it holds more than L tokens, they
-//   come from tail [B, H, R, KD + VD], or are zeros without one (TAIL).
+//   come from tail [B, H, R, KD + VD], or are zeros without one (TAIL). If HOLDS, rows is
+//   [B, H, N, W], the last N of held [B, H, N, W] and the new ones.
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even one of a pair does
 //   the keys of a head's tokens, the odd one the values: sets of as many tokens as a SIMD group
 //   holds vectors, 4 at D = 128, in turn, with the head's factors and twiddles in registers.
@@ -33,7 +34,17 @@ const int h = int(threadgroup_position_in_grid.y) % H;
 const int worker = int(threadgroup_position_in_grid.x) * PAIRS + pair;
 const int workers = int(threadgroups_per_grid.x) * PAIRS;
 const auto own = shared + pair * (K_SHARED + V_SHARED);
-const auto head_rows = rows + int64_t(threadgroup_position_in_grid.y) * L * W;
+// Rows of the new tokens follow `before` ones that are there already.
+const int before = HOLDS ? held_shape[2] - L : 0;
+const auto all_rows = rows + int64_t(threadgroup_position_in_grid.y) * (before + L) * W;
+const auto head_rows = all_rows + before * W;
+if (HOLDS) {
+  const auto from = held + (b * held_strides[0] + h * held_strides[1] + L * held_strides[2]);
+  for (int i = worker * 64 + int(thread_position_in_threadgroup.x & 63u); i < before * W;
+       i += workers * 64) {
+    all_rows[i] = from[i];
+  }
+}
 const int older = KEEPS ? keep[0] - L : 0;  // than the new tokens; of these the first -older go
 const auto head_kept =
     kept + int64_t(threadgroup_position_in_grid.y) * (older + L) * (KD + VD);

@@ -130,7 +130,7 @@ def quantize_pack_tail(
             of ``k``, the newest token last. ``None`` where there was no token.
         keep (int): Tokens of the new tail, 1 to R + L; any number where ``tail`` is ``None``: it
             then begins with zeros.
-        held (mx.array, optional): Rows uint32 [B, Hkv, N, W], row contiguous, N at least L, that the
+        held (mx.array, optional): Rows uint32 [B, Hkv, N, W], row contiguous, N >= L, that the
             new ones are to follow.
 
     Returns:
