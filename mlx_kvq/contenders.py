@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -97,16 +98,26 @@ def contender(name: str, heads: Heads, dtype: mx.Dtype) -> Contender:
         raise ValueError(f"{name!r} is no cache to compare.")
     fmt = make_format(spec, heads.dim)
 
+    recent = fmt.recent
+
+    @lru_cache(maxsize=4)
+    def tail(B: int) -> mx.array | None:
+        return random(heads.kv, B, recent, 2 * heads.dim, dtype) if recent else None
+
+    def attend_rows(q, rows):
+        return ops.attend(q, rows, rows.shape[2], fmt, scale, tail=tail(q.shape[0]))
+
+    def pack(k, v):
+        if not recent:
+            return ops.quantize_pack(k, v, fmt)
+        old = tail(k.shape[0]) if k.shape[2] == 1 else None
+        return ops.quantize_pack_tail(k, v, fmt, old, recent)[0]
+
     def unpack(rows, after):
         rows = mx.depends(rows, after) if after else rows
-        return list(ops.dequantize(rows, rows.shape[2], fmt, dtype))
+        return list(ops.restore(rows, rows.shape[2], fmt, dtype))
 
-    return Contender(
-        dtype,
-        lambda q, rows: ops.attend(q, rows, rows.shape[2], fmt, scale),
-        lambda k, v: ops.quantize_pack(k, v, fmt),
-        unpack,
-    )
+    return Contender(dtype, attend_rows, pack, unpack)
 
 
 def token_bytes(c: Contender, heads: Heads) -> int:
