@@ -6,7 +6,7 @@ heads and of splits are run-time values.
 
 import itertools
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -72,6 +72,7 @@ class _Plan:
     dequantize: jit.Constants
     restore: jit.Constants
     turn: jit.Constants
+    launches: dict[tuple, "_Launch"] = field(default_factory=dict)  # of attend
 
 
 _plans: "WeakKeyDictionary[Format, _Plan]" = WeakKeyDictionary()
@@ -253,7 +254,7 @@ def attend_sizes(fmt: Format, B: int, Hq: int, Hkv: int, L: int) -> tuple[int, i
 def forget() -> None:
     """Look the launch sizes up again: for tests and for tuning, which change the table."""
     _parts.cache_clear()
-    _launch.cache_clear()
+    _plans.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,22 +269,25 @@ class _Launch:
     combine: jit.Constants
 
 
-@lru_cache(maxsize=4096)
 def _launch(
     machine: str, fmt: Format, parallel: int, kind: int, starts: bool, sinks: bool, tail: bool
 ) -> _Launch:
-    plan, tuning = _plan(fmt), TUNING[machine].when(parallel)
+    plan, key = _plan(fmt), (machine, parallel, kind, starts, sinks, tail)
+    if (found := plan.launches.get(key)) is not None:
+        return found
+    tuning = TUNING[machine].when(parallel)
     groups, keys = attend_shape(plan.layout, tuning)
     sizes = (("NSG", groups), ("TK", keys))
     attend = (*plan.attend, ("MASK", kind), ("STARTS", starts), ("TAIL", tail), *sizes)
     with_sinks = ("SINKS", sinks)
-    return _same_launch(
+    launch = plan.launches[key] = _same_launch(
         groups,
         tuning.combine_groups,
         attend,
         (*attend, with_sinks),
         (*plan.combine, with_sinks, ("NSG", tuning.combine_groups)),
     )
+    return launch
 
 
 _same_launch = lru_cache(maxsize=1024)(_Launch)

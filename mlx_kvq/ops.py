@@ -10,6 +10,7 @@ they do not cover, or a kernel that fails on this machine, falls back with one l
 import os
 import sys
 from types import ModuleType
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -18,12 +19,28 @@ from .format import Format
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
-_chosen: dict[tuple, ModuleType] = {}  # what `backend` said before
-_tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
 _said: set[str] = set()
-# Arguments of a decode step, checked before, -> its launch: tens of layers ask for every token.
-_packs: dict[tuple, steps.PackStep] = {}
-_steps: dict[tuple, steps.AttendStep] = {}
+
+
+class _Known:
+    """What is known of a format, kept with it and gone with it."""
+
+    def __init__(self):
+        self.chosen: dict[tuple, ModuleType] = {}  # what `backend` said before
+        self.tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
+        # Arguments of a decode step, checked before, -> its launch: tens of layers ask for every
+        # token.
+        self.packs: dict[tuple, steps.PackStep] = {}
+        self.steps: dict[tuple, steps.AttendStep] = {}
+
+
+_known: "WeakKeyDictionary[Format, _Known]" = WeakKeyDictionary()
+
+
+def _of(fmt: Format) -> _Known:
+    if (known := _known.get(fmt)) is None:
+        known = _known[fmt] = _Known()
+    return known
 
 
 def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
@@ -45,9 +62,9 @@ def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
 
 def _backend(fmt: Format, dtype: mx.Dtype) -> ModuleType:
     """``backend``, remembered: decoding asks three times a layer and token."""
-    key = (fmt, dtype, fused.language())
-    if (module := _chosen.get(key)) is None:
-        module = _chosen[key] = backend(fmt, dtype)
+    key, chosen = (dtype, fused.language()), _of(fmt).chosen
+    if (module := chosen.get(key)) is None:
+        module = chosen[key] = backend(fmt, dtype)
     return module
 
 
@@ -58,8 +75,7 @@ def is_reference(fmt: Format, dtype: mx.Dtype) -> bool:
 
 def forget() -> None:
     """Choose and try again: for tests, which change the environment."""
-    for known in (_chosen, _tried, _packs, _steps):
-        known.clear()
+    _known.clear()
     steps.token_of.cache_clear()
 
 
@@ -72,8 +88,8 @@ def _say(line: str) -> None:
 def _works(op: str, variant: tuple, fmt: Format, dtype: mx.Dtype, trial) -> bool:
     """Whether a kernel runs on this machine: its first use is tried, and evaluated, on zeros.
     Kernels are compiled when they are evaluated, which is too late to fall back."""
-    key = (op, fmt, dtype, *variant)
-    works = _tried.get(key)
+    key, tried = (op, dtype, *variant), _of(fmt).tried
+    works = tried.get(key)
     if works is None:
         try:
             mx.eval(getattr(fused, op)(*trial()))
@@ -85,7 +101,7 @@ def _works(op: str, variant: tuple, fmt: Format, dtype: mx.Dtype, trial) -> bool
                 f"warning: the {op} kernel failed on this machine ({reason}). Using plain mx "
                 "operations, which are slower. Please report the output of 'mlx_kvq doctor'."
             )
-        _tried[key] = works
+        tried[key] = works
     return works
 
 
@@ -103,13 +119,13 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     Raises:
         ValueError: If the shapes do not fit each other or ``fmt``, or a dtype is another.
     """
-    key = (fmt, k.shape, v.shape, k.dtype, v.dtype)
-    if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
+    key, packs = (k.shape, v.shape, k.dtype, v.dtype), _of(fmt).packs
+    if (step := packs.get(key)) is not None and mx.default_device() == step.device:
         return step(k, v)
     _check_vectors(k, v, fmt)
     if _packs_fused("quantize_pack", k, v, fmt):
         if fused.replays() and k.shape[2] == 1:
-            _packs[key] = steps.PackStep(k, v, fmt)
+            packs[key] = steps.PackStep(k, v, fmt)
         return fused.quantize_pack(k, v, fmt)
     return reference.quantize_pack(k, v, fmt)
 
@@ -141,13 +157,13 @@ def quantize_pack_tail(
     Raises:
         ValueError: As there, or if the tail or what is held is of another shape or dtype.
     """
-    key = None
+    key, packs = None, _of(fmt).packs
     if tail is not None:
         key = (
-            fmt, k.shape, v.shape, k.dtype, v.dtype, keep, tail.shape, tail.dtype,
+            k.shape, v.shape, k.dtype, v.dtype, keep, tail.shape, tail.dtype,
             None if held is None else held.shape,
         )  # fmt: skip
-        if (step := _packs.get(key)) is not None and mx.default_device() == step.device:
+        if (step := packs.get(key)) is not None and mx.default_device() == step.device:
             return step(k, v, tail) if held is None else step(k, v, tail, held)
     _check_vectors(k, v, fmt)
     if tail is not None:
@@ -162,7 +178,7 @@ def quantize_pack_tail(
     given = tail is not None, held is not None
     if _packs_fused("quantize_pack_tail", k, v, fmt, given):
         if key is not None and fused.replays() and k.shape[2] == 1:
-            _packs[key] = steps.PackStep(k, v, fmt, tail, keep, held)
+            packs[key] = steps.PackStep(k, v, fmt, tail, keep, held)
         return fused.quantize_pack_tail(k, v, fmt, tail, keep, held)
     return reference.quantize_pack_tail(k, v, fmt, tail, keep, held)
 
@@ -228,10 +244,10 @@ def attend(
     Raises:
         ValueError: If shapes or dtypes do not fit, or the mask is another string.
     """
-    key = None
+    key, prepared = None, _of(fmt).steps
     if mask is None and sinks is None:
-        key = (fmt, q.shape, q.dtype, window, starts is None, None if tail is None else tail.shape)
-        step = _steps.get(key)
+        key = (q.shape, q.dtype, window, starts is None, None if tail is None else tail.shape)
+        step = prepared.get(key)
         if (
             step is not None
             and step.rows_shape == rows.shape
@@ -298,7 +314,7 @@ def attend(
                     q, rows, fmt, scale, window, starts is not None, parts == 1, tail
                 )
                 if step.fits():
-                    _steps[key] = step
+                    prepared[key] = step
             return fused.attend(*args, parts)
     return reference.attend(*args)
 

@@ -3,6 +3,9 @@
 That replayed launches compute the same on a GPU is checked there, by scripts/check_gpu.py.
 """
 
+import gc
+import weakref
+
 import mlx.core as mx
 import pytest
 
@@ -57,6 +60,10 @@ def formats():
     return [*calibrated, make_format(spec, 64)]
 
 
+def steps_of():
+    return [step for known in ops._known.values() for step in known.steps.values()]
+
+
 @pytest.mark.parametrize("starts, window", [(None, None), ([0, 3], None), (None, 300)])
 def test_decode_steps_launch_what_plain_launches_do(cuda, starts, window):
     starts = None if starts is None else mx.array(starts, dtype=mx.int32)
@@ -87,7 +94,7 @@ def test_layers_share_their_traces(cuda):
     for fmt in layers:
         for length in (800, 801, 801):
             ops.attend(q, rows, length, fmt, 0.1)
-    first, second = (s for key, s in ops._steps.items() if key[0] in layers)
+    first, second = (s for f in layers for s in ops._of(f).steps.values())
     assert first.token is second.token
     assert len(first.token.runs) <= 2  # by splits, not by layer or length
 
@@ -110,12 +117,27 @@ def test_a_step_is_not_taken_on_another_device(cuda, monkeypatch):
     rows = mx.zeros((1, 2, 256, fmt.layout.words), mx.uint32)
     q = mx.random.normal((1, 4, 1, 64))
     ops.attend(q, rows, 100, fmt, 0.1)
-    (step,) = ops._steps.values()
+    (step,) = steps_of()
     taken = []
     monkeypatch.setattr(steps.AttendStep, "__call__", lambda *_: taken.append(1))
     ops.attend(q, rows, 101, fmt, 0.1)
     assert taken == [1]
-    (step,) = ops._steps.values()
+    (step,) = steps_of()
     step.device = "another"
     ops.attend(q, rows, 102, fmt, 0.1)
     assert taken == [1]
+
+
+def test_what_is_known_of_a_format_goes_with_it(cuda):
+    fmt = make_format(Spec.parse("int4-srft:recent=4"), 64, keys=Calibration(mx.zeros((2, 64))))
+    k, q = mx.zeros((1, 2, 1, 64)), mx.zeros((1, 4, 1, 64))
+    tail = mx.zeros((1, 2, 4, 128))
+    for _ in range(2):
+        rows, tail = ops.quantize_pack_tail(k, k, fmt, tail, 4)
+        ops.attend(q, rows, 1, fmt, 0.1, tail=tail)
+    assert len(steps_of()) == 1
+    gone = weakref.ref(fmt)
+    del fmt
+    gc.collect()
+    assert gone() is None
+    assert not steps_of()

@@ -173,7 +173,7 @@ def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
             for value in vars(module).values() if module else ():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
-        getattr(sys.modules.get("mlx_kvq.ops"), "_tried", {}).clear()
+        getattr(sys.modules.get("mlx_kvq.ops"), "_known", {}).clear()
 
     clear()
     mx.fast.metal_kernel = stand_in
