@@ -155,6 +155,43 @@ def test_fft_in_a_simd_group(emulator, D, wide):
         assert np.abs(np.array(got) - want).max() < 1e-6 * tables.stretch("srft", D)
 
 
+def test_fft_by_swapping(emulator):
+    """Four vectors of a SIMD group, whose lanes are as many as a lane's points."""
+    body = """
+      const uint lane = thread_index_in_simdgroup;
+      threadgroup float2 swap[4 * kvq::swap_points(128)];
+      const int v = int(lane) / 8 * 128;
+      float2 z[8];
+      for (int a = 0; a < 8; a++) {
+        const int c = v + kvq::first_channel<128, 0>(lane) + kvq::point_step(128, 0) * a;
+        z[a] = float2(x[c], x[c + 1]);
+      }
+      kvq::lane_table<128> w;
+      kvq::read_table<128, 0>(w, table, lane);
+      kvq::rotate_swapping<128>(z, w, table, swap, lane);
+      for (int a = 0; a < 8; a++) {
+        const int c = v + 16 * kvq::rotated_block<128, 0>(lane) + 2 * a;
+        y[c] = z[a].x;
+        y[c + 1] = z[a].y;
+      }
+    """
+    header = "enum : int { WIDE = 0 };\n"
+    header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
+    kernel = mx.fast.metal_kernel(
+        name="swap", input_names=["x", "table"], output_names=["y"], source=body, header=header
+    )
+    x = normal(4, 128, seed=1)
+    (got,) = kernel(
+        inputs=[x, mx.array(tables.rotation_table("srft", 128, False))],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[mx.float32],
+    )
+    want = np.array(x).astype(np.float64) @ real_fft(128).T * tables.stretch("srft", 128)
+    assert np.abs(np.array(got) - want).max() < 1e-6 * tables.stretch("srft", 128)
+
+
 # ---- quantize_pack and dequantize -------------------------------------------------------------
 @pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
 def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
