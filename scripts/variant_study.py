@@ -136,7 +136,8 @@ def column(model, tokenizer, args):
 def cell(kl, first):
     ratio = kl.mean() / first.mean()
     error = (kl - ratio * first).std(ddof=1) / np.sqrt(len(kl)) / first.mean()
-    return f"{kl.mean():.4f} ({ratio:.3f} ± {error:.3f})"
+    digits = 3 if ratio < 2 else 1
+    return f"{kl.mean():.4f} ({ratio:.{digits}f} ± {error:.{digits}f})"
 
 
 def main():
