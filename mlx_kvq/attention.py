@@ -155,17 +155,18 @@ def _in_token_order(q, keys: PackedView, scale, mask, sinks, starts, window) -> 
     keep, idx, size = keys.ring  # type: ignore[misc]
     L, rows, tail = q.shape[2], keys.rows[..., : keys.length, :], keys.tail
     rows, mask = reference.in_token_order(rows, mask, keys.length, keep, idx)
-    found, keep = [], keep if L == 1 else 0
+    found = []
     for i in range(L):
         end = keys.length - L + 1 + i
         first = max(0, end - size)
         part = rows[..., first:end, :]
         seen = None if starts is None else starts - first
         last = None if tail is None else tail[:, :, : tail.shape[2] - (L - 1 - i)]
+        ordered = max(0, keep - first), end - first
         found.append(
             ops.attend(
                 q[:, :, i : i + 1], part, end - first, keys.format, scale,
-                mask if L == 1 else None, sinks, seen, window, last, (keep, end - first),
+                mask if L == 1 else None, sinks, seen, window, last, ordered,
             )
         )  # fmt: skip
     return found[0] if L == 1 else mx.concatenate(found, axis=2)

@@ -62,6 +62,11 @@ class _PackedBatch(_PackedCache):
         at = [first + min(max(end - n, 0), L) for end, n in zip(ends, self._seen, strict=True)]
         return mx.stack([tail[i, :, n : n + recent] for i, n in enumerate(at)])
 
+    def keys_and_values(self) -> tuple:
+        _ = self.rows
+        # While chunks are padded, the tail ends with each sequence's last token, and rows do not.
+        return self._views(self.tail if self._ends() is None else None)
+
     def _prepare_left(self, left_padding) -> None:
         if left_padding is not None:
             if self.rows is not None:
@@ -133,18 +138,11 @@ class _PackedBatch(_PackedCache):
 
         self._dtype = self._dtype if self.rows is not None else other._dtype
         if recent := self.format.recent:
-            tails = [c._last(recent, heads, getattr(mx, self._dtype)) for c in (self, other)]
+            tails = [c._last(c.offset.shape[0], recent, heads, self.dtype) for c in (self, other)]
             self.tail = mx.concatenate(tails)
         both = zip(padded(self), padded(other), strict=True)
         self.rows, self.offset, self.left_padding = (mx.concatenate(list(two)) for two in both)
         self._idx = idx
-
-    def _last(self, recent: int, heads: int, dtype: mx.Dtype) -> mx.array:
-        """The last ``recent`` tokens of the tail; zeros of an empty cache."""
-        if self.tail is not None:
-            return self.tail[:, :, -recent:]
-        lay = self.format.layout
-        return mx.zeros((self.offset.shape[0], heads, recent, lay.k_dim + lay.v_dim), dtype)
 
     def _fill(self, caches: list, ordered: list[mx.array | None]) -> None:
         """Take over the rows of single caches, in the order of their tokens."""
@@ -161,11 +159,8 @@ class _PackedBatch(_PackedCache):
         self.rows = rows
         self._dtype = next(c._dtype for c, r in zip(caches, ordered, strict=True) if r is not None)
         if recent := self.format.recent:
-            some = next(c.tail for c in caches if c.tail is not None)
-            empty = mx.zeros((1, some.shape[1], recent, some.shape[3]), some.dtype)
-            self.tail = mx.concatenate(
-                [empty if c.tail is None else c.tail[:, :, -recent:] for c in caches]
-            )
+            heads, dtype = filled[0].shape[1], self.dtype
+            self.tail = mx.concatenate([c._last(1, recent, heads, dtype) for c in caches])
         self._idx = length
         self._seen = [c.offset for c in caches]
         self.offset = mx.array(self._seen)
@@ -190,7 +185,7 @@ class PackedBatchKVCache(_PackedBatch):
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self._idx
         rows, tail = self._pack(keys, values)
-        self._grow_and_write(rows, prev)
+        self._grow_and_write(rows, prev, keys.shape[2])
         self._idx += keys.shape[2]
         return self._fetch(tail, keys, values, self._count(keys.shape[2]))
 
@@ -216,7 +211,8 @@ class PackedBatchKVCache(_PackedBatch):
         if self._right_padding is not None:
             self._roll_right(self._right_padding)
             if self.tail is not None and self._lengths is None:
-                self.tail = self._as_tail(self._idx, self.format.recent)
+                assert self.rows is not None
+                self.tail = self._as_tail(self.rows[:, :, : self._idx], self.format.recent)
             self._right_padding = self._lengths = None
 
     @property
@@ -328,14 +324,14 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         return L == 1 and self._lengths is None
 
     def _update_in_place(self, new: mx.array) -> None:
-        prev = self._offset
-        if self.rows is None or (prev >= self.rows.shape[2] and self.rows.shape[2] < self.max_size):
+        prev, rows = self._offset, self._rows
+        if rows is None or (prev >= rows.shape[2] and rows.shape[2] < self.max_size):
             grown = self._zeros(new, min(self.step, self.max_size - prev))
             if self.rows is not None:
                 grown = mx.concatenate([self.rows, grown], axis=2)
-            self.rows = grown
+            self.rows = rows = grown
             self._idx = prev
-        if (extra := self.rows.shape[2] - self.max_size) > 0:
+        if (extra := rows.shape[2] - self.max_size) > 0:
             self._drop_front(extra)
             self._idx = self.max_size
         if self._idx == self.max_size:
@@ -343,7 +339,7 @@ class PackedBatchRotatingKVCache(_PackedBatch):
             self._idx = 0
         if self.rotated:
             self.left_padding = self.left_padding - 1
-        self.rows[..., self._idx : self._idx + 1, :] = new
+        self._write(new, self._idx, 1)
         self._idx += 1
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
@@ -358,16 +354,16 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         self._offset += L
         was_new = self._count(L)
         # Evaluated with the rows, so that their graphs do not grow from token to token.
-        assert self.rows is not None
-        self.rows = mx.depends(self.rows, [self.left_padding, self.offset])
+        assert self._rows is not None
+        self._rows = mx.depends(self._rows, [self.left_padding, self.offset])
         return self._fetch(tail, keys, values, was_new)
 
     def _ends(self) -> list[int] | None:
         return self._lengths
 
     def _length(self) -> int:
-        assert self.rows is not None
-        return min(self._offset, self.rows.shape[2])
+        assert self._rows is not None
+        return min(self._offset, self._rows.shape[2])
 
     def _ring(self) -> tuple[int, int, int] | None:
         ordered = self._length() <= self.max_size and not self.rotated

@@ -14,6 +14,7 @@ from . import ops
 from .attention import DECODE_QUERIES, PackedView, remember_padding
 from .format import Format, parse_signature
 
+HELD = 16  # rows that wait to be written
 _NAMES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 
 
@@ -41,10 +42,16 @@ class _PackedCache(_BaseCache):
 
     step = 256
     alone = False  # of a model that does not run in a batch
+    # A decode step writes no row: the newest rows wait in an array of HELD that quantize_pack moves
+    # on, and go to their places together, when it is full or when someone asks for ``rows``. Until
+    # then attention reads their tokens from the tail. One kernel less for a layer and token.
+    _rows: mx.array | None = None
+    _held: mx.array | None = None
+    _waiting = 0  # the last so many of _held, for the rows from number _place on
+    _place = 0
 
     def __init__(self, fmt: Format):
         self.format = fmt
-        self.rows: mx.array | None = None
         self.tail: mx.array | None = None
         # For a model that computes its attention itself: keys and values as arrays, unpacked one
         # layer at a time.
@@ -56,6 +63,38 @@ class _PackedCache(_BaseCache):
     def dtype(self) -> mx.Dtype:
         """Of the model's keys and values."""
         return getattr(mx, self._dtype)
+
+    @property
+    def rows(self) -> mx.array | None:
+        """The packed rows of all tokens, uint32 [B, Hkv, capacity, W]."""
+        if n := self._waiting:
+            assert self._rows is not None and self._held is not None
+            self._waiting = 0
+            self._rows[:, :, self._place : self._place + n, :] = self._held[:, :, -n:]
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: mx.array | None) -> None:
+        self._rows, self._held, self._waiting = rows, None, 0
+
+    def _write(self, new: mx.array, at: int, L: int) -> None:
+        """Write L new rows, or hold one: ``new`` is then the newest rows, the new one last."""
+        if new.shape[2] == L:
+            rows = self.rows
+            assert rows is not None
+            rows[:, :, at : at + L, :] = new
+            return
+        if self._waiting and at != self._place + self._waiting:
+            _ = self.rows  # around the end of a ring
+        if not self._waiting:
+            self._place = at
+        self._held, self._waiting = new, self._waiting + 1
+        if self._waiting == new.shape[2]:
+            _ = self.rows
+
+    def _in_place(self, L: int) -> bool:
+        """Whether L new rows go to where there is room, one by one."""
+        return L == 1
 
     # mlx-lm sends a cache with these two to its quantized attention function.
     @property
@@ -90,7 +129,15 @@ class _PackedCache(_BaseCache):
         else:
             before = recent if self.tail is None else self.tail.shape[2]
             keep = self._tail_to_make(before, L)
-            rows, tail = ops.quantize_pack_tail(keys, values, self.format, self.tail, keep)
+            if self.tail is not None and self.tail.dtype != keys.dtype:
+                self.tail = self.tail.astype(keys.dtype)
+            held = None
+            if self.tail is not None and self._in_place(L) and not self.as_arrays:
+                if (held := self._held) is None:
+                    shape = (*keys.shape[:2], min(recent, HELD), self.format.layout.words)
+                    held = mx.zeros(shape, mx.uint32)
+                held = held if held.shape[2] > 1 else None
+            rows, tail = ops.quantize_pack_tail(keys, values, self.format, self.tail, keep, held)
             self.tail = self._tail_to_keep(tail, L)
         self._dtype = _NAMES[keys.dtype]
         return rows, tail
@@ -121,19 +168,29 @@ class _PackedCache(_BaseCache):
         elif (lacking := self.format.recent - left) <= 0:
             self.tail = tail
         else:
-            self.tail = mx.concatenate([self._as_tail(length - left, lacking), tail], axis=2)
+            assert self.rows is not None
+            older = self._as_tail(self.rows[:, :, : max(0, length - left)], lacking)
+            self.tail = mx.concatenate([older, tail], axis=2)
 
-    def _as_tail(self, end: int, n: int) -> mx.array:
-        """The n rows before row ``end``, as a tail."""
-        assert self.rows is not None and self.tail is not None
-        first = max(0, end - n)
-        shape = (*self.tail.shape[:2], n - (max(end, 0) - first), self.tail.shape[3])
-        found = mx.zeros(shape, self.tail.dtype)
-        if end > 0:
-            rows = self.rows[:, :, first:end]
-            y = mx.concatenate([*ops.dequantize(rows, end - first, self.format)], axis=-1)
-            found = mx.concatenate([found, y.astype(found.dtype)], axis=2)
-        return found
+    def _as_tail(self, rows: mx.array, n: int) -> mx.array:
+        """The last n of these rows, as a tail."""
+        assert self.tail is not None
+        B, heads, T, _ = rows.shape
+        have = min(n, T)
+        tail = mx.zeros((B, heads, n - have, self.tail.shape[3]), self.tail.dtype)
+        if have:
+            y = mx.concatenate(
+                [*ops.dequantize(rows[:, :, T - have :], have, self.format)], axis=-1
+            )
+            tail = mx.concatenate([tail, y.astype(tail.dtype)], axis=2)
+        return tail
+
+    def _last(self, B: int, recent: int, heads: int, dtype: mx.Dtype) -> mx.array:
+        """The last ``recent`` tokens of the tail, for a batch; zeros of an empty cache."""
+        if self.tail is not None:
+            return self.tail[:, :, -recent:].astype(dtype)
+        lay = self.format.layout
+        return mx.zeros((B, heads, recent, lay.k_dim + lay.v_dim), dtype)
 
     def _views(
         self,
@@ -142,11 +199,11 @@ class _PackedCache(_BaseCache):
         values: mx.array | None = None,
         new: mx.array | None = None,
     ) -> tuple:
-        assert self.rows is not None
+        assert self._rows is not None
         if self.as_arrays:
             return self._arrays(tail, keys, values, new)
         lay = self.format.layout
-        shared = (self.rows, self._length(), self.format, self._dtype)
+        shared = (self._rows, self._length(), self.format, self._dtype)
         ring = self._ring()
         first = PackedView(*shared, lay.k_dim, keys, new, ring, tail)
         if keys is None and lay.k_dim == lay.v_dim:  # a decode step: nothing tells them apart
@@ -177,19 +234,20 @@ class _PackedCache(_BaseCache):
             x[:, :, length - (n - here) : length] = y[:, :, : n - here]
         return k, v
 
-    def _grow_and_write(self, new: mx.array, prev: int) -> None:
-        """Write rows at ``prev``, in an array that grows in steps."""
-        if self.rows is None or prev + new.shape[2] > self.rows.shape[2]:
-            steps = (self.step + new.shape[2] - 1) // self.step
+    def _grow_and_write(self, new: mx.array, prev: int, L: int) -> None:
+        """Write L rows at ``prev``, in an array that grows in steps."""
+        if self._rows is None or prev + L > self._rows.shape[2]:
+            steps = (self.step + L - 1) // self.step
             grown = self._zeros(new, steps * self.step)
             if self.rows is not None:
                 if prev % self.step != 0:
                     self.rows = self.rows[..., :prev, :]
                 grown = mx.concatenate([self.rows, grown], axis=2)
             self.rows = grown
-        self.rows[..., prev : prev + new.shape[2], :] = new
+        self._write(new, prev, L)
 
     def keys_and_values(self) -> tuple:
+        _ = self.rows
         return self._views(self.tail)
 
     def _zeros(self, like: mx.array, tokens: int) -> mx.array:
@@ -222,7 +280,7 @@ class _PackedCache(_BaseCache):
 
     def _check_tail(self) -> None:
         fmt, rows, tail = self.format, self.rows, self.tail
-        if not fmt.recent or rows is None:
+        if not fmt.recent or rows is None or self._length() <= 0:
             fits = tail is None
         else:
             wanted = (*rows.shape[:2], fmt.layout.k_dim + fmt.layout.v_dim)
@@ -242,11 +300,11 @@ class _PackedCache(_BaseCache):
         return self
 
     def empty(self) -> bool:
-        return self.rows is None
+        return self._rows is None
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.rows, self.tail) if a is not None)
+        return sum(a.nbytes for a in (self._rows, self.tail, self._held) if a is not None)
 
 
 class PackedKVCache(_PackedCache):
@@ -264,7 +322,7 @@ class PackedKVCache(_PackedCache):
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self.offset
         rows, tail = self._pack(keys, values)
-        self._grow_and_write(rows, prev)
+        self._grow_and_write(rows, prev, keys.shape[2])
         self.offset += keys.shape[2]
         return self._views(tail, keys, values) if prev == 0 else self._views(tail)
 
@@ -355,20 +413,20 @@ class PackedRotatingKVCache(_PackedCache):
         self._idx = self.rows.shape[2]
 
     def _update_in_place(self, new: mx.array) -> None:
-        prev = self.offset
-        if self.rows is None or (prev >= self.rows.shape[2] and self.rows.shape[2] < self.max_size):
+        prev, rows = self.offset, self._rows
+        if rows is None or (prev >= rows.shape[2] and rows.shape[2] < self.max_size):
             grown = self._zeros(new, min(self.step, self.max_size - prev))
             if self.rows is not None:
                 grown = mx.concatenate([self.rows, grown], axis=2)
-            self.rows = grown
+            self.rows = rows = grown
             self._idx = prev
-        trim_size = self.rows.shape[2] - self.max_size
+        trim_size = rows.shape[2] - self.max_size
         if trim_size > 0:
             self.rows = self._trim(trim_size)
             self._idx = self.max_size
         if self._idx == self.max_size:
             self._idx = self.keep
-        self.rows[..., self._idx : self._idx + 1, :] = new
+        self._write(new, self._idx, 1)
         self.offset += 1
         self._idx += 1
 
@@ -384,12 +442,25 @@ class PackedRotatingKVCache(_PackedCache):
         return self._views(tail, keys, values) if first else self._views(tail)
 
     def _length(self) -> int:
-        assert self.rows is not None
-        return min(self.offset, self.rows.shape[2])
+        assert self._rows is not None
+        return min(self.offset, self._rows.shape[2])
 
     def _ring(self) -> tuple[int, int, int] | None:
-        ordered = self._length() <= self.max_size and self._idx == self._length()
-        return None if ordered else (self.keep, self._idx, self.max_size)
+        length = self._length()
+        keep = self.keep if self.offset > length else 0  # is there one missing after the first ones
+        ordered = length <= self.max_size and self._idx == length and keep == 0
+        return None if ordered else (keep, self._idx, self.max_size)
+
+    def _last(self, B: int, recent: int, heads: int, dtype: mx.Dtype) -> mx.array:
+        tail = super()._last(B, recent, heads, dtype)
+        if self.tail is None or not self.keep or self.offset == self._length():
+            return tail
+        # A batch does not know that some are missing after the first ones: these come from rows.
+        if (after := self._length() - self.keep) >= min(recent, self.max_size):
+            return tail
+        after = min(after, recent)
+        first = self._as_tail(self._in_order()[:, :, : self.keep], recent - after)
+        return mx.concatenate([first.astype(dtype), tail[:, :, recent - after :]], axis=2)
 
     def size(self) -> int:
         return min(self.offset, self.max_size)

@@ -161,12 +161,19 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
 
 
 def quantize_pack_tail(
-    k: mx.array, v: mx.array, fmt: Format, tail: mx.array | None, keep: int
+    k: mx.array,
+    v: mx.array,
+    fmt: Format,
+    tail: mx.array | None,
+    keep: int,
+    held: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """As :func:`quantize_pack`, with the tail; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
     B, H, L, _ = k.shape
     rows, y = _in_blocks(k, v, fmt, min(L, keep))
     y = y.astype(k.dtype)
+    if held is not None:
+        rows = mx.concatenate([held[:, :, L:], rows], axis=2)
     if keep <= L:
         return rows, y
     if tail is None:
@@ -372,39 +379,29 @@ def attend(
     lay = fmt.layout
     B, Hq, L, _ = q.shape
     Hkv = rows.shape[1]
-    # Scores of the first `packed` rows, then of the last `exact` tokens of the tail. Queries differ
-    # in where the one ends and the other begins: of several queries, some positions have both.
-    packed, exact, own = length, 0, None
     key, query = mx.arange(length), mx.arange(length - L, length)
+    n = 0  # of the last keys, which some query reads from the tail
     if tail is not None:
         keep = 0
         if ring is not None:
             rows, mask = in_token_order(rows, mask, length, *ring)
             keep = ring[0]
-        recent = min(fmt.recent, length - keep)
-        packed, exact = length - recent, min(recent + L - 1, length - keep)
-        if L > 1:
-            key = mx.concatenate([key[:packed], key[length - exact :]])
-            if isinstance(mask, mx.array) and mask.shape[-1] > 1:
-                mask = mx.concatenate([mask[..., :packed], mask[..., length - exact :]], axis=-1)
-            of_tail = mx.arange(packed + exact) >= packed
-            own = (key > query[:, None] - recent) == of_tail
+        n = min(fmt.recent + L - 1, length - keep)
+        last = tail[:, :, tail.shape[2] - n :].astype(mx.float32)
+        own = key[length - n :] > query[:, None] - fmt.recent
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
-    parts = [_scores(qr, rows, packed, fmt)] if packed else []
-    if tail is not None:
-        last = tail[:, :, tail.shape[2] - exact :].astype(mx.float32)
-        parts.append(qr @ last[..., : lay.k_dim].swapaxes(-1, -2))
-    scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-    scores = scores.reshape(B, Hq, L, packed + exact)
+    scores = _scores(qr, rows, length, fmt).reshape(B, Hq, L, length)
+    if n:
+        exact = (qr @ last[..., : lay.k_dim].swapaxes(-1, -2)).reshape(B, Hq, L, n)
+        exact = mx.where(own, exact, scores[..., length - n :])
+        scores = mx.concatenate([scores[..., : length - n], exact], axis=-1)
     least = mx.finfo(mx.float32).min
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         # A mask of -inf alone must not make the softmax of a row NaN.
         scores = mx.maximum(scores + mask, least)
     elif isinstance(mask, mx.array):
         scores = mx.where(mask, scores, least)
-    if own is not None:
-        scores = mx.where(own, scores, least)
     allowed = visible(query, key, mask == "causal" if isinstance(mask, str) else False, window)
     if allowed is not None:
         scores = mx.where(allowed, scores, least)
@@ -421,13 +418,14 @@ def attend(
     p = mx.softmax(scores, axis=-1, precise=True)
     if sinks is not None:
         p = p[..., 1:]
-    p = p.reshape(B, Hkv, -1, packed + exact)
-    if tail is None:
-        o = _mix(p, rows, packed, fmt)
+    if n:
+        exact = mx.where(own, p[..., length - n :], 0.0)
+        packed = mx.concatenate([p[..., : length - n], p[..., length - n :] - exact], axis=-1)
+        o = exact.reshape(B, Hkv, -1, n) @ last[..., lay.k_dim :]
+        o = o + _mix(packed.reshape(B, Hkv, -1, length), rows, length, fmt)
     else:
-        o = p[..., packed:] @ last[..., lay.k_dim :]
-        if packed:
-            o = o + _mix(p[..., :packed], rows, packed, fmt)
+        o = _mix(p.reshape(B, Hkv, -1, length), rows, length, fmt)
+    p = p.reshape(B, Hkv, -1, length)
     return _output(o.reshape(B, Hq, L, lay.v_dim), p, fmt, q.dtype, sinks is not None)
 
 

@@ -3,6 +3,9 @@
 The stock cache is fed what the packed one should remember of each token: quantized and
 dequantized by the float64 oracle, back in the original domain. Every token is recognisable in
 both, so after an operation the two must hold the same tokens in the same places.
+
+Of the newest tokens, the exact tail, ``Pair.tails`` says what must be in it. Attention is compared
+with a softmax in float64 over what each query must read: the token as it is, or what rows keep.
 """
 
 import copy
@@ -78,10 +81,12 @@ class Tokens:
             way = (parsed.rotation, parsed.seed, stream, *params)
             y = oracle.forward(np.array(x.astype(mx.float32)), *way)
             codes, scales, y_hat = oracle.quantize(y, bits, group, parsed.scale)
+            if bits == 4 and parsed.scale == "search":
+                clear &= _decided(y, group)
             for nudged in (y - NUDGE, y + NUDGE, y * (1 - NUDGE), y * (1 + NUDGE)):
                 c, s, _ = oracle.quantize(nudged, bits, group, parsed.scale)
                 clear &= (c == codes).all(axis=(0, 2)) & (s == scales).all(axis=(0, 2))
-            sides.append((np.array(x.astype(mx.float32)), oracle.backward(y_hat, *way)))
+            sides.append((np.array(x.astype(mx.float32)), oracle.backward(y_hat, *way), y, y_hat))
             sides.append((codes, scales))
         chosen = np.flatnonzero(clear)[:count]
         assert len(chosen) == count, f"{clear.sum()} of {made} tokens are clear, not {count}"
@@ -89,6 +94,8 @@ class Tokens:
         k, k_quantized, v, v_quantized = ([a[:, chosen] for a in side] for side in sides)
         self.exact_k, self.exact_v = k[0], v[0]  # [H, count, D]
         self.kept_k, self.kept_v = k[1].astype(np.float32), v[1].astype(np.float32)
+        # What a tail holds of a token that came in whole, and of one that came back from its row.
+        self.rotated, self.rounded = (np.concatenate([k[i], v[i]], axis=-1) for i in (2, 3))
         self.rows = oracle.pack_row(*k_quantized, *v_quantized, lay.k_bits, lay.v_bits)
         self._by_key = _index(self.kept_k)
         self._by_row = _index(self.rows)
@@ -114,7 +121,7 @@ class Tokens:
         assert np.array_equal(values, np.swapaxes(self.kept_v[:, ids], 0, 1))
         return ids
 
-    def check_rows(self, rows: mx.array, ids: np.ndarray) -> None:
+    def check_rows(self, rows, ids: np.ndarray) -> None:
         """Assert that rows [B, H, T, W] are, word for word, those of the tokens ids [B, T]."""
         found = np.array(rows)
         assert found.dtype == np.uint32
@@ -126,12 +133,17 @@ class Tokens:
 
 
 class Pair:
-    """A packed cache and its stock counterpart; every operation is checked on both."""
+    """A packed cache and its stock counterpart; every operation is checked on both.
 
-    def __init__(self, tokens: Tokens, ours, stock):
+    ``tails`` has, for each sequence, what the exact tail must hold, the newest token last: pairs
+    of a token, -1 for none, and whether it is exact. ``None`` as long as there is no tail.
+    """
+
+    def __init__(self, tokens: Tokens, ours, stock, tails: list[list] | None = None):
         self.tokens = tokens
         self.ours = ours
         self.stock = stock
+        self.tails = tails
 
     @classmethod
     def growing(cls, tokens: Tokens) -> "Pair":
@@ -152,10 +164,137 @@ class Pair:
         if stock.empty():
             assert ours.nbytes == stock.nbytes == 0
             return
-        assert ours.rows.shape[2] == stock.keys.shape[2]  # capacity
+        assert ours._rows.shape[2] == stock.keys.shape[2]  # capacity
         row, token = 4 * self.tokens.format.layout.words, 4 * (K_DIM + V_DIM)
-        assert ours.nbytes * token == stock.nbytes * row
-        self._check_views(ours.keys_and_values(), stock.keys_and_values())
+        beside = sum(a.nbytes for a in (ours.tail, ours._held) if a is not None)
+        assert (ours.nbytes - beside) * token == stock.nbytes * row
+        self._check_stored()
+
+    def _check_stored(self) -> None:
+        """Assert that all tokens are there, without writing what waits to be written."""
+        ids = self.tokens.ids_in_stock(*self.stock.keys_and_values())
+        self.tokens.check_rows(self._rows()[:, :, : ids.shape[1]], ids)
+        self._check_tail()
+        if not self.ours._waiting:
+            self._check_views(self.ours.keys_and_values(), self.stock.keys_and_values())
+
+    def _rows(self) -> np.ndarray:
+        """All rows, those that wait in their places."""
+        rows, n, at = np.array(self.ours._rows), self.ours._waiting, self.ours._place
+        if n:
+            rows[:, :, at : at + n] = np.array(self.ours._held)[:, :, -n:]
+        return rows
+
+    def _check_tail(self) -> None:
+        """Assert that the tail holds, number for number, what ``tails`` says."""
+        tail, tokens = self.ours.tail, self.tokens
+        if self.tails is None:
+            assert tail is None
+            return
+        assert tail.dtype == tokens.dtype
+        ids, exact = (np.array([[e[i] for e in t] for t in self.tails]) for i in (0, 1))
+        assert tail.shape == (*ids.shape[:1], HEADS, *ids.shape[1:], K_DIM + V_DIM)
+        exact = exact[:, None, :, None]
+        want = np.where(
+            exact, *(np.swapaxes(t[:, ids], 0, 1) for t in (tokens.rotated, tokens.rounded))
+        )
+        known = np.broadcast_to((ids >= 0)[:, None, :, None], want.shape)
+        rounding = {mx.float32: 2.0**-20, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}[tail.dtype]
+        np.testing.assert_allclose(
+            np.array(tail.astype(mx.float32))[known], want[known], rtol=rounding, atol=4e-6
+        )
+
+    def _order(self, T: int) -> np.ndarray:
+        """[T] where the stock cache has its tokens, the oldest first."""
+        at, stock = np.arange(T), self.stock
+        if isinstance(stock, RotatingKVCache) and stock._idx < min(stock.offset, T):
+            return np.concatenate([at[: stock.keep], at[stock._idx :], at[stock.keep : stock._idx]])
+        return at
+
+    def _in_order(self) -> np.ndarray:
+        """[B, T] tokens held, the oldest first."""
+        ids = self.tokens.ids_in_stock(*self.stock.keys_and_values())
+        return ids[:, self._order(ids.shape[1])]
+
+    def _add_to_tails(self, ids, ends: list[int] | None = None) -> list[list] | None:
+        """New tokens ids [B, L], of which sequence i has ``ends[i]``; what they attend over."""
+        recent, L = self.tokens.format.recent, len(ids[0])
+        if not recent:
+            return None
+        before = self.tails or [[(-1, False)] * recent] * len(ids)
+        keep = recent + L - 1 if L <= 8 and ends is None else recent
+        ends = [L] * len(ids) if ends is None else ends
+        made = [t + [(int(i), True) for i in new] for t, new in zip(before, ids, strict=True)]
+        self.tails = [t[: len(t) - L + n][-keep:] for t, n in zip(made, ends, strict=True)]
+        return made
+
+    def _take_off_tails(self, n: int) -> None:
+        """Take off the n newest tokens; what is lacking then comes back from rows."""
+        if self.tails is None or n == 0:
+            return
+        if not self.stock.size():
+            self.tails = None
+            return
+        held, recent = self._in_order(), self.tokens.format.recent
+        for b, tail in enumerate(self.tails):
+            left = tail[: max(0, len(tail) - n)]
+            older = [(-1, False)] * recent
+            older += [(int(i), False) for i in held[b, : max(0, held.shape[1] - len(left))]]
+            lacking = max(0, recent - len(left))
+            self.tails[b] = older[len(older) - lacking :] + left
+
+    def _exact(self, ids: np.ndarray, tails: list[list] | None, L: int) -> np.ndarray:
+        """[B, L, T], of tokens ids [B, T] as they lie: what the last L of them read exactly.
+
+        What is in the tail, and for up to 8 queries only the ``recent`` tokens up to its own and
+        what is after it. The first tokens that a ring keeps are read from their rows once one after
+        them is gone.
+        """
+        B, T = ids.shape
+        exact = np.zeros((B, L, T), bool)
+        if tails is None:
+            return exact
+        order = self._order(T)
+        ring = isinstance(self.stock, RotatingKVCache) and self.stock.keep
+        keep = self.stock.keep if ring and self.stock.offset > T else 0
+        for b, tail in enumerate(tails):
+            for age, (token, whole) in enumerate(reversed(tail[-(T - keep) :])):
+                at = order[T - 1 - age]
+                if whole and ids[b, at] == token:
+                    exact[b, :, at] = (
+                        L > 8 or age < L - 1 - np.arange(L) + self.tokens.format.recent
+                    )
+        return exact
+
+    def expected(
+        self, q: mx.array, ids: np.ndarray, exact: np.ndarray, mask, sinks: mx.array | None = None
+    ) -> np.ndarray:
+        """Attention in float64 of q [B, Hq, L, Dk] over tokens ids [B, T], of which each query
+        reads those of exact [B, L, T] as they are, and of the others what their rows keep."""
+        tokens, exact = self.tokens, exact[:, None]
+
+        def both(a, b):
+            tables = (np.swapaxes(t[:, ids], 0, 1).astype(np.float64) for t in (a, b))
+            return [np.repeat(t, QUERY_HEADS // HEADS, axis=1) for t in tables]
+
+        q = np.array(q.astype(mx.float32)).astype(np.float64)
+        L, T = q.shape[2], ids.shape[1]
+        (ke, kk), (ve, vk) = (
+            both(tokens.exact_k, tokens.kept_k),
+            both(tokens.exact_v, tokens.kept_v),
+        )
+        logits = [q @ k.swapaxes(-1, -2) * K_DIM**-0.5 for k in (ke, kk)]
+        logits = np.where(exact, *logits)
+        if isinstance(mask, str):
+            mask = np.arange(T) <= np.arange(T - L, T)[:, None]
+        if mask is not None:
+            logits = np.where(np.array(mask), logits, -1e30)
+        sink = np.full((QUERY_HEADS, 1, 1), -np.inf) if sinks is None else np.array(sinks)
+        sink = sink.reshape(QUERY_HEADS, 1, 1)
+        largest = np.maximum(logits.max(axis=-1, keepdims=True), sink)
+        p = np.exp(logits - largest)
+        p /= p.sum(axis=-1, keepdims=True) + np.exp(sink - largest)
+        return (p * exact) @ ve + (p * ~exact) @ vk
 
     def _check_views(self, views, arrays) -> np.ndarray:
         for view, array in zip(views, arrays, strict=True):
@@ -163,19 +302,30 @@ class Pair:
             assert view.length == array.shape[2]
             assert view.dtype == self.tokens.dtype
         ids = self.tokens.ids_in_stock(*arrays)
-        self.tokens.check_rows(views[0].rows[..., : views[0].length, :], ids)
+        length, rows = views[0].length, self._rows()
+        self.tokens.check_rows(rows[:, :, :length], ids)
+        # What a view does not have yet is in the tail.
+        (lacking,) = np.nonzero(
+            (np.array(views[0].rows) != rows)[:, :, :length].any(axis=(0, 1, 3))
+        )
+        order = self._order(length).tolist()
+        recent = self.tokens.format.recent
+        assert all(length - order.index(at) <= recent for at in lacking)
         return ids
 
     def tokens_held(self) -> list[list[int]]:
         return self.tokens.ids_in_stock(*self.stock.keys_and_values()).tolist()
 
-    def update(self, ids):
-        """Append the tokens ids [B, L] -> the views and the stock arrays to attend over."""
+    def update(self, ids, ends: list[int] | None = None):
+        """Append the tokens ids [B, L], of which sequence i has ``ends[i]``, the others being
+        padding -> the views to attend over, the tokens in them [B, T], and what each of the new
+        ones must read exactly [B, L, T]."""
         views = self.ours.update_and_fetch(*self.tokens.exact(ids))
         arrays = self.stock.update_and_fetch(*self.tokens.kept(ids))
-        self._check_views(views, arrays)
+        held = self._check_views(views, arrays)
+        exact = self._exact(held, self._add_to_tails(ids, ends), len(ids[0]))
         self.check()
-        return views, arrays
+        return views, held, exact
 
     def make_mask(self, N: int, **arguments):
         """The mask of both for the next N tokens."""
@@ -185,24 +335,22 @@ class Pair:
         same_mask(ours, stock)
         return ours
 
-    def step(self, ids, **mask_arguments) -> mx.array:
+    def step(self, ids, sinks: mx.array | None = None, **mask_arguments) -> mx.array:
         """What a model's layer does: mask, update, attend; the output [B, Hq, L, Dv]."""
         B, L = np.shape(ids)
         mask = self.make_mask(L, **mask_arguments)
         starts = self.ours.offset == 0
-        views, arrays = self.update(ids)
+        views, held, exact = self.update(ids)
         if starts:  # a prompt's first chunk attends on exact keys and values
-            arrays = tuple(a.astype(mx.float32) for a in self.tokens.exact(ids))
+            exact = np.ones_like(exact)
         q = self.tokens.queries(B, L)
-        out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask)
-        expected = mx.fast.scaled_dot_product_attention(
-            q.astype(mx.float32), *arrays, scale=K_DIM**-0.5, mask=mask
-        )
+        out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask, sinks=sinks)
+        expected = self.expected(q, held, exact, mask, sinks)
         assert out.dtype == q.dtype
         assert out.shape == expected.shape
         tolerance = TOLERANCE if q.dtype == mx.float32 else 2e-2
         np.testing.assert_allclose(
-            np.array(out.astype(mx.float32)), np.array(expected), rtol=0, atol=tolerance
+            np.array(out.astype(mx.float32)), expected, rtol=0, atol=tolerance
         )
         return out
 
@@ -210,6 +358,7 @@ class Pair:
         """Trim as mlx-lm does, which asks ``is_trimmable`` first."""
         trimmed = trim_prompt_cache([self.ours], n)
         assert trimmed == trim_prompt_cache([self.stock], n)
+        self._take_off_tails(trimmed)
         self.check()
         return trimmed
 
@@ -224,10 +373,11 @@ class Pair:
             before._update_concat(*self.tokens.kept(np.asarray(ids)[:, : len(ids[0]) - n]))
             self.stock = before
         assert rewind([self.ours], n) == n
+        self._take_off_tails(n)
         self.check()
 
     def fork(self) -> "Pair":
-        copied = Pair(self.tokens, copy.deepcopy(self.ours), copy.deepcopy(self.stock))
+        copied = Pair(self.tokens, *copy.deepcopy((self.ours, self.stock, self.tails)))
         copied.check()
         return copied
 
@@ -254,6 +404,16 @@ def same_mask(ours, stock) -> None:
     assert ours.dtype == stock.dtype
     assert ours.shape == stock.shape
     assert np.array_equal(ours, stock)
+
+
+def _decided(y: np.ndarray, group: int) -> np.ndarray:
+    """[count], of tokens y [H, count, D], which all backends try the same scale for."""
+    groups = y.reshape(*y.shape[:2], -1, group)
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    found = [oracle._encode(groups, c * largest / 7.5, 4, "search") for c in oracle.tried(group)]
+    first, second = (oracle._cosine(groups, n) for n in found)
+    alike = (found[0] == found[1]).all(axis=-1, keepdims=True)
+    return (alike | (abs(first - second) > 1e-6)).all(axis=(0, 2, 3))
 
 
 def _calibration(rng, D: int) -> tuple[np.ndarray, ...]:

@@ -17,7 +17,7 @@ class PaddedTokens(Tokens):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for name in ("exact_k", "exact_v", "kept_k", "kept_v", "rows"):
+        for name in ("exact_k", "exact_v", "kept_k", "kept_v", "rows", "rotated", "rounded"):
             table = getattr(self, name)
             zero = np.zeros_like(table[:, :1])
             setattr(self, name, np.concatenate([table, zero], axis=1))
@@ -51,8 +51,24 @@ class BatchPair(Pair):
         # mlx-lm's rotating merge cannot take a cache that was trimmed to nothing.
         stocks = [p.stock if p.stock.size() else _emptied(p.stock) for p in pairs]
         pair = cls(pairs[0].tokens, ours, stocks[0].merge(stocks))
+        if any(p.tails for p in pairs):
+            pair.tails = pair._last([t for p in pairs for t in p.tails or [None]])
         pair.check()
         return pair
+
+    def _last(self, tails: list[list | None]) -> list[list]:
+        """The ``recent`` last of each tail. Of a ring that kept its first tokens, those before them
+        come from rows: a batch does not know that others were between."""
+        recent, held = self.tokens.format.recent, self._in_order()
+        last = []
+        for tail, ids in zip(tails, held, strict=True):
+            tail = (tail or [])[-min(recent, len(ids)) :]  # no row is older
+            tail = [(-1, False)] * (recent - len(tail)) + tail
+            for age in range(1, min(recent, len(ids)) + 1):
+                if tail[-age][0] not in (-1, ids[-age]):
+                    tail[-age] = (int(ids[-age]), False)
+            last.append(tail)
+        return last
 
     @property
     def size(self) -> int:
@@ -75,37 +91,29 @@ class BatchPair(Pair):
         if stock.empty():
             assert ours.nbytes == stock.nbytes == 0
             return
-        assert ours.rows.shape[:3] == stock.keys.shape[:3]
-        self._check_views(ours.keys_and_values(), stock.keys_and_values())
+        assert ours._rows.shape[:3] == stock.keys.shape[:3]
+        self._check_stored()
 
-    def step(self, ids, **mask_arguments) -> mx.array:
-        """Mask, update, attend; only queries that may attend to something are compared.
+    def _order(self, T: int) -> np.ndarray:
+        at = np.arange(T)
+        return np.roll(at, -self.stock._idx) if getattr(self.stock, "rotated", False) else at
+
+    def step(self, ids, ends: list[int] | None = None, **mask_arguments) -> mx.array:
+        """Mask, update, attend; only queries that may attend to something, and are no padding to
+        the right, are compared.
 
         A sequence that held no token attends on exact keys and values, as it does alone.
         """
         B, L = np.shape(ids)
         new = np.array(self.sequences) <= 0
         mask = self.make_mask(L, **mask_arguments)
-        views, arrays = self.update(ids)
+        views, held, exact = self.update(ids, ends)
+        exact[new] = True
         q = self.tokens.queries(B, L)
         out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask)
-
-        def attended(arrays, mask):
-            arrays = [a.astype(mx.float32) for a in arrays]
-            mask = mx.array(np.array(mask))  # a mask of which nothing is remembered
-            return np.array(
-                mx.fast.scaled_dot_product_attention(
-                    q.astype(mx.float32), *arrays, scale=K_DIM**-0.5, mask=mask
-                )
-            )
-
-        expected = attended(arrays, mask)
-        if new.any():
-            own = mask[..., -L:] if L > 1 else mx.ones((1, 1, 1, 1), mx.bool_)
-            expected = np.where(
-                new[:, None, None, None], attended(self.tokens.exact(ids), own), expected
-            )
-        sees = np.broadcast_to(np.array(mask).any(axis=-1), (B, 1, L))[..., None]
+        expected = self.expected(q, held, exact, mask)
+        sees = np.array(mask).any(axis=-1) & self._real(ends, L)
+        sees = np.broadcast_to(sees, (B, 1, L))[..., None]
         sees = np.broadcast_to(sees, expected.shape)
         assert out.dtype == q.dtype
         out = np.array(out.astype(mx.float32))
@@ -113,6 +121,11 @@ class BatchPair(Pair):
         tolerance = TOLERANCE if q.dtype == mx.float32 else 2e-2
         np.testing.assert_allclose(out[sees], expected[sees], rtol=0, atol=tolerance)
         return mx.array(out)
+
+    def _real(self, ends: list[int] | None, L: int) -> np.ndarray:
+        """[B, 1, L]"""
+        ends = [L] * self.size if ends is None else ends
+        return np.arange(L) < np.array(ends)[:, None, None]
 
     def make_mask(self, N: int, **arguments):
         ours, stock = (cache.make_mask(N, **arguments) for cache in (self.ours, self.stock))
@@ -131,7 +144,8 @@ class BatchPair(Pair):
                 cache.prepare(lengths=lengths, right_padding=padding)
         for at in range(0, longest, chunk):
             piece = ids[:, at : at + chunk]
-            _ = self.step(piece) if attend else self.update(piece)
+            ends = [min(max(n - at, 0), piece.shape[1]) for n in lengths] if max(padding) else None
+            _ = self.step(piece, ends) if attend else self.update(piece, ends)
         if max(padding):
             for cache in (self.ours, self.stock):
                 cache.finalize()
@@ -140,12 +154,17 @@ class BatchPair(Pair):
     def filter(self, keep: list[int]) -> None:
         self.ours.filter(keep)
         self.stock.filter(keep)
+        self.tails = self.tails and [self.tails[i] for i in keep]
         self.check()
 
     def extend(self, other: "BatchPair") -> None:
         """``other`` is used up."""
         self.ours.extend(other.ours)
+        sizes = [self.size, other.size]
         self.stock.extend(other.stock)
+        if self.tails or other.tails:
+            both = zip((self, other), sizes, strict=True)
+            self.tails = self._last([t for p, n in both for t in p.tails or [None] * n])
         self.check()
 
     def extract(self, i: int) -> Pair:
@@ -153,12 +172,13 @@ class BatchPair(Pair):
         single = Pair(self.tokens, self.ours.extract(i), self.stock.extract(i))
         if self.stock.offset[i].item() == 0:  # mlx-lm's holds arrays of no token
             single.stock = _emptied(single.stock)
+        elif self.tails:
+            single.tails = [self.tails[i]]
         single.check()
         return single
 
     def fork(self) -> "BatchPair":
-        ours, stock = copy.deepcopy(self.ours), copy.deepcopy(self.stock)
-        copied = BatchPair(self.tokens, ours, stock)
+        copied = BatchPair(self.tokens, *copy.deepcopy((self.ours, self.stock, self.tails)))
         copied.check()
         return copied
 

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_kvq.attention import PackedView, packed_attention
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 from mlx_kvq.format import make_format
+from mlx_kvq.seams import rewind
 from mlx_kvq.spec import Spec
 from tests.stock import HEADS, K_DIM, V_DIM, Pair, Tokens, same_mask
 
@@ -21,7 +22,11 @@ FORMATS = {
     "calibrated": {"spec": "k8v4-srht:seed=7", "calibrated": True},
     "half": {"spec": "int4-srft:group_size=16,scale=absmax", "dtype": mx.float16},
     "bfloat": {"spec": "int8-none:scale=paper", "dtype": mx.bfloat16},
+    "exact 3": {"spec": "int4-srft:recent=3", "calibrated": True},
+    "exact 16": {"spec": "int4-srft:recent=16"},
+    "exact 400": {"spec": "int4-srht:recent=400", "dtype": mx.float16},  # more than a window
 }
+EXACT = [name for name in FORMATS if name.startswith("exact")]
 WORDS = make_format(Spec.parse("int4-srft"), K_DIM, V_DIM).layout.words
 WINDOWS = [(8, 0), (8, 4), (7, 6), (1, 0), (300, 0), (300, 4)]  # max_size, keep
 
@@ -96,18 +101,133 @@ def test_attention_of_every_length(known, before, L):
             pair.step(ids)
 
 
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("before", [1, 6, 30])
+def test_what_is_read_exactly(known, before, name):
+    """Chunks of every length up to the most queries that read the tail, and one more."""
+    for pair in kinds(known(name)):
+        for ids in chunks([before, 1, 8, 2, 1, 9, 7, 3, 1, 8, 8, 20, 1, 2]):
+            pair.step(ids)
+
+
+@pytest.mark.parametrize("name", ["int4", "exact 16"])
 @pytest.mark.parametrize("window_size", [1, 3, 6, 8, 40])
-def test_attention_under_a_smaller_window(known, window_size):
+def test_attention_under_a_smaller_window(known, window_size, name):
     """gemma4 and others mask a cache by a window of their own, as booleans."""
-    for pair in kinds(known(), [(8, 0), (20, 0), (20, 4)]):
+    for pair in kinds(known(name), [(8, 0), (20, 0), (20, 4)]):
         for ids in chunks([4, 1, 1, 3, 1, 12, *[1] * 12, 30, 1]):
             pair.step(ids, window_size=window_size)
 
 
-def test_attention_with_masks_as_arrays(known):
-    for pair in kinds(known()):
-        for ids in chunks([4, 1, 3, 12, 1]):
+@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
+def test_attention_with_masks_as_arrays(known, name):
+    for pair in kinds(known(name)):
+        for ids in chunks([4, 1, 3, 12, 1, 2, 1]):
             pair.step(ids, return_array=True)
+
+
+@pytest.mark.parametrize("name", ["calibrated", "exact 3", "exact 16"])
+def test_attention_with_sinks(known, name):
+    for pair in kinds(known(name), [(8, 0), (8, 4), (30, 0)]):
+        for ids in chunks([4, 1, 3, 12, 1, 2, 1]):
+            pair.step(ids, sinks=mx.array([0.5, -1.0, 2.0, 0.0]))
+
+
+@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
+def test_arrays_for_models_that_attend_themselves(known, name):
+    """As they are: a first chunk, then all of the tail that the last query may read; of the others
+    what their rows keep."""
+    tokens = known(name)
+    for pair in kinds(tokens, [(8, 0), (8, 4), (30, 0)]):
+        pair.ours.as_arrays = True
+        first = True
+        for ids in chunks([4, 1, 3, 12, 1, 2, *[1] * 9]):
+            arrays = pair.ours.update_and_fetch(*tokens.exact(ids))
+            pair.stock.update_and_fetch(*tokens.kept(ids))
+            held = tokens.ids_in_stock(*pair.stock.keys_and_values())
+            made, L, recent = pair._add_to_tails(ids), ids.shape[1], tokens.format.recent
+            in_order = (np.diff(pair._order(held.shape[1])) == 1).all()
+            if made and L <= 8:
+                made = [t[-(recent + L - 1) :] for t in made]
+            exact = pair._exact(held, made, 9 if in_order else 1)[:, -1]
+            assert first or not recent or exact.any()
+            exact |= first
+            exact = exact[:, None, :, None]
+            for x, *sides in zip(
+                arrays,
+                (tokens.exact_k, tokens.exact_v),
+                (tokens.kept_k, tokens.kept_v),
+                strict=True,
+            ):
+                want = np.where(exact, *(np.swapaxes(t[:, held], 0, 1) for t in sides))
+                np.testing.assert_allclose(np.array(x), want, rtol=0, atol=1e-5)
+            first = False
+
+
+def outputs(cache, tokens, ids) -> np.ndarray:
+    """[B, Hq, L, Dv] of the tokens ids [B, L]; each has queries of its own."""
+    ids = np.asarray(ids)
+    mask = cache.make_mask(ids.shape[1], return_array=False, window_size=None)
+    views = cache.update_and_fetch(*tokens.exact(ids))
+    q = mx.array(np.swapaxes(tokens._queries[0, :, ids % 1024], 1, 2)).astype(tokens.dtype)
+    return np.array(packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask))
+
+
+@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
+@pytest.mark.parametrize("max_size, keep", [(None, 0), (8, 0), (40, 4)])
+@pytest.mark.parametrize("drafted", [1, 4, 7])
+def test_drafts_that_are_taken_back_leave_no_trace(known, name, max_size, keep, drafted):
+    """To the last bit, chunk after chunk of guesses, all of them or some wrong."""
+    tokens = known(name)
+    fmt = tokens.format
+    plain, drafting = (
+        PackedKVCache(fmt) if max_size is None else PackedRotatingKVCache(fmt, max_size, keep)
+        for _ in range(2)
+    )
+    for cache in (plain, drafting):
+        outputs(cache, tokens, [list(range(12))])
+    at = 12
+    for right in (0, 1, drafted // 2, drafted, 0):
+        right = min(right, drafted)
+        real = list(range(at, at + 1 + right))
+        wrong = list(range(1500, 1500 + drafted - right))
+        together = outputs(drafting, tokens, [real + wrong])
+        assert rewind([drafting], len(wrong)) == len(wrong)
+        alone = [outputs(plain, tokens, [[i]]) for i in real]
+        np.testing.assert_array_equal(together[:, :, : len(real)], np.concatenate(alone, axis=2))
+        at += len(real)
+        if plain.tail is not None:
+            recent = min(fmt.recent, at)
+            assert mx.array_equal(plain.tail[:, :, -recent:], drafting.tail[:, :, -recent:])
+
+
+@pytest.mark.parametrize("window_size", [None, 6])
+def test_a_query_reads_no_more_than_it_may(known, window_size):
+    """What is masked is read neither from the tail nor from rows, and every other token counts."""
+    tokens = known("exact 3")
+    pair = Pair.growing(tokens)
+    pair.update([list(range(10))])
+    mask = pair.make_mask(1, window_size=window_size)
+    views, held, exact = pair.update([[10]])
+    assert exact[0, 0].tolist() == [False] * 8 + [True] * 3
+    if mask is None:
+        mask = mx.ones((1, 11), mx.bool_)
+    q = tokens.queries(1, 1)
+    for t in range(11):
+        one = mask & (mx.arange(11) != t)
+        out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=one)
+        want = pair.expected(q, held, exact, one)
+        np.testing.assert_allclose(np.array(out), want, rtol=0, atol=1e-4)
+
+
+def test_the_tail_takes_the_dtype_of_what_comes(known):
+    """A conversation goes on in a model of another dtype."""
+    tokens = known("exact 16")
+    for pair in kinds(tokens, [(8, 0)]):
+        k, v = tokens.exact([[0, 1, 2]])
+        pair.ours.update_and_fetch(k.astype(mx.float16), v.astype(mx.float16))
+        views = pair.ours.update_and_fetch(*tokens.exact([[3]]))
+        assert pair.ours.tail.dtype == views[0].dtype == mx.float32
 
 
 @pytest.mark.parametrize("L", [1, 3, 40])
@@ -169,11 +289,18 @@ def test_sizes_in_bytes():
     stock.update_and_fetch(x, x)
     assert ours.nbytes == 144 * HEADS * 256
     assert stock.nbytes == 512 * HEADS * 256
+    tailed = PackedKVCache(make_format(Spec.parse("int4-srft:recent=16"), 128))
+    tailed.update_and_fetch(x[:, :, :200], x[:, :, :200])
+    assert tailed.nbytes == ours.nbytes + 512 * HEADS * 16
+    for _ in range(50):  # beside the tail, 16 rows wait to be written
+        tailed.update_and_fetch(x[:, :, :1], x[:, :, :1])
+        assert tailed.nbytes == ours.nbytes + (512 + 144) * HEADS * 16
 
 
+@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
 @pytest.mark.parametrize("n", [0, 1, 5, 19, 20, 25])
-def test_trim(known, n):
-    for pair in kinds(known(), [(8, 0), (21, 0), (20, 4), (300, 4)]):
+def test_trim(known, n, name):
+    for pair in kinds(known(name), [(8, 0), (21, 0), (20, 4), (300, 4)]):
         trimmable = pair.stock.max_size > 20 if isinstance(pair.stock, RotatingKVCache) else True
         first, more = chunks([20, 30])
         pair.step(first)
@@ -241,9 +368,10 @@ def test_state_and_files_hold_everything(known, loadable, tmp_path, name, length
             pair.step([[901, 902, 903]])
 
 
+@pytest.mark.parametrize("name", ["int4", "exact 3"])
 @pytest.mark.parametrize("lengths", [[], [5], [1] * 11, [20]])
-def test_a_copy_is_independent(known, lengths):
-    for pair in kinds(known(), [(8, 0), (30, 4)]):
+def test_a_copy_is_independent(known, lengths, name):
+    for pair in kinds(known(name), [(8, 0), (30, 4)]):
         for ids in chunks(lengths):
             pair.update(ids)
         copied = pair.fork()
@@ -252,6 +380,15 @@ def test_a_copy_is_independent(known, lengths):
         pair.check()
         pair.step([[300]])
         copied.check()
+
+
+def test_a_cache_that_was_trimmed_to_nothing_can_be_stored(known, loadable, tmp_path):
+    for pair in kinds(known("exact 3"), [(8, 0)]):
+        pair.update([[0, 1, 2]])
+        pair.trim(3)
+        pair.state_round_trip()
+        pair.save_and_load(tmp_path / "c.safetensors")
+        pair.step([[3, 4]])
 
 
 def test_a_copy_shares_the_format(known):
@@ -279,16 +416,18 @@ def test_quantized_already(known):
 
 def test_views_stand_for_arrays(known):
     pair = Pair.growing(known())
-    (keys, values), arrays = pair.update([[0, 1, 2], [1000, 1001, 1002]])
+    (keys, values), *_ = pair.update([[0, 1, 2], [1000, 1001, 1002]])
+    arrays = pair.stock.keys_and_values()
     for view, array in zip((keys, values), arrays, strict=True):
         assert isinstance(view, PackedView)
         assert (view.shape, view.ndim) == (array.shape, array.ndim)
     assert (keys.shape[-1], values.shape[-1]) == (K_DIM, V_DIM)
 
 
-def damaged(state, **changes):
-    """State (rows, ..., dtype, signature, arrays) with some of it exchanged."""
-    places = {"rows": 0, "dtype": -3, "signature": -2, "arrays": -1}
+def damaged(state, exact=False, **changes):
+    """State (rows, ..., dtype, signature, arrays[, tail]) with some of it exchanged."""
+    places = {"rows": 0, "dtype": -3 - exact, "signature": -2 - exact, "arrays": -1 - exact}
+    places |= {"tail": -1}
     state = list(state)
     for name, value in changes.items():
         state[places[name]] = value
@@ -312,6 +451,44 @@ def test_a_damaged_state_is_refused(known, changes, message):
         pair.update([[0, 1, 2]])
         with pytest.raises(ValueError, match=message):
             type(pair.ours).from_state(damaged(pair.ours.state, **changes))
+
+
+TAIL = (1, HEADS, 5, K_DIM + V_DIM)  # of three tokens, recent=3
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        None,
+        mx.zeros(TAIL, mx.float16),
+        mx.zeros(TAIL, mx.uint32),
+        mx.zeros((1, HEADS, 2, K_DIM + V_DIM)),
+        mx.zeros((1, HEADS, 5, K_DIM)),
+        mx.zeros((1, 1, 5, K_DIM + V_DIM)),
+        mx.zeros((2, HEADS, 5, K_DIM + V_DIM)),
+        mx.zeros(TAIL[1:]),
+    ],
+    ids=str,
+)
+def test_a_damaged_tail_is_refused(known, tail):
+    """Each is wrong in one thing only."""
+    for pair in kinds(known("exact 3"), [(8, 0)]):
+        pair.update([[0, 1, 2]])
+        assert pair.ours.tail.shape == TAIL
+        state = pair.ours.state
+        with pytest.raises(ValueError, match="^The cache's tail, .*, is not what 'mlx_kvq/1;"):
+            type(pair.ours).from_state(damaged(state, exact=True, tail=tail))
+        with pytest.raises(ValueError, match="^The cache's tail, .*, is not what 'mlx_kvq/1;"):
+            type(pair.ours).from_state(state[:-1])  # a file that lacks it
+
+
+def test_a_tail_that_was_not_asked_for_is_refused(known):
+    for pair in kinds(known("int4"), [(8, 0)]):
+        with pytest.raises(ValueError, match="^The cache's tail, .*, is not what 'mlx_kvq/1;"):
+            type(pair.ours).from_state([*pair.ours.state, mx.zeros(TAIL)])
+        pair.update([[0, 1, 2]])
+        with pytest.raises(ValueError, match="^The cache's tail, .*, is not what 'mlx_kvq/1;"):
+            type(pair.ours).from_state([*pair.ours.state, mx.zeros(TAIL)])
 
 
 def test_keys_of_other_shapes_are_refused(known):
