@@ -36,6 +36,9 @@ inline device ushort* halves_of(device uint* words) {
 constexpr int tried_scale(int GROUP, int i) {
   return GROUP <= 32 ? 100 - 6 * i : GROUP <= 64 ? 96 - 7 * i : 93 - 7 * i;
 }
+constexpr bool is_inside(int tried) {  // the largest channel is less than 8 of it
+  return 750.0f < 7.99f * float(tried);
+}
 // Channels up to this have a scale of 0.
 constexpr float LEAST = 7.5f / 33554432.0f;  // whose 7.5th rounds to 0 in fp16
 
@@ -101,12 +104,14 @@ inline void quantize_channels(
     const float inverse = some ? reciprocal(0.25f * top) : 0.0f;
     uint tried[2][WORDS];
     float dots[2] = {0.0f, 0.0f}, lengths[2] = {0.0f, 0.0f};
+    constexpr int A = tried_scale(GROUP, 0), B = tried_scale(GROUP, 1);
+    code_channels<CH, BITS, RULE, is_inside(A), EXACT>(
+        tried[0], dots[0], lengths[0], x, some ? top * (float(A) / 750.0f) : 0.0f,
+        inverse * (187.5f / float(A)));
+    code_channels<CH, BITS, RULE, is_inside(B), EXACT>(
+        tried[1], dots[1], lengths[1], x, some ? top * (float(B) / 750.0f) : 0.0f,
+        inverse * (187.5f / float(B)));
     UNROLL for (int i = 0; i < 2; i++) {
-      constexpr bool INSIDE = 7.5f * 100.0f < 7.99f * float(tried_scale(GROUP, 1));
-      const float c = float(tried_scale(GROUP, i));
-      code_channels<CH, BITS, RULE, INSIDE, EXACT>(
-          tried[i], dots[i], lengths[i], x, some ? top * (c / 750.0f) : 0.0f,
-          inverse * (187.5f / c));
       dots[i] = group_reduce<SPAN, MASK, true>(dots[i], first);
       lengths[i] = group_reduce<SPAN, MASK, true>(lengths[i], first);
     }
