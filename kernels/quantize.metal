@@ -32,15 +32,17 @@ inline device ushort* halves_of(device uint* words) {
   return reinterpret_cast<device ushort*>(words);
 }
 
-// The two scales that are tried, in 750ths of a group's largest channel: `reference.SEARCH`.
+// The two scales that are tried, in 750ths of a group's largest channel: `reference.tried`.
 constexpr int tried_scale(int GROUP, int i) {
   return GROUP <= 32 ? 100 - 6 * i : GROUP <= 64 ? 96 - 7 * i : 93 - 7 * i;
 }
 constexpr bool is_inside(int tried) {  // the largest channel is less than 8 of it
   return 750.0f < 7.99f * float(tried);
 }
-// Channels up to this have a scale of 0.
-constexpr float LEAST = 7.5f / 33554432.0f;  // whose 7.5th rounds to 0 in fp16
+// Groups of channels up to this have a scale of 0: its 7.5th rounds to 0 in fp16.
+constexpr float least_top() {
+  return 7.5f / 33554432.0f;
+}
 
 // Codes n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], or rint() for the paper's rule, and
 // words of them, to which dot and length, of the levels n - 7.5, add up. Half-precision channels
@@ -100,7 +102,7 @@ inline void quantize_channels(
   if (RULE == SEARCH && BITS == 4) {
     // The better one gives codes whose levels point more in the direction of x. Stored is the
     // scale that gives them the length of x. A reciprocal below 2^-126 would be 0.
-    const bool some = top > LEAST;
+    const bool some = top > least_top();
     const float inverse = some ? reciprocal(0.25f * top) : 0.0f;
     uint tried[2][WORDS];
     float dots[2] = {0.0f, 0.0f}, lengths[2] = {0.0f, 0.0f};

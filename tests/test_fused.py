@@ -515,3 +515,12 @@ def test_bodies_use_threadgroup_only_to_declare():
             text = kernel_source(name if "." in name else f"{name}.metal")
             for line in re.findall(r".*\bthreadgroup\b.*", re.sub(r"//.*", "", text)):
                 assert re.fullmatch(r"threadgroup \w+ \w+(\[.*\])?;\s*", line), line
+
+
+def test_headers_have_no_variables():
+    """Metal's have to be `constant` outside functions, which the emulator's compiler does not know."""
+    names = {"machine", *(name for headers, _, _, _ in jit.KERNELS.values() for name in headers)}
+    for name in names:
+        text = re.sub(r"//.*", "", kernel_source(f"{name}.metal"))
+        found = re.findall(r"^\w[\w ]* \w+(?:\[.*\])? = .*", text, re.MULTILINE)
+        assert not found, f"{name}.metal: {found}"
