@@ -518,7 +518,7 @@ def test_bodies_use_threadgroup_only_to_declare():
 
 
 def test_headers_have_no_variables():
-    """Metal's have to be `constant` outside functions, which the emulator's compiler does not know."""
+    """Metal wants them to be `constant`, which the emulator's compiler does not."""
     names = {"machine", *(name for headers, _, _, _ in jit.KERNELS.values() for name in headers)}
     for name in names:
         text = re.sub(r"//.*", "", kernel_source(f"{name}.metal"))
