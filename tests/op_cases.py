@@ -22,6 +22,7 @@ FACTORS = {
     "sinks": [False, True],
     "starts": [False, True],
     "window": [None, 1, 5, 40, 2000],
+    "recent": [None, 1, 5, 16, 300],  # tokens read from the exact tail; None: there is none
     # Which of μ, σ, λ are calibrated, and on which side; every head has its own.
     "calibration": ["", "mu", "sigma", "lam", "mu sigma lam", "keys mu sigma", "values mu lam"],
     "data": ["normal", "zeros", "outlier", "constant", "tiny", "subnormal", "large", "nan", "inf"],
@@ -44,6 +45,7 @@ class Case:
     sinks: bool
     starts: bool
     window: int | None
+    recent: int | None
     calibration: str
     data: str
 

@@ -1,6 +1,6 @@
 """The op matrix: one list of cases for the three operations, checked on every backend.
 
-A backend is a module with ``quantize_pack``, ``dequantize`` and ``attend`` as in
+A backend is a module with ``quantize_pack(_tail)``, ``dequantize`` and ``attend`` as in
 ``mlx_kvq.reference``; ``check(backend, case)`` compares it with the float64 oracle on fresh random
 data. The seed is printed, and ``MLX_KVQ_SEED`` repeats it.
 
@@ -44,7 +44,7 @@ class _Data:
         Hq = H * case.gqa
         self.case, self.rng, self.dtype = case, rng, DTYPES[case.dtype]
         self.spec = Spec(*f"{case.bits}-{case.rotation}".split("-"), scale=case.rule)
-        self.spec = replace(self.spec, seed=int(rng.integers(2**32)))
+        self.spec = replace(self.spec, seed=int(rng.integers(2**32)), recent=case.recent or 0)
         self.k, self.k64 = self._array(self._vectors((B, H, T, case.dims[0])))
         self.v, self.v64 = self._array(self._vectors((B, H, T, case.dims[1])))
         rms = np.sqrt(np.mean(np.where(np.isfinite(self.k64), self.k64, 0) ** 2))
@@ -59,6 +59,47 @@ class _Data:
         self.k_params = self._calibration("keys", H, self.k64)
         self.v_params = self._calibration("values", H, self.v64)
         self.format = self._make_format()
+        self._make_tail(B, H, T, L)
+
+    def _make_tail(self, B: int, H: int, T: int, L: int) -> None:
+        """The exact tail of the tokens, the vectors in it for the oracle, and which queries read
+        them. Rows may be a ring: [:keep], [idx:], [keep:idx] is then the order of their tokens, and
+        the first ones are in no tail."""
+        case, rng = self.case, self.rng
+        self.tail = self.ring = self.exact = None
+        if case.recent is None:
+            return
+        keep, idx = 0, T
+        # By a window or a start, queries tell how old a row is from its place.
+        if case.window is None and not case.starts and T > 2 and rng.random() < 0.6:
+            keep = int(rng.integers(min(T - 1, 5)))
+            idx = int(rng.integers(keep + 1, T + 1)) if L == 1 else T
+            self.ring = keep, idx
+        at = np.arange(T)
+        order = np.concatenate([at[:keep], at[idx:], at[keep:idx]])
+        rotation, seed = self.spec.rotation, self.spec.seed
+        y = [
+            np.nan_to_num(
+                oracle.forward(x, rotation, seed, stream, *params), posinf=0.0, neginf=0.0
+            )
+            for stream, (x, params) in enumerate(
+                ((self.k64, self.k_params), (self.v64, self.v_params))
+            )
+        ]
+        y = np.concatenate(y, axis=-1)
+        if case.dtype == "fp16":
+            y = np.clip(y, -oracle.FP16_MAX, oracle.FP16_MAX)
+        R = case.recent + L - 1 + int(rng.integers(3))
+        newest = y[:, :, order][:, :, -R:]
+        before = rng.standard_normal((B, H, R - newest.shape[2], y.shape[3]))  # of no row
+        whole = mx.array(np.concatenate([before, newest], axis=2).astype(np.float32))
+        self.tail = whole.astype(self.dtype)
+        rounded = np.array(mx.array(y.astype(np.float32)).astype(self.dtype).astype(mx.float32))
+        reads = np.zeros((L, T), bool)
+        for i in range(L):
+            oldest = max(keep, T - L + i - case.recent + 1)
+            reads[i, order[oldest:]] = True
+        self.exact = rounded[..., : case.dims[0]], rounded[..., case.dims[0] :], reads
 
     def _array(self, x, transposed: bool = True) -> tuple[mx.array, np.ndarray]:
         if not transposed:
@@ -173,6 +214,8 @@ def _check(backend, case: Case, data: _Data, fused: bool) -> dict[str, float]:
     buffer = mx.concatenate([rows, mx.array(spare)], axis=2)
     stored = oracle.unpack_row(np.array(rows), *layout, case.rule)
     _check_dequantize(data, backend, buffer, stored)
+    if case.recent is not None:
+        _check_tail(data, backend, rows)
     return errors | _check_attend(data, backend, buffer, stored, fused)
 
 
@@ -278,11 +321,60 @@ def _check_dequantize(data: _Data, backend, buffer: mx.array, stored) -> None:
             want = mx.array(want.astype(np.float32)).astype(dtype)
             assert (a.dtype, a.shape) == (dtype, want.shape)
             assert mx.array_equal(a, want, equal_nan=True), f"dequantize to {dtype}"
+        if data.tail is not None:
+            n = min(data.tail.shape[2], data.case.length)
+            last = data.tail[:, :, data.tail.shape[2] - n :].astype(dtype)
+            ends = last[..., : data.case.dims[0]], last[..., data.case.dims[0] :]
+            found = backend.dequantize(buffer, data.case.length, data.format, dtype, data.tail)
+            for a, b, end in zip(found, got, ends, strict=True):
+                b[:, :, b.shape[2] - n :] = end
+                assert mx.array_equal(a, b, equal_nan=True), f"dequantize to {dtype} with a tail"
+
+
+def _check_tail(data: _Data, backend, rows: mx.array) -> None:
+    """Tokens in one chunk, or in two: the same rows, and the newest rotated vectors beside them."""
+    (B, H), T, rng, recent = data.case.heads, data.case.length, data.rng, data.case.recent
+    first, keeps = int(rng.integers(T + 1)), []
+    parts, tail = [], None
+    for a, b in ((0, first), (first, T)):
+        if a < b:
+            # Beyond the first chunk, at most what is there.
+            most = recent + 3 if tail is None else tail.shape[2] + b - a
+            keeps.append(int(rng.integers(1, most + 1)))
+            chunk = data.k[:, :, a:b], data.v[:, :, a:b]
+            part, tail = backend.quantize_pack_tail(*chunk, data.format, tail, keeps[-1])
+            parts.append(part)
+            if rng.random() < 0.5 and tail.shape[2] > 1:
+                tail = tail[:, :, 1:]  # a view, as where tokens are taken back
+    assert mx.array_equal(mx.concatenate(parts, axis=2), rows)
+    assert tail.dtype == data.dtype
+    rounding = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 0.0}[data.case.dtype]
+    got = np.array(tail.astype(mx.float32)).astype(np.float64)
+    assert got.shape[:2] == (B, H)
+    # What was not kept the first time is gone: zeros come before it.
+    n = min(got.shape[2], T)
+    assert not got[:, :, : got.shape[2] - n].any()
+    for stream, x, params, y in (
+        (oracle.KEYS, data.k64, data.k_params, got[..., : data.case.dims[0]]),
+        (oracle.VALUES, data.v64, data.v_params, got[..., data.case.dims[0] :]),
+    ):
+        rotation = data.spec.rotation
+        want = oracle.forward(x, rotation, data.spec.seed, stream, *params)[:, :, T - n :]
+        mu, sigma, lam = (oracle._per_head(*p) for p in zip(params, (0.0, 1.0, 1.0), strict=True))
+        norm = np.linalg.norm(((x - mu) / sigma)[:, :, T - n :], axis=-1, keepdims=True)
+        slack = SLACK * norm * np.abs(lam) + rounding * np.abs(want)
+        slack = slack + (1e-7 if data.case.dtype == "fp16" else 1e-37)
+        y = y[:, :, y.shape[2] - n :]
+        whole = np.isfinite(want).all(axis=-1, keepdims=True) & np.ones_like(want, bool)
+        assert not np.isfinite(y[~whole]).all() or whole.all(), "the tail hides damage"
+        if data.case.dtype == "fp16":
+            whole &= np.abs(want) + slack < oracle.FP16_MAX
+        assert (np.abs(y - want)[whole] <= slack[whole]).all(), "the tail is off"
 
 
 def _check_attend(data: _Data, backend, buffer: mx.array, stored, fused) -> dict[str, float]:
     case, Hq = data.case, data.q.shape[1]
-    options = (data.mask, data.sinks, data.starts, data.window)
+    options = (data.mask, data.sinks, data.starts, data.window, data.tail, data.ring)
     got = backend.attend(data.q, buffer, case.length, data.format, data.scale, *options)
     assert (got.dtype, got.shape) == (data.dtype, (*data.q.shape[:3], case.dims[1]))
     got = np.array(got.astype(mx.float32)).astype(np.float64)
@@ -298,13 +390,15 @@ def _check_attend(data: _Data, backend, buffer: mx.array, stored, fused) -> dict
         sinks=data.sinks64,
         k_params=data.k_params,
         v_params=data.v_params,
+        exact=data.exact,
     )
     # Damage shows to every query that sees it, in all channels or in those of a value's group. One
     # that does not see it may show it too, as 0 * NaN in a dense product; nobody else may.
     bad_v = oracle.backward(stored[1], data.spec.rotation, data.spec.seed, 1, *data.v_params)
     bad = np.isnan(stored[0]).any(axis=-1, keepdims=True) | np.isnan(bad_v)  # [B, Hkv, T, Dv]
     bad = oracle._heads(bad, Hq)
-    must = data.visible.astype(np.float32) @ bad.astype(np.float32) > 0
+    of_rows = data.visible if data.exact is None else data.visible & ~data.exact[2]
+    must = of_rows.astype(np.float32) @ bad.astype(np.float32) > 0
     may = bad.any(axis=(-1, -2), keepdims=True)
     shown = np.isnan(got)
     assert not (must & ~shown).any(), "attend hides damage"
@@ -315,6 +409,8 @@ def _check_attend(data: _Data, backend, buffer: mx.array, stored, fused) -> dict
         want = np.where(data.visible.any(axis=-1, keepdims=True), want, got)
     if case.dtype == "fp16":  # one value alone, far from its group's others, may be beyond it
         got, want = (np.clip(x, -oracle.FP16_MAX, oracle.FP16_MAX) for x in (got, want))
+    if data.exact is not None:
+        sound = [np.concatenate(x, axis=2) for x in zip(sound, data.exact[:2], strict=True)]
     noise = _noise(data, *sound)
     if fused:
         tolerance = FUSED_TOLERANCE[case.dtype]

@@ -335,6 +335,7 @@ def attend(
     sinks=None,
     k_params=(None, None, None),
     v_params=(None, None, None),
+    exact=None,
 ) -> np.ndarray:
     """Attention in the rotated domain: nothing stored is ever inverted.
 
@@ -350,6 +351,9 @@ def attend(
 
     A query all of whose positions are masked gives NaN, unless there are sinks (then P = 0 and the
     output is 0). A masked position still has p = 0 times its value, so a NaN value shows.
+
+    exact: None, or (k, v, reads): the vectors before rounding, of the shapes of k_hat and v_hat,
+    and bool [L, T], where a query takes them in place of k_hat and v_hat.
     """
     q, k_hat, v_hat = (np.asarray(a, np.float64) for a in (q, k_hat, v_hat))
     Hq, Hkv = q.shape[1], k_hat.shape[1]
@@ -368,11 +372,25 @@ def attend(
     )
 
     q_rotated = rotate(q * sigma_k, rotation, seed, KEYS) / lam_k
-    logits = scale * np.einsum("bhld,bhtd->bhlt", q_rotated, _heads(k_hat, Hq))
+    if exact is None:
+        exact = k_hat, v_hat, np.zeros((q.shape[2], k_hat.shape[2]), bool)
+    *whole, reads = exact
+    read = [  # by each query: keys [B, Hq, T, Dk], values [B, Hq, T, Dv]
+        [
+            _heads(np.where(row[:, None], x, x_hat), Hq)
+            for x, x_hat in zip(whole, (k_hat, v_hat), strict=True)
+        ]
+        for row in reads
+    ]
+    logits = scale * np.stack(
+        [np.einsum("bhd,bhtd->bht", q_rotated[:, :, i], k) for i, (k, _) in enumerate(read)], axis=2
+    )
     if sinks is not None:
         logits = logits + scale * (q * mu_k).sum(axis=-1, keepdims=True)
     p = _softmax(logits, mask, sinks)
-    mixed = np.einsum("bhlt,bhtd->bhld", p, _heads(v_hat, Hq))
+    mixed = np.stack(
+        [np.einsum("bht,bhtd->bhd", p[:, :, i], v) for i, (_, v) in enumerate(read)], axis=2
+    )
     out = unrotate(mixed / lam_v, rotation, seed, VALUES) * sigma_v
     return out + p.sum(axis=-1, keepdims=True) * mu_v
 

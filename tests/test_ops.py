@@ -31,6 +31,7 @@ CASE = op_matrix.Case(
     sinks=False,
     starts=False,
     window=None,
+    recent=None,
     calibration="",
     data="normal",
 )
