@@ -381,6 +381,7 @@ def attend(
     Hkv = rows.shape[1]
     key, query = mx.arange(length), mx.arange(length - L, length)
     n = 0  # of the last keys, which some query reads from the tail
+    packed = length  # of the first ones, which some query reads from its row
     if tail is not None:
         keep = 0
         if ring is not None:
@@ -388,14 +389,19 @@ def attend(
             keep = ring[0]
         n = min(fmt.recent + L - 1, length - keep)
         last = tail[:, :, tail.shape[2] - n :].astype(mx.float32)
-        own = key[length - n :] > query[:, None] - fmt.recent
+        if L == 1:  # what is left out would add zeros: the sums are the same to the last bit
+            packed = length - n
+        own = None if L == 1 else key[length - n :] > query[:, None] - fmt.recent
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
-    scores = _scores(qr, rows, length, fmt).reshape(B, Hq, L, length)
+    parts = [_scores(qr, rows, packed, fmt).reshape(B, Hq, L, packed)] if packed else []
     if n:
         exact = (qr @ last[..., : lay.k_dim].swapaxes(-1, -2)).reshape(B, Hq, L, n)
-        exact = mx.where(own, exact, scores[..., length - n :])
-        scores = mx.concatenate([scores[..., : length - n], exact], axis=-1)
+        if own is not None:
+            exact = mx.where(own, exact, parts[0][..., length - n :])
+            parts[0] = parts[0][..., : length - n]
+        parts.append(exact)
+    scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
     least = mx.finfo(mx.float32).min
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         # A mask of -inf alone must not make the softmax of a row NaN.
@@ -418,13 +424,17 @@ def attend(
     p = mx.softmax(scores, axis=-1, precise=True)
     if sinks is not None:
         p = p[..., 1:]
+    sums: list[mx.array] = []
+    rest = p[..., :packed]
     if n:
-        exact = mx.where(own, p[..., length - n :], 0.0)
-        packed = mx.concatenate([p[..., : length - n], p[..., length - n :] - exact], axis=-1)
-        o = exact.reshape(B, Hkv, -1, n) @ last[..., lay.k_dim :]
-        o = o + _mix(packed.reshape(B, Hkv, -1, length), rows, length, fmt)
-    else:
-        o = _mix(p.reshape(B, Hkv, -1, length), rows, length, fmt)
+        exact = p[..., length - n :]
+        if own is not None:
+            exact = mx.where(own, exact, 0.0)
+            rest = mx.concatenate([p[..., : length - n], p[..., length - n :] - exact], axis=-1)
+        sums.append(exact.reshape(B, Hkv, -1, n) @ last[..., lay.k_dim :])
+    if packed:
+        sums.append(_mix(rest.reshape(B, Hkv, -1, packed), rows, packed, fmt))
+    o = sums[0] if len(sums) == 1 else sums[0] + sums[1]
     p = p.reshape(B, Hkv, -1, length)
     return _output(o.reshape(B, Hq, L, lay.v_dim), p, fmt, q.dtype, sinks is not None)
 
