@@ -214,6 +214,7 @@ def _check(backend, case: Case, data: _Data, fused: bool) -> dict[str, float]:
     buffer = mx.concatenate([rows, mx.array(spare)], axis=2)
     stored = oracle.unpack_row(np.array(rows), *layout, case.rule)
     _check_dequantize(data, backend, buffer, stored)
+    _check_restore(data, backend, buffer, stored)
     if case.recent is not None:
         _check_tail(data, backend, rows)
     return errors | _check_attend(data, backend, buffer, stored, fused)
@@ -331,6 +332,39 @@ def _check_dequantize(data: _Data, backend, buffer: mx.array, stored) -> None:
                 assert mx.array_equal(a, b, equal_nan=True), f"dequantize to {dtype} with a tail"
 
 
+def _check_restore(data: _Data, backend, buffer: mx.array, stored) -> None:
+    """Out of the rotation, with and without a tail; of a vector, in the Euclidean norm."""
+    rounding = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 0.0}[data.case.dtype]
+    rotation, seed, T = data.spec.rotation, data.spec.seed, data.case.length
+    sides = (oracle.KEYS, data.k_params), (oracle.VALUES, data.v_params)
+    for tail in (None,) if data.tail is None else (None, data.tail):
+        ends: tuple = (None, None)
+        if tail is not None:
+            n, D = min(tail.shape[2], T), data.case.dims[0]
+            last = np.array(tail[:, :, tail.shape[2] - n :].astype(mx.float32)).astype(np.float64)
+            ends = last[..., :D], last[..., D:]
+        got = backend.restore(buffer, T, data.format, data.dtype, tail)
+        for a, y, end, (stream, params) in zip(got, stored, ends, sides, strict=True):
+            y = y if end is None else np.concatenate([y[:, :, : T - n], end], axis=2)
+            want = oracle.backward(y, rotation, seed, stream, *params)
+            assert (a.dtype, a.shape) == (data.dtype, want.shape)
+            a = np.array(a.astype(mx.float32)).astype(np.float64)
+            _, sigma, lam = (
+                oracle._per_head(*p) for p in zip(params, (0.0, 1.0, 1.0), strict=True)
+            )
+            size = np.linalg.norm(y / lam, axis=-1, keepdims=True)
+            slack = SLACK * size * sigma + rounding * np.abs(want)
+            slack = slack + (6e-8 if data.case.dtype == "fp16" else 1e-37) + 2e-7 * np.abs(want)
+            whole = np.isfinite(y).all(axis=-1, keepdims=True) & np.ones_like(want, bool)
+            if data.case.dtype == "fp16":
+                whole &= np.abs(want) + slack < oracle.FP16_MAX
+            assert not np.isfinite(a[np.isnan(want)]).any(), "restore hides damage"
+            off = np.abs(a - want)[whole] - slack[whole]
+            assert (off <= 0).all(), (
+                f"restore is off by {off.max():.2g} more than {slack.max():.2g}"
+            )
+
+
 def _check_tail(data: _Data, backend, rows: mx.array) -> None:
     """Tokens in one chunk, or in two: the same rows, and the newest rotated vectors beside them."""
     (B, H), T, rng, recent = data.case.heads, data.case.length, data.rng, data.case.recent
@@ -342,7 +376,16 @@ def _check_tail(data: _Data, backend, rows: mx.array) -> None:
             most = recent + 3 if tail is None else tail.shape[2] + b - a
             keeps.append(int(rng.integers(1, most + 1)))
             chunk = data.k[:, :, a:b], data.v[:, :, a:b]
-            part, tail = backend.quantize_pack_tail(*chunk, data.format, tail, keeps[-1])
+            arguments = *chunk, data.format, tail, keeps[-1]
+            if tail is not None and rng.random() < 0.5:  # after rows that wait
+                waiting, L = 1 + int(rng.integers(min(5, T))), b - a
+                held = mx.concatenate([rows[:, :, :L], rows[:, :, :waiting]], axis=2)
+                held = mx.contiguous(held[:, :, ::-1])
+                part, tail = backend.quantize_pack_tail(*arguments, held)
+                assert mx.array_equal(part[:, :, :waiting], held[:, :, L:])
+                part = part[:, :, waiting:]
+            else:
+                part, tail = backend.quantize_pack_tail(*arguments)
             parts.append(part)
             if rng.random() < 0.5 and tail.shape[2] > 1:
                 tail = tail[:, :, 1:]  # a view, as where tokens are taken back
