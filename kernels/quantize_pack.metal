@@ -38,31 +38,36 @@ const auto own = shared + pair * (K_SHARED + V_SHARED);
 const int before = HOLDS ? held_shape[2] - L : 0;
 const auto all_rows = rows + int64_t(threadgroup_position_in_grid.y) * (before + L) * W;
 const auto head_rows = all_rows + before * W;
-if (HOLDS) {
+// Who copies what was there: all but the first pair, which alone has a single token to pack.
+constexpr int STEPS = 4;  // loads of a thread that are on their way at once
+const int copiers = max(workers - 1, 1) * 64;
+const int copier = (workers > 1 ? worker - 1 : 0) * 64 + int(thread_position_in_threadgroup.x & 63u);
+if (HOLDS && copier >= 0) {
   const auto from = held + (b * held_strides[0] + h * held_strides[1] + L * held_strides[2]);
-  for (int i = worker * 64 + int(thread_position_in_threadgroup.x & 63u); i < before * W;
-       i += workers * 64) {
-    all_rows[i] = from[i];
+  for (int i = copier; i < before * W; i += STEPS * copiers) {
+    uint x[STEPS];
+    UNROLL for (int j = 0; j < STEPS; j++) x[j] = from[min(i + j * copiers, before * W - 1)];
+    UNROLL for (int j = 0; j < STEPS; j++) {
+      if (i + j * copiers < before * W) all_rows[i + j * copiers] = x[j];
+    }
   }
 }
 const int older = KEEPS ? keep[0] - L : 0;  // than the new tokens; of these the first -older go
 const auto head_kept =
     kept + int64_t(threadgroup_position_in_grid.y) * (older + L) * (KD + VD);
-if (KEEPS) {
+if (KEEPS && copier >= 0) {
   constexpr int EIGHTS = (KD + VD) / 8;
-  constexpr int STEPS = 8;  // of a thread, on their way at once: a token alone waits for them
   const auto from = tail +
       (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]);
-  for (int i = worker * 64 + int(thread_position_in_threadgroup.x & 63u); i < older * EIGHTS;
-       i += STEPS * workers * 64) {
+  for (int i = copier; i < older * EIGHTS; i += STEPS * copiers) {
     float y[STEPS][8];
     UNROLL for (int j = 0; j < STEPS; j++) {
-      const int at = min(i + j * workers * 64, older * EIGHTS - 1);
+      const int at = min(i + j * copiers, older * EIGHTS - 1);
       UNROLL for (int c = 0; c < 8; c++) y[j][c] = 0.0f;
       if (TAIL) kvq::read_eight(y[j], from + (at / EIGHTS * tail_strides[2] + 8 * (at % EIGHTS)));
     }
     UNROLL for (int j = 0; j < STEPS; j++) {
-      const int at = i + j * workers * 64;
+      const int at = i + j * copiers;
       if (at < older * EIGHTS) kvq::write_eight(head_kept + 8 * at, y[j]);
     }
   }

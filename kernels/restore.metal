@@ -20,47 +20,30 @@ inline void read_output_factors(
   }
 }
 
-// A lane's part of one row, as it is in memory: codes begin at word FIRST, scales with half SCALE of
-// those from word CODES on. In registers before it is needed, since memory is far away.
-template <int D, int BITS>
-struct lane_codes {
-  uint words[(points_of(D) + 3) / 4][BITS / 4];
-  float scales[(points_of(D) + 3) / 4];
-};
-
-template <int D, int BITS, int GROUP, int ROTATION, int FIRST, int CODES, int SCALE>
-inline void read_codes(thread lane_codes<D, BITS>& codes, const device uint* row, uint lane) {
-  const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
-  UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
-    const int c = first + 8 * i;
-    UNROLL for (int w = 0; w < BITS / 4; w++) {
-      codes.words[i][w] = row[FIRST + c / (32 / BITS) + w];
-    }
-    codes.scales[i] = row_scale(row + CODES, SCALE + c / GROUP);
-  }
-}
-
-template <int D, int BITS, bool HALF_STEP>
-inline void levels_of(thread float2* z, const thread lane_codes<D, BITS>& codes) {
-  UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
-    float x[8];
-    eight_levels<BITS, HALF_STEP>(x, codes.words[i], codes.scales[i]);
-    UNROLL for (int a = 0; a < 4; a++) z[4 * i + a] = float2(x[2 * a], x[2 * a + 1]);
-  }
-}
-
-// The same where a lane's channels are not whole words.
+// A lane's channels of one row: codes begin at word FIRST, scales with half SCALE of those from
+// word CODES on.
 template <int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int CODES, int SCALE>
 inline void read_levels(thread float2* z, const device uint* row, uint lane) {
   const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
-  constexpr float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
-  constexpr uint mask = uint((1 << BITS) - 1);
-  UNROLL for (int a = 0; a < points_of(D); a++) {  // two codes are never in two words
-    const int c = first + 2 * a;
-    const uint word = row[FIRST + c / (32 / BITS)] >> uint(c * BITS % 32);
-    const float scale = row_scale(row + CODES, SCALE + c / GROUP);
-    z[a] = float2(
-        (float(word & mask) - middle) * scale, (float((word >> BITS) & mask) - middle) * scale);
+  if (points_of(D) % 4 == 0) {
+    UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
+      const int c = first + 8 * i;
+      uint words[BITS / 4];
+      UNROLL for (int w = 0; w < BITS / 4; w++) words[w] = row[FIRST + c / (32 / BITS) + w];
+      float x[8];
+      eight_levels<BITS, HALF_STEP>(x, words, row_scale(row + CODES, SCALE + c / GROUP));
+      UNROLL for (int a = 0; a < 4; a++) z[4 * i + a] = float2(x[2 * a], x[2 * a + 1]);
+    }
+  } else {
+    constexpr float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
+    constexpr uint mask = uint((1 << BITS) - 1);
+    UNROLL for (int a = 0; a < points_of(D); a++) {  // two codes are never in two words
+      const int c = first + 2 * a;
+      const uint word = row[FIRST + c / (32 / BITS)] >> uint(c * BITS % 32);
+      const float scale = row_scale(row + CODES, SCALE + c / GROUP);
+      z[a] = float2(
+          (float(word & mask) - middle) * scale, (float((word >> BITS) & mask) - middle) * scale);
+    }
   }
 }
 
@@ -91,27 +74,16 @@ inline void restore_vectors(
   lane_factors<D> f;
   read_table<D, ROTATION>(w, table, lane);
   read_output_factors<D, ROTATION, CALIBRATED>(f, table, head, lane);
-  constexpr bool WHOLE = points_of(D) % 4 == 0;
-  lane_codes<D, BITS> codes;
-  if (WHOLE) {
-    read_codes<D, BITS, GROUP, ROTATION, FIRST, CODES, SCALE>(
-        codes, rows + int64_t(min(worker * SET + v, length - 1)) * W, lane);
-  }
   for (int set = worker; set * SET < length; set += workers) {
     const int at = set * SET + v;
     const int row = min(at, length - 1);
     float2 z[points_of(D)];
-    if (WHOLE) {
-      levels_of<D, BITS, HALF_STEP>(z, codes);
-      read_codes<D, BITS, GROUP, ROTATION, FIRST, CODES, SCALE>(
-          codes, rows + int64_t(min((set + workers) * SET + v, length - 1)) * W, lane);
-    }
     if (TAIL && row >= exact) {
       const device S* y = tail + (row - exact) * by_token + rotated;
       UNROLL for (int a = 0; a < points_of(D); a++) {
         z[a] = float2(float(y[2 * a]), float(y[2 * a + 1]));
       }
-    } else if (!WHOLE) {
+    } else {
       read_levels<D, BITS, GROUP, ROTATION, HALF_STEP, FIRST, CODES, SCALE>(
           z, rows + int64_t(row) * W, lane);
     }

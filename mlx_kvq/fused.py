@@ -133,17 +133,18 @@ def _bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
-def pack_pairs(fmt: Format, L: int) -> int:
-    """Pairs of SIMD groups in a threadgroup of quantize_pack, a compile-time constant."""
+def pack_pairs(fmt: Format, L: int, keeps: bool = False) -> int:
+    """Pairs of SIMD groups in a threadgroup of quantize_pack, a compile-time constant; of few
+    tokens one, unless there is a tail to move on, which the others do."""
     pairs = TUNING[_machine()].pack_pairs
-    return 1 if -(-L // _plan(fmt).pack_set) < pairs else pairs
+    return 1 if not keeps and -(-L // _plan(fmt).pack_set) < pairs else pairs
 
 
-def _pack_launch(machine: str, fmt: Format, B: int, H: int, L: int):
+def _pack_launch(machine: str, fmt: Format, B: int, H: int, L: int, keeps: bool = False):
     """Constants, grid and threadgroup of quantize_pack, but for KEEPS, TAIL and HOLDS."""
     plan, tuning = _plan(fmt), TUNING[machine]
     sets = -(-L // plan.pack_set)
-    pairs = pack_pairs(fmt, L)
+    pairs = pack_pairs(fmt, L, keeps)
     groups = min(-(-sets // pairs), max(1, tuning.pack_threadgroups // (B * H)))
     return (*plan.pack, ("PAIRS", pairs)), (groups * pairs * 64, B * H, 1), (pairs * 64, 1, 1)
 
@@ -174,7 +175,7 @@ def quantize_pack_tail(
     machine, plan = _machine(), _plan(fmt)
     B, H, L, _ = k.shape
     lay = plan.layout
-    constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
+    constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L, True)
     inputs = [k, v, plan.k_pack, plan.v_pack, _integers(keep)]
     inputs += [a for a in (tail, held) if a is not None]
     count = L if held is None else held.shape[2]

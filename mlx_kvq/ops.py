@@ -201,7 +201,8 @@ def _packs_fused(
         held = mx.zeros((1, H, tokens, lay.words), mx.uint32) if given[1] else None
         return *args, tail, 2, held
 
-    return _works(op, (fused.pack_pairs(fmt, k.shape[2]), *given), fmt, k.dtype, trial)
+    pairs = fused.pack_pairs(fmt, k.shape[2], op != "quantize_pack")
+    return _works(op, (pairs, *given), fmt, k.dtype, trial)
 
 
 def attend(

@@ -25,8 +25,9 @@ class PackStep:
         self.device = mx.default_device()
         B, H, L, _ = k.shape
         self.tables: tuple[mx.array, ...] = (plan.k_pack, plan.v_pack)
-        constants, grid, threadgroup = fused._pack_launch(self.machine, fmt, B, H, L)
-        lay, keeps = plan.layout, tail is not None
+        keeps = tail is not None
+        constants, grid, threadgroup = fused._pack_launch(self.machine, fmt, B, H, L, keeps)
+        lay = plan.layout
         given = ("KEEPS", keeps), ("TAIL", keeps), ("HOLDS", held is not None)
         constants = (*constants, *given)
         count = L if held is None else held.shape[2]
