@@ -155,17 +155,22 @@ def _token_arrays(cache) -> list[mx.array]:
     return [a for a in flat if isinstance(a, mx.array) and a.ndim == 4]
 
 
-def bytes_per_token(caches: list) -> float:
+def bytes_per_token(caches: list, tail: bool = True) -> float:
     """Bytes that one token takes in all caches together, where it is kept.
 
-    The scales and biases of mlx-lm's quantized cache count 2 bytes each, which is what they
-    take in a model of 16 bits; they follow the model's dtype.
+    An exact tail is shared out over the tokens held, or left out. Of mlx-lm's quantized cache the
+    scales and biases count 2 bytes each, and so do the numbers of a tail: that is what they take in
+    a model of 16 bits, whose dtype they follow.
     """
     total = 0.0
     for _, cache in _leaves(caches):
+        exact = getattr(cache, "tail", None)
         for a in _token_arrays(cache):
-            size = a.itemsize
-            if isinstance(cache, stock.QuantizedKVCache) and a.dtype == mx.float32:
-                size = 2
-            total += size * a.size / (a.shape[0] * a.shape[2])
+            follows = a is exact or isinstance(cache, stock.QuantizedKVCache)
+            size = 2 if follows and a.dtype == mx.float32 else a.itemsize
+            tokens = a.shape[2]
+            if a is exact:
+                tokens = cache.size()  # type: ignore[attr-defined]
+            if tail or a is not exact:
+                total += size * a.size / (a.shape[0] * tokens)
     return total

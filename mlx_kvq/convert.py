@@ -204,9 +204,7 @@ def _add(
             calibration=calibration,
             progress=progress,
         )
-        sizes = [evaluation[c].bytes_per_token for c in (OFF, str(spec))]
-    else:
-        sizes = [_bytes_per_token(model, tokenizer, c, calibration) for c in (OFF, spec)]
+    sizes = [_bytes_per_token(model, tokenizer, c, calibration) for c in (OFF, spec)]
     made: dict[str, str | int] = {"mlx_kvq": __version__}
     made |= {p: version(p) for p in ("mlx", "mlx-lm")}
     if calibration is not None:
@@ -236,7 +234,7 @@ def _bytes_per_token(model, tokenizer, spec, calibration) -> float:
     kind = candidate(model, spec, calibration=calibration, tokenizer=tokenizer)
     caches = kind.make()
     model(mx.array([tokenizer.encode(sample_text())[:CHUNK]]), cache=caches)
-    return bytes_per_token(caches)
+    return bytes_per_token(caches, tail=False)
 
 
 def upload(folder: Path, name: str) -> None:

@@ -85,7 +85,7 @@ def build(source: Repository, trust: bool = False):
 def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str, str]]:
     """(label, text) of every line above the table of ranges."""
     section = source.section
-    made = dict(section.made)
+    made, recent = dict(section.made), section.spec.recent
     fp16 = sum(2 * H * (Dk + Dv) for H, Dk, Dv in shapes.values())
     packed = sum(
         4 * report.packed[p[0]].layout.words * H if p in section.layers else 2 * H * (Dk + Dv)
@@ -97,6 +97,7 @@ def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str
         ("layers", "; ".join(f"{b} in {_ranges(layers)}" for b, layers in bits.items())),
         ("left", "; ".join(f"{layer}: {why}" for layer, why in report.left.items())),
         ("token", f"{packed} bytes in all layers, fp16 {fp16}: {fp16 / packed:.2f} times fewer"),
+        ("exact", f"the newest {recent} tokens, beside the others" if recent else ""),
         ("sizes", ", ".join(f"{p.name} {_size(p)}" for p in _files(source.folder))),
     ]
     if source.calibration is not None:

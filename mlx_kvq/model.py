@@ -49,7 +49,8 @@ class Report:
 
     @property
     def compression(self) -> float:
-        """fp16 bytes over packed bytes, in the packed layers."""
+        """fp16 bytes over packed bytes, in the packed layers; the exact tail, a few tokens for each
+        sequence, comes to them."""
         return 16 / self.bits_per_value
 
     def __str__(self) -> str:
@@ -59,6 +60,8 @@ class Report:
             f"{self.bits_per_value:.2f} bits per value, "
             f"{self.compression:.2f}x smaller than fp16, "
         )
+        if self.spec.recent:
+            line += f"the newest {self.spec.recent} tokens exact, "
         if self.calibration is None:
             line += "not calibrated"
         else:
@@ -271,7 +274,8 @@ def _plan(
     if spec.budget is not None and policy is None:
         bits = allocate(
             model,
-            lambda bits: _mixed(own, _formats(spec, bits, shapes, calibration)),
+            # Without an exact tail: it would hide much of what is compared.
+            lambda bits: _mixed(own, _formats(replace(spec, recent=0), bits, shapes, calibration)),
             bits,
             {p: {b: _formats(spec, {p: b}, shapes, None)[p].layout for b in STEPS} for p in bits},
             spec.budget,

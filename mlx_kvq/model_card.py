@@ -119,6 +119,8 @@ def _block(name, report, sizes, evaluation, texts, note) -> str:
         f"| {report.spec} | {after:.0f} ({before / after:.2f} times fewer) |",
         "",
     ]
+    if recent := report.spec.recent:
+        lines += [f"To them come, for each sequence, the newest {recent} tokens as in fp16.", ""]
     if evaluation is not None:
         s = evaluation.setting
         versions = ", ".join(f"{k} {v}" for k, v in s["versions"].items())

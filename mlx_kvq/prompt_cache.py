@@ -179,6 +179,13 @@ def _pack(cache, template, layer: int):
     if cache.keys is not None:
         packed._dtype = str(cache.keys.dtype).rpartition(".")[2]
         packed.rows = ops.quantize_pack(cache.keys, cache.values, fmt)
+    if cache.offset and fmt.recent:
+        if isinstance(cache, stock.RotatingKVCache):
+            held = [cache._temporal_order(a) for a in (cache.keys, cache.values)]
+        else:
+            held = [a[..., : cache.offset, :] for a in (cache.keys, cache.values)]
+        k, v = (a[..., -fmt.recent :, :] for a in held)
+        packed.tail = ops.quantize_pack_tail(k, v, fmt, None, fmt.recent)[1]
     return packed
 
 

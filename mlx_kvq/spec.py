@@ -73,7 +73,7 @@ class Spec:
     high: tuple[int | str, ...] = ()
     budget: float | None = None
     rounding: str = "nearest"
-    recent: int = 0
+    recent: int = 16
 
     def __post_init__(self):
         for option, known in (
@@ -127,7 +127,7 @@ class Spec:
             options.append(f"budget={str(float(self.budget)).removesuffix('.0')}")
         if self.rounding != "nearest":
             options.append(f"rounding={self.rounding}")
-        if self.recent != 0:
+        if self.recent != 16:
             options.append(f"recent={self.recent}")
         name = f"{self.bits}-{self.rotation}"
         return f"{name}:{','.join(options)}" if options else name

@@ -32,11 +32,11 @@ from mlx_kvq.files import replacing
 from mlx_kvq.quality import Estimate, measure, summarize
 
 OURS = {
-    "paper": "int4-srft:group_size={g},scale=paper,calibrate=off",
-    "off": "int4-srft:group_size={g},calibrate=off",
-    "int4": "int4-srft:group_size={g}",
-    "k8v4": "k8v4-srft:group_size={g}",
-    "int8": "int8-srft:group_size={g}",
+    "paper": "int4-srft:group_size={g},scale=paper,calibrate=off,recent=0",
+    "off": "int4-srft:group_size={g},calibrate=off,recent=0",
+    "int4": "int4-srft:group_size={g},recent=0",
+    "k8v4": "k8v4-srft:group_size={g},recent=0",
+    "int8": "int8-srft:group_size={g},recent=0",
 }
 TITLES = {
     "paper": "int4, paper's rule",

@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True, help="From `mlx_kvq calibrate`.")
-    parser.add_argument("--spec", default="int4-srft:group_size=64")
+    parser.add_argument("--spec", default="int4-srft:group_size=64,recent=0")
     parser.add_argument("--only", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1024)

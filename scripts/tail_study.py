@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True, help="From `mlx_kvq calibrate`.")
-    parser.add_argument("--spec", default="int4-srft:group_size=64")
+    parser.add_argument("--spec", default="int4-srft:group_size=64,recent=0")
     parser.add_argument("--recent", nargs="*", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--sink", nargs="*", type=int, default=[4])
     parser.add_argument("--other", nargs="*", default=[], help="Specs to compare with.")

@@ -65,7 +65,9 @@ class BatchPair(Pair):
             tail = (tail or [])[-min(recent, len(ids)) :]  # no row is older
             tail = [(-1, False)] * (recent - len(tail)) + tail
             for age in range(1, min(recent, len(ids)) + 1):
-                if tail[-age][0] not in (-1, ids[-age]):
+                if ids[-age] == self.tokens.count:  # padding, which nobody sees
+                    tail[-age] = (-1, False)
+                elif tail[-age][0] not in (-1, ids[-age]):
                     tail[-age] = (int(ids[-age]), False)
             last.append(tail)
         return last

@@ -33,6 +33,12 @@ def tokens():
     return PaddedTokens()
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """Without an exact tail."""
+    return PaddedTokens("int4-srft:recent=0")
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def loaded(request):
     model, tokenizer = load_float32(request.param, WINDOW)
@@ -91,20 +97,20 @@ def test_sequences_come_and_go(tokens):
         again.step([[60], [61]])
 
 
-def test_a_sequence_that_joins_attends_as_it_would_alone(tokens):
+def test_a_sequence_that_joins_attends_as_it_would_alone(plain):
     """Its first chunk is exact, although the others have a history."""
     for L in (1, 6, 30):
-        old, young = Pair.growing(tokens), Pair.growing(tokens)
+        old, young = Pair.growing(plain), Pair.growing(plain)
         old.update([list(range(40))])
         pair = BatchPair.merge([old, young])
         ids = np.stack([np.arange(L) + 100, np.arange(L) + 200])
         together = pair.step(ids)
         alone = young.step(ids[1:])
-        q = tokens.queries(2, L)[1:]
+        q = plain.queries(2, L)[1:]
         same = attention.packed_attention(q, *young.ours.keys_and_values(), 0.125, "causal")
         assert mx.abs(same - alone).max() > 1e-2  # exact and packed do differ
         own = attention.packed_attention(
-            q, *Pair.growing(tokens).update(ids[1:])[0], 0.125, "causal"
+            q, *Pair.growing(plain).update(ids[1:])[0], 0.125, "causal"
         )
         np.testing.assert_allclose(np.array(together[1:]), np.array(own), atol=1e-5)
 
@@ -182,7 +188,8 @@ def test_decoding_hands_over_starts_and_no_mask(tokens, monkeypatch):
         assert starts.dtype == mx.int32
 
 
-def test_a_changed_mask_is_used_as_it_is(tokens, monkeypatch):
+def test_a_changed_mask_is_used_as_it_is(plain, monkeypatch):
+    tokens = plain
     pair = BatchPair.growing(tokens, [0, 0])
     pair.prompt(fresh([3, 7]))
     calls = spied(monkeypatch)

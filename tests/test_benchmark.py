@@ -68,8 +68,8 @@ def exact(q, k, v):
 
 @pytest.mark.parametrize(
     "name, tolerance",
-    [("fp16", 2e-3), ("bf16", 2e-2), ("kv4", 0.25), ("kv8", 0.02), ("int4-srft", 0.25),
-     ("k8v4-srft", 0.2), ("int8-srft", 0.02)],
+    [("fp16", 2e-3), ("bf16", 2e-2), ("kv4", 0.25), ("kv8", 0.02), ("int4-srft:recent=0", 0.25),
+     ("k8v4-srft:recent=0", 0.2), ("int8-srft:recent=0", 0.02)],
 )  # fmt: skip
 def test_contenders_attend_to_what_they_store(name, tolerance):
     """Also: what is taken out again are the values, in their own or a rotated domain."""
@@ -208,7 +208,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(shapes.SHAPES, "qwen2.5-0.5b", (shapes.qwen2, TINY))
     run(
         "--shape", "qwen2.5-0.5b", "--contexts", "40", "70",
-        "--kv-cache", "fp16", "kv4", "int4-srft", "--tokens", "2", "--rounds", "2",
+        "--kv-cache", "fp16", "kv4", "int4-srft:recent=0", "--tokens", "2", "--rounds", "2",
         "--prefill-rounds", "2", "--json", str(path), "--plot", str(plot),
         monkeypatch=monkeypatch,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())["rows"]
     assert [(r["context"], r["cache"]) for r in rows] == [
-        (T, name) for T in (40, 70) for name in ("fp16", "kv4", "int4-srft")
+        (T, name) for T in (40, 70) for name in ("fp16", "kv4", "int4-srft:recent=0")
     ]
     fp16, _, int4 = rows[:3]
     assert int4["smaller_than_fp16"] == fp16["cache_bytes"] / int4["cache_bytes"] > 3.5
@@ -311,7 +311,7 @@ def test_a_shape_runs_without_touching_the_kept_calibrations(monkeypatch, tmp_pa
     monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "kept"))
     run(
         "--shape", "qwen2.5-0.5b", "--weight-bits", "8", "--contexts", "20", "--batch-size", "2",
-        "--kv-cache", "bf16", "int4-srft", "--tokens", "2", "--rounds", "1",
+        "--kv-cache", "bf16", "int4-srft:recent=0", "--tokens", "2", "--rounds", "1",
         "--prefill-rounds", "1", monkeypatch=monkeypatch,
     )  # fmt: skip
     assert "qwen2.5-0.5b, 8-bit" in capsys.readouterr().out

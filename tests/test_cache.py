@@ -19,14 +19,14 @@ from tests.stock import HEADS, K_DIM, V_DIM, Pair, Tokens, same_mask
 
 FORMATS = {
     "int4": {},
+    "plain": {"spec": "int4-srft:recent=0"},
     "calibrated": {"spec": "k8v4-srht:seed=7", "calibrated": True},
     "half": {"spec": "int4-srft:group_size=16,scale=absmax", "dtype": mx.float16},
     "bfloat": {"spec": "int8-none:scale=paper", "dtype": mx.bfloat16},
     "exact 3": {"spec": "int4-srft:recent=3", "calibrated": True},
-    "exact 16": {"spec": "int4-srft:recent=16"},
     "exact 400": {"spec": "int4-srht:recent=400", "dtype": mx.float16},  # more than a window
 }
-EXACT = [name for name in FORMATS if name.startswith("exact")]
+EXACT = ["int4", "exact 3", "exact 400"]
 WORDS = make_format(Spec.parse("int4-srft"), K_DIM, V_DIM).layout.words
 WINDOWS = [(8, 0), (8, 4), (7, 6), (1, 0), (300, 0), (300, 4)]  # max_size, keep
 
@@ -110,7 +110,7 @@ def test_what_is_read_exactly(known, before, name):
             pair.step(ids)
 
 
-@pytest.mark.parametrize("name", ["int4", "exact 16"])
+@pytest.mark.parametrize("name", ["plain", "int4"])
 @pytest.mark.parametrize("window_size", [1, 3, 6, 8, 40])
 def test_attention_under_a_smaller_window(known, window_size, name):
     """gemma4 and others mask a cache by a window of their own, as booleans."""
@@ -119,21 +119,21 @@ def test_attention_under_a_smaller_window(known, window_size, name):
             pair.step(ids, window_size=window_size)
 
 
-@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
+@pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
 def test_attention_with_masks_as_arrays(known, name):
     for pair in kinds(known(name)):
         for ids in chunks([4, 1, 3, 12, 1, 2, 1]):
             pair.step(ids, return_array=True)
 
 
-@pytest.mark.parametrize("name", ["calibrated", "exact 3", "exact 16"])
+@pytest.mark.parametrize("name", ["calibrated", "exact 3", "int4"])
 def test_attention_with_sinks(known, name):
     for pair in kinds(known(name), [(8, 0), (8, 4), (30, 0)]):
         for ids in chunks([4, 1, 3, 12, 1, 2, 1]):
             pair.step(ids, sinks=mx.array([0.5, -1.0, 2.0, 0.0]))
 
 
-@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
+@pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
 def test_arrays_for_models_that_attend_themselves(known, name):
     """As they are: a first chunk, then all of the tail that the last query may read; of the others
     what their rows keep."""
@@ -173,7 +173,7 @@ def outputs(cache, tokens, ids) -> np.ndarray:
     return np.array(packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask))
 
 
-@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
+@pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
 @pytest.mark.parametrize("max_size, keep", [(None, 0), (8, 0), (40, 4)])
 @pytest.mark.parametrize("drafted", [1, 4, 7])
 def test_drafts_that_are_taken_back_leave_no_trace(known, name, max_size, keep, drafted):
@@ -222,7 +222,7 @@ def test_a_query_reads_no_more_than_it_may(known, window_size):
 
 def test_the_tail_takes_the_dtype_of_what_comes(known):
     """A conversation goes on in a model of another dtype."""
-    tokens = known("exact 16")
+    tokens = known()
     for pair in kinds(tokens, [(8, 0)]):
         k, v = tokens.exact([[0, 1, 2]])
         pair.ours.update_and_fetch(k.astype(mx.float16), v.astype(mx.float16))
@@ -233,7 +233,7 @@ def test_the_tail_takes_the_dtype_of_what_comes(known):
 @pytest.mark.parametrize("L", [1, 3, 40])
 def test_the_first_chunk_attends_exactly(known, L):
     """On an empty cache attention sees the computed keys and values; afterwards never again."""
-    tokens = known()
+    tokens = known("plain")
     (ids,) = chunks([L])
     k, v = tokens.exact(ids)
     q = tokens.queries(1, L)
@@ -282,14 +282,14 @@ def test_capacity_grows_by_steps_of_256(known):
 
 def test_sizes_in_bytes():
     """144 bytes a token and KV head at D = 128, against 512 in fp16."""
-    fmt = make_format(Spec.parse("int4-srft"), 128)
+    fmt = make_format(Spec.parse("int4-srft:recent=0"), 128)
     x = mx.zeros((1, HEADS, 256, 128), mx.float16)
     ours, stock = PackedKVCache(fmt), KVCache()
     ours.update_and_fetch(x, x)
     stock.update_and_fetch(x, x)
     assert ours.nbytes == 144 * HEADS * 256
     assert stock.nbytes == 512 * HEADS * 256
-    tailed = PackedKVCache(make_format(Spec.parse("int4-srft:recent=16"), 128))
+    tailed = PackedKVCache(make_format(Spec.parse("int4-srft"), 128))
     tailed.update_and_fetch(x[:, :, :200], x[:, :, :200])
     assert tailed.nbytes == ours.nbytes + 512 * HEADS * 16
     for _ in range(50):  # beside the tail, 16 rows wait to be written
@@ -297,7 +297,7 @@ def test_sizes_in_bytes():
         assert tailed.nbytes == ours.nbytes + (512 + 144) * HEADS * 16
 
 
-@pytest.mark.parametrize("name", ["int4", "exact 3", "exact 16"])
+@pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
 @pytest.mark.parametrize("n", [0, 1, 5, 19, 20, 25])
 def test_trim(known, n, name):
     for pair in kinds(known(name), [(8, 0), (21, 0), (20, 4), (300, 4)]):
@@ -368,7 +368,7 @@ def test_state_and_files_hold_everything(known, loadable, tmp_path, name, length
             pair.step([[901, 902, 903]])
 
 
-@pytest.mark.parametrize("name", ["int4", "exact 3"])
+@pytest.mark.parametrize("name", ["plain", "exact 3"])
 @pytest.mark.parametrize("lengths", [[], [5], [1] * 11, [20]])
 def test_a_copy_is_independent(known, lengths, name):
     for pair in kinds(known(name), [(8, 0), (30, 4)]):
@@ -447,7 +447,7 @@ def damaged(state, exact=False, **changes):
     ],
 )
 def test_a_damaged_state_is_refused(known, changes, message):
-    for pair in kinds(known(), [(8, 0)]):
+    for pair in kinds(known("plain"), [(8, 0)]):
         pair.update([[0, 1, 2]])
         with pytest.raises(ValueError, match=message):
             type(pair.ours).from_state(damaged(pair.ours.state, **changes))
@@ -483,7 +483,7 @@ def test_a_damaged_tail_is_refused(known, tail):
 
 
 def test_a_tail_that_was_not_asked_for_is_refused(known):
-    for pair in kinds(known("int4"), [(8, 0)]):
+    for pair in kinds(known("plain"), [(8, 0)]):
         with pytest.raises(ValueError, match="^The cache's tail, .*, is not what 'mlx_kvq/1;"):
             type(pair.ours).from_state([*pair.ours.state, mx.zeros(TAIL)])
         pair.update([[0, 1, 2]])

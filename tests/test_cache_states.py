@@ -31,10 +31,9 @@ OPERATIONS = 25  # of a sequence, at most
 STEP = 8  # capacity steps in place of 256, so that short sequences cross them
 
 TOKENS = {
-    "int4": Tokens(count=1024),
+    "plain": Tokens("int4-srft:recent=0", count=1024),
     "calibrated": Tokens("k8v4-srht:seed=7", calibrated=True, count=1024),
     "exact 3": Tokens("int4-srft:recent=3", count=1024),
-    "exact 16": Tokens("int4-srft:recent=16", calibrated=True, count=1024),
 }
 # max_size and keep; mlx-lm's ring needs keep < max_size.
 WINDOWS = [(1, 0), (2, 1), (5, 0), (5, 4), (8, 0), (8, 4), (12, 1), (20, 0), (20, 4), (30, 29)]

@@ -33,22 +33,25 @@ def calibrated() -> Format:
 def test_the_signature_is_frozen():
     """Saved caches carry it: any change of the text makes them unreadable."""
     assert VERSION == 1
-    assert make_format(Spec.parse("int4-srft"), 64).signature == PLAIN
+    assert make_format(Spec.parse("int4-srft:recent=0"), 64).signature == PLAIN
+    assert make_format(Spec.parse("int4-srft"), 64).signature == f"{PLAIN};recent=16"
     fmt = make_format(Spec.parse("k8v4-srht:group_size=64,seed=7,scale=paper"), 256, 128)
-    assert fmt.signature == "mlx_kvq/1;k8v4-srht;scale=paper;seed=7;dims=256,128;groups=64,64"
+    assert fmt.signature == (
+        "mlx_kvq/1;k8v4-srht;scale=paper;seed=7;dims=256,128;groups=64,64;recent=16"
+    )
     mu = Calibration(mu=mx.arange(128, dtype=mx.float32).reshape(2, 64))
     fmt = make_format(Spec.parse("int4-srft"), 64, keys=mu)
-    assert fmt.signature == f"{PLAIN};calibration=ef34f5bad13d702a"
+    assert fmt.signature == f"{PLAIN};recent=16;calibration=ef34f5bad13d702a"
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sizes", [(64, 64, None, None), (128, 64, 8, 32), (256, 256, 256, 16)])
-@pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_signature_and_back(bits, rotation, scale, sizes, seed):
+@pytest.mark.parametrize("seed, recent", [(0, 16), (2**32 - 1, 0), (1, 1024)])
+def test_signature_and_back(bits, rotation, scale, sizes, seed, recent):
     k_dim, v_dim, k_group, v_group = sizes
-    spec = Spec(bits, rotation, seed=seed, scale=scale)
+    spec = Spec(bits, rotation, seed=seed, scale=scale, recent=recent)
     fmt = make_format(spec, k_dim, v_dim, k_group=k_group, v_group=v_group)
     back = parse_signature(fmt.signature)
     assert back.signature == fmt.signature
@@ -87,7 +90,7 @@ def test_whatever_changes_the_bytes_changes_the_signature():
     texts = [base, base.replace("srft", "srht"), base.replace("srft", "none")]
     texts += [base.replace("int4", "int8"), base.replace("int4", "k8v4"), base.replace("32", "64")]
     texts += [base.replace("=1", "=2"), base.replace("absmax", "paper")]
-    texts += [base.replace("absmax", "search")]
+    texts += [base.replace("absmax", "search"), f"{base},recent=0", f"{base},recent=3"]
     formats = [make_format(Spec.parse(text), 64) for text in texts]
     spec = Spec.parse(base)
     formats += [make_format(spec, 64, 128), make_format(spec, 128, 64), make_format(spec, 128)]

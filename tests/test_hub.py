@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 QWEN = MODELS / "tiny-qwen2-8bit"
 LINE = (
     "[mlx_kvq] int4-srft: packed 4 of 4 layers, 4.50 bits per value, 3.56x smaller than fp16, "
-    "calibrated (made up); as the model's repository says"
+    "the newest 16 tokens exact, calibrated (made up); as the model's repository says"
 )
 
 

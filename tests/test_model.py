@@ -1,5 +1,6 @@
 """enable, disable and make_prompt_cache on the bundled models and on models made to be awkward."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def model(loaded):
 
 
 def fake_quantized(cache, fmt):
-    """mlx-lm's own cache, fed with what ours would remember of each token."""
+    """mlx-lm's own cache, fed with what ours would remember of each token, and, for single tokens,
+    with the newest ones as they are."""
+    exact = copy.deepcopy(cache)
 
     def remembered(x, transform, bits, group):
         y = transform.forward(x)
@@ -48,7 +51,13 @@ def fake_quantized(cache, fmt):
                 remembered(keys, fmt.keys, lay.k_bits, lay.k_group),
                 remembered(values, fmt.values, lay.v_bits, lay.v_group),
             )
-            return (keys, values) if first else fetched  # the first chunk attends exactly
+            whole = exact.update_and_fetch(keys, values)
+            if first:
+                return keys, values  # the first chunk attends exactly
+            newest = exact._idx if hasattr(exact, "_idx") else exact.offset
+            ages = (newest - 1 - mx.arange(whole[0].shape[2])) % whole[0].shape[2]  # around a ring
+            recent = (ages < fmt.recent)[:, None]
+            return tuple(mx.where(recent, x, y) for x, y in zip(whole, fetched, strict=True))
 
     cache.__class__ = Fake
     return cache
@@ -75,13 +84,14 @@ def test_enable_follows_the_models_own_caches(model):
     mlx_kvq.disable(model)  # again: nothing to do
 
 
-def test_one_line_says_what_was_applied(model, capsys):
+def test_one_line_says_what_was_applied(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path))  # where no test has kept another calibration
     n = len(model.layers)
-    mlx_kvq.enable(model, "int4-srft", verbose=False)  # calibrates, where no test has yet
+    mlx_kvq.enable(model, "int4-srft", verbose=False)
     mlx_kvq.enable(model, "int4-srft")
     line = (
         f"[mlx_kvq] int4-srft: packed {n} of {n} layers, 4.50 bits per value, "
-        "3.56x smaller than fp16, calibrated (random tokens)\n"
+        "3.56x smaller than fp16, the newest 16 tokens exact, calibrated (random tokens)\n"
     )
     assert capsys.readouterr() == ("", line)
     mlx_kvq.enable(model, "k8v4-srft:group_size=64", verbose=False)
@@ -133,7 +143,8 @@ def test_no_history_stays_unpacked(loaded, model):
         pass
     for c in caches:
         arrays = {k for k, v in vars(c).items() if isinstance(v, mx.array)}
-        assert arrays == {"rows"}
+        assert arrays == {"_rows", "tail", "_held"}
+        assert c.tail.shape[2] == c._held.shape[2] == 16  # the newest tokens, and rows to write
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -149,8 +160,9 @@ def test_bytes_at_4k_tokens(model, dtype):
     assert sum(a.nbytes for a in own) >= 3.5 * sum(b.nbytes for b in packed)
 
 
+@pytest.mark.parametrize("recent", [0, 5, 16])
 @pytest.mark.parametrize("name", ["tiny-qwen2-8bit", "tiny-gemma3-8bit"])
-def test_generates_as_an_unpacked_fake_quantized_cache_does(name):
+def test_generates_as_an_unpacked_fake_quantized_cache_does(name, recent):
     """Greedy, past the sliding window of tiny-gemma3 (256), token for token; in fp32, where the
     fake's way back to the original domain rounds nothing away."""
     model, tokenizer = load(str(MODELS / name))
@@ -164,12 +176,14 @@ def test_generates_as_an_unpacked_fake_quantized_cache_does(name):
         return [step.token for step in steps]
 
     own = stock.make_prompt_cache(model)
-    ours = mlx_kvq.make_prompt_cache(model, "int4-srft")
+    ours = mlx_kvq.make_prompt_cache(model, f"int4-srft:recent={recent}")
     fakes = [fake_quantized(c, o.format) for c, o in zip(own, ours, strict=True)]
     expected = tokens(fakes)
     assert len(expected) == n
     assert tokens(ours) == expected
-    assert tokens(own) != expected  # quantization does show
+    # Quantization does show, also in which tokens are left out of it.
+    others = mlx_kvq.make_prompt_cache(model, f"int4-srft:recent={0 if recent else 16}")
+    assert expected not in (tokens(own), tokens(others))
 
 
 class Attention(nn.Module):

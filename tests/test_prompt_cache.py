@@ -206,8 +206,15 @@ def test_packing_a_cache(loaded, n, max_kv_size):
         assert getattr(a, "_idx", None) == getattr(b, "_idx", None)
         assert getattr(a, "keep", None) == getattr(b, "keep", None)
         assert a.keys.shape[:3] == b.rows.shape[:3]
-        assert a.nbytes / b.nbytes > 7  # fp32 here
+        assert a.nbytes / b.rows.nbytes > 7  # fp32 here
         assert b.format.spec.bits == "int4"
+        length = min(a.offset, a.keys.shape[2])
+        for age in (1, 3, 4, 16):  # the newest tokens, as they are
+            if age <= min(length, b.format.recent) - getattr(a, "keep", 0):
+                at = getattr(a, "_idx", a.offset) - age
+                at += 0 if at >= getattr(a, "keep", 0) else length - getattr(a, "keep", 0)
+                y = b.format.keys.forward(a.keys[:, :, at : at + 1])
+                assert mx.allclose(b.tail[:, :, -age, : y.shape[-1]], y[:, :, 0], atol=1e-5)
     before = model(mx.array([[11]]), cache=own)
     after = model(mx.array([[11]]), cache=packed)
     assert 0 < mx.abs(before - after).max() < 3  # logits; quantized, and not something else
@@ -222,6 +229,7 @@ def test_packing_first_chunks_gives_the_bytes_of_reading_packed(qwen):
     mlx_kvq.enable(model, SPEC, verbose=False)
     for a, b in zip(packed, read(model, tokenizer, 30), strict=True):
         assert mx.array_equal(a.rows[..., :30, :], b.rows[..., :30, :])
+        assert mx.array_equal(a.tail, b.tail)
         assert a.model == b.model
 
 

@@ -46,6 +46,9 @@ WRONG = {
     "int4-srft:budget=x": "budget is 4 to 16 bits per value, got 'x'.",
     "int4-srft:budget=3": "budget is 4 to 16 bits per value, got 3.0.",
     "int4-srft:budget=nan": "budget is 4 to 16 bits per value, got nan.",
+    "int4-srft:recent=few": "recent is an integer, got 'few'.",
+    "int4-srft:recent=-1": "recent is 0 to 1024 tokens, got -1.",
+    "int4-srft:recent=1025": "recent is 0 to 1024 tokens, got 1025.",
     "fp16:": "'fp16' takes no options.",
     "fp16:seed=1": "'fp16' takes no options.",
 }
@@ -66,7 +69,7 @@ def test_the_vocabulary():
 def test_every_name_alone_has_the_defaults(name):
     spec = Spec.parse(name)
     assert f"{spec.bits}-{spec.rotation}" == name == str(spec)
-    assert (spec.group_size, spec.seed, spec.scale) == (None, 0, "search")
+    assert (spec.group_size, spec.seed, spec.scale, spec.recent) == (None, 0, "search", 16)
     assert (spec.k_bits, spec.v_bits) == BITS[name.split("-")[0]]
 
 
@@ -77,6 +80,8 @@ def test_every_name_alone_has_the_defaults(name):
         ("int8-srft:group_size=256", "group_size", 256),
         ("int4-srht:seed=0", "seed", 0),
         ("int4-srft:seed=4294967295", "seed", 2**32 - 1),
+        ("int4-srft:recent=0", "recent", 0),
+        ("int4-srft:recent=1024", "recent", 1024),
         *((f"k8v4-none:scale={scale}", "scale", scale) for scale in SCALES),
     ],
 )
@@ -112,6 +117,7 @@ specs = st.builds(
     seed=st.just(0) | st.integers(0, 2**32 - 1),
     scale=st.sampled_from(list(SCALES)),
     calibrate=st.sampled_from(list(CALIBRATE)),
+    recent=st.just(16) | st.integers(0, 1024),
     skip=st.lists(layers, max_size=3).map(tuple),
     high=st.lists(layers, max_size=3).map(tuple),
     budget=st.none() | st.floats(4, 16),
