@@ -174,7 +174,7 @@ def signed(layers, group):
 
 def study(samples, group, steps, wanted):
     """Yields (name, spec, layers): every rotation, for the data as it is and after μ and σ."""
-    spec = Spec("int4", "none", group)
+    spec = Spec("int4", "none", group, recent=0)
     for balanced, learned in ((False, LEARNED), (True, BALANCED)):
         suffix = " | μ σ" if balanced else ""
         data = samples if balanced else [tuple(plain(s) for s in sides) for sides in samples]
@@ -195,7 +195,7 @@ def study(samples, group, steps, wanted):
                         (s, *learn_rotation(s, R, group=group, steps=steps, **options))
                     )
             yield name + suffix, spec, layers
-    spec = Spec("int4", "none", group, rounding="feedback")
+    spec = Spec("int4", "none", group, rounding="feedback", recent=0)
     yield "srft, feedback | μ σ", spec, fixed(samples, "srft")
     layers = []
     for keys, values in tqdm(samples, desc="learned, weighted, feedback | μ σ", leave=False):
@@ -216,7 +216,7 @@ def study(samples, group, steps, wanted):
     for name, size, rule, balanced in PER_TOKEN:
         data = samples if balanced else [tuple(plain(s) for s in sides) for sides in samples]
         title = f"{name}, {'per token' if size is None else f'group {size}'}, {rule}"
-        spec = Spec("int4", "none", size or samples[0][0].x.shape[2], scale=rule)
+        spec = Spec("int4", "none", size or samples[0][0].x.shape[2], scale=rule, recent=0)
         yield title + (" | μ σ" if balanced else ""), spec, fixed(data, name)
 
 
@@ -228,7 +228,7 @@ def seeds(samples, group, n):
         for name in ("srft", "srht"):
             for seed in range(n):
                 layers = fixed(data, name, seed)
-                yield f"{name} seed {seed}{suffix}", Spec("int4", "none", group), layers
+                yield f"{name} seed {seed}{suffix}", Spec("int4", "none", group, recent=0), layers
 
 
 def main():

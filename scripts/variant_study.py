@@ -112,7 +112,7 @@ def column(model, tokenizer, args):
     calibration = mlx_kvq.calibrate(model, tokenizer, novel)
     windows = windows_of(tokenizer, args.calibration_text, args.samples, args.tokens)
     samples = samples_of(model, windows, calibration, args.chunk)
-    spec = Spec("int4", "srft", args.group_size)
+    spec = Spec("int4", "srft", args.group_size, recent=0)
     makers = {"own": own(model).make}
     for name, names in tqdm(VARIANTS.items(), desc="variants", leave=False):
         makers[name] = maker(model, samples, names, spec)
