@@ -132,8 +132,8 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
     q = mx.random.normal((2, Hq, 1, D)).astype(dtype)
     mx.eval(k, v, q)
     with _on_cpu():
-        rows = reference.quantize_pack(k, v, fmt)
-        mx.eval(rows)
+        rows, tail = reference.quantize_pack_tail(k, v, fmt, None, fmt.recent)
+        mx.eval(rows, tail)
 
     def result(op, limit, compare, call):
         try:
@@ -143,7 +143,9 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
             return Result(op, name, float("nan"), limit, float("nan"), reason)
 
     def codes():
-        got = fused.quantize_pack(k, v, fmt)
+        got, kept = fused.quantize_pack_tail(k, v, fmt, None, fmt.recent)
+        if (off := _relative(kept, tail.astype(mx.float32))) > RELATIVE[dtype]:
+            raise RuntimeError(f"the exact tail is off by {off:.1e}")
         kc, vc, *_ = reference.split(got, fmt.layout)
         kr, vr, *_ = reference.split(rows, fmt.layout)
         lay = fmt.layout
@@ -153,26 +155,35 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
         ]
         return max(_number((d > 0).astype(mx.float32).mean()) for d in apart)
 
+    def attend(q, rows, length):
+        return fused.attend(q, rows, length, fmt, D**-0.5, tail=tail)
+
     def attention():
         worst = 0.0
         for length in LENGTHS:
-            got = fused.attend(q, rows, length, fmt, D**-0.5)
+            got = attend(q, rows, length)
             with _on_cpu():
-                expected = reference.attend(q.astype(mx.float32), rows, length, fmt, D**-0.5)
+                wide = q.astype(mx.float32)
+                expected = reference.attend(wide, rows, length, fmt, D**-0.5, tail=tail)
                 mx.eval(expected)
             worst = max(worst, _relative(got, expected))
         return worst
 
     def values():
         pairs = zip(
-            fused.dequantize(rows, T, fmt, dtype), reference.dequantize(rows, T, fmt), strict=True
+            fused.dequantize(rows, T, fmt, dtype, tail),
+            reference.dequantize(rows, T, fmt, tail=tail),
+            strict=True,
         )
         return max(_relative(a, b) for a, b in pairs)
 
-    yield result("quantize_pack", CODES, codes, lambda: fused.quantize_pack(k, v, fmt))
     yield result(
-        "attend", RELATIVE[dtype], attention, lambda: fused.attend(q, rows, T, fmt, D**-0.5)
+        "quantize_pack",
+        CODES,
+        codes,
+        lambda: fused.quantize_pack_tail(k, v, fmt, None, fmt.recent),
     )
+    yield result("attend", RELATIVE[dtype], attention, lambda: attend(q, rows, T))
     yield result(
         "dequantize", RELATIVE[dtype], values, lambda: fused.dequantize(rows, T, fmt, dtype)
     )

@@ -34,7 +34,7 @@ def test_all_kernels_pass(few, capsys):
 
 def test_a_wrong_kernel_fails_and_the_exit_status_says_it(few, capsys, monkeypatch):
     right = fused.attend
-    monkeypatch.setattr(fused, "attend", lambda *a, **k: 1.01 * right(*a, **k))
+    monkeypatch.setattr(fused, "attend", lambda *a, **k: 1.02 * right(*a, **k))
     with emulated("checked"):
         assert doctor.run(ARGS) == 1
     out = capsys.readouterr().out
@@ -42,6 +42,19 @@ def test_a_wrong_kernel_fails_and_the_exit_status_says_it(few, capsys, monkeypat
     assert [line.split()[1] for line in out.splitlines() if line.startswith("FAIL")] == [
         "attend"
     ] * 4
+
+
+def test_a_wrong_tail_fails(few, capsys, monkeypatch):
+    right = fused.quantize_pack_tail
+
+    def wrong(*args):
+        rows, tail = right(*args)
+        return rows, 1.01 * tail
+
+    monkeypatch.setattr(fused, "quantize_pack_tail", wrong)
+    with emulated("checked"):
+        assert doctor.run(ARGS) == 1
+    assert capsys.readouterr().out.count("RuntimeError: the exact tail is off by 1.0e-02") >= 2
 
 
 def test_a_kernel_that_raises_is_one_line(few, capsys, monkeypatch):
