@@ -21,7 +21,8 @@ from mlx_lm.utils import load
 from tqdm import tqdm
 
 from . import __version__
-from .baselines import Candidate, bytes_per_token, candidate, check_name, own
+from .attention import DECODE_QUERIES
+from .baselines import KV_BITS, Candidate, bytes_per_token, candidate, check_name, own
 from .calibration import CalibrationSet
 from .files import replacing
 from .quality import Estimate, Result, measure, summarize
@@ -154,6 +155,11 @@ def evaluate(
     results = [summarize(c.name, scores[c.name], scores[exact.name], sizes[c.name]) for c in tried]
     for result, c in zip(results, tried, strict=True):
         result.note = c.note
+        asked = None if c is exact or c.name in KV_BITS else Spec.parse(c.name)
+        if asked is not None and asked.recent and chunk > DECODE_QUERIES:
+            said = f"{c.note}; " if c.note else ""
+            result.note = f"{said}a chunk reads its own {chunk} tokens exactly, as a prompt does; "
+            result.note += f"--chunk {DECODE_QUERIES} reads as decoding does"
     if recall:
         with tqdm(total=len(recall) * len(tried), desc="recall", disable=not progress) as bar:
             for result, c in zip(results, tried, strict=True):

@@ -350,6 +350,19 @@ def test_the_command(tmp_path, capsys):
     assert head.startswith(b"\x89PNG") and struct.unpack(">II", head[16:]) == (1800, 750)
 
 
+@pytest.mark.parametrize("chunk", [8, 16])
+def test_what_a_chunk_reads_exactly_is_said(qwen, chunk):
+    """Of an exact tail, decoding reads less than a prompt does: more error shows."""
+    text = NOVEL.read_text(encoding="utf-8")
+    specs = ["kv8", PLAIN, "int4-srft:calibrate=off,recent=2"]
+    e = evaluate(*qwen, specs, [text], windows=1, tokens=64, chunk=chunk, progress=False)
+    notes = [e[s].note for s in specs]
+    note = "a chunk reads its own 16 tokens exactly, as a prompt does; --chunk 8 reads as decoding "
+    note += "does"
+    assert notes == ["", "", note if chunk > 8 else ""]
+    assert e[specs[2]].kl.mean < e[PLAIN].kl.mean
+
+
 def test_the_command_in_markdown_with_a_note(capsys):
     out, _, status = run(capsys, "--kv-cache", "kv4", "--windows", "1", "--markdown", model=GEMMA)
     assert status is None
