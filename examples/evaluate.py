@@ -12,8 +12,10 @@ model, tokenizer = load(str(HERE / "models" / "tiny-qwen2-8bit"))
 model.set_dtype(mx.float32)  # so that only the caches round
 text = (HERE / "text" / "novel.txt").read_text(encoding="utf-8")
 
-specs = ["kv4", "int4-srft:calibrate=off", "int4-srft", "k8v4-srft"]
-result = mlx_kvq.evaluate(model, tokenizer, specs, [text], windows=4, tokens=256, chunk=64)
+# The newest 16 tokens are exact by default; recent=0 shows what is packed. Eight tokens at a time
+# read the cache as decoding does.
+specs = ["kv4", "int4-srft:recent=0", "int4-srft:recent=4", "int4-srft"]
+result = mlx_kvq.evaluate(model, tokenizer, specs, [text], windows=2, tokens=192, chunk=8)
 print(result)
 
 best = min(result.results[1:], key=lambda r: r.kl.mean)
