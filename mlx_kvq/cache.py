@@ -67,15 +67,18 @@ class _PackedCache(_BaseCache):
     @property
     def rows(self) -> mx.array | None:
         """The packed rows of all tokens, uint32 [B, Hkv, capacity, W]."""
-        if n := self._waiting:
-            assert self._rows is not None and self._held is not None
-            self._waiting = 0
-            self._rows[:, :, self._place : self._place + n, :] = self._held[:, :, -n:]
+        self._write_waiting()
         return self._rows
 
     @rows.setter
     def rows(self, rows: mx.array | None) -> None:
         self._rows, self._held, self._waiting = rows, None, 0
+
+    def _write_waiting(self) -> None:
+        if n := self._waiting:
+            assert self._rows is not None and self._held is not None
+            self._waiting = 0
+            self._rows[:, :, self._place : self._place + n, :] = self._held[:, :, -n:]
 
     def _write(self, new: mx.array, at: int, L: int) -> None:
         """Write L new rows, or hold one: ``new`` is then the newest rows, the new one last."""
@@ -85,12 +88,12 @@ class _PackedCache(_BaseCache):
             rows[:, :, at : at + L, :] = new
             return
         if self._waiting and at != self._place + self._waiting:
-            _ = self.rows  # around the end of a ring
+            self._write_waiting()  # the ring begins anew
         if not self._waiting:
             self._place = at
         self._held, self._waiting = new, self._waiting + 1
         if self._waiting == new.shape[2]:
-            _ = self.rows
+            self._write_waiting()
 
     def _in_place(self, L: int) -> bool:
         """Whether L new rows go to where there is room, one by one."""
@@ -247,7 +250,7 @@ class _PackedCache(_BaseCache):
         self._write(new, prev, L)
 
     def keys_and_values(self) -> tuple:
-        _ = self.rows
+        self._write_waiting()
         return self._views(self.tail)
 
     def _zeros(self, like: mx.array, tokens: int) -> mx.array:
