@@ -285,8 +285,10 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
             low, high = (oracle._encode(y + sign * slack, end, bits, rule) for sign in (-1, 1))
             tried.append((end, ((n >= low) & (n <= high)).all(axis=1, keepdims=True)))
         if searched:
-            worst = np.minimum(*(oracle._cosine(y, oracle._encode(y, e, bits, rule)) for e in ends))
-            best = np.maximum(best, worst)
+            # Channels on a boundary of the very scale turn on either side of it.
+            around = (*ends, np.where(ends[0] == 0, 0, factor * top / outermost))
+            found = [oracle._cosine(y, oracle._encode(y, e, bits, rule)) for e in around]
+            best = np.maximum(best, np.min(found, axis=0))
     length, off = (np.linalg.norm(a, axis=1, keepdims=True) for a in (y, noise))
     relative = off / np.where(length == 0, 1, length)
     sound = np.zeros_like(scale, bool)
