@@ -13,6 +13,7 @@ from mlx_lm.models import cache as stock
 from . import automatic, seams, shards
 from .budget import STEPS, allocate
 from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
+from .calibrate import lambda_of
 from .calibration import CalibrationSet
 from .format import Format, make_format
 from .spec import Spec
@@ -270,6 +271,11 @@ def _plan(
             calibration.check({path: s for path, s in watched.items() if path in formats})
         except ValueError as error:
             raise ValueError(f"The calibration does not fit this model: {error}") from None
+        if (of := calibration.metadata.get("lambda")) not in (None, lambda_of(spec)):
+            raise ValueError(
+                f"The calibration holds λ for {of}, but {spec} is {lambda_of(spec)}: make one for "
+                "it, or one without λ."
+            )
     formats.update(_formats(spec, bits, shapes, calibration))
     if spec.budget is not None and policy is None:
         bits = allocate(

@@ -62,10 +62,11 @@ class Moments:
 
 class LayerMoments:
     """The moments of one cache: keys and values per KV head, queries per KV head too, over the
-    query heads that share it; of queries all second moments E[q qᵀ]."""
+    query heads that share it; of queries, and if asked of keys, all second moments E[q qᵀ]."""
 
-    def __init__(self):
-        self.keys, self.values, self.queries = Moments(), Moments(), Moments(covariance=True)
+    def __init__(self, covariance: bool = False):
+        self.keys, self.values = Moments(covariance), Moments()
+        self.queries = Moments(covariance=True)
 
     def add_queries(self, q: mx.array) -> None:
         """q [B, Hq, L, D]."""
@@ -167,6 +168,7 @@ def collect(
     make_caches: Callable[[], list],
     paths: Iterable[Path],
     windows: Iterable[tuple[mx.array, int]],
+    covariance: bool = False,
 ) -> dict[Path, LayerMoments]:
     """Run ``model`` over token windows and gather the moments of some of its caches.
 
@@ -175,8 +177,9 @@ def collect(
         make_caches: Makes the model's own caches.
         paths: Which of them to record; ``KVCache`` or ``RotatingKVCache``.
         windows: Tokens [n] and the position of the first of them.
+        covariance (bool): Of the keys all second moments, not just each channel's.
     """
-    moments = {path: LayerMoments() for path in paths}
+    moments = {path: LayerMoments(covariance) for path in paths}
     with _attention_recorded(), fast_on_cpu(model):
         for tokens, start in windows:
             caches = [_record(c, (i,), moments, start) for i, c in enumerate(make_caches())]

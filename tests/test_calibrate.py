@@ -18,6 +18,7 @@ from mlx_kvq import automatic, reference
 from mlx_kvq.calibrate import balanced_scale, calibrate_tokens, sample_text
 from mlx_kvq.calibration import CalibrationSet, LayerCalibration
 from mlx_kvq.format import Calibration, make_format
+from mlx_kvq.spec import Spec
 from mlx_kvq.statistics import CHUNK, Moments, collect
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
@@ -119,6 +120,37 @@ def test_mu_and_sigma_are_those_of_the_keys_and_queries(windows):
     sigma /= np.exp(np.log(sigma).mean(axis=-1, keepdims=True))
     np.testing.assert_allclose(layer.keys.sigma, sigma, rtol=1e-3)
     assert found.metadata["tokens"] == sum(windows)
+
+
+@pytest.mark.parametrize("spec", ["int4-srft:seed=3", "int4-srht", "int4-none"])
+def test_lambda_is_that_of_the_rotated_keys_and_queries(spec):
+    model, ids = Model(Attention(scale=3.0, shift=5.0)), some_tokens(CHUNK + 7)
+    spec = Spec.parse(spec)
+    plain = calibrate_tokens(model, [ids], progress=False).layers[(0,)].keys
+    found = calibrate_tokens(model, [ids], spec=spec, progress=False)
+    keys = found.layers[(0,)].keys
+    np.testing.assert_allclose(keys.mu, plain.mu, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(keys.sigma, plain.sigma, rtol=1e-5)
+    assert plain.lam is None and found.layers[(0,)].values.lam is None
+    q, k, _ = model.layers[0].vectors(model.embedded(ids[None]), 0)
+    fmt = make_format(spec, D, keys=Calibration(keys.mu, keys.sigma))
+    y = np.array(fmt.keys.forward(k), dtype=np.float64)[0]
+    turned = np.array(fmt.keys.query(q), dtype=np.float64).reshape(Hkv, -1, D)
+    lam = ((turned**2).mean(axis=1) / (y**2).mean(axis=1)) ** 0.25
+    lam /= np.exp(np.log(lam).mean(axis=-1, keepdims=True))
+    np.testing.assert_allclose(keys.lam, lam, rtol=2e-3)
+
+
+def test_lambda_serves_one_rotation_and_seed(tmp_path):
+    model = Model(Attention())
+    calibrate_tokens(
+        model, [some_tokens(40)], spec=Spec.parse("int4-srft:seed=3"), progress=False
+    ).save(tmp_path / "c.safetensors")
+    for spec in ("int4-srft:seed=3,group_size=16", "int8-srft:seed=3"):
+        (cache,) = mlx_kvq.make_prompt_cache(model, spec, calibration=tmp_path / "c.safetensors")
+        assert cache.format.keys.calibration.lam is not None
+    with pytest.raises(ValueError, match="holds λ for srft, seed 3, but int4-srft is srft, seed 0"):
+        mlx_kvq.make_prompt_cache(model, "int4-srft", calibration=tmp_path / "c.safetensors")
 
 
 def test_the_balanced_scale_is_the_best_one():
@@ -458,7 +490,19 @@ def test_the_command(tmp_path, kept):
     command = [sys.executable, "-c", "from mlx_kvq.cli import main; main()", *command[3:]]
     model = str(MODELS / "tiny-qwen2-8bit")
     done = subprocess.run(
-        [*command, "--model", model, "--text", str(text), "--tokens", "48", "--output", str(out)],
+        [
+            *command,
+            "--model",
+            model,
+            "--text",
+            str(text),
+            "--tokens",
+            "48",
+            "--output",
+            str(out),
+            "--lambda",
+            "int4-srft",
+        ],
         capture_output=True,
         text=True,
     )
@@ -466,6 +510,7 @@ def test_the_command(tmp_path, kept):
     assert f"{out}: 4 layers from 48 tokens" in done.stderr
     found = CalibrationSet.load(out)
     assert found.metadata["length"] == 32
+    assert found.metadata["lambda"] == "srft, seed 0"
     found.check({(i,): (1, 128, 128) for i in range(4)})
     assert mlx_kvq.enable(load(model)[0], "int4-srft", calibration=out).calibration is not None
     json.dumps(dict(found.metadata))
