@@ -3,7 +3,6 @@ and each rank's rows packed with its own heads' and layers' calibration."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import mlx_kvq
 from mlx_kvq.calibration import CalibrationSet, LayerCalibration
 from mlx_kvq.format import Calibration
 from tests.distributed_run import two_heads
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "distributed_run.py"
@@ -43,9 +43,7 @@ def run(mode, folder, *calibrations):
     """(tokens, rows) by rank for each of the calibrations."""
     command = [SCRIPT, mode, folder, *calibrations]
     if mode != "single":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_ports(2)
         launch = Path(sys.executable).parent / "mlx.launch"
         command = [launch, "-n", 2, "--backend", "ring", "--starting-port", port,
                    "--env", f"PYTHONPATH={ROOT}", "--", sys.executable, *command]  # fmt: skip

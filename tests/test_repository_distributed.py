@@ -3,7 +3,6 @@ their bits and their calibration. Run by ``mlx.launch``, this file is one of the
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import sharded_load
 
 from tests.converted import made_up, write
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = {(0,): "int4", (1,): "int8", (2,): "k8v4", (3,): "int4"}
@@ -31,9 +31,7 @@ def rank(folder: str, out: str) -> None:
 
 def test_each_rank_has_its_layers(tmp_path):
     folder = write(tmp_path / "model", layers=BITS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports(2)
     command = [
         Path(sys.executable).parent / "mlx.launch", "-n", 2, "--backend", "ring",
         "--starting-port", port, "--env", f"PYTHONPATH={ROOT}", "--", sys.executable, __file__,
