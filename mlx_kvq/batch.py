@@ -137,7 +137,8 @@ class _PackedBatch(_PackedCache):
             return rows, c.offset, c.left_padding + left
 
         self._dtype = self._dtype if self.rows is not None else other._dtype
-        if recent := self.format.recent:
+        if self.tail is not None or other.tail is not None:  # or neither holds a token
+            recent = self.format.recent
             tails = [c._last(c.offset.shape[0], recent, heads, self.dtype) for c in (self, other)]
             self.tail = mx.concatenate(tails)
         both = zip(padded(self), padded(other), strict=True)

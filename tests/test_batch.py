@@ -97,6 +97,21 @@ def test_sequences_come_and_go(tokens):
         again.step([[60], [61]])
 
 
+def test_batches_that_were_trimmed_to_nothing_join():
+    """They have rows, but no token, and so no tail."""
+    fmt = make_format(Spec.parse("int4-srft:recent=3"), 64)
+    for make in (PackedBatchKVCache, lambda *a: PackedBatchRotatingKVCache(a[0], 8, a[1])):
+        first, second = make(fmt, [0]), make(fmt, [0])
+        for batch in (first, second):
+            batch.update_and_fetch(mx.ones((1, 2, 1, 64)), mx.ones((1, 2, 1, 64)))
+            batch.trim(1)
+        first.extend(second)
+        assert first.tail is None
+        again = type(first).from_state(first.state)
+        views = again.update_and_fetch(mx.ones((2, 2, 1, 64)), mx.ones((2, 2, 1, 64)))
+        assert views[0].tail.shape == (2, 2, 3, 128)
+
+
 def test_a_sequence_that_joins_attends_as_it_would_alone(plain):
     """Its first chunk is exact, although the others have a history."""
     for L in (1, 6, 30):
