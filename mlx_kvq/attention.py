@@ -91,8 +91,8 @@ def packed_attention(
     """Attention of queries [B, Hq, L, Dk] over packed keys and values -> [B, Hq, L, Dv].
 
     The first chunk of a prompt attends on the exact keys and values; up to
-    ``DECODE_QUERIES`` queries attend straight from the rows; longer chunks dequantize this one
-    layer and attend in the rotated domain.
+    ``DECODE_QUERIES`` queries attend straight from the rows; longer chunks unpack this one
+    layer (:func:`_prefill`).
     """
     out = _attention(queries, keys, values, scale, mask, sinks)
     if (

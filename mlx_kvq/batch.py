@@ -63,7 +63,7 @@ class _PackedBatch(_PackedCache):
         return mx.stack([tail[i, :, n : n + recent] for i, n in enumerate(at)])
 
     def keys_and_values(self) -> tuple:
-        _ = self.rows
+        self._write_waiting()
         # While chunks are padded, the tail ends with each sequence's last token, and rows do not.
         return self._views(self.tail if self._ends() is None else None)
 
