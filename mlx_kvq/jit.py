@@ -121,7 +121,8 @@ def kernel(machine: str, name: str, constants: Constants):
         # MLX looks for these words to pass shapes and strides.
         words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
         body += f"// {' '.join(words)}\n" + _include(*bodies)
-    digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
+    text = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     make: Any = mx.fast.metal_kernel if machine == "metal" else mx.fast.cuda_kernel
     return make(
         name=f"kvq_{name}_{digest}",

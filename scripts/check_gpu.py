@@ -121,23 +121,34 @@ def check_some(cases: list) -> list[tuple]:
 
 def check_steps() -> None:
     """Prepared decode steps give, bit for bit, what the plain launches give: over lengths that
-    change the number of splits, growing buffers, batches with starts, a window."""
-    fmt, other = (make_format(Spec.parse(f"int4-srft:seed={i}"), 128) for i in (0, 1))
+    change the number of splits, growing buffers, batches with starts, a window, a tail."""
+    specs = ["int4-srft:recent=0", "int4-srft:recent=0,seed=1", "int4-srft", "int4-srft:recent=5"]
+    formats = [make_format(Spec.parse(spec), 128) for spec in specs]
     for B, window in ((1, None), (3, None), (1, 400)):
         k = mx.random.normal((B, 2, 2048, 128)).astype(mx.float16)
-        rows = fused.quantize_pack(k, k, fmt)
+        rows = fused.quantize_pack(k, k, formats[0])
         starts = None if B == 1 else mx.array([0, 5, 300], mx.int32)
         for length in (*range(250, 2048, 97), 300, 2048):
             held = rows[:, :, : -(-length // 256) * 256]
             q = mx.random.normal((B, 12, 1, 128)).astype(mx.float16)
-            for f in (fmt, other):
-                options = {"starts": starts, "window": window}
+            for f in formats:
+                tail = None
+                if f.recent:
+                    tail = mx.random.normal((B, 2, f.recent, 256)).astype(mx.float16)
+                options = {"starts": starts, "window": window, "tail": tail}
                 got = ops.attend(q, held, length, f, 0.1, **options)
                 want = fused.attend(q, held, length, f, 0.1, **options)
                 assert mx.array_equal(got, want), f"step of {length} tokens, {options}"
                 one = k[:, :, length - 1 : length]
-                got, want = ops.quantize_pack(one, one, f), fused.quantize_pack(one, one, f)
-                assert mx.array_equal(got, want), f"packing token {length}"
+                if tail is None:
+                    got, want = ops.quantize_pack(one, one, f), fused.quantize_pack(one, one, f)
+                    assert mx.array_equal(got, want), f"packing token {length}"
+                    continue
+                for waiting in (None, mx.contiguous(rows[:, :, :16])):
+                    arguments = one, one, f, tail, f.recent, waiting
+                    got, want = (m.quantize_pack_tail(*arguments) for m in (ops, fused))
+                    same = [mx.array_equal(a, b) for a, b in zip(got, want, strict=True)]
+                    assert all(same), f"packing token {length} with a tail"
     print("decode steps: equal to plain launches")
 
 
@@ -157,10 +168,15 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
     fmt = make_format(Spec.parse(spec), D, **both)
     k, v = (array(2, 77, 2, D).swapaxes(1, 2) for _ in "kv")  # as models hand them over
     rows = fused.quantize_pack(k, v, fmt)
-    mx.eval(rows, fused.quantize_pack(k[:, :, :1], v[:, :, :1], fmt))
+    _, tail = fused.quantize_pack_tail(k, v, fmt, None, 20)
+    one = k[:, :, :1], v[:, :, :1], fmt
+    mx.eval(fused.quantize_pack(*one), fused.quantize_pack_tail(*one, tail, 16))
+    mx.eval(fused.quantize_pack_tail(*one, tail[:, :, 1:], 16, mx.contiguous(rows[:, :, :16])))
+    mx.eval(fused.quantize_pack_tail(k, v, fmt, tail, 30, rows))
     rows = mx.array(np.concatenate([np.array(rows)] * 4, axis=2))
-    for dtype in (mx.float16, mx.bfloat16, mx.float32):
-        mx.eval(fused.dequantize(rows, 75, fmt, dtype))
+    for dtype, end in itertools.product((mx.float16, mx.bfloat16, mx.float32), (None, tail)):
+        mx.eval(fused.dequantize(rows, 75, fmt, dtype, end), fused.restore(rows, 75, fmt, dtype))
+        mx.eval(fused.restore(rows, 75, fmt, dtype, end))
     q = array(2, 5, 12, D).swapaxes(1, 2)
     mx.eval(fused.rotate_queries(q, fmt, 2), fused.rotate_outputs(q, fmt, 2))
     starts, sinks = mx.array([3, 40], mx.int32), array(12, dtype=np.float32)
@@ -172,6 +188,7 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
             {"mask": "causal", "starts": starts, "window": 90},
             {"mask": mx.array(rng.random((L, T)) < 0.7)},
             {"mask": array(12, 1, T), "sinks": sinks},
+            {"mask": "causal", "tail": tail, "ring": (3, T if L > 1 else 7)},
         ):
             mx.eval(fused.attend(x, rows, T, fmt, 0.1, parts=parts, **options))
     print(f"launched every kernel of {spec}, D = {D}")
