@@ -3,8 +3,9 @@
 // Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
 // Layout: k, v with any strides, read once; rows written once. If KEEPS, the newest tokens' y go to
 //   kept [B, H, keep[0], KD + VD] as well, the last one last; if it holds more than L tokens, they
-//   come from tail [B, H, R, KD + VD], or are zeros without one (TAIL). If HOLDS, rows is
-//   [B, H, N, W], the last N of held [B, H, N, W] and the new ones.
+//   come from tail [B, H, R, KD + VD], or are zeros without one (TAIL). Rows are then
+//   [B, H, keep[1], W], the new ones and zeros, or, if HOLDS, the last keep[1] of held
+//   [B, H, keep[1], W] and the new ones.
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even one of a pair does
 //   the keys of a head's tokens, the odd one the values: sets of as many tokens as a SIMD group
 //   holds vectors, 4 at D = 128, in turn, with the head's factors and twiddles in registers.
@@ -35,8 +36,9 @@ const int worker = int(threadgroup_position_in_grid.x) * PAIRS + pair;
 const int workers = int(threadgroups_per_grid.x) * PAIRS;
 const auto own = shared + pair * (K_SHARED + V_SHARED);
 // Rows of the new tokens follow `before` ones that are there already.
-const int before = HOLDS ? held_shape[2] - L : 0;
-const auto all_rows = rows + int64_t(threadgroup_position_in_grid.y) * (before + L) * W;
+const int count = KEEPS ? keep[1] : L;
+const int before = HOLDS ? count - L : 0;
+const auto all_rows = rows + int64_t(threadgroup_position_in_grid.y) * count * W;
 const auto head_rows = all_rows + before * W;
 // Who copies what was there: all but the first pair, which alone has a single token to pack.
 constexpr int STEPS = 4;  // loads of a thread that are on their way at once
@@ -51,6 +53,9 @@ if (HOLDS && copier >= 0) {
       if (i + j * copiers < before * W) all_rows[i + j * copiers] = x[j];
     }
   }
+}
+if (KEEPS && !HOLDS && copier >= 0) {
+  for (int i = L * W + copier; i < count * W; i += copiers) all_rows[i] = 0;
 }
 const int older = KEEPS ? keep[0] - L : 0;  // than the new tokens; of these the first -older go
 const auto head_kept =

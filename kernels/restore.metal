@@ -104,4 +104,29 @@ inline void restore_vectors(
   }
 }
 
+// L tokens as the model made them, `by_token` and `stride` apart, to where they come out.
+template <int D, int ROTATION, typename T, typename S>
+inline void copy_tokens(
+    device T* out,
+    const device S* x,
+    int64_t by_token,
+    int64_t stride,
+    int L,
+    int worker,
+    int workers,
+    uint lane) {
+  constexpr int SET = vectors_of(D);
+  const int first = first_channel<D, ROTATION>(lane);
+  for (int set = worker; set * SET < L; set += workers) {
+    const int token = set * SET + int(lane) / lanes_of(D);
+    if (token < L) {
+      float2 z[points_of(D)];
+      read_points<D, ROTATION>(z, x + token * by_token, stride, lane);
+      UNROLL for (int a = 0; a < points_of(D); a++) {
+        write_two(out + int64_t(token) * D + first + a * point_step(D, ROTATION), z[a]);
+      }
+    }
+  }
+}
+
 }  // namespace kvq

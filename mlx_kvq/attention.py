@@ -28,8 +28,8 @@ class PackedView:
         fmt: Format,
         dtype: str,
         dim: int,
-        exact: mx.array | None = None,
-        new: mx.array | None = None,
+        chunk: mx.array | None = None,
+        new: mx.array | bool = False,
         ring: tuple[int, int, int] | None = None,
         tail: mx.array | None = None,
     ):
@@ -38,14 +38,16 @@ class PackedView:
         self.format = fmt
         self._dtype = dtype  # a name
         self._dim = dim
-        # The first chunk of a prompt attends on what was just computed, before packing. In a
-        # batch that is for the sequences of ``new``, boolean [B]; None means all of them.
-        self.exact = exact
+        # The keys or values of a chunk of a prompt, which reads itself as it is; its tokens are
+        # the last ones. ``new``: it is the first chunk, and there is nothing else to read; in a
+        # batch that may be so for some sequences, boolean [B].
+        self.chunk = chunk
         self.new = new
         # (keep, idx, max_size) of a rotating cache whose rows are not in the order of their
         # tokens, which is [:keep], [idx:], [keep:idx], or more than a query may see.
         self.ring = ring
-        # The newest tokens as they are, rotated, [B, Hkv, R, Dk + Dv] (``ops.quantize_pack_tail``).
+        # The newest tokens as they are, rotated, [B, Hkv, R, Dk + Dv] (``ops.quantize_pack_tail``);
+        # those before the chunk, if there is one.
         self.tail = tail
 
     @property
@@ -90,9 +92,9 @@ def packed_attention(
 ) -> mx.array:
     """Attention of queries [B, Hq, L, Dk] over packed keys and values -> [B, Hq, L, Dv].
 
-    The first chunk of a prompt attends on the exact keys and values; up to
-    ``DECODE_QUERIES`` queries attend straight from the rows; longer chunks unpack this one
-    layer (:func:`_prefill`).
+    Up to ``DECODE_QUERIES`` queries attend straight from the rows. A chunk of a prompt attends on
+    its own keys and values as they are, and unpacks what was before it, one layer at a time
+    (:func:`_prefill`).
     """
     out = _attention(queries, keys, values, scale, mask, sinks)
     if (
@@ -108,13 +110,13 @@ _prompts = itertools.count(1)  # layers that chunks of prompts went through
 
 
 def _attention(queries, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
-    if keys.exact is None or values.exact is None:
-        return _packed(queries, keys, scale, mask, sinks)
+    if keys.new is False or keys.chunk is None:
+        return _packed(queries, keys, values, scale, mask, sinks)
     own = _own_part(mask, queries.shape[2])
-    exact = _exact(queries, keys.exact, values.exact, scale, own, sinks)
-    if keys.new is None:
+    exact = _exact(queries, keys.chunk, values.chunk, scale, own, sinks)
+    if keys.new is True:
         return exact
-    packed = _packed(queries, keys, scale, mask, sinks)
+    packed = _packed(queries, keys, values, scale, mask, sinks)
     return mx.where(keys.new[:, None, None, None], exact, packed)
 
 
@@ -125,10 +127,10 @@ def _own_part(mask, L: int):
     return None if L == 1 else mask[..., -L:]
 
 
-def _packed(q, keys: PackedView, scale, mask, sinks) -> mx.array:
+def _packed(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
     L = q.shape[2]
     if L > DECODE_QUERIES:
-        return _prefill(q, keys, scale, mask, sinks)
+        return _prefill(q, keys, values, scale, mask, sinks)
     starts = window = None
     if padding := _recall_padding(mask, keys.length):
         starts, window = padding
@@ -185,18 +187,29 @@ def _exact(q, k, v, scale, mask, sinks) -> mx.array:
     return out.astype(q.dtype)
 
 
-def _prefill(q, keys: PackedView, scale, mask, sinks) -> mx.array:
+def _prefill(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
     """Either keys and values come out of the rotation, or queries and outputs go through it: what
     are fewer vectors, but with sinks the centre that was taken off the keys counts."""
     fmt, dtype = keys.format, _compute_dtype(q.dtype)
     B, Hq, L, _ = q.shape
     Hkv = keys.rows.shape[1]
+    chunk, past = None, keys.length
+    if keys.chunk is not None and keys.format.recent:
+        chunk, past = (keys.chunk, values.chunk), past - L
     tail = keys.tail
     if tail is not None and keys.ring is not None:  # before row `keep` there are other tokens
-        tail = tail[:, :, -(keys.length - keys.ring[0]) :]
+        after = past - keys.ring[0]
+        tail = tail[:, :, -after:] if after > 0 else None
     restores = keys.length * Hkv <= RESTORED * L * Hq or sinks is not None
-    unpack = ops.restore if restores else ops.dequantize
-    k, v = unpack(keys.rows, keys.length, fmt, dtype, tail)
+    if restores and past <= 0:
+        k, v = (x.astype(dtype) for x in chunk)
+    elif restores:
+        k, v = ops.restore(keys.rows, past, fmt, dtype, tail, chunk)
+    else:
+        if chunk is not None:  # in the rotated domain
+            n = 0 if tail is None else tail.shape[2]
+            tail = ops.quantize_pack_tail(*chunk, fmt, tail, n + L)[1]
+        k, v = ops.dequantize(keys.rows, keys.length, fmt, dtype, tail)
     q, given = q.astype(dtype), q.dtype
     out = mx.fast.scaled_dot_product_attention(
         q if restores else ops.rotate_queries(q, fmt, Hkv),

@@ -41,9 +41,8 @@ class _PackedBatch(_PackedCache):
         return new
 
     def _fetch(self, tail: mx.array | None, keys: mx.array, values: mx.array, new: list[bool]):
-        if not any(new):
-            return self._views(tail)
-        return self._views(tail, keys, values, None if all(new) else mx.array(new))
+        first = any(new)
+        return self._views(tail, keys, values, first if all(new) is first else mx.array(new))
 
     def _ends(self) -> list[int] | None:
         """Where padding is to the right: the tokens that each sequence will have without it."""
@@ -185,7 +184,7 @@ class PackedBatchKVCache(_PackedBatch):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self._idx
-        rows, tail = self._pack(keys, values)
+        rows, tail = self._pack(keys, values, prev)
         self._grow_and_write(rows, prev, keys.shape[2])
         self._idx += keys.shape[2]
         return self._fetch(tail, keys, values, self._count(keys.shape[2]))

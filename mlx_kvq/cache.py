@@ -123,8 +123,14 @@ class _PackedCache(_BaseCache):
         """Rows that hold tokens."""
         raise NotImplementedError
 
-    def _pack(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Rows of new tokens, and the tail that they attend over; moves the tail on."""
+    def _pack(
+        self, keys: mx.array, values: mx.array, prev: int | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        """Rows of new tokens, and the tail that they attend over, which for a chunk of a prompt is
+        the one before them; moves the tail on.
+
+        Rows that do not fit into a growing array after ``prev`` ones come with zeros for more.
+        """
         recent, L = self.format.recent, keys.shape[2]
         tail = None
         if not recent:
@@ -134,30 +140,35 @@ class _PackedCache(_BaseCache):
             keep = self._tail_to_make(before, L)
             if self.tail is not None and self.tail.dtype != keys.dtype:
                 self.tail = self.tail.astype(keys.dtype)
+            old = self.tail
             held = None
             if self.tail is not None and self._in_place(L) and not self.as_arrays:
                 if (held := self._held) is None:
                     shape = (*keys.shape[:2], min(recent, HELD), self.format.layout.words)
                     held = mx.zeros(shape, mx.uint32)
                 held = held if held.shape[2] > 1 else None
-            rows, tail = ops.quantize_pack_tail(keys, values, self.format, self.tail, keep, held)
+            capacity = None
+            if held is None and prev is not None and self._is_full(prev, L):
+                capacity = self._step_for(L) if self._end(prev) == prev else None
+            rows, tail = ops.quantize_pack_tail(
+                keys, values, self.format, old, keep, held, capacity
+            )
             self.tail = self._tail_to_keep(tail, L)
+            if L > DECODE_QUERIES:
+                tail = old
         self._dtype = _NAMES[keys.dtype]
         return rows, tail
 
     def _tail_to_make(self, before: int, L: int) -> int:
         """Tokens of the tail that L new tokens attend over."""
-        if L > DECODE_QUERIES:  # a prompt reads all of its own chunk as it is
-            return self.format.recent if self.tail is None else before + L
+        if L > DECODE_QUERIES:  # a chunk of a prompt reads its own keys and values
+            return self.format.recent
         # Each of a few tokens reads `recent` of them, and then all but one may be taken back.
         return min(before + L, self.format.recent + L - 1)
 
     def _tail_to_keep(self, tail: mx.array, L: int) -> mx.array:
-        """What stays of it. A copy, if less: a slice would keep a prompt's chunk in memory."""
-        recent = self.format.recent
-        if L <= DECODE_QUERIES or tail.shape[2] == recent:
-            return tail
-        return mx.contiguous(tail[:, :, -recent:])
+        """What stays of it."""
+        return tail
 
     def _drop_tail(self, n: int, length: int) -> None:
         """Take the newest n tokens off the tail. ``length`` rows are left, in the order of their
@@ -200,9 +211,12 @@ class _PackedCache(_BaseCache):
         tail: mx.array | None,
         keys: mx.array | None = None,
         values: mx.array | None = None,
-        new: mx.array | None = None,
+        new: mx.array | bool = False,
     ) -> tuple:
+        """Keys and values are those of a first chunk, ``new``, or of any chunk of a prompt."""
         assert self._rows is not None
+        if new is False and keys is not None and keys.shape[2] <= DECODE_QUERIES:
+            keys = values = None
         if self.as_arrays:
             return self._arrays(tail, keys, values, new)
         lay = self.format.layout
@@ -220,10 +234,15 @@ class _PackedCache(_BaseCache):
     def _arrays(self, tail, keys, values, new) -> tuple[mx.array, mx.array]:
         """What the views stand for, in the model's own domain."""
         length, fmt = self._length(), self.format
-        if keys is not None and new is None and keys.shape[2] == length:
+        if new is True and keys.shape[2] == length:
             return keys, values  # a prompt's first chunk
         assert self.rows is not None
         keep, idx, _ = self._ring() or (0, length, 0)
+        if fmt.recent and keys is not None and (L := keys.shape[2]) > DECODE_QUERIES:
+            if (past := length - L) <= 0:
+                return keys, values
+            last = tail[:, :, -(past - keep) :] if tail is not None and past > keep else None
+            return ops.restore(self.rows, past, fmt, self.dtype, last, (keys, values))
         last = None if tail is None else tail[:, :, -(length - keep) :]
         if last is None or idx == length:
             return ops.restore(self.rows, length, fmt, self.dtype, last)
@@ -237,16 +256,28 @@ class _PackedCache(_BaseCache):
             x[:, :, length - (n - here) : length] = y[:, :, : n - here]
         return k, v
 
+    def _is_full(self, prev: int, L: int) -> bool:
+        return self._rows is None or prev + L > self._rows.shape[2]
+
+    def _step_for(self, L: int) -> int:
+        """Rows by which an array grows for L tokens, as in mlx-lm."""
+        return (self.step + L - 1) // self.step * self.step
+
+    def _end(self, prev: int) -> int:
+        """Where an array grows that holds ``prev`` tokens, as in mlx-lm."""
+        return prev if self._rows is None or prev % self.step else self._rows.shape[2]
+
     def _grow_and_write(self, new: mx.array, prev: int, L: int) -> None:
-        """Write L rows at ``prev``, in an array that grows in steps."""
-        if self._rows is None or prev + L > self._rows.shape[2]:
-            steps = (self.step + L - 1) // self.step
-            grown = self._zeros(new, steps * self.step)
-            if self.rows is not None:
-                if prev % self.step != 0:
-                    self.rows = self.rows[..., :prev, :]
-                grown = mx.concatenate([self.rows, grown], axis=2)
+        """Write L rows at ``prev``, in an array that grows in steps; ``new`` may be a step."""
+        if self._is_full(prev, L):
+            step, rows, end = self._step_for(L), self.rows, self._end(prev)
+            whole = new.shape[2] == step and end == prev
+            grown = new if whole else self._zeros(new, step)
+            if rows is not None:
+                grown = mx.concatenate([rows[..., :end, :], grown], axis=2)
             self.rows = grown
+            if whole:
+                return
         self._write(new, prev, L)
 
     def keys_and_values(self) -> tuple:
@@ -324,10 +355,10 @@ class PackedKVCache(_PackedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self.offset
-        rows, tail = self._pack(keys, values)
+        rows, tail = self._pack(keys, values, prev)
         self._grow_and_write(rows, prev, keys.shape[2])
         self.offset += keys.shape[2]
-        return self._views(tail, keys, values) if prev == 0 else self._views(tail)
+        return self._views(tail, keys, values, prev == 0)
 
     def _length(self) -> int:
         return self.offset
@@ -442,7 +473,7 @@ class PackedRotatingKVCache(_PackedCache):
             self._update_in_place(new)
         else:
             self._update_concat(new)
-        return self._views(tail, keys, values) if first else self._views(tail)
+        return self._views(tail, keys, values, first)
 
     def _length(self) -> int:
         assert self._rows is not None

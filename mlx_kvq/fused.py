@@ -169,6 +169,7 @@ def quantize_pack_tail(
     tail: mx.array | None,
     keep: int,
     held: mx.array | None = None,
+    capacity: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Rows, and the new tail [B, H, keep, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack_tail`; one
     launch."""
@@ -176,9 +177,9 @@ def quantize_pack_tail(
     B, H, L, _ = k.shape
     lay = plan.layout
     constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L, True)
-    inputs = [k, v, plan.k_pack, plan.v_pack, _integers(keep)]
+    count = capacity or (L if held is None else held.shape[2])
+    inputs = [k, v, plan.k_pack, plan.v_pack, _integers(keep, count)]
     inputs += [a for a in (tail, held) if a is not None]
-    count = L if held is None else held.shape[2]
     shapes = ((B, H, count, lay.words), (B, H, keep, lay.k_dim + lay.v_dim))
     given = ("TAIL", tail is not None), ("HOLDS", held is not None)
     constants = (*constants, ("KEEPS", True), *given)
@@ -400,9 +401,15 @@ _RESTORE_PAIRS = 2  # of SIMD groups of a threadgroup
 
 
 def restore(
-    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype, tail: mx.array | None = None
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype,
+    tail: mx.array | None = None,
+    chunk: tuple[mx.array, mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """As :func:`dequantize`, but out of the rotation: keys and values as the model made them."""
+    """As :func:`dequantize`, but out of the rotation: keys and values as the model made them,
+    followed by those of the chunk [B, H, L, D]."""
     machine, plan = _machine(), _plan(fmt)
     lay = plan.layout
     B, H = rows.shape[:2]
@@ -410,10 +417,11 @@ def restore(
     most = max(1, TUNING[machine].restore_threadgroups // (B * H))
     groups = min(-(-sets // _RESTORE_PAIRS), most)
     grid, threadgroup = (groups * _RESTORE_PAIRS * 64, B * H, 1), (_RESTORE_PAIRS * 64, 1, 1)
-    shapes = ((B, H, length, lay.k_dim), (B, H, length, lay.v_dim))
-    constants = (*plan.restore, ("TAIL", tail is not None))
+    total = length if chunk is None else length + chunk[0].shape[2]
+    shapes = ((B, H, total, lay.k_dim), (B, H, total, lay.v_dim))
+    constants = (*plan.restore, ("TAIL", tail is not None), ("CHUNK", chunk is not None))
     inputs = [rows, _integers(length)] + ([] if tail is None else [tail])
-    inputs += [plan.k_outputs, plan.v_outputs]
+    inputs += [*(chunk or ()), plan.k_outputs, plan.v_outputs]
     k, v = jit.run(machine, "restore", constants, inputs, grid, threadgroup, shapes, (dtype, dtype))
     return k, v
 

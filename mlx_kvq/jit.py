@@ -20,6 +20,8 @@ _OPTIONAL = {
     "keep": "KEEPS",
     "kept": "KEEPS",
     "held": "HOLDS",
+    "new_k": "CHUNK",
+    "new_v": "CHUNK",
 }
 # name -> files of the header, files of the body, inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "k_table")
@@ -59,7 +61,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "restore": (
         ("rotate", "vectors", "levels", "restore"),
         ("restore_rows",),
-        ("rows", "info", "tail", "k_table", "v_table"),
+        ("rows", "info", "tail", "new_k", "new_v", "k_table", "v_table"),
         ("keys", "values"),
     ),
     "rotate_queries": (
@@ -101,9 +103,9 @@ def kernel(machine: str, name: str, constants: Constants):
     )
     for n in absent:  # named in branches that are never taken
         body += f"{'device float' if n in outputs else 'const device int'}* {n} = nullptr;\n"
-        if n in ("mask", "tail", "held"):
+        if _OPTIONAL[n] in ("MASK", "TAIL", "HOLDS", "CHUNK"):
             body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
-        if n in ("tail", "held"):
+        if _OPTIONAL[n] in ("TAIL", "HOLDS", "CHUNK"):
             body += f"const int {n}_shape[4] = {{0, 0, 0, 0}};\n"
     # How many lanes of a SIMD group share a vector (kernels/rotate.metal).
     lanes = f"enum : int {{ WIDE = {int(name.startswith(('attend', 'combine')))} }};\n"

@@ -137,6 +137,7 @@ def quantize_pack_tail(
     tail: mx.array | None,
     keep: int,
     held: mx.array | None = None,
+    capacity: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     """:func:`quantize_pack`, and the exact tail: rotated vectors of the newest tokens.
 
@@ -148,6 +149,7 @@ def quantize_pack_tail(
             then begins with zeros.
         held (mx.array, optional): Rows uint32 [B, Hkv, N, W], row contiguous, N >= L, that the
             new ones are to follow.
+        capacity (int, optional): Rows to make, at least L, where nothing is held: zeros follow.
 
     Returns:
         Rows as :func:`quantize_pack`, or the last N of ``held`` and them; and the new tail
@@ -158,7 +160,7 @@ def quantize_pack_tail(
         ValueError: As there, or if the tail or what is held is of another shape or dtype.
     """
     key, packs = None, _of(fmt).packs
-    if tail is not None:
+    if tail is not None and capacity is None:
         key = (
             k.shape, v.shape, k.dtype, v.dtype, keep, tail.shape, tail.dtype,
             None if held is None else held.shape,
@@ -175,12 +177,17 @@ def quantize_pack_tail(
         )
     if held is not None:
         _check_rows(held, k.shape[2], fmt)
+    if capacity is not None and (capacity < k.shape[2] or held is not None):
+        raise ValueError(
+            f"A capacity is at least the {k.shape[2]} new tokens, and without held rows; got "
+            f"{capacity}{'' if held is None else ' and held rows'}."
+        )
     given = tail is not None, held is not None
     if _packs_fused("quantize_pack_tail", k, v, fmt, given):
         if key is not None and fused.replays() and k.shape[2] == 1:
             packs[key] = steps.PackStep(k, v, fmt, tail, keep, held)
-        return fused.quantize_pack_tail(k, v, fmt, tail, keep, held)
-    return reference.quantize_pack_tail(k, v, fmt, tail, keep, held)
+        return fused.quantize_pack_tail(k, v, fmt, tail, keep, held, capacity)
+    return reference.quantize_pack_tail(k, v, fmt, tail, keep, held, capacity)
 
 
 def _packs_fused(
@@ -343,13 +350,23 @@ def restore(
     fmt: Format,
     dtype: mx.Dtype = mx.float32,
     tail: mx.array | None = None,
+    chunk: tuple[mx.array, mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Rows to keys and values as the model made them; as :func:`dequantize`."""
-    return _unpacked("restore", rows, length, fmt, dtype, tail)
+    """Rows to keys and values as the model made them; as :func:`dequantize`.
+
+    A chunk, keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv] of newer tokens, follows as it is:
+    the outputs then have length + L tokens.
+    """
+    if chunk is not None:
+        _check_vectors(*chunk, fmt)
+        if chunk[0].shape[:2] != rows.shape[:2]:
+            raise ValueError(f"A chunk {chunk[0].shape} does not follow rows {rows.shape}.")
+    return _unpacked("restore", rows, length, fmt, dtype, tail, chunk)
 
 
-def _unpacked(op: str, rows, length, fmt, dtype, tail) -> tuple[mx.array, mx.array]:
+def _unpacked(op: str, rows, length, fmt, dtype, tail, chunk=None) -> tuple[mx.array, mx.array]:
     _check_rows(rows, length, fmt)
+    more = () if chunk is None else (chunk,)
     if tail is not None:
         _check_tail(tail, rows.shape[:2], 0, fmt)
     if _backend(fmt, dtype) is fused:
@@ -357,11 +374,13 @@ def _unpacked(op: str, rows, length, fmt, dtype, tail) -> tuple[mx.array, mx.arr
         def trial():
             zeros = mx.zeros((1, rows.shape[1], 1, rows.shape[3]), mx.uint32)
             end = None if tail is None else mx.zeros((1, *tail.shape[1:]), tail.dtype)
-            return zeros, 1, fmt, dtype, end
+            new = [tuple(mx.zeros((1, *x.shape[1:]), x.dtype) for x in pair) for pair in more]
+            return zeros, 1, fmt, dtype, end, *new
 
-        if _works(op, (None if tail is None else tail.dtype,), fmt, dtype, trial):
-            return getattr(fused, op)(rows, length, fmt, dtype, tail)
-    return getattr(reference, op)(rows, length, fmt, dtype, tail)
+        variant = None if tail is None else tail.dtype, *(x.dtype for pair in more for x in pair)
+        if _works(op, variant, fmt, dtype, trial):
+            return getattr(fused, op)(rows, length, fmt, dtype, tail, *more)
+    return getattr(reference, op)(rows, length, fmt, dtype, tail, *more)
 
 
 def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:

@@ -167,6 +167,7 @@ def quantize_pack_tail(
     tail: mx.array | None,
     keep: int,
     held: mx.array | None = None,
+    capacity: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     """As :func:`quantize_pack`, with the tail; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
     B, H, L, _ = k.shape
@@ -174,6 +175,8 @@ def quantize_pack_tail(
     y = y.astype(k.dtype)
     if held is not None:
         rows = mx.concatenate([held[:, :, L:], rows], axis=2)
+    elif capacity is not None and capacity > L:
+        rows = mx.concatenate([rows, mx.zeros((B, H, capacity - L, rows.shape[3]), rows.dtype)], 2)
     if keep <= L:
         return rows, y
     if tail is None:
@@ -272,11 +275,19 @@ def dequantize(
 
 
 def restore(
-    rows: mx.array, length: int, fmt: Format, dtype: mx.Dtype, tail: mx.array | None = None
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype,
+    tail: mx.array | None = None,
+    chunk: tuple[mx.array, mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
     """As :func:`dequantize`, but out of the rotation; see :func:`mlx_kvq.ops.restore`."""
     k, v = dequantize(rows, length, fmt, mx.float32, tail)
-    return fmt.keys.output(k).astype(dtype), fmt.values.output(v).astype(dtype)
+    sides = [fmt.keys.output(k).astype(dtype)], [fmt.values.output(v).astype(dtype)]
+    for side, new in zip(sides, chunk or (), strict=False):
+        side.append(new.astype(dtype))
+    return _joined(sides[0]), _joined(sides[1])
 
 
 def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:

@@ -38,7 +38,7 @@ class PackStep:
             shapes += ((B, H, keep, lay.k_dim + lay.v_dim),)
             dtypes += (k.dtype,)
             like += (tail.shape, held is None)
-            self.tables += (fused._integers(keep),)
+            self.tables += (fused._integers(keep, count),)
         kernel = jit.kernel(self.machine, "quantize_pack", constants)
         self.run = jit.replayed(kernel, grid, threadgroup, shapes, dtypes, like, len(shapes))
 

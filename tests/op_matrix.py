@@ -346,6 +346,11 @@ def _check_restore(data: _Data, backend, buffer: mx.array, stored) -> None:
             last = np.array(tail[:, :, tail.shape[2] - n :].astype(mx.float32)).astype(np.float64)
             ends = last[..., :D], last[..., D:]
         got = backend.restore(buffer, T, data.format, data.dtype, tail)
+        some = slice(start := int(data.rng.integers(T)), start + int(data.rng.integers(1, 40)))
+        chunk = data.k[:, :, some], data.v[:, :, some]
+        more = backend.restore(buffer, T, data.format, data.dtype, tail, chunk)
+        for x, y, z in zip(got, chunk, more, strict=True):
+            assert mx.array_equal(mx.concatenate([x, y], axis=2), z, equal_nan=True)
         for a, y, end, (stream, params) in zip(got, stored, ends, sides, strict=True):
             y = y if end is None else np.concatenate([y[:, :, : T - n], end], axis=2)
             want = oracle.backward(y, rotation, seed, stream, *params)
@@ -387,6 +392,11 @@ def _check_tail(data: _Data, backend, rows: mx.array) -> None:
                 part, tail = backend.quantize_pack_tail(*arguments, held)
                 assert mx.array_equal(part[:, :, :waiting], held[:, :, L:])
                 part = part[:, :, waiting:]
+            elif rng.random() < 0.5:  # with room for more
+                room = int(rng.integers(20))
+                part, tail = backend.quantize_pack_tail(*arguments, None, b - a + room)
+                assert part.shape[2] == b - a + room and not part[:, :, b - a :].any()
+                part = part[:, :, : b - a]
             else:
                 part, tail = backend.quantize_pack_tail(*arguments)
             parts.append(part)
