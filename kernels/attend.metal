@@ -5,6 +5,7 @@
 //   head strides, the whole buffer; a threadgroup's 8 query rows are rows of the KV head's
 //   [Hq / Hkv * L], head first. info: length, heads per KV head, L, bits of the softmax scale,
 //   causal, window (0: none). starts, mask, sinks and tail are there if their constants say so.
+//   tables: of the keys and then of the values (mlx_kvq/tables.py).
 //   tail [B, Hkv, R, KD + VD]: rotated vectors of the newest tokens, the newest last. A query reads
 //   the `recent` tokens up to its own, and those after it, from there, all others from rows. The
 //   newest token's row is idx - 1; before row `keep` rows wrap around to the last one (a ring).
@@ -54,6 +55,8 @@ const int query_rows = heads * L;
 const int blocks = (query_rows + 7) / 8;
 const int b = int(threadgroup_position_in_grid.z);
 const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
+const device float* k_table = tables;
+const auto v_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, int(threadgroups_per_grid.y) / blocks);
 const int first_row = int(threadgroup_position_in_grid.y) % blocks * 8;
 const int start = STARTS ? int(starts[b]) : 0;
 const auto at = kvq::tile_position(lane);

@@ -21,9 +21,9 @@ if (is_last) {
   for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
     const int row = first_row + r;
     const int head = kv_head * heads + row / L;
-    const int64_t at_row = ((int64_t(b) * q_shape[1] + kv_head * heads) * L + row) * splits;
-    const float* row_statistics = statistics + 2 * at_row;
-    const float* row_partial = partial + at_row * VD;
+    const int64_t at_row = (int64_t(b) * q_shape[1] + kv_head * heads) * L + row;
+    const float* row_partial = partial + at_row * (splits * (VD + 2));
+    const float* row_statistics = row_partial + splits * VD;
     float row_top = -3e38f;
     for (int s = int(lane); s < splits; s += 32) {
       row_top = max(row_top, __ldcg(row_statistics + 2 * s));

@@ -1,7 +1,7 @@
 // combine: merge the splits' partial sums, invert the values' rotation, write the output.
 //
-// Layout: partial [B, Hq, L, splits, VD] and statistics [B, Hq, L, splits, 2] from attend; out
-//   [B, Hq, L, VD] in the query's dtype. info, tables and sinks as in attend.
+// Layout: partial [B, Hq, L, splits * (VD + 2)] from attend_store; out [B, Hq, L, VD] in the query's
+//   dtype. info, tables and sinks as in attend.
 // Grid: one threadgroup of NSG SIMD groups per output row. SIMD groups take splits in turn; their
 //   sums meet in threadgroup memory and the first SIMD group inverts the rotation.
 // Limits: as attend.
@@ -13,11 +13,13 @@ const int heads = info[1];
 const int L = info[2];
 const float scale = as_type<float>(info[3]);
 const int row = int(threadgroup_position_in_grid.x);
-const int splits = partial_shape[3];
+const int splits = partial_shape[3] / (VD + 2);
 const int head = row / L % q_shape[1];
 const int kv_head = head / heads;
-const auto row_statistics = statistics + int64_t(row) * splits * 2;
-const auto row_partial = partial + int64_t(row) * splits * VD;
+const auto row_partial = partial + int64_t(row) * partial_shape[3];
+const auto row_statistics = row_partial + splits * VD;
+const device float* k_table = tables;
+const auto v_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, q_shape[1] / heads);
 
 float top = -3e38f;
 for (int s = int(lane); s < splits; s += 32) top = max(top, row_statistics[2 * s]);

@@ -29,6 +29,8 @@ threadgroup float2 shared[PAIRS * (K_SHARED + V_SHARED) + 1];
 const uint lane = thread_index_in_simdgroup;
 const int pair = int(simdgroup_index_in_threadgroup >> 1);
 const int H = k_shape[1];
+const device float* k_table = tables;
+const auto v_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, H);
 const int L = k_shape[2];
 const int b = int(threadgroup_position_in_grid.y) / H;
 const int h = int(threadgroup_position_in_grid.y) % H;

@@ -11,6 +11,13 @@ inline const device float* factors_of(const device float* table, int head) {
   return table + FIRST + (CALIBRATED ? head * 3 * D : 0);
 }
 
+// The values' table follows the keys', of H heads, in one array.
+template <int D, int ROTATION, bool CALIBRATED>
+inline const device float* values_table(const device float* tables, int H) {
+  constexpr int FIRST = channel_factors(D, ROTATION);
+  return tables + FIRST + (CALIBRATED ? H * 3 * D : D);
+}
+
 // Two neighbouring factors; c is even, and so is every offset in a table.
 inline float2 factor_pair(const device float* factors, int c) {
   return reinterpret_cast<const device float2*>(factors)[c / 2];

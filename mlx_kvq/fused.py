@@ -58,13 +58,11 @@ class _Plan:
     """What the launches of a format need, made once."""
 
     layout: RowLayout
-    k_pack: mx.array
-    v_pack: mx.array
-    k_query: mx.array  # of attend, wide
-    v_output: mx.array
-    k_outputs: mx.array  # of restore
-    k_queries: mx.array  # of prefill
-    v_outputs: mx.array
+    packs: mx.array  # tables of keys and then of values
+    attends: mx.array
+    restores: mx.array
+    queries: mx.array  # of keys
+    outputs: mx.array  # of values
     pack_set: int  # tokens that a pair of SIMD groups packs at once
     pack: jit.Constants  # compile-time constants
     attend: jit.Constants
@@ -104,13 +102,11 @@ def _make_plan(fmt: Format) -> _Plan:
     levels = [("HALF_STEP", fmt.scale != "paper")]
     return _Plan(
         layout=lay,
-        k_pack=tables.channel_table(keys, "pack", wide=False),
-        v_pack=tables.channel_table(values, "pack", wide=False),
-        k_query=tables.channel_table(keys, "query", wide=True),
-        v_output=tables.channel_table(values, "output", wide=True),
-        k_outputs=tables.channel_table(keys, "output", wide=False),
-        k_queries=tables.channel_table(keys, "query", wide=False),
-        v_outputs=tables.channel_table(values, "output", wide=False),
+        packs=tables.both_tables(keys, "pack", values, "pack", wide=False),
+        attends=tables.both_tables(keys, "query", values, "output", wide=True),
+        restores=tables.both_tables(keys, "output", values, "output", wide=False),
+        queries=tables.channel_table(keys, "query", wide=False),
+        outputs=tables.channel_table(values, "output", wide=False),
         pack_set=32 // max(tables.lanes(D, wide=False) for D in (lay.k_dim, lay.v_dim)),
         pack=(*dims, *codes, *rotation, *scaled, ("RULE", _RULES[fmt.scale])),
         attend=(*dims, *codes, *rotation, *centred, *levels),
@@ -155,7 +151,7 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     B, H, L, _ = k.shape
     constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L)
     constants = (*constants, ("KEEPS", False), ("TAIL", False), ("HOLDS", False))
-    inputs = [k, v, plan.k_pack, plan.v_pack]
+    inputs = [k, v, plan.packs]
     shapes = ((B, H, L, plan.layout.words),)
     return jit.run(
         machine, "quantize_pack", constants, inputs, grid, threadgroup, shapes, (mx.uint32,)
@@ -178,7 +174,7 @@ def quantize_pack_tail(
     lay = plan.layout
     constants, grid, threadgroup = _pack_launch(machine, fmt, B, H, L, True)
     count = capacity or (L if held is None else held.shape[2])
-    inputs = [k, v, plan.k_pack, plan.v_pack, _integers(keep, count)]
+    inputs = [k, v, plan.packs, _integers(keep, count)]
     inputs += [a for a in (tail, held) if a is not None]
     shapes = ((B, H, count, lay.words), (B, H, keep, lay.k_dim + lay.v_dim))
     given = ("TAIL", tail is not None), ("HOLDS", held is not None)
@@ -335,8 +331,8 @@ def attend(
     blocks = query_blocks(heads, L)
     given = [a is not None for a in (starts, sinks, tail)]
     launch = _launch(machine, fmt, B * Hkv * blocks, kind, *given)
-    inputs.append(plan.k_query)
-    last = [plan.v_output] if sinks is None else [plan.v_output, sinks]
+    inputs.append(plan.attends)
+    last = [] if sinks is None else [sinks]
     grid = (parts * launch.groups * 32, Hkv * blocks, B)
     threadgroup = (launch.groups * 32, 1, 1)
     shape = (B, Hq, L, plan.layout.v_dim)
@@ -348,25 +344,25 @@ def attend(
             output_shapes=[shape],
             output_dtypes=[q.dtype],
         )[0]
-    partials = [(B, Hq, L, parts, shape[3]), (B, Hq, L, parts, 2)]
+    partials = (B, Hq, L, parts * (shape[3] + 2))
     if machine == "cuda" and B * Hkv * blocks <= _ARRIVALS:
         return jit.kernel(machine, "attend_join", launch.finish)(
             inputs=[*inputs, *last, next(_arrivals())],
             grid=grid,
             threadgroup=threadgroup,
-            output_shapes=[shape, *partials],
-            output_dtypes=[q.dtype, mx.float32, mx.float32],
+            output_shapes=[shape, partials],
+            output_dtypes=[q.dtype, mx.float32],
         )[0]
-    partial, statistics = jit.kernel(machine, "attend_store", launch.attend)(
+    (partial,) = jit.kernel(machine, "attend_store", launch.attend)(
         inputs=inputs,
         grid=grid,
         threadgroup=threadgroup,
-        output_shapes=partials,
-        output_dtypes=[mx.float32, mx.float32],
+        output_shapes=[partials],
+        output_dtypes=[mx.float32],
     )
     merge = launch.merge
     return jit.kernel(machine, "combine", launch.combine)(
-        inputs=[q, info, partial, statistics, plan.k_query, *last],
+        inputs=[q, info, partial, plan.attends, *last],
         grid=(B * Hq * L * merge * 32, 1, 1),
         threadgroup=(merge * 32, 1, 1),
         output_shapes=[shape],
@@ -421,7 +417,7 @@ def restore(
     shapes = ((B, H, total, lay.k_dim), (B, H, total, lay.v_dim))
     constants = (*plan.restore, ("TAIL", tail is not None), ("CHUNK", chunk is not None))
     inputs = [rows, _integers(length)] + ([] if tail is None else [tail])
-    inputs += [*(chunk or ()), plan.k_outputs, plan.v_outputs]
+    inputs += [*(chunk or ()), plan.restores]
     k, v = jit.run(machine, "restore", constants, inputs, grid, threadgroup, shapes, (dtype, dtype))
     return k, v
 
@@ -438,7 +434,7 @@ def _rotate(name: str, x: mx.array, fmt: Format, table: mx.array, Hkv: int, shap
 
 def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:
     """q [B, Hq, L, Dk] -> R(q ⊙ σ) ⊘ λ of the keys, in q's dtype; one launch."""
-    return _rotate("rotate_queries", q, fmt, _plan(fmt).k_queries, Hkv, q.shape)
+    return _rotate("rotate_queries", q, fmt, _plan(fmt).queries, Hkv, q.shape)
 
 
 def rotate_outputs(o: mx.array, fmt: Format, Hkv: int) -> mx.array:
@@ -447,5 +443,5 @@ def rotate_outputs(o: mx.array, fmt: Format, Hkv: int) -> mx.array:
     In memory the result is [B, L, Hq, Dv], so that a model's next reshape copies nothing.
     """
     B, Hq, L, D = o.shape
-    out = _rotate("rotate_outputs", o, fmt, _plan(fmt).v_outputs, Hkv, (B, L, Hq, D))
+    out = _rotate("rotate_outputs", o, fmt, _plan(fmt).outputs, Hkv, (B, L, Hq, D))
     return out.swapaxes(1, 2)

@@ -24,44 +24,44 @@ _OPTIONAL = {
     "new_v": "CHUNK",
 }
 # name -> files of the header, files of the body, inputs, outputs
-_ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "k_table")
+_ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
         ("rotate", "vectors", "levels", "quantize"),
         ("quantize_pack",),
-        ("k", "v", "k_table", "v_table", "keep", "tail", "held"),
+        ("k", "v", "tables", "keep", "tail", "held"),
         ("rows", "kept"),
     ),
     "attend_finish": (
         ("rotate", "vectors", "levels", "tile"),
         ("attend", "attend_finish"),
-        (*_ATTEND, "v_table", "sinks"),
+        (*_ATTEND, "sinks"),
         ("out",),
     ),
     "attend_store": (
         ("rotate", "vectors", "levels", "tile"),
         ("attend", "attend_store"),
         _ATTEND,
-        ("partial", "statistics"),
+        ("partial",),
     ),
     # CUDA only
     "attend_join": (
         ("rotate", "vectors", "levels", "tile"),
         ("attend", "attend_store", "attend_join.cuh"),
-        (*_ATTEND, "v_table", "sinks", "arrivals"),
-        ("out", "partial", "statistics"),
+        (*_ATTEND, "sinks", "arrivals"),
+        ("out", "partial"),
     ),
     "combine": (
         ("rotate", "vectors"),
         ("combine",),
-        ("q", "info", "partial", "statistics", "k_table", "v_table", "sinks"),
+        ("q", "info", "partial", "tables", "sinks"),
         ("out",),
     ),
     "dequantize": (("levels",), ("dequantize",), ("rows", "info", "tail"), ("keys", "values")),
     "restore": (
         ("rotate", "vectors", "levels", "restore"),
         ("restore_rows",),
-        ("rows", "info", "tail", "new_k", "new_v", "k_table", "v_table"),
+        ("rows", "info", "tail", "new_k", "new_v", "tables"),
         ("keys", "values"),
     ),
     "rotate_queries": (

@@ -24,7 +24,7 @@ class PackStep:
         self.machine, plan = fused._machine(), fused._plan(fmt)
         self.device = mx.default_device()
         B, H, L, _ = k.shape
-        self.tables: tuple[mx.array, ...] = (plan.k_pack, plan.v_pack)
+        self.tables: tuple[mx.array, ...] = (plan.packs,)
         keeps = tail is not None
         constants, grid, threadgroup = fused._pack_launch(self.machine, fmt, B, H, L, keeps)
         lay = plan.layout
@@ -69,7 +69,7 @@ class AttendStep:
             self.machine, fmt, self.parallel, 0, starts, False, tail is not None
         )
         self.tail = None if tail is None else tail.shape
-        self.tables = plan.k_query, plan.v_output
+        self.tables = plan.attends
         place = self.machine, self.layout, self.parallel
         recent = None if tail is None else fmt.recent
         self.token = token_of(*place, heads, L, scale, window, recent)
@@ -94,8 +94,8 @@ class AttendStep:
         if tail is not None:
             inputs += (tail,)
         if parts == 1:
-            return run(*inputs, *self.tables)
-        return run(*inputs, *self.tables, next(fused._arrivals()))
+            return run(*inputs, self.tables)
+        return run(*inputs, self.tables, next(fused._arrivals()))
 
     def fits(self) -> bool:
         """Whether one launch does it all, however the context is split."""
@@ -107,8 +107,8 @@ class AttendStep:
         shapes: tuple[tuple[int, ...], ...] = (shape,)
         dtypes: tuple[mx.Dtype, ...] = (self.dtype,)
         if parts > 1:
-            shapes += ((B, Hq, L, parts, shape[3]), (B, Hq, L, parts, 2))
-            dtypes += (mx.float32, mx.float32)
+            shapes += ((B, Hq, L, parts * (shape[3] + 2)),)
+            dtypes += (mx.float32,)
         groups = self.launch.groups
         return jit.replayed(
             jit.kernel(

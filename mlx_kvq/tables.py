@@ -1,7 +1,8 @@
 """Constants that the fused kernels read: twiddles of the real FFT and factors of each channel.
 
 One flat fp32 array per side and purpose, laid out as ``kernels/rotate.metal`` reads it: the FFT's
-tables (``srft`` only), then the channels' factors.
+tables (``srft`` only), then the channels' factors. Kernels that work on both sides get the keys'
+and the values' in one array: each that a launch is given costs the host time.
 """
 
 from functools import lru_cache
@@ -108,4 +109,14 @@ def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
         factors = s
     table = mx.contiguous(mx.concatenate([table, factors]))
     mx.eval(table)  # made once, shared by threads and streams
+    return table
+
+
+def both_tables(
+    keys: Transform, k_purpose: str, values: Transform, v_purpose: str, wide: bool
+) -> mx.array:
+    """The keys' table and, after it, the values'."""
+    sides = channel_table(keys, k_purpose, wide), channel_table(values, v_purpose, wide)
+    table = mx.concatenate(sides)
+    mx.eval(table)
     return table
