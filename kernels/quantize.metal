@@ -217,27 +217,6 @@ inline void store_shared(
   }
 }
 
-// A lane's rotated channels of one vector, as they are.
-template <int D, int ROTATION, typename T>
-inline void write_points(device T* out, const thread float2* z, uint lane) {
-  out += 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
-  if (points_of(D) % 4 == 0) {
-    UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
-      float y[8];
-      UNROLL for (int a = 0; a < 4; a++) {
-        y[2 * a] = z[4 * i + a].x;
-        y[2 * a + 1] = z[4 * i + a].y;
-      }
-      write_eight(out + 8 * i, y);
-    }
-  } else {
-    UNROLL for (int a = 0; a < points_of(D); a++) {
-      write_one(out + 2 * a, z[a].x);
-      write_one(out + 2 * a + 1, z[a].y);
-    }
-  }
-}
-
 // Threadgroup memory of a SIMD group that packs vectors, in float2.
 constexpr int shared_points(int D, int GROUP, int ROTATION, int SET) {
   return swaps(D, ROTATION)           ? vectors_of(D) * swap_points(D)

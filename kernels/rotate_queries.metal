@@ -16,21 +16,5 @@ float2 z[kvq::points_of(KD)];
 kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
     z, x + at.offset, x_strides[3], at.valid, table, at.head / info[0], lane);
 if (at.valid) {
-  const auto to = out + int64_t(at.row) * KD +
-      2 * kvq::points_of(KD) * kvq::rotated_block<KD, ROTATION>(lane);
-  if (kvq::points_of(KD) % 4 == 0) {
-    UNROLL for (int i = 0; i < kvq::points_of(KD) / 4; i++) {
-      float y[8];
-      UNROLL for (int a = 0; a < 4; a++) {
-        y[2 * a] = z[4 * i + a].x;
-        y[2 * a + 1] = z[4 * i + a].y;
-      }
-      kvq::write_eight(to + 8 * i, y);
-    }
-  } else {
-    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
-      kvq::write_one(to + 2 * a, z[a].x);
-      kvq::write_one(to + 2 * a + 1, z[a].y);
-    }
-  }
+  kvq::write_points<KD, ROTATION>(out + int64_t(at.row) * KD, z, lane);
 }

@@ -27,51 +27,51 @@ _OPTIONAL = {
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
-        ("rotate", "vectors", "levels", "quantize"),
+        ("rotate", "levels", "vectors", "quantize"),
         ("quantize_pack",),
         ("k", "v", "tables", "keep", "tail", "held"),
         ("rows", "kept"),
     ),
     "attend_finish": (
-        ("rotate", "vectors", "levels", "tile"),
+        ("rotate", "levels", "vectors", "tile"),
         ("attend", "attend_finish"),
         (*_ATTEND, "sinks"),
         ("out",),
     ),
     "attend_store": (
-        ("rotate", "vectors", "levels", "tile"),
+        ("rotate", "levels", "vectors", "tile"),
         ("attend", "attend_store"),
         _ATTEND,
         ("partial",),
     ),
     # CUDA only
     "attend_join": (
-        ("rotate", "vectors", "levels", "tile"),
+        ("rotate", "levels", "vectors", "tile"),
         ("attend", "attend_store", "attend_join.cuh"),
         (*_ATTEND, "sinks", "arrivals"),
         ("out", "partial"),
     ),
     "combine": (
-        ("rotate", "vectors"),
+        ("rotate", "levels", "vectors"),
         ("combine",),
         ("q", "info", "partial", "tables", "sinks"),
         ("out",),
     ),
     "dequantize": (("levels",), ("dequantize",), ("rows", "info", "tail"), ("keys", "values")),
     "restore": (
-        ("rotate", "vectors", "levels", "restore"),
+        ("rotate", "levels", "vectors", "restore"),
         ("restore_rows",),
         ("rows", "info", "tail", "new_k", "new_v", "tables"),
         ("keys", "values"),
     ),
     "rotate_queries": (
-        ("rotate", "vectors", "levels"),
+        ("rotate", "levels", "vectors"),
         ("rotate_queries",),
         ("x", "info", "table"),
         ("out",),
     ),
     "rotate_outputs": (
-        ("rotate", "vectors"),
+        ("rotate", "levels", "vectors"),
         ("rotate_outputs",),
         ("x", "info", "table"),
         ("out",),
@@ -102,7 +102,8 @@ def kernel(machine: str, name: str, constants: Constants):
         for key, value in constants
     )
     for n in absent:  # named in branches that are never taken
-        body += f"{'device float' if n in outputs else 'const device int'}* {n} = nullptr;\n"
+        kind = "float" if n in outputs or _OPTIONAL[n] == "CHUNK" else "int"
+        body += f"{'' if n in outputs else 'const '}device {kind}* {n} = nullptr;\n"
         if _OPTIONAL[n] in ("MASK", "TAIL", "HOLDS", "CHUNK"):
             body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
         if _OPTIONAL[n] in ("TAIL", "HOLDS", "CHUNK"):
