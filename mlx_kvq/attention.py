@@ -96,7 +96,9 @@ def packed_attention(
     its own keys and values as they are, and unpacks what was before it, one layer at a time
     (:func:`_prefill`).
     """
-    out = _attention(queries, keys, values, scale, mask, sinks)
+    if keys.new is False and queries.shape[2] <= DECODE_QUERIES:
+        return _decode(queries, keys, scale, mask, sinks)
+    out = _chunk(queries, keys, values, scale, mask, sinks)
     if (
         queries.shape[2] > DECODE_QUERIES
         and (every := fused.ahead())
@@ -109,14 +111,17 @@ def packed_attention(
 _prompts = itertools.count(1)  # layers that chunks of prompts went through
 
 
-def _attention(queries, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
-    if keys.new is False or keys.chunk is None:
-        return _packed(queries, keys, values, scale, mask, sinks)
+def _chunk(queries, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
+    if keys.new is False:
+        return _prefill(queries, keys, values, scale, mask, sinks)
     own = _own_part(mask, queries.shape[2])
     exact = _exact(queries, keys.chunk, values.chunk, scale, own, sinks)
     if keys.new is True:
         return exact
-    packed = _packed(queries, keys, values, scale, mask, sinks)
+    if queries.shape[2] > DECODE_QUERIES:
+        packed = _prefill(queries, keys, values, scale, mask, sinks)
+    else:
+        packed = _decode(queries, keys, scale, mask, sinks)
     return mx.where(keys.new[:, None, None, None], exact, packed)
 
 
@@ -127,21 +132,17 @@ def _own_part(mask, L: int):
     return None if L == 1 else mask[..., -L:]
 
 
-def _packed(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
-    L = q.shape[2]
-    if L > DECODE_QUERIES:
-        return _prefill(q, keys, values, scale, mask, sinks)
-    starts = window = None
-    if padding := _recall_padding(mask, keys.length):
+def _decode(q, keys: PackedView, scale, mask, sinks) -> mx.array:
+    starts = window = ring = None
+    if mask is not None and (padding := _recall_padding(mask, keys.length)):
         starts, window = padding
-        mask = "causal" if L > 1 else None
-    if (
-        keys.ring is not None
-        and (L == 1 or (window is not None and window <= keys.ring[2]))
-        and ops.is_reference(keys.format, q.dtype)
-    ):
-        return _in_token_order(q, keys, scale, mask, sinks, starts, window)
-    ring = None if keys.ring is None else keys.ring[:2]
+        mask = "causal" if q.shape[2] > 1 else None
+    if keys.ring is not None:
+        ring = keys.ring[:2]
+        if (
+            q.shape[2] == 1 or (window is not None and window <= keys.ring[2])
+        ) and ops.is_reference(keys.format, q.dtype):
+            return _in_token_order(q, keys, scale, mask, sinks, starts, window)
     return ops.attend(
         q, keys.rows, keys.length, keys.format, scale, mask, sinks, starts, window, keys.tail, ring
     )
