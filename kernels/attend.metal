@@ -164,7 +164,10 @@ if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
     const auto y = tail +
         (b * tail_strides[0] + kv_head * tail_strides[1] +
          (tail_shape[2] - 1 - age) * tail_strides[2]);
-    float2 s = kvq::exact_score<KD>(y, queries, at);
+    float exact_key[KD / 8], exact_value[V_TILES];  // both on their way at once
+    kvq::read_exact<KD, KD / 8>(exact_key, y, int(at.row) * (KD / 8));
+    kvq::read_exact<VD, V_TILES>(exact_value, y + KD, kvq::value_channel<VD, VB>(0, at.row));
+    float2 s = kvq::exact_score<KD>(exact_key, queries, at);
     s = float2(s.x * factor.x, s.y * factor.y);
     if (MASK != 0) {
       const auto x = mask[mask_at[0] + key * mask_strides[3]];
@@ -186,7 +189,7 @@ if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
     UNROLL for (int i = 0; i < V_TILES; i++) {
       sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
     }
-    kvq::add_exact<VD, VB>(sums, y + KD, float2(256.0f * p.x, 256.0f * p.y), at);
+    kvq::add_exact<V_TILES>(sums, exact_value, float2(256.0f * p.x, 256.0f * p.y));
     m = top;
   }
 }

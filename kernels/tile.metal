@@ -319,13 +319,11 @@ inline void read_exact(thread float* x, const device T* in, int first) {
   }
 }
 
-// One exact token, keys then values, in place of a row's codes: its score for queries 2 * pair and
-// 2 * pair + 1, which the eight rows of a column pair add up ...
-template <int D, typename T>
-inline float2 exact_score(const device T* key, const threadgroup half* rotated, tile_lane at) {
+// One exact token in place of a row's codes, of whose key a lane has D / 8 channels: its score for
+// queries 2 * pair and 2 * pair + 1, which the eight rows of a column pair add up ...
+template <int D>
+inline float2 exact_score(const thread float* y, const threadgroup half* rotated, tile_lane at) {
   const threadgroup half* x = rotated + 2 * int(at.pair) * D + int(at.row) * (D / 8);
-  float y[D / 8];
-  read_exact<D, D / 8>(y, key, int(at.row) * (D / 8));
   float2 s = float2(0.0f, 0.0f);
   UNROLL for (int i = 0; i < D / 8; i++) {
     s = float2(fma(float(x[i]), y[i], s.x), fma(float(x[D + i]), y[i], s.y));
@@ -334,11 +332,8 @@ inline float2 exact_score(const device T* key, const threadgroup half* rotated, 
 }
 
 // ... and sums += its value times probabilities; a lane's accumulators are neighbouring channels.
-template <int D, int BITS, typename T>
-inline void add_exact(thread float2* sums, const device T* value, float2 p, tile_lane at) {
-  constexpr int TILES = value_tiles(D, BITS);
-  float y[TILES];
-  read_exact<D, TILES>(y, value, value_channel<D, BITS>(0, at.row));
+template <int TILES>
+inline void add_exact(thread float2* sums, const thread float* y, float2 p) {
   UNROLL for (int i = 0; i < TILES; i++) {
     sums[i] = float2(fma(p.x, y[i], sums[i].x), fma(p.y, y[i], sums[i].y));
   }

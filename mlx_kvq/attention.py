@@ -195,14 +195,14 @@ def _prefill(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.
     B, Hq, L, _ = q.shape
     Hkv = keys.rows.shape[1]
     chunk, past = None, keys.length
-    if keys.chunk is not None and keys.format.recent:
+    if keys.chunk is not None and values.chunk is not None and fmt.recent:
         chunk, past = (keys.chunk, values.chunk), past - L
     tail = keys.tail
     if tail is not None and keys.ring is not None:  # before row `keep` there are other tokens
         after = past - keys.ring[0]
         tail = tail[:, :, -after:] if after > 0 else None
     restores = keys.length * Hkv <= RESTORED * L * Hq or sinks is not None
-    if restores and past <= 0:
+    if chunk is not None and past <= 0:  # a window of one token
         k, v = (x.astype(dtype) for x in chunk)
     elif restores:
         k, v = ops.restore(keys.rows, past, fmt, dtype, tail, chunk)

@@ -96,16 +96,14 @@ class _PackedCache(_BaseCache):
             self._write_waiting()
 
     def _one_more(self, keys: mx.array, values: mx.array, at: int) -> mx.array | None:
-        """The usual decode step, for row ``at``, which there is: as :meth:`_pack` and
-        :meth:`_write`, in less of the host's time. The tail, or ``None`` where they must do it."""
-        held, tail, n = self._held, self.tail, self._waiting
-        if (
-            n == 0
-            or at != self._place + n
-            or keys.shape[2] != 1
-            or n + 1 == held.shape[2]  # type: ignore[union-attr]
-            or tail.dtype != keys.dtype  # type: ignore[union-attr]
-        ):
+        """The usual decode step, for row ``at``, if there is one, and rows wait before it and after
+        it: as :meth:`_pack` and :meth:`_write`, in less of the host's time. The tail, or ``None``
+        where they must do it."""
+        rows, held, tail, n = self._rows, self._held, self.tail, self._waiting
+        if n == 0 or at != self._place + n or keys.shape[2] != 1:
+            return None
+        assert rows is not None and held is not None and tail is not None  # as rows wait
+        if at >= rows.shape[2] or n + 1 == held.shape[2] or tail.dtype != keys.dtype:
             return None
         fmt = self.format
         self._held, self.tail = ops.quantize_pack_tail(
@@ -374,10 +372,9 @@ class PackedKVCache(_PackedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
         prev = self.offset
-        if self._waiting and prev < self._rows.shape[2]:  # type: ignore[union-attr]
-            if (tail := self._one_more(keys, values, prev)) is not None:
-                self.offset = prev + 1
-                return self._views(tail)
+        if (tail := self._one_more(keys, values, prev)) is not None:
+            self.offset = prev + 1
+            return self._views(tail)
         rows, tail = self._pack(keys, values, prev)
         self._grow_and_write(rows, prev, keys.shape[2])
         self.offset += keys.shape[2]
@@ -490,11 +487,10 @@ class PackedRotatingKVCache(_PackedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
         kept, in ring order after a single token and in temporal order after several."""
-        if self._waiting and (prev := self._idx) < self._rows.shape[2] == self.max_size:  # type: ignore[union-attr]
-            if (tail := self._one_more(keys, values, prev)) is not None:
-                self.offset += 1
-                self._idx = prev + 1
-                return self._views(tail)
+        if (tail := self._one_more(keys, values, self._idx)) is not None:
+            self.offset += 1
+            self._idx += 1
+            return self._views(tail)
         first = self.offset == 0
         new, tail = self._pack(keys, values)
         if keys.shape[2] == 1:

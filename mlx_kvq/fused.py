@@ -209,7 +209,7 @@ def _integers(*values: int) -> mx.array:
 
 @lru_cache(maxsize=4096)
 def _parts(machine: str, lay: RowLayout, parallel: int, span: int) -> int:
-    tuning = TUNING[machine].when(parallel)
+    tuning = TUNING[machine].when(parallel, lay)
     groups, keys = attend_shape(lay, tuning)
     return splits(tuning, groups, keys, span, parallel)
 
@@ -246,7 +246,7 @@ def attend_parts(fmt: Format, B: int, Hq: int, Hkv: int, L: int, span: int) -> i
 def attend_sizes(fmt: Format, B: int, Hq: int, Hkv: int, L: int) -> tuple[int, int]:
     """SIMD groups and keys of a tile of :func:`attend`, compile-time constants."""
     parallel = B * Hkv * query_blocks(Hq // Hkv, L)
-    return attend_shape(fmt.layout, TUNING[_machine()].when(parallel))
+    return attend_shape(fmt.layout, TUNING[_machine()].when(parallel, fmt.layout))
 
 
 def forget() -> None:
@@ -273,7 +273,7 @@ def _launch(
     plan, key = _plan(fmt), (machine, parallel, kind, starts, sinks, tail)
     if (found := plan.launches.get(key)) is not None:
         return found
-    tuning = TUNING[machine].when(parallel)
+    tuning = TUNING[machine].when(parallel, plan.layout)
     groups, keys = attend_shape(plan.layout, tuning)
     sizes = (("NSG", groups), ("TK", keys))
     attend = (*plan.attend, ("MASK", kind), ("STARTS", starts), ("TAIL", tail), *sizes)

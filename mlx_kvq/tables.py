@@ -116,7 +116,7 @@ def both_tables(
     keys: Transform, k_purpose: str, values: Transform, v_purpose: str, wide: bool
 ) -> mx.array:
     """The keys' table and, after it, the values'."""
-    sides = channel_table(keys, k_purpose, wide), channel_table(values, v_purpose, wide)
+    sides = [channel_table(keys, k_purpose, wide), channel_table(values, v_purpose, wide)]
     table = mx.concatenate(sides)
     mx.eval(table)
     return table

@@ -19,7 +19,8 @@ class Tuning:
         least (int): Tiles per SIMD group below which more splits do not pay.
         most (int): Splits beyond which merging them costs more than they save.
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
-            GPU is busy anyway and ``busy_keys``, ``busy_groups`` and ``busy_threadgroups`` hold.
+            GPU is busy anyway and ``busy_sizes`` hold: keys, SIMD groups and threadgroups; where
+            values have more than 128 channels, ``busy_wide``.
         combine_groups (int): SIMD groups of a combine threadgroup.
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
         pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
@@ -39,9 +40,8 @@ class Tuning:
     least: int
     most: int = 256
     busy: int = 1 << 30
-    busy_keys: int = 16
-    busy_groups: int = 8
-    busy_threadgroups: int = 0
+    busy_sizes: tuple[int, int, int] = (16, 8, 0)
+    busy_wide: tuple[int, int, int] = (16, 8, 0)
     combine_groups: int = 4
     pack_pairs: int = 4
     pack_threadgroups: int = 256
@@ -49,16 +49,12 @@ class Tuning:
     ahead: int = 0
     replay: bool = False
 
-    def when(self, parallel: int) -> "Tuning":
+    def when(self, parallel: int, lay: RowLayout) -> "Tuning":
         """The launch sizes for so many threadgroups of one split."""
         if parallel < self.busy:
             return self
-        return replace(
-            self,
-            keys=self.busy_keys,
-            simd_groups=self.busy_groups,
-            threadgroups=self.busy_threadgroups,
-        )
+        keys, groups, threadgroups = self.busy_wide if lay.v_dim > 128 else self.busy_sizes
+        return replace(self, keys=keys, simd_groups=groups, threadgroups=threadgroups)
 
 
 TUNING = {
@@ -67,7 +63,8 @@ TUNING = {
     "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=128, least=1),
     # H200, mlx 0.32.4, scripts/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
-    # and 32K tokens 0.076 and 0.066 ms.
+    # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
+    # threadgroups 0.253 ms, 4 and 264 (all that fits of the sizes for D = 128) 0.280 ms.
     "cuda": Tuning(
         keys=16,
         simd_groups=8,
@@ -76,11 +73,10 @@ TUNING = {
         least=2,
         most=64,
         busy=32,
-        busy_keys=32,
-        busy_groups=4,
-        busy_threadgroups=264,
+        busy_sizes=(32, 4, 264),
+        busy_wide=(16, 2, 528),
         pack_threadgroups=528,
-        ahead=4,
+        ahead=3,
         replay=True,
     ),
 }
