@@ -37,7 +37,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.models.cache import make_prompt_cache as stock_cache
 
 import mlx_kvq
-from mlx_kvq import fused, ops
+from mlx_kvq import attention, fused, ops
 
 VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape",
@@ -134,6 +134,7 @@ def as_on_metal() -> Iterator[None]:
         replace(mx.fast, "scaled_dot_product_attention", sdpa)
         replace(mx, "quantize", quantize)
         replace(fused, "language", lambda: "metal")
+        replace(attention, "_compute_dtype", lambda dtype: dtype)
         # The first launch is otherwise tried, and evaluated.
         replace(ops, "_works", lambda *args, **kwargs: True)
         yield
@@ -142,11 +143,11 @@ def as_on_metal() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def traced(step: Callable, chip: str = "g") -> Counter:
-    """Kernels of ``step(token)`` by primitive, custom kernels by name."""
+def traced(step: Callable, chip: str = "g", L: int = 1) -> Counter:
+    """Kernels of ``step(tokens)`` by primitive, custom kernels by name."""
     graph: list[dict] = []
     with as_on_metal():
-        mx.export_function(graph.append, step, mx.array([[1]]))
+        mx.export_function(graph.append, step, mx.ones((1, L), mx.int32))
     found: Counter = Counter()
     for node in graph:
         if node["type"] != "primitive" or node["name"] in VIEWS:
@@ -157,13 +158,15 @@ def traced(step: Callable, chip: str = "g") -> Counter:
             name = next(filter(None, _CUSTOM.match(node["arguments"][0]).group("name", "ours")))
             if name == "sdpa":
                 q, k = (shape for _, shape, _ in node["inputs"][:2])
-                count = sdpa_kernels(q, k, chip)
+                count = sdpa_kernels(q, k, chip) if L <= 8 else 1
+        if name == "Concatenate":
+            count = len(node["inputs"])  # a copy of each
         found[name] += count
     return found
 
 
-def caches(model, name: str, T: int) -> list:
-    """Caches of ``model`` that hold T tokens, all zeros."""
+def caches(model, name: str, T: int, decodes: bool = True) -> list:
+    """Caches of ``model`` that hold T tokens, and one more if they are to decode."""
     if name == "kv4":
         made = [QuantizedKVCache(64, 4) for _ in model.layers]
     elif name == "fp16":
@@ -173,13 +176,14 @@ def caches(model, name: str, T: int) -> list:
     args = model.args
     Hkv = args.num_key_value_heads
     D = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
-    zeros = mx.zeros((1, Hkv, T, D), mx.float16)
     for cache in made:
-        cache.update_and_fetch(zeros, zeros)
+        # Of alike arrays a trace would count only one.
+        k, v = (mx.random.normal((1, Hkv, T, D)).astype(mx.float16) for _ in "kv")
+        cache.update_and_fetch(k, v)
         mx.eval(cache.state)
-        # The first single token after several makes room, or puts a ring in order.
-        cache.update_and_fetch(zeros[:, :, :1], zeros[:, :, :1])
-        mx.eval(cache.state)
+        if decodes:  # the first single token after several makes room, or puts a ring in order
+            cache.update_and_fetch(k[:, :, :1], v[:, :, :1])
+            mx.eval(cache.state)
     return made
 
 
@@ -191,13 +195,14 @@ def _in_half(build: Callable, layers: int):
     return model
 
 
-def per_layer(build: Callable, name: str, T: int, chip: str = "g") -> Counter:
-    """Kernels of one layer in a decode step after T tokens, by primitive."""
+def per_layer(build: Callable, name: str, T: int, chip: str = "g", L: int = 1) -> Counter:
+    """Kernels of one layer in a decode step after T tokens, or in a prompt's chunk of L, by
+    primitive."""
     counts = []
     for layers in (3, 2):
         model = _in_half(build, layers)
-        cache = caches(model, name, T)
-        counts.append(traced(lambda y, m=model, c=cache: m(y, cache=c), chip))
+        cache = caches(model, name, T, decodes=L == 1)
+        counts.append(traced(lambda y, m=model, c=cache: m(y, cache=c), chip, L))
     three, two = counts
     three.subtract(two)
     return +three
@@ -225,6 +230,12 @@ def main() -> None:
             cells.append(str(storing(counts)))
             cells.append(", ".join(f"{n} {k}" for k, n in counts.items() if k in STORING))
             print(f"| {T} | {' | '.join(cells)} | {counts.total() - storing(counts)} |")
+        fp16, int4 = (
+            per_layer(build, name, 2048, L=2048).total() for name in ("fp16", "int4-srft")
+        )
+        print(
+            f"\nA layer in a prompt's second chunk of 2048: {fp16} with fp16, {int4} with int4-srft"
+        )
 
 
 if __name__ == "__main__":

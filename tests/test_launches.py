@@ -42,6 +42,15 @@ def test_no_more_kernels_than_fp16(title, T, chip):
     assert int4 <= fp16
 
 
+@pytest.mark.parametrize("title", MODELS)
+@pytest.mark.parametrize("T, L", [(512, 512), (1000, 300)])
+def test_a_chunk_of_a_prompt_takes_fewer(title, T, L):
+    """Quantize-pack with room for more, its rows after those before, and restore."""
+    int4, fp16 = (count.per_layer(count.MODELS[title], n, T, L=L) for n in ("int4-srft", "fp16"))
+    assert int4.total() < fp16.total()
+    assert (int4["quantize_pack"], int4["restore"], int4["SliceUpdate"]) == (1, 1, 0)
+
+
 def test_what_mlx_lm_quantized_takes():
     counts = count.per_layer(count.MODELS[QWEN], "kv4", 600)
     assert (counts["quantize"], counts["SliceUpdate"], counts["QuantizedMatmul"]) == (2, 6, 2)
