@@ -65,12 +65,19 @@ class BatchPair(Pair):
             tail = (tail or [])[-min(recent, len(ids)) :]  # no row is older
             tail = [(-1, False)] * (recent - len(tail)) + tail
             for age in range(1, min(recent, len(ids)) + 1):
-                if ids[-age] == self.tokens.count:  # padding, which nobody sees
+                # Padding on the left, which nobody sees, or what filled up the right side: mlx-lm's
+                # rotating batch may evict a token for that, which the tail still has.
+                if ids[-age] in (self.tokens.count, self.filler):
                     tail[-age] = (-1, False)
                 elif tail[-age][0] not in (-1, ids[-age]):
                     tail[-age] = (int(ids[-age]), False)
             last.append(tail)
         return last
+
+    @property
+    def filler(self) -> int:
+        """The token that prompts are padded with on the right."""
+        return self.tokens.count - 1
 
     @property
     def size(self) -> int:
@@ -139,8 +146,7 @@ class BatchPair(Pair):
         lengths = [len(i) for i in ids]
         longest = max(lengths)
         padding = [longest - n for n in lengths]
-        filler = self.tokens.count - 1
-        ids = np.array([[*i, *[filler] * p] for i, p in zip(ids, padding, strict=True)])
+        ids = np.array([[*i, *[self.filler] * p] for i, p in zip(ids, padding, strict=True)])
         if max(padding):
             for cache in (self.ours, self.stock):
                 cache.prepare(lengths=lengths, right_padding=padding)
