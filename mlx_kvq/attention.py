@@ -197,10 +197,7 @@ def _prefill(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.
     chunk, past = None, keys.length
     if keys.chunk is not None and values.chunk is not None and fmt.recent:
         chunk, past = (keys.chunk, values.chunk), past - L
-    tail = keys.tail
-    if tail is not None and keys.ring is not None:  # before row `keep` there are other tokens
-        after = past - keys.ring[0]
-        tail = tail[:, :, -after:] if after > 0 else None
+    tail = within(keys.tail, past if keys.ring is None else past - keys.ring[0])
     restores = keys.length * Hkv <= RESTORED * L * Hq or sinks is not None
     if chunk is not None and past <= 0:  # a window of one token
         k, v = (x.astype(dtype) for x in chunk)
@@ -221,6 +218,11 @@ def _prefill(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.
         sinks=None if sinks is None else sinks.astype(dtype),
     )
     return (out if restores else ops.rotate_outputs(out, fmt, Hkv)).astype(given)
+
+
+def within(tail: mx.array | None, tokens: int) -> mx.array | None:
+    """The tail of no more than the last ``tokens``: before them a ring has others."""
+    return tail[:, :, -tokens:] if tail is not None and tokens > 0 else None
 
 
 def _compute_dtype(dtype: mx.Dtype) -> mx.Dtype:

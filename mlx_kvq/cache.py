@@ -11,7 +11,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from . import ops
-from .attention import DECODE_QUERIES, PackedView, remember_padding
+from .attention import DECODE_QUERIES, PackedView, remember_padding, within
 from .format import Format, parse_signature
 
 HELD = 16  # rows that wait to be written
@@ -258,9 +258,9 @@ class _PackedCache(_BaseCache):
         if fmt.recent and keys is not None and (L := keys.shape[2]) > DECODE_QUERIES:
             if (past := length - L) <= 0:
                 return keys, values
-            last = tail[:, :, -(past - keep) :] if tail is not None and past > keep else None
-            return ops.restore(self.rows, past, fmt, self.dtype, last, (keys, values))
-        last = None if tail is None else tail[:, :, -(length - keep) :]
+            before = within(tail, past - keep)
+            return ops.restore(self.rows, past, fmt, self.dtype, before, (keys, values))
+        last = within(tail, length - keep)
         if last is None or idx == length:
             return ops.restore(self.rows, length, fmt, self.dtype, last)
         # The newest tokens are before row idx, and before them those at the end.

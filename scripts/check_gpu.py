@@ -173,10 +173,12 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
     mx.eval(fused.quantize_pack(*one), fused.quantize_pack_tail(*one, tail, 16))
     mx.eval(fused.quantize_pack_tail(*one, tail[:, :, 1:], 16, mx.contiguous(rows[:, :, :16])))
     mx.eval(fused.quantize_pack_tail(k, v, fmt, tail, 30, rows))
+    mx.eval(fused.quantize_pack_tail(k, v, fmt, tail, 16, None, 256))
     rows = mx.array(np.concatenate([np.array(rows)] * 4, axis=2))
     for dtype, end in itertools.product((mx.float16, mx.bfloat16, mx.float32), (None, tail)):
-        mx.eval(fused.dequantize(rows, 75, fmt, dtype, end), fused.restore(rows, 75, fmt, dtype))
-        mx.eval(fused.restore(rows, 75, fmt, dtype, end))
+        mx.eval(fused.dequantize(rows, 75, fmt, dtype, end))
+        for chunk in (None, (k, v)):
+            mx.eval(fused.restore(rows, 75, fmt, dtype, end, chunk))
     q = array(2, 5, 12, D).swapaxes(1, 2)
     mx.eval(fused.rotate_queries(q, fmt, 2), fused.rotate_outputs(q, fmt, 2))
     starts, sinks = mx.array([3, 40], mx.int32), array(12, dtype=np.float32)
