@@ -1,7 +1,17 @@
-"""Attention over a packed cache: what mlx-lm's shared attention function is led to."""
+"""Attention over a packed cache: what mlx-lm's shared attention function is led to.
+
+What a query reads exactly, and what it reads from packed rows, depends on its position alone:
+
+- A token of a prompt reads its own block exactly, positions ``p - p % BLOCK`` to p, and what is
+  before the block from rows. So a prompt gives the same rows however it is cut into chunks, and
+  can be read again from any multiple of ``BLOCK``.
+- A decoded token reads the newest ``recent`` tokens exactly, its own included.
+- With ``recent=0`` everything is read from rows.
+"""
 
 import itertools
 import weakref
+from collections.abc import Iterator
 
 import mlx.core as mx
 
@@ -9,7 +19,9 @@ from . import fused, ops, reference
 from .format import Format
 
 DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
-RESTORED = 4  # vectors that come out of the rotation in the time that one of a query takes
+# Tokens of a block of a prompt. Measured (docs/performance.md): half of it costs prefill on GPUs
+# more calls, twice of it costs a server more tokens to read again where prompts part.
+BLOCK = 256
 
 
 class PackedView:
@@ -28,27 +40,28 @@ class PackedView:
         fmt: Format,
         dtype: str,
         dim: int,
-        chunk: mx.array | None = None,
-        new: mx.array | bool = False,
         ring: tuple[int, int, int] | None = None,
         tail: mx.array | None = None,
+        chunk: mx.array | None = None,
+        places: tuple[tuple[int, int], ...] = ((0, 0),),
     ):
         self.rows = rows
         self.length = length
         self.format = fmt
         self._dtype = dtype  # a name
         self._dim = dim
-        # The keys or values of a chunk of a prompt, which reads itself as it is; its tokens are
-        # the last ones. ``new``: it is the first chunk, and there is nothing else to read; in a
-        # batch that may be so for some sequences, boolean [B].
-        self.chunk = chunk
-        self.new = new
         # (keep, idx, max_size) of a rotating cache whose rows are not in the order of their
         # tokens, which is [:keep], [idx:], [keep:idx], or more than a query may see.
         self.ring = ring
         # The newest tokens as they are, rotated, [B, Hkv, R, Dk + Dv] (``ops.quantize_pack_tail``);
         # those before the chunk, if there is one.
         self.tail = tail
+        # The keys or values of a chunk of a prompt, which are the last rows; ``None`` while
+        # decoding, and for layers that read another layer's cache.
+        self.chunk = chunk
+        # Of a chunk, for each sequence, or once for all: the position of its first token in its
+        # block, and how many of the tokens before it, in the block, the tail has.
+        self.places = places
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -92,44 +105,20 @@ def packed_attention(
 ) -> mx.array:
     """Attention of queries [B, Hq, L, Dk] over packed keys and values -> [B, Hq, L, Dv].
 
-    Up to ``DECODE_QUERIES`` queries attend straight from the rows. A chunk of a prompt attends on
-    its own keys and values as they are, and unpacks what was before it, one layer at a time
-    (:func:`_prefill`).
+    Decoded tokens attend straight from the rows, a chunk of a prompt block by block: on the
+    block's own keys and values as they are, and on those before it restored from rows.
     """
-    if keys.new is False and queries.shape[2] <= DECODE_QUERIES:
+    if queries.shape[2] == 0:
+        return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
+    if keys.chunk is None and queries.shape[2] <= DECODE_QUERIES:
         return _decode(queries, keys, scale, mask, sinks)
-    out = _chunk(queries, keys, values, scale, mask, sinks)
-    if (
-        queries.shape[2] > DECODE_QUERIES
-        and (every := fused.ahead())
-        and next(_prompts) % every == 0
-    ):
+    out = _prompt(queries, keys, values, scale, mask, sinks)
+    if (every := fused.ahead()) and next(_prompts) % every == 0:
         mx.async_eval(out)
     return out
 
 
 _prompts = itertools.count(1)  # layers that chunks of prompts went through
-
-
-def _chunk(queries, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
-    if keys.new is False:
-        return _prefill(queries, keys, values, scale, mask, sinks)
-    own = _own_part(mask, queries.shape[2])
-    exact = _exact(queries, keys.chunk, values.chunk, scale, own, sinks)
-    if keys.new is True:
-        return exact
-    if queries.shape[2] > DECODE_QUERIES:
-        packed = _prefill(queries, keys, values, scale, mask, sinks)
-    else:
-        packed = _decode(queries, keys, scale, mask, sinks)
-    return mx.where(keys.new[:, None, None, None], exact, packed)
-
-
-def _own_part(mask, L: int):
-    """The mask among the L tokens of a chunk: they are the last, but for one token in a ring."""
-    if not isinstance(mask, mx.array) or mask.shape[-1] == L:
-        return mask
-    return None if L == 1 else mask[..., -L:]
 
 
 def _decode(q, keys: PackedView, scale, mask, sinks) -> mx.array:
@@ -175,62 +164,91 @@ def _in_token_order(q, keys: PackedView, scale, mask, sinks, starts, window) -> 
     return found[0] if L == 1 else mx.concatenate(found, axis=2)
 
 
-def _exact(q, k, v, scale, mask, sinks) -> mx.array:
-    dtype = _compute_dtype(q.dtype)
-    out = mx.fast.scaled_dot_product_attention(
-        q.astype(dtype),
-        k.astype(dtype),
-        v.astype(dtype),
-        scale=scale,
-        mask=_mask_as(mask, dtype),
-        sinks=None if sinks is None else sinks.astype(dtype),
-    )
-    return out.astype(q.dtype)
-
-
-def _prefill(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
-    """Either keys and values come out of the rotation, or queries and outputs go through it: what
-    are fewer vectors, but with sinks the centre that was taken off the keys counts."""
-    fmt, dtype = keys.format, _compute_dtype(q.dtype)
-    B, Hq, L, _ = q.shape
-    Hkv = keys.rows.shape[1]
-    chunk, past = None, keys.length
-    if keys.chunk is not None and values.chunk is not None and fmt.recent:
-        chunk, past = (keys.chunk, values.chunk), past - L
-    tail = within(keys.tail, past if keys.ring is None else past - keys.ring[0])
-    restores = keys.length * Hkv <= RESTORED * L * Hq or sinks is not None
-    if chunk is not None and past <= 0:  # a window of one token
-        k, v = (x.astype(dtype) for x in chunk)
-    elif restores:
-        k, v = ops.restore(keys.rows, past, fmt, dtype, tail, chunk)
+def _prompt(q, keys: PackedView, values: PackedView, scale, mask, sinks) -> mx.array:
+    """A chunk of a prompt; sequences whose blocks begin at different rows are worked on apart."""
+    padding = _recall_padding(mask, keys.length)
+    # A mask that a model made itself may let a token see later ones: the chunk is then one block.
+    causal = isinstance(mask, str) or padding is not None
+    window = None if padding is None else padding[1]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, place in enumerate(keys.places):
+        groups.setdefault(place, []).append(i)
+    if len(groups) == 1:
+        out = _blocks(q, keys, values, keys.places[0], scale, mask, sinks, causal, window)
     else:
-        if chunk is not None:  # in the rotated domain
-            n = 0 if tail is None else tail.shape[2]
-            tail = ops.quantize_pack_tail(*chunk, fmt, tail, n + L)[1]
-        k, v = ops.dequantize(keys.rows, keys.length, fmt, dtype, tail)
-    q, given = q.astype(dtype), q.dtype
-    out = mx.fast.scaled_dot_product_attention(
-        q if restores else ops.rotate_queries(q, fmt, Hkv),
-        k,
-        v,
-        scale=scale,
-        mask=_mask_as(mask, dtype),
-        sinks=None if sinks is None else sinks.astype(dtype),
-    )
-    return (out if restores else ops.rotate_outputs(out, fmt, Hkv)).astype(given)
+        parts = []
+        for place, which in groups.items():
+            at = mx.array(which)
+            some = mask
+            if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[0] > 1:
+                some = mask[at]
+            k, v = _some(keys, at), _some(values, at)
+            parts.append(_blocks(q[at], k, v, place, scale, some, sinks, causal, window))
+        order = mx.argsort(mx.array([i for which in groups.values() for i in which]))
+        out = mx.concatenate(parts)[order]
+    return out
 
 
-def within(tail: mx.array | None, tokens: int) -> mx.array | None:
-    """The tail of no more than the last ``tokens``: before them a ring has others."""
-    return tail[:, :, -tokens:] if tail is not None and tokens > 0 else None
+def _some(view: PackedView, at: mx.array) -> PackedView:
+    """The view of some sequences of a batch."""
+    tail = None if view.tail is None else view.tail[at]
+    return PackedView(
+        view.rows[at], view.length, view.format, view._dtype, view._dim, view.ring, tail,
+        None if view.chunk is None else view.chunk[at],
+    )  # fmt: skip
+
+
+def _pieces(L: int, into: int) -> Iterator[tuple[int, int]]:
+    """A chunk of L tokens, of which the first is ``into`` its block, block by block."""
+    first, end = 0, min(L, BLOCK - into)
+    while first < L:
+        yield first, end
+        first, end = end, min(L, end + BLOCK)
+
+
+def _blocks(q, keys: PackedView, values: PackedView, place, scale, mask, sinks, causal, window):
+    (into, known), fmt, given = place, keys.format, q.dtype
+    dtype, L, past = _compute_dtype(given), q.shape[2], keys.length - q.shape[2]
+    sinks = None if sinks is None else sinks.astype(dtype)
+    exact = keys.chunk is not None
+    # Between the first tokens that a ring keeps and the others some are missing.
+    known = min(known, past - (0 if keys.ring is None else keys.ring[0]))
+    found = []
+    for a, end in _pieces(L, into) if exact and causal else [(0, L)]:
+        new = None
+        if keys.chunk is not None and values.chunk is not None:
+            new = keys.chunk[:, :, a:end], values.chunk[:, :, a:end]
+        low = 0 if window is None else max(0, past + a - window + 1)
+        own = min(known, past - low) if a == 0 else 0
+        before = past + a - low if exact else past + end - low
+        if new is not None and before == 0:
+            k, v = new
+        else:
+            rows = keys.rows[:, :, low:] if low else keys.rows
+            last = keys.tail[:, :, -own:] if keys.tail is not None and own > 0 else None
+            k, v = ops.restore(rows, before, fmt, dtype, last, new)
+        out = mx.fast.scaled_dot_product_attention(
+            q[:, :, a:end].astype(dtype),
+            k.astype(dtype),
+            v.astype(dtype),
+            scale=scale,
+            mask=_part(mask, L, a, end, low, past + end, dtype),
+            sinks=sinks,
+        )
+        found.append(out.astype(given))
+    return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
+
+
+def _part(mask, L: int, a: int, end: int, low: int, high: int, dtype):
+    """The mask of queries [a, end) of L over keys [low, high)."""
+    if not isinstance(mask, mx.array):
+        return mask
+    mask = mask[..., low:high] if mask.shape[-1] > 1 else mask
+    if mask.ndim > 1 and mask.shape[-2] == L and L > 1:
+        mask = mask[..., a:end, :]
+    return mask if mask.dtype == mx.bool_ else mask.astype(dtype)
 
 
 def _compute_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """Half precision is emulated, hence slow, on CPU."""
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else dtype
-
-
-def _mask_as(mask, dtype):
-    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-        return mask.astype(dtype)
-    return mask

@@ -12,7 +12,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import dynamic_roll
 
 from .attention import remember_padding
-from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
+from .cache import PackedKVCache, PackedRotatingKVCache, _count, _PackedCache
 from .format import Format
 
 
@@ -29,42 +29,34 @@ class _PackedBatch(_PackedCache):
         self.left_padding = mx.array(left_padding)
         self.offset = -self.left_padding
         self._idx = 0
-        # ``offset`` as numbers. A sequence without a token attends exactly on its first chunk, as
-        # it does alone, and that must be known without waiting for the device.
+        # ``offset`` as numbers: where blocks of a prompt begin must be known without waiting for
+        # the device.
         self._seen = [-n for n in left_padding]
+        self.prompt = [0] * len(left_padding)
+        self.exact = [0] * len(left_padding)
 
-    def _count(self, L: int) -> list[bool]:
-        """Add L tokens to each sequence; tells which had none."""
-        new = [n <= 0 for n in self._seen]
+    def _add(self, L: int) -> None:
+        """Count L tokens more in each sequence."""
         self._seen = [n + L for n in self._seen]
         self.offset = self.offset + L
-        return new
 
-    def _fetch(self, tail: mx.array | None, keys: mx.array, values: mx.array, new: list[bool]):
-        first = any(new)
-        return self._views(tail, keys, values, first if all(new) is first else mx.array(new))
+    def _positions(self, L: int = 0) -> list[int]:
+        if self._lengths is None:
+            return [n + L for n in self._seen]
+        return [min(n + L, end) for n, end in zip(self._seen, self._lengths, strict=True)]
 
-    def _ends(self) -> list[int] | None:
-        """Where padding is to the right: the tokens that each sequence will have without it."""
-        return None
-
-    def _tail_to_make(self, before: int, L: int) -> int:
-        return super()._tail_to_make(before, L) if self._ends() is None else before + L
-
-    def _tail_to_keep(self, tail: mx.array, L: int) -> mx.array:
-        """Of a right-padded chunk, the tail ends with each sequence's last token, not with the
-        padding. (Where a sequence has ended, only padding attends over what this moves.)"""
-        if (ends := self._ends()) is None:
-            return super()._tail_to_keep(tail, L)
-        recent = self.format.recent
-        first = tail.shape[2] - L - recent
-        at = [first + min(max(end - n, 0), L) for end, n in zip(ends, self._seen, strict=True)]
-        return mx.stack([tail[i, :, n : n + recent] for i, n in enumerate(at)])
+    def _counts(self, L: int) -> list[int]:
+        """Without padding, on either side. (Where a sequence has ended, only padding attends.)"""
+        ends = self._lengths or [n + L for n in self._seen]
+        return [
+            max(0, min(n + L, end) - max(n, 0)) for n, end in zip(self._seen, ends, strict=True)
+        ]
 
     def keys_and_values(self) -> tuple:
         self._write_waiting()
         # While chunks are padded, the tail ends with each sequence's last token, and rows do not.
-        return self._views(self.tail if self._ends() is None else None)
+        whole = self._lengths is None and not self._prompted
+        return self._fetch(self.tail if whole else None)
 
     def _prepare_left(self, left_padding) -> None:
         if left_padding is not None:
@@ -99,7 +91,12 @@ class _PackedBatch(_PackedCache):
             self.tail = self.tail[batch_indices]
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices]
-        self._seen = [self._seen[i] for i in batch_indices]
+        self._seen, self.prompt, self.exact = (
+            [numbers[i] for i in batch_indices] for numbers in (self._seen, self.prompt, self.exact)
+        )
+        if self._lengths is not None:
+            self._lengths = [self._lengths[i] for i in batch_indices]
+        self._start()
 
     def _same_format(self, others) -> None:
         for other in others:
@@ -113,6 +110,8 @@ class _PackedBatch(_PackedCache):
         """Sequences of ``other`` after ours, both right-justified at the same index."""
         self._same_format([other])
         self._seen = self._seen + other._seen
+        self.prompt, self.exact = self.prompt + other.prompt, self.exact + other.exact
+        self._filling = True
         if self.rows is None and other.rows is None:
             self.left_padding = mx.concatenate([self.left_padding, other.left_padding])
             self.offset = mx.concatenate([self.offset, other.offset])
@@ -137,12 +136,13 @@ class _PackedBatch(_PackedCache):
 
         self._dtype = self._dtype if self.rows is not None else other._dtype
         if self.tail is not None or other.tail is not None:  # or neither holds a token
-            recent = self.format.recent
-            tails = [c._last(c.offset.shape[0], recent, heads, self.dtype) for c in (self, other)]
+            size = max(c.tail.shape[2] for c in (self, other) if c.tail is not None)
+            tails = [c._last(c.offset.shape[0], size, heads, self.dtype) for c in (self, other)]
             self.tail = mx.concatenate(tails)
         both = zip(padded(self), padded(other), strict=True)
         self.rows, self.offset, self.left_padding = (mx.concatenate(list(two)) for two in both)
         self._idx = idx
+        self._start()
 
     def _fill(self, caches: list, ordered: list[mx.array | None]) -> None:
         """Take over the rows of single caches, in the order of their tokens."""
@@ -158,12 +158,15 @@ class _PackedBatch(_PackedCache):
                 rows[i : i + 1, :, length - r.shape[2] :] = r
         self.rows = rows
         self._dtype = next(c._dtype for c, r in zip(caches, ordered, strict=True) if r is not None)
-        if recent := self.format.recent:
+        if self.format.recent:
+            size = max(c.tail.shape[2] for c in caches if c.tail is not None)
             heads, dtype = filled[0].shape[1], self.dtype
-            self.tail = mx.concatenate([c._last(1, recent, heads, dtype) for c in caches])
+            self.tail = mx.concatenate([c._last(1, size, heads, dtype) for c in caches])
         self._idx = length
         self._seen = [c.offset for c in caches]
+        self.prompt, self.exact = map(list, zip(*(c._for_batch() for c in caches), strict=True))
         self.offset = mx.array(self._seen)
+        self._start()
 
 
 def _ints(a: mx.array) -> list[int]:
@@ -179,18 +182,17 @@ class PackedBatchKVCache(_PackedBatch):
     """
 
     _right_padding: list[int] | None = None
-    _lengths: list[int] | None = None  # tokens of each sequence after right-padded chunks
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
-        prev = self._idx
-        rows, tail = self._pack(keys, values, prev)
-        self._grow_and_write(rows, prev, keys.shape[2])
-        self._idx += keys.shape[2]
-        return self._fetch(tail, keys, values, self._count(keys.shape[2]))
-
-    def _ends(self) -> list[int] | None:
-        return self._lengths
+        prev, L = self._idx, keys.shape[2]
+        if L == 0:
+            return self._nothing(keys)
+        rows, more = self._pack(keys, values, prev)
+        self._grow_and_write(rows, prev, L)
+        self._idx += L
+        self._add(L)
+        return self._updated(L, more, self.offset)
 
     def _length(self) -> int:
         return self._idx
@@ -213,7 +215,9 @@ class PackedBatchKVCache(_PackedBatch):
             if self.tail is not None and self._lengths is None:
                 assert self.rows is not None
                 self.tail = self._as_tail(self.rows[:, :, : self._idx], self.format.recent)
+                self.exact, self._filling = [0] * len(self.exact), True
             self._right_padding = self._lengths = None
+            self._start()
 
     @property
     def state(self):
@@ -221,14 +225,15 @@ class PackedBatchKVCache(_PackedBatch):
 
     @state.setter
     def state(self, v):
-        self.rows, self.offset, self.left_padding, self._idx, *self._format_state = v
+        self.rows, self.offset, self.left_padding, self._idx, *more = v
         self._seen = _ints(self.offset)
+        self._format_state = more
 
     def is_trimmable(self) -> bool:
         return True
 
     def trim(self, n: int) -> int:
-        n = min(self._idx, n)
+        n = min(self._idx, _count(n))
         self._idx -= n
         self._forget(n)
         self._drop_tail(n, self._idx)
@@ -262,8 +267,7 @@ class PackedBatchKVCache(_PackedBatch):
         if self.rows is not None and padding < self._idx:
             cache.rows = mx.contiguous(self.rows[idx : idx + 1, :, padding : self._idx])
             cache.offset = cache.rows.shape[2]
-            if self.tail is not None:
-                cache.tail = mx.contiguous(self.tail[idx : idx + 1])
+            cache._take(self, idx)
         return cache
 
     @classmethod
@@ -284,13 +288,14 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         left_padding (list): For each sequence, the padding before its first token.
     """
 
-    _lengths: list[int] | None = None  # tokens of each sequence after right-padded chunks
-
     def __init__(self, fmt: Format, max_size: int, left_padding: list[int]):
         super().__init__(fmt, left_padding)
         self.max_size = max_size
         self._offset = 0  # rows seen, padding included
         self.rotated = False
+
+    def _reach(self) -> int:
+        return self.max_size - 1
 
     def _drop_front(self, n: int) -> None:
         assert self.rows is not None
@@ -321,7 +326,7 @@ class PackedBatchRotatingKVCache(_PackedBatch):
 
     def _in_place(self, L: int) -> bool:
         # A padded prompt may end in a chunk of one token, where mlx-lm's own cache raises.
-        return L == 1 and self._lengths is None
+        return super()._in_place(L) and self._lengths is None
 
     def _update_in_place(self, new: mx.array) -> None:
         prev, rows = self._offset, self._rows
@@ -345,21 +350,18 @@ class PackedBatchRotatingKVCache(_PackedBatch):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
         kept, in ring order after a single token and in temporal order after several."""
-        new, tail = self._pack(keys, values)
         L = keys.shape[2]
-        if self._in_place(L):
+        if L == 0:
+            return self._nothing(keys)
+        in_place = self._in_place(L)
+        new, more = self._pack(keys, values)
+        if in_place:
             self._update_in_place(new)
         else:
             self._update_concat(new)
         self._offset += L
-        was_new = self._count(L)
-        # Evaluated with the rows, so that their graphs do not grow from token to token.
-        assert self._rows is not None
-        self._rows = mx.depends(self._rows, [self.left_padding, self.offset])
-        return self._fetch(tail, keys, values, was_new)
-
-    def _ends(self) -> list[int] | None:
-        return self._lengths
+        self._add(L)
+        return self._updated(L, more, self.left_padding, self.offset)
 
     def _length(self) -> int:
         assert self._rows is not None
@@ -383,6 +385,7 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         if self._lengths is not None:
             self._roll_right(self._excess(self._lengths))
             self._lengths = None
+            self._start()
 
     def _excess(self, lengths: list[int]) -> list[int]:
         return [max(0, seen - n) for seen, n in zip(self._seen, lengths, strict=True)]
@@ -410,15 +413,16 @@ class PackedBatchRotatingKVCache(_PackedBatch):
             self._offset,
             self._idx,
             self.rotated,
-            *self._format_state,
+            *more,
         ) = v
         self._seen = _ints(self.offset)
+        self._format_state = more
 
     def is_trimmable(self) -> bool:
         return self._offset < self.max_size
 
     def trim(self, n: int) -> int:
-        n = min(self._offset, n)
+        n = min(self._offset, _count(n))
         self._offset -= n
         self._idx -= n
         self._forget(n)
@@ -466,8 +470,7 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         cache.rows = mx.contiguous(rows[:, :, padding:end])
         cache.offset = self._seen[idx]
         cache._idx = cache.rows.shape[2]
-        if self.tail is not None:
-            cache.tail = mx.contiguous(self.tail[idx : idx + 1])
+        cache._take(self, idx)
         return cache
 
     @classmethod

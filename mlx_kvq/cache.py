@@ -2,16 +2,17 @@
 
 Keys and values live in one array of packed rows, uint32 [B, Hkv, capacity, W], which holds every
 token. Beside it, `recent` in the spec keeps the newest tokens as they are: the tail, rotated
-vectors [B, Hkv, R, Dk + Dv] in the model's dtype, the newest last, R at least `recent`; it begins
-with zeros while there are fewer tokens. What is no longer in the tail can be had from the rows.
+vectors [B, Hkv, R, Dk + Dv], the newest last, R at least `recent`; it begins with zeros while there
+are fewer tokens. After a chunk of a prompt it has the unfinished block as well, which the next
+chunk reads exactly (``attention``). What is no longer in the tail can be had from the rows.
 """
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
-from . import ops
-from .attention import DECODE_QUERIES, PackedView, remember_padding, within
+from . import attention, ops
+from .attention import DECODE_QUERIES, PackedView, remember_padding
 from .format import Format, parse_signature
 
 HELD = 16  # rows that wait to be written
@@ -49,6 +50,11 @@ class _PackedCache(_BaseCache):
     _held: mx.array | None = None
     _waiting = 0  # the last so many of _held, for the rows from number _place on
     _place = 0
+    _prompted = False  # whether the last update was a chunk of a prompt
+    # Tokens of a prompt that are still to come (``prompts``). A chunk of more than DECODE_QUERIES
+    # tokens is one of a prompt in any case.
+    reading = 0
+    _filling = True  # whether a sequence has fewer exact tokens than decoding reads
 
     def __init__(self, fmt: Format):
         self.format = fmt
@@ -58,6 +64,10 @@ class _PackedCache(_BaseCache):
         self.as_arrays = False
         self.model = ""  # identity of the model it was made for, if known
         self._dtype = "float16"  # a name, because mx.Dtype cannot be copied
+        # For each sequence: its first tokens that were read as a prompt, and its newest tokens
+        # that the tail has as they are.
+        self.prompt: list[int] = [0]
+        self.exact: list[int] = [0]
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -100,7 +110,7 @@ class _PackedCache(_BaseCache):
         it: as :meth:`_pack` and :meth:`_write`, in less of the host's time. The tail, or ``None``
         where they must do it."""
         rows, held, tail, n = self._rows, self._held, self.tail, self._waiting
-        if n == 0 or at != self._place + n or keys.shape[2] != 1:
+        if n == 0 or at != self._place + n or keys.shape[2] != 1 or self.reading:
             return None
         assert rows is not None and held is not None and tail is not None  # as rows wait
         if at >= rows.shape[2] or n + 1 == held.shape[2] or tail.dtype != keys.dtype:
@@ -110,11 +120,29 @@ class _PackedCache(_BaseCache):
             keys, values, fmt, tail, fmt.spec.recent, held
         )
         self._waiting = n + 1
+        if self._filling:
+            self._has_exact(fmt.spec.recent, [1])
         return self.tail
 
     def _in_place(self, L: int) -> bool:
         """Whether L new rows go to where there is room, one by one."""
-        return L == 1
+        return L == 1 and not self.reading
+
+    # Of each sequence of a batch, its tokens once chunks with padding on the right are read.
+    _lengths: list[int] | None = None
+
+    def _positions(self, L: int = 0) -> list[int]:
+        """Of the next token of each sequence, after L more rows; below 0 in padding."""
+        raise NotImplementedError
+
+    def _counts(self, L: int) -> list[int]:
+        """Of L new rows, those of tokens of each sequence."""
+        return [L]
+
+    def _has_exact(self, size: int, new: list[int]) -> None:
+        """Note that a tail of ``size`` tokens has got ``new`` ones."""
+        self.exact = [min(size, n + m) for n, m in zip(self.exact, new, strict=True)]
+        self._filling = min(self.exact, default=0) < self.format.recent
 
     # mlx-lm sends a cache with these two to its quantized attention function.
     @property
@@ -142,66 +170,112 @@ class _PackedCache(_BaseCache):
 
     def _pack(
         self, keys: mx.array, values: mx.array, prev: int | None = None
-    ) -> tuple[mx.array, mx.array | None]:
-        """Rows of new tokens, and the tail that they attend over, which for a chunk of a prompt is
-        the one before them; moves the tail on.
+    ) -> tuple[mx.array, dict]:
+        """Rows of new tokens, and what :class:`PackedView` takes of them; moves the tail on.
 
         Rows that do not fit into a growing array after ``prev`` ones come with zeros for more.
         """
-        recent, L = self.format.recent, keys.shape[2]
-        tail = None
+        fmt, recent, L = self.format, self.format.recent, keys.shape[2]
+        self._prompted = L > DECODE_QUERIES or self.reading > 0
+        self._dtype = _NAMES.get(keys.dtype, self._dtype)
         if not recent:
-            rows = ops.quantize_pack(keys, values, self.format)  # which checks them
-        else:
-            before = recent if self.tail is None else self.tail.shape[2]
-            keep = self._tail_to_make(before, L)
-            if self.tail is not None and self.tail.dtype != keys.dtype:
-                self.tail = self.tail.astype(keys.dtype)
-            old = self.tail
-            held = None
-            if self.tail is not None and self._in_place(L) and not self.as_arrays:
-                if (held := self._held) is None:
-                    shape = (*keys.shape[:2], min(recent, HELD), self.format.layout.words)
-                    held = mx.zeros(shape, mx.uint32)
-                held = held if held.shape[2] > 1 else None
-            capacity = None
-            if held is None and prev is not None and self._is_full(prev, L):
-                capacity = self._step_for(L) if self._end(prev) == prev else None
-            rows, tail = ops.quantize_pack_tail(
-                keys, values, self.format, old, keep, held, capacity
-            )
-            self.tail = self._tail_to_keep(tail, L)
-            if L > DECODE_QUERIES:
-                tail = old
-        self._dtype = _NAMES[keys.dtype]
-        return rows, tail
+            return ops.quantize_pack(keys, values, fmt), {}  # which checks them
+        if self.tail is not None and self.tail.dtype != keys.dtype:
+            self.tail = self.tail.astype(keys.dtype)
+        old, new = self.tail, self._counts(L)
+        before = recent if old is None else old.shape[2]
+        held = None
+        if old is not None and self._in_place(L) and self._may_wait(keys.dtype):
+            if (held := self._held) is None:
+                shape = (*keys.shape[:2], min(recent, HELD), fmt.layout.words)
+                held = mx.zeros(shape, mx.uint32)
+            held = held if held.shape[2] > 1 else None
+        capacity = None
+        if held is None and prev is not None and self._is_full(prev, L):
+            capacity = self._step_for(L) if self._end(prev) == prev else None
+        size = self._tail_size(L)
+        if old is not None:
+            size = min(size, before + L)
+        keep = size if self._lengths is None else before + L
+        rows, tail = ops.quantize_pack_tail(keys, values, fmt, old, keep, held, capacity)
+        self.tail = tail
+        if self._lengths is not None:
+            self.tail = self._without_padding(tail, L, size, new)
+        if not self._prompted or self.as_arrays:
+            self._has_exact(size, new)
+            return rows, {"tail": tail}
+        places = self._places(new)
+        self._has_exact(size, new)
+        return rows, {"tail": old, "chunk": (keys, values), "places": places}
 
-    def _tail_to_make(self, before: int, L: int) -> int:
-        """Tokens of the tail that L new tokens attend over."""
-        if L > DECODE_QUERIES:  # a chunk of a prompt reads its own keys and values
-            return self.format.recent
-        # Each of a few tokens reads `recent` of them, and then all but one may be taken back.
-        return min(before + L, self.format.recent + L - 1)
+    def _places(self, new: list[int]) -> tuple[tuple[int, int], ...]:
+        """Where a chunk with ``new`` tokens of each sequence begins (:class:`PackedView`); notes
+        which sequences it goes on with as with all of a prompt."""
+        places = []
+        for i, at in enumerate(self._positions()):
+            into = at % attention.BLOCK
+            known = min(into, self.exact[i])
+            if self.prompt[i] == max(at, 0) and (at < 0 or known >= min(into, self._reach())):
+                self.prompt[i] += new[i]
+            places.append((into, known))
+        # Nobody reads what comes out of padding: it need not be worked on apart.
+        real = next((p for p, n in zip(places, new, strict=True) if n), places[0])
+        return tuple(p if n else real for p, n in zip(places, new, strict=True))
 
-    def _tail_to_keep(self, tail: mx.array, L: int) -> mx.array:
-        """What stays of it."""
-        return tail
+    def _may_wait(self, dtype: mx.Dtype) -> bool:
+        """Whether rows may wait: what attention then reads instead must be evaluated with it, and
+        of plain operations rows would be left."""
+        return not self.as_arrays and not ops.is_reference(self.format, dtype)
+
+    def _tail_size(self, L: int) -> int:
+        """Tokens that the tail keeps after L more rows."""
+        recent = self.format.recent
+        if not self._prompted:
+            # Each of a few tokens reads `recent` of them, and then all but one may be taken back.
+            return recent + L - 1
+        if self.as_arrays:
+            return recent
+        into = max((max(0, end) % attention.BLOCK for end in self._positions(L)), default=0)
+        return max(recent, min(into, self._reach()))
+
+    def _reach(self) -> int:
+        """Tokens before its own that a query may see."""
+        return attention.BLOCK
+
+    def _without_padding(self, tail: mx.array, L: int, size: int, new: list[int]) -> mx.array:
+        """The last ``size`` tokens of each sequence, where L rows hold ``new`` tokens each."""
+        first = tail.shape[2] - L - size
+        if first < 0:
+            tail, first = mx.pad(tail, [(0, 0), (0, 0), (-first, 0), (0, 0)]), 0
+        return mx.stack([tail[i, :, first + n : first + n + size] for i, n in enumerate(new)])
 
     def _drop_tail(self, n: int, length: int) -> None:
         """Take the newest n tokens off the tail. ``length`` rows are left, in the order of their
         tokens; what the tail then lacks comes from there."""
-        if self.tail is None or n == 0:
+        if n == 0:
             return
-        left = max(self.tail.shape[2] - n, 0)
-        tail = self.tail[:, :, :left]
+        left = [max(0, at) for at in self._positions()]
+        self.prompt = [min(m, at) for m, at in zip(self.prompt, left, strict=True)]
+        self.exact = [max(0, m - n) for m in self.exact]
+        self._filling = True
+        if self.tail is None:
+            return
+        size = max(self.tail.shape[2] - n, 0)
+        tail = self.tail[:, :, :size]
         if length == 0:
             self.tail = None
-        elif (lacking := self.format.recent - left) <= 0:
+        elif (lacking := self.format.recent - size) <= 0:
             self.tail = tail
         else:
             assert self.rows is not None
-            older = self._as_tail(self.rows[:, :, : max(0, length - left)], lacking)
+            older = self._as_tail(self.rows[:, :, : max(0, length - size)], lacking)
             self.tail = mx.concatenate([older, tail], axis=2)
+        self._start()
+
+    def _start(self) -> None:
+        """Begin to evaluate what was changed outside of a model's step: later steps, perhaps in
+        another thread, find it done."""
+        mx.async_eval([a for a in vars(self).values() if isinstance(a, mx.array)])
 
     def _as_tail(self, rows: mx.array, n: int) -> mx.array:
         """The last n of these rows, as a tail."""
@@ -216,52 +290,94 @@ class _PackedCache(_BaseCache):
             tail = mx.concatenate([tail, y.astype(tail.dtype)], axis=2)
         return tail
 
-    def _last(self, B: int, recent: int, heads: int, dtype: mx.Dtype) -> mx.array:
-        """The last ``recent`` tokens of the tail, for a batch; zeros of an empty cache."""
-        if self.tail is not None:
-            return self.tail[:, :, -recent:].astype(dtype)
-        lay = self.format.layout
-        return mx.zeros((B, heads, recent, lay.k_dim + lay.v_dim), dtype)
+    def goes_on(self, at: int, end: int) -> bool:
+        """Whether tokens ``at`` to ``end`` of a prompt find what they would if it were read at
+        once: all before were read as a prompt, and what is to be read exactly is in the tail."""
+        recent = self.format.recent
+        needed = max(0, min(at, recent - (end - at)))  # by the last token
+        if end - at > 1:
+            needed = max(needed, min(at % attention.BLOCK, self._reach()))
+        return at < end and self.prompt[0] >= at and self.exact[0] >= needed
 
-    def _views(
+    def has_decoded(self, at: int) -> bool:
+        """Whether the last of ``at`` tokens was decoded, and none was taken back since."""
+        return self.prompt[0] < at and self.exact[0] >= min(at, self.format.recent)
+
+    def _for_batch(self) -> tuple[int, int]:
+        """``prompt`` and ``exact`` in a batch."""
+        return self.prompt[0], self.exact[0]
+
+    def _take(self, batch: "_PackedCache", i: int) -> None:
+        """The tail of sequence ``i`` of a batch, and what is known of it."""
+        self.prompt, self.exact = [batch.prompt[i]], [batch.exact[i]]
+        if batch.tail is not None:
+            self.tail = mx.contiguous(batch.tail[i : i + 1])
+        self._start()
+
+    def _last(self, B: int, size: int, heads: int, dtype: mx.Dtype) -> mx.array:
+        """The last ``size`` tokens of the tail, for a batch; zeros where there are fewer, which
+        nothing reads."""
+        lay = self.format.layout
+        have = 0 if self.tail is None else min(size, self.tail.shape[2])
+        zeros = mx.zeros((B, heads, size - have, lay.k_dim + lay.v_dim), dtype)
+        if self.tail is None:
+            return zeros
+        return mx.concatenate([zeros, self.tail[:, :, -have:].astype(dtype)], axis=2)
+
+    def _fetch(
         self,
-        tail: mx.array | None,
-        keys: mx.array | None = None,
-        values: mx.array | None = None,
-        new: mx.array | bool = False,
+        tail: mx.array | None = None,
+        chunk: tuple[mx.array, mx.array] | None = None,
+        places: tuple[tuple[int, int], ...] = ((0, 0),),
     ) -> tuple:
-        """Keys and values are those of a first chunk, ``new``, or of any chunk of a prompt."""
+        """What attention gets of an update (:class:`PackedView`)."""
         assert self._rows is not None
-        if new is False and keys is not None and keys.shape[2] <= DECODE_QUERIES:
-            keys = values = None
         if self.as_arrays:
-            return self._arrays(tail, keys, values, new)
+            return self._arrays(tail)
         lay = self.format.layout
         shared = (self._rows, self._length(), self.format, self._dtype)
-        ring = self._ring()
-        first = PackedView(*shared, lay.k_dim, keys, new, ring, tail)
-        if keys is None and lay.k_dim == lay.v_dim:  # a decode step: nothing tells them apart
+        keys = values = None
+        if chunk is not None:
+            # Attention on the chunk reads neither its rows nor the new tail.
+            assert self.tail is not None
+            keys, values = mx.depends([*chunk], [self._rows, self.tail])
+        more = self._ring(), tail
+        first = PackedView(*shared, lay.k_dim, *more, keys, places)
+        if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
             return first, first
-        return first, PackedView(*shared, lay.v_dim, values, new, ring, tail)
+        return first, PackedView(*shared, lay.v_dim, *more, values, places)
+
+    def _updated(self, L: int, view: dict, *more: mx.array) -> tuple:
+        """The end of an update: everything is evaluated with what attention reads."""
+        self.reading = max(0, self.reading - L)
+        decodes = view.get("tail") is self.tail
+        self._settle(*more)
+        return self._fetch(**(view | {"tail": self.tail} if decodes else view))
+
+    def _settle(self, *more: mx.array) -> None:
+        """Evaluate with the tail, which every step reads, what a step may leave unread."""
+        if self.tail is not None:
+            assert self._rows is not None
+            (self.tail,) = mx.depends([self.tail], [self._rows, *more])
+        elif more:
+            assert self._rows is not None
+            (self._rows,) = mx.depends([self._rows], [*more])
 
     def _ring(self) -> tuple[int, int, int] | None:
         """Where the rows of a rotating cache begin (``attention.PackedView``)."""
         return None
 
-    def _arrays(self, tail, keys, values, new) -> tuple[mx.array, mx.array]:
-        """What the views stand for, in the model's own domain."""
+    def _arrays(self, tail: mx.array | None) -> tuple[mx.array, mx.array]:
+        """What the views stand for, in the model's own domain. Of a prompt all comes from rows: one
+        array cannot have a token exact for some queries and not for others."""
         length, fmt = self._length(), self.format
-        if new is True and keys.shape[2] == length:
-            return keys, values  # a prompt's first chunk
         assert self.rows is not None
         keep, idx, _ = self._ring() or (0, length, 0)
-        if fmt.recent and keys is not None and (L := keys.shape[2]) > DECODE_QUERIES:
-            if (past := length - L) <= 0:
-                return keys, values
-            before = within(tail, past - keep)
-            return ops.restore(self.rows, past, fmt, self.dtype, before, (keys, values))
-        last = within(tail, length - keep)
-        if last is None or idx == length:
+        n = min(length - keep, 0 if tail is None else tail.shape[2])
+        if self._prompted or n <= 0:
+            return ops.restore(self.rows, length, fmt, self.dtype)
+        last = tail[:, :, -n:]  # type: ignore[index]
+        if idx == length:
             return ops.restore(self.rows, length, fmt, self.dtype, last)
         # The newest tokens are before row idx, and before them those at the end.
         n = min(fmt.recent, length - keep)
@@ -298,22 +414,29 @@ class _PackedCache(_BaseCache):
         self._write(new, prev, L)
 
     def keys_and_values(self) -> tuple:
+        """For layers that read another layer's cache: of a prompt all from rows."""
         self._write_waiting()
-        return self._views(self.tail)
+        return self._fetch(None if self._prompted else self.tail)
 
     def _zeros(self, like: mx.array, tokens: int) -> mx.array:
         return mx.zeros((*like.shape[:2], tokens, like.shape[3]), mx.uint32)
+
+    def _nothing(self, keys: mx.array) -> tuple:
+        """An update by no tokens."""
+        if self._rows is None:
+            self.rows = mx.zeros((*keys.shape[:2], 0, self.format.layout.words), mx.uint32)
+        return self._fetch(self.tail)
 
     # Strings and the calibration go along, so that a saved cache says what it is.
     @property
     def _format_state(self) -> list:
         fmt = self.format
         state = [self.as_arrays, self.model, self._dtype, fmt.signature, fmt.arrays]
-        return [*state, self.tail] if fmt.recent else state
+        return [*state, self.prompt, self.exact, self.tail] if fmt.recent else state
 
     @_format_state.setter
     def _format_state(self, v: list) -> None:
-        self.as_arrays, self.model, dtype, signature, arrays, *tail = v
+        self.as_arrays, self.model, dtype, signature, arrays, *more = v
         if dtype not in _NAMES.values():
             raise ValueError(f"The cache's dtype is {dtype!r}, which is not one of a model.")
         self._dtype = dtype
@@ -326,7 +449,10 @@ class _PackedCache(_BaseCache):
                 f"The cache holds {self.rows.dtype} {self.rows.shape}, not the uint32 rows of "
                 f"{words} words that {signature!r} describes."
             )
-        self.tail = tail[0] if tail else None
+        # Files of version 0.1.0 do not say what was read how.
+        self.prompt, self.exact, self.tail, *_ = (
+            [*more, None] if len(more) > 1 else [[], [], *more, None]
+        )
         self._check_tail()
 
     def _check_tail(self) -> None:
@@ -345,6 +471,17 @@ class _PackedCache(_BaseCache):
         if not fits:
             found = "none" if tail is None else f"{tail.dtype} {tail.shape}"
             raise ValueError(f"The cache's tail, {found}, is not what {fmt.signature!r} describes.")
+        size = 0 if tail is None else tail.shape[2]
+        at = self._positions()
+        self.prompt, self.exact = self.prompt or [0] * len(at), self.exact or [0] * len(at)
+        for name, most in (("prompt", [max(0, p) for p in at]), ("exact", [size] * len(at))):
+            counts = getattr(self, name)
+            if len(counts) != len(at) or any(
+                type(n) is not int or not 0 <= n <= m for n, m in zip(counts, most, strict=True)
+            ):
+                raise ValueError(
+                    f"The cache counts {counts} {name} tokens, which it does not hold."
+                )
 
     def _made_like(self, other: "_PackedCache"):
         self.as_arrays, self.model, self._dtype = other.as_arrays, other.model, other._dtype
@@ -356,6 +493,12 @@ class _PackedCache(_BaseCache):
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self._rows, self.tail, self._held) if a is not None)
+
+
+def _count(n: int) -> int:
+    if n < 0:
+        raise ValueError(f"0 or more tokens can be taken back, got {n}.")
+    return n
 
 
 class PackedKVCache(_PackedCache):
@@ -371,14 +514,19 @@ class PackedKVCache(_PackedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
-        prev = self.offset
+        prev, L = self.offset, keys.shape[2]
+        if L == 0:
+            return self._nothing(keys)
         if (tail := self._one_more(keys, values, prev)) is not None:
             self.offset = prev + 1
-            return self._views(tail)
-        rows, tail = self._pack(keys, values, prev)
-        self._grow_and_write(rows, prev, keys.shape[2])
-        self.offset += keys.shape[2]
-        return self._views(tail, keys, values, prev == 0)
+            return self._fetch(tail)
+        rows, more = self._pack(keys, values, prev)
+        self._grow_and_write(rows, prev, L)
+        self.offset += L
+        return self._updated(L, more)
+
+    def _positions(self, L: int = 0) -> list[int]:
+        return [self.offset + L]
 
     def _length(self) -> int:
         return self.offset
@@ -402,13 +550,16 @@ class PackedKVCache(_PackedCache):
         return True
 
     def trim(self, n: int) -> int:
-        n = min(self.offset, n)
+        n = min(self.offset, _count(n))
         self.offset -= n
         self._drop_tail(n, self.offset)
         return n
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
-        return create_attention_mask(N, self.offset, return_array, window_size)
+        mask = create_attention_mask(N, self.offset, return_array, window_size)
+        if isinstance(mask, mx.array) and N > 1:
+            remember_padding(mask, None, window_size)
+        return mask
 
     merge = _Merge("PackedBatchKVCache")
 
@@ -425,7 +576,12 @@ class PackedRotatingKVCache(_PackedCache):
     def __init__(self, fmt: Format, max_size: int, keep: int = 0):
         super().__init__(fmt)
         self.offset = 0
-        self.keep = keep
+        if max_size < 1 or keep < 0:
+            raise ValueError(
+                f"A rotating cache keeps at least 1 token and 0 or more first ones of them, got "
+                f"max_size={max_size} and keep={keep}."
+            )
+        self.keep = min(keep, max_size - 1)  # a new token needs a place
         self.max_size = max_size
         self._idx = 0
 
@@ -487,17 +643,23 @@ class PackedRotatingKVCache(_PackedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
         """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
         kept, in ring order after a single token and in temporal order after several."""
+        L = keys.shape[2]
+        if L == 0:
+            return self._nothing(keys)
         if (tail := self._one_more(keys, values, self._idx)) is not None:
             self.offset += 1
             self._idx += 1
-            return self._views(tail)
-        first = self.offset == 0
-        new, tail = self._pack(keys, values)
-        if keys.shape[2] == 1:
+            return self._fetch(tail)
+        in_place = self._in_place(L)
+        new, more = self._pack(keys, values)
+        if in_place:
             self._update_in_place(new)
         else:
             self._update_concat(new)
-        return self._views(tail, keys, values, first)
+        return self._updated(L, more)
+
+    def _positions(self, L: int = 0) -> list[int]:
+        return [self.offset + L]
 
     def _length(self) -> int:
         assert self._rows is not None
@@ -509,16 +671,28 @@ class PackedRotatingKVCache(_PackedCache):
         ordered = length <= self.max_size and self._idx == length and keep == 0
         return None if ordered else (keep, self._idx, self.max_size)
 
-    def _last(self, B: int, recent: int, heads: int, dtype: mx.Dtype) -> mx.array:
-        tail = super()._last(B, recent, heads, dtype)
+    def _last(self, B: int, size: int, heads: int, dtype: mx.Dtype) -> mx.array:
+        tail = super()._last(B, size, heads, dtype)
         if self.tail is None or not self.keep or self.offset == self._length():
             return tail
-        # A batch does not know that some are missing after the first ones: these come from rows.
-        if (after := self._length() - self.keep) >= min(recent, self.max_size):
+        if (after := self._after_first()) >= min(size, self.max_size):
             return tail
-        after = min(after, recent)
-        first = self._as_tail(self._in_order()[:, :, : self.keep], recent - after)
-        return mx.concatenate([first.astype(dtype), tail[:, :, recent - after :]], axis=2)
+        # A batch does not know that some are missing after the first ones: these come from rows.
+        after = min(after, size)
+        first = self._as_tail(self._in_order()[:, :, : self.keep], size - after)
+        return mx.concatenate([first.astype(dtype), tail[:, :, size - after :]], axis=2)
+
+    def _reach(self) -> int:
+        return self.max_size - 1
+
+    def _after_first(self) -> int:
+        """Tokens that the newest one follows without a gap, itself included."""
+        length = self._length()
+        return length - self.keep if self.offset > length else length
+
+    def _for_batch(self) -> tuple[int, int]:
+        prompt, exact = super()._for_batch()
+        return prompt, min(exact, self._after_first() if self._rows is not None else 0)
 
     def size(self) -> int:
         return min(self.offset, self.max_size)
@@ -542,7 +716,7 @@ class PackedRotatingKVCache(_PackedCache):
         return self.offset < self.max_size
 
     def trim(self, n: int) -> int:
-        n = min(self.offset, n)
+        n = min(self.offset, _count(n))
         self.offset -= n
         self._idx -= n
         self._drop_tail(n, self._idx if self.offset else 0)
@@ -566,7 +740,7 @@ class PackedRotatingKVCache(_PackedCache):
         return n
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
-        if N > 1:
+        if not self._in_place(N):
             window_size = window_size or self.max_size
             offset = min(self.max_size - 1, self.offset)
             if offset + N > window_size or return_array:

@@ -85,6 +85,18 @@ def install() -> None:
     # The package's attribute of that name is the function generate.
     generate = vars(import_module("mlx_lm.generate"))
     generate["trim_prompt_cache"], generate["can_trim_prompt_cache"] = rewind, can_speculate
+    from . import prompts
+
+    _replace(generate["generate_step"], prompts.generating(generate["generate_step"]))
+    _replace(
+        generate["speculative_generate_step"],
+        prompts.drafting(generate["speculative_generate_step"]),
+    )
+    for owner, name, wrap in (
+        (generate["PromptProcessingBatch"], "prompt", prompts.reading),
+        (stock.LRUPromptCache, "fetch_nearest_cache", prompts.fetching),
+    ):
+        setattr(owner, name, wrap(getattr(owner, name)))
     original_quantize = generate["maybe_quantize_kv_cache"]
 
     @functools.wraps(original_quantize)

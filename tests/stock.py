@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from mlx_kvq import attention
 from mlx_kvq.attention import packed_attention
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 from mlx_kvq.format import Calibration, make_format
@@ -216,16 +217,36 @@ class Pair:
         ids = self.tokens.ids_in_stock(*self.stock.keys_and_values())
         return ids[:, self._order(ids.shape[1])]
 
+    @property
+    def sequences(self) -> list[int]:
+        """Tokens of each sequence so far; below 0 while there is only padding."""
+        return [self.stock.offset] * (1 if self.tails is None else len(self.tails))
+
+    def _reach(self) -> int:
+        """Tokens before its own that a query may see."""
+        return getattr(self.stock, "max_size", attention.BLOCK + 1) - 1
+
     def _add_to_tails(self, ids, ends: list[int] | None = None) -> list[list] | None:
-        """New tokens ids [B, L], of which sequence i has ``ends[i]``; what they attend over."""
+        """New tokens ids [B, L], of which sequence i has ``ends[i]``; what they attend over. Call
+        it before the stock cache is updated."""
         recent, L = self.tokens.format.recent, len(ids[0])
         if not recent:
             return None
         before = self.tails or [[(-1, False)] * recent] * len(ids)
-        keep = recent + L - 1 if L <= 8 and ends is None else recent
-        ends = [L] * len(ids) if ends is None else ends
+        given = [L] * len(ids) if ends is None else ends
+        if L <= 8:
+            keep = recent + L - 1
+        else:
+            at = self.sequences if self.tails else (self.sequences * len(ids))[: len(ids)]
+            into = max(max(0, p + n) % attention.BLOCK for p, n in zip(at, given, strict=True))
+            keep = max(recent, min(into, self._reach()))
+        if self.tails:
+            keep = min(keep, len(before[0]) + L)
+        else:
+            before = [[(-1, False)] * max(recent, keep)] * len(ids)
         made = [t + [(int(i), True) for i in new] for t, new in zip(before, ids, strict=True)]
-        self.tails = [t[: len(t) - L + n][-keep:] for t, n in zip(made, ends, strict=True)]
+        self.tails = [t[: len(t) - L + n][-keep:] for t, n in zip(made, given, strict=True)]
+        self.tails = [[(-1, False)] * (keep - len(t)) + t for t in self.tails]
         return made
 
     def _take_off_tails(self, n: int) -> None:
@@ -243,12 +264,15 @@ class Pair:
             lacking = max(0, recent - len(left))
             self.tails[b] = older[len(older) - lacking :] + left
 
-    def _exact(self, ids: np.ndarray, tails: list[list] | None, L: int) -> np.ndarray:
-        """[B, L, T], of tokens ids [B, T] as they lie: what the last L of them read exactly.
+    def _exact(
+        self, ids: np.ndarray, tails: list[list] | None, L: int, at: list[int]
+    ) -> np.ndarray:
+        """[B, L, T], of tokens ids [B, T] as they lie: what the last L of them, of which sequence
+        b's first is at position at[b], read exactly.
 
-        What is in the tail, and for up to 8 queries only the ``recent`` tokens up to its own and
-        what is after it. The first tokens that a ring keeps are read from their rows once one after
-        them is gone.
+        Up to 8 queries read the ``recent`` tokens up to their own, and what is after it. Of a
+        prompt each token reads its own block, as far as that is in the chunk or in the tail. The
+        first tokens that a ring keeps are read from their rows once one after them is gone.
         """
         B, T = ids.shape
         exact = np.zeros((B, L, T), bool)
@@ -257,13 +281,18 @@ class Pair:
         order = self._order(T)
         ring = isinstance(self.stock, RotatingKVCache) and self.stock.keep
         keep = self.stock.keep if ring and self.stock.offset > T else 0
+        queries = np.arange(L)
         for b, tail in enumerate(tails):
+            begins = (at[b] + queries) // attention.BLOCK * attention.BLOCK
+            known = True
             for age, (token, whole) in enumerate(reversed(tail[-(T - keep) :])):
-                at = order[T - 1 - age]
-                if whole and ids[b, at] == token:
-                    exact[b, :, at] = (
-                        L > 8 or age < L - 1 - np.arange(L) + self.tokens.format.recent
-                    )
+                where = order[T - 1 - age]
+                known = known and whole
+                if L <= 8:
+                    if whole and ids[b, where] == token:
+                        exact[b, :, where] = age < L - 1 - queries + self.tokens.format.recent
+                elif known:
+                    exact[b, :, where] = at[b] + L - 1 - age >= begins
         return exact
 
     def expected(
@@ -320,10 +349,12 @@ class Pair:
         """Append the tokens ids [B, L], of which sequence i has ``ends[i]``, the others being
         padding -> the views to attend over, the tokens in them [B, T], and what each of the new
         ones must read exactly [B, L, T]."""
+        at = (self.sequences * len(ids))[: len(ids)]
         views = self.ours.update_and_fetch(*self.tokens.exact(ids))
+        made = self._add_to_tails(ids, ends)
         arrays = self.stock.update_and_fetch(*self.tokens.kept(ids))
         held = self._check_views(views, arrays)
-        exact = self._exact(held, self._add_to_tails(ids, ends), len(ids[0]))
+        exact = self._exact(held, made, len(ids[0]), at)
         self.check()
         return views, held, exact
 
@@ -339,10 +370,7 @@ class Pair:
         """What a model's layer does: mask, update, attend; the output [B, Hq, L, Dv]."""
         B, L = np.shape(ids)
         mask = self.make_mask(L, **mask_arguments)
-        starts = self.ours.offset == 0
         views, held, exact = self.update(ids)
-        if starts:  # a prompt's first chunk attends on exact keys and values
-            exact = np.ones_like(exact)
         q = self.tokens.queries(B, L)
         out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask, sinks=sinks)
         expected = self.expected(q, held, exact, mask, sinks)

@@ -57,14 +57,14 @@ class BatchPair(Pair):
         return pair
 
     def _last(self, tails: list[list | None]) -> list[list]:
-        """The ``recent`` last of each tail. Of a ring that kept its first tokens, those before them
+        """Tails of one length, the longest. Of a ring that kept its first tokens, those before them
         come from rows: a batch does not know that others were between."""
-        recent, held = self.tokens.format.recent, self._in_order()
+        size, held = max(len(t) for t in tails if t), self._in_order()
         last = []
         for tail, ids in zip(tails, held, strict=True):
-            tail = (tail or [])[-min(recent, len(ids)) :]  # no row is older
-            tail = [(-1, False)] * (recent - len(tail)) + tail
-            for age in range(1, min(recent, len(ids)) + 1):
+            tail = (tail or [])[-len(ids) :] if len(ids) else []  # no row is older
+            tail = [(-1, False)] * (size - len(tail)) + tail
+            for age in range(1, min(size, len(ids)) + 1):
                 # Padding on the left, which nobody sees, or what filled up the right side: mlx-lm's
                 # rotating batch may evict a token for that, which the tail still has.
                 if ids[-age] in (self.tokens.count, self.filler):
@@ -110,14 +110,10 @@ class BatchPair(Pair):
     def step(self, ids, ends: list[int] | None = None, **mask_arguments) -> mx.array:
         """Mask, update, attend; only queries that may attend to something, and are no padding to
         the right, are compared.
-
-        A sequence that held no token attends on exact keys and values, as it does alone.
         """
         B, L = np.shape(ids)
-        new = np.array(self.sequences) <= 0
         mask = self.make_mask(L, **mask_arguments)
         views, held, exact = self.update(ids, ends)
-        exact[new] = True
         q = self.tokens.queries(B, L)
         out = packed_attention(q, *views, scale=K_DIM**-0.5, mask=mask)
         expected = self.expected(q, held, exact, mask)

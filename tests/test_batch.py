@@ -14,7 +14,6 @@ from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
     CacheList,
-    make_prompt_cache,
 )
 
 import mlx_kvq
@@ -112,22 +111,70 @@ def test_batches_that_were_trimmed_to_nothing_join():
         assert views[0].tail.shape == (2, 2, 3, 128)
 
 
-def test_a_sequence_that_joins_attends_as_it_would_alone(plain):
-    """Its first chunk is exact, although the others have a history."""
-    for L in (1, 6, 30):
-        old, young = Pair.growing(plain), Pair.growing(plain)
-        old.update([list(range(40))])
-        pair = BatchPair.merge([old, young])
-        ids = np.stack([np.arange(L) + 100, np.arange(L) + 200])
-        together = pair.step(ids)
-        alone = young.step(ids[1:])
-        q = plain.queries(2, L)[1:]
-        same = attention.packed_attention(q, *young.ours.keys_and_values(), 0.125, "causal")
-        assert mx.abs(same - alone).max() > 1e-2  # exact and packed do differ
-        own = attention.packed_attention(
-            q, *Pair.growing(plain).update(ids[1:])[0], 0.125, "causal"
-        )
-        np.testing.assert_allclose(np.array(together[1:]), np.array(own), atol=1e-5)
+@pytest.mark.parametrize("L", [1, 6, 30])
+def test_a_sequence_that_joins_attends_as_it_would_alone(tokens, L):
+    """Although the others have a history."""
+    old, young = Pair.growing(tokens), Pair.growing(tokens)
+    old.update([list(range(40))])
+    pair = BatchPair.merge([old, young])
+    ids = np.stack([np.arange(L) + 100, np.arange(L) + 200])
+    together = pair.step(ids)
+    views = young.update(ids[1:])[0]
+    q = tokens.queries(2, L)[1:]
+    alone = attention.packed_attention(q, *views, 0.125, "causal" if L > 1 else None)
+    np.testing.assert_allclose(np.array(together[1:]), np.array(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[70], [16, 33, 1, 70], [5] * 14])
+def test_prompts_in_a_batch_are_read_as_alone(tokens, monkeypatch, cuts):
+    """Sequences that are at different places of their blocks, padded on either side."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    lengths = [70, 3, 40, 33]
+    for max_size in (None, 20, 100):
+
+        def single(n, max_size=max_size):
+            if max_size is None:
+                return PackedKVCache(tokens.format)
+            return PackedRotatingKVCache(tokens.format, max_size)
+
+        def read(cache, ids):
+            """The outputs of a chunk of prompts [B, L]."""
+            mask = cache.make_mask(ids.shape[1], return_array=False, window_size=None)
+            views = cache.update_and_fetch(*tokens.exact(ids))
+            q = np.stack([tokens._queries[0][:, row % 1024] for row in ids])
+            return np.array(attention.packed_attention(mx.array(q), *views, 0.125, mask))
+
+        # Every sequence begins with a history of its own length.
+        before = [0, 21, 5, 33]
+        history = [np.arange(n) + 400 * i for i, n in enumerate(before)]
+        prompts = [np.arange(n) + 400 * i + 200 for i, n in enumerate(lengths)]
+        alone = []
+        singles = [single(n) for n in before]
+        for cache, old in zip(singles, history, strict=True):
+            cache.reading = 1000
+            if len(old):
+                read(cache, old[None])
+        batch = singles[0].merge([copy.deepcopy(c) for c in singles])
+        for cache, ids in zip(singles, prompts, strict=True):
+            alone.append(read(cache, ids[None])[0])
+        padding = [max(lengths) - n for n in lengths]
+        batch.prepare(lengths=lengths, right_padding=padding)
+        batch.reading = 1000
+        padded = np.stack([np.pad(p, (0, n)) for p, n in zip(prompts, padding, strict=True)])
+        outs, at = [], 0
+        for L in cuts:
+            if L := min(L, 70 - at):
+                outs.append(read(batch, padded[:, at : at + L]))
+                at += L
+        batch.finalize()
+        together = np.concatenate(outs, axis=2)
+        for i, n in enumerate(lengths):
+            np.testing.assert_allclose(together[i, :, :n], alone[i], rtol=0, atol=1e-5)
+            one = batch.extract(i)
+            kept = min(one.size(), singles[i].size(), 12)
+            rows = [c._in_order()[:, :, -kept:] for c in (one, singles[i])]
+            assert mx.array_equal(*rows)
+            assert (one.prompt, one.offset) == (singles[i].prompt, singles[i].offset)
 
 
 def test_a_padded_prompt_may_end_in_a_chunk_of_one_token(tokens):
@@ -328,18 +375,12 @@ def test_prompt_caches_in_and_out(loaded):
     many = prompts(tokenizer, [4, 30, 11])
     first = batch_generate(*loaded, many, max_tokens=5, return_prompt_caches=True)
     more = prompts(tokenizer, [8, 2, 19])
+    before = copy.deepcopy(first.caches)
     second = batch_generate(
         *loaded, more, prompt_caches=first.caches, max_tokens=6, return_token_ids=True
     ).token_ids
-    for i, prompt in enumerate(many):
-        cache = make_prompt_cache(model)
-        alone(loaded, prompt, 5, prompt_cache=cache)
-        # generate has fed the token it stopped at, batch_generate has not.
-        short = first.caches[i][0].offset - cache[0].offset
-        assert short in (0, -1)
-        for c in cache:
-            c.trim(-short)
-        assert second[i] == alone(loaded, more[i], 6, prompt_cache=cache)
+    for kept, prompt, tokens in zip(before, more, second, strict=True):
+        assert tokens == alone(loaded, prompt, 6, prompt_cache=kept)
 
 
 def test_max_kv_size_in_a_batch(loaded):

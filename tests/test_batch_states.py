@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, initialize, rule, run_state_machine_as_test
 from mlx_lm.models import cache as stock_caches
 
-from mlx_kvq import seams
+from mlx_kvq import attention, seams
 from tests.stock import Pair
 from tests.stock_batch import BatchPair, PaddedTokens, same_kind
-from tests.test_cache_states import OPERATIONS, SEQUENCES, STEP, CacheMachine
+from tests.test_cache_states import BLOCK, OPERATIONS, SEQUENCES, STEP, CacheMachine
 
 FEW = 120  # sequences in CI
 MOST = 4  # sequences in a batch
@@ -29,7 +29,7 @@ KINDS = [None, (5, 0), (8, 4), (20, 0)]  # growing, or max_size and keep
 formats = st.sampled_from(["exact", "exact", "calibrated", "plain"])
 kinds = st.sampled_from(KINDS)
 windows = st.sampled_from([None, None, None, 1, 3, 6, 12, 40])
-prompts = st.lists(st.integers(1, 20), min_size=MOST, max_size=MOST)
+prompts = st.lists(st.integers(1, 40), min_size=MOST, max_size=MOST)
 
 
 class Batches(CacheMachine):
@@ -141,6 +141,7 @@ class Batches(CacheMachine):
 
 
 def test_sequences_of_operations(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", BLOCK)
     for ours in seams.CLASSES:
         stock = getattr(stock_caches, ours.__name__.removeprefix("Packed"))
         monkeypatch.setattr(ours, "step", STEP)

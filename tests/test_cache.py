@@ -10,6 +10,7 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock_caches
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from mlx_kvq import attention
 from mlx_kvq.attention import PackedView, packed_attention
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 from mlx_kvq.format import make_format
@@ -135,23 +136,25 @@ def test_attention_with_sinks(known, name):
 
 @pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
 def test_arrays_for_models_that_attend_themselves(known, name):
-    """As they are: a first chunk, then all of the tail that the last query may read; of the others
-    what their rows keep."""
+    """As they are: while decoding, all of the tail that the last query may read; of the others, and
+    of all of a prompt, what their rows keep."""
     tokens = known(name)
     for pair in kinds(tokens, [(8, 0), (8, 4), (30, 0)]):
         pair.ours.as_arrays = True
-        first = True
         for ids in chunks([4, 1, 3, 12, 1, 2, *[1] * 9]):
             arrays = pair.ours.update_and_fetch(*tokens.exact(ids))
+            made, L, recent = pair._add_to_tails(ids), ids.shape[1], tokens.format.recent
             pair.stock.update_and_fetch(*tokens.kept(ids))
             held = tokens.ids_in_stock(*pair.stock.keys_and_values())
-            made, L, recent = pair._add_to_tails(ids), ids.shape[1], tokens.format.recent
-            in_order = (np.diff(pair._order(held.shape[1])) == 1).all()
+            order = pair._order(held.shape[1])
+            in_order = (np.diff(order) == 1).all()
+            exact = np.zeros(held.shape, bool)
             if made and L <= 8:
-                made = [t[-(recent + L - 1) :] for t in made]
-            exact = pair._exact(held, made, 9 if in_order else 1)[:, -1]
-            assert first or not recent or exact.any()
-            exact |= first
+                keep = pair.ours._ring()[0] if pair.ours._ring() else 0
+                tail = made[0][-(recent + L - 1) if in_order else -recent :]
+                for age, (token, whole) in enumerate(reversed(tail[-(len(order) - keep) :])):
+                    exact[0, order[-1 - age]] = whole and held[0, order[-1 - age]] == token
+            assert exact.any() == (recent > 0 and L <= 8)
             exact = exact[:, None, :, None]
             for x, *sides in zip(
                 arrays,
@@ -161,7 +164,6 @@ def test_arrays_for_models_that_attend_themselves(known, name):
             ):
                 want = np.where(exact, *(np.swapaxes(t[:, held], 0, 1) for t in sides))
                 np.testing.assert_allclose(np.array(x), want, rtol=0, atol=1e-5)
-            first = False
 
 
 def outputs(cache, tokens, ids) -> np.ndarray:
@@ -230,27 +232,95 @@ def test_the_tail_takes_the_dtype_of_what_comes(known):
         assert pair.ours.tail.dtype == views[0].dtype == mx.float32
 
 
-@pytest.mark.parametrize("L", [1, 3, 40])
-def test_the_first_chunk_attends_exactly(known, L):
-    """On an empty cache attention sees the computed keys and values; afterwards never again."""
-    tokens = known("plain")
+@pytest.mark.parametrize("name, exact", [("int4", True), ("plain", False)])
+@pytest.mark.parametrize("L", [9, 40])
+def test_a_prompt_of_one_block_attends_exactly(known, L, name, exact):
+    """On the computed keys and values; a layer that reads another's cache, and ``recent=0``, read
+    rows."""
+    tokens = known(name)
     (ids,) = chunks([L])
     k, v = tokens.exact(ids)
     q = tokens.queries(1, L)
-    for pair in kinds(tokens):
+    for pair in kinds(tokens, [(300, 0), (300, 4)]):
         mask = pair.make_mask(L)
-        exact = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask=mask)
+        want = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask=mask)
         first = packed_attention(q, *pair.ours.update_and_fetch(k, v), scale=0.125, mask=mask)
-        np.testing.assert_allclose(np.array(first), np.array(exact), rtol=0, atol=1e-6)
         again = packed_attention(q, *pair.ours.keys_and_values(), scale=0.125, mask=mask)
-        assert mx.abs(again - exact).max() > 1e-2  # what quantization costs here
+        error, quantized = (float(mx.abs(x - want).max()) for x in (first, again))
+        assert (error < 1e-6) == exact
+        assert quantized > 1e-2  # what quantization costs here
 
 
-def test_a_chunk_after_trimming_all_is_a_first_chunk(known):
+BLOCK = 16
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", BLOCK)
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_of_a_prompt(known, name):
+    """Chunks that begin and end anywhere, past the window, after decoding, with every mask."""
+    for pair in kinds(known(name), [(8, 0), (8, 4), (20, 0), (300, 4)]):
+        for ids in chunks([30, 9, 16, 50, 1, 1, 2, 10, 33, 1, 47]):
+            pair.step(ids)
+    for pair in kinds(known(name), [(20, 0), (300, 4)]):
+        for i, ids in enumerate(chunks([40, 9, 21, 1, 40, 1])):
+            pair.step(ids, return_array=bool(i % 2), window_size=None if i % 3 else 12)
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("max_size, keep", [(None, 0), (20, 0), (12, 0), (80, 4)])
+@pytest.mark.parametrize("cuts", [[16], [9], [13, 1, 5, 40], [1] * 30, [2, 3, 30, 31]])
+def test_a_prompt_is_read_alike_however_it_is_cut(known, max_size, keep, cuts):
+    """Rows, outputs and what decoding finds; in fp32, where rounding is far from the codes'
+    boundaries. One token may be a chunk, too, where the cache was told that it is of a prompt."""
+    tokens = known("calibrated")
+    n = 75
+
+    def read(cuts):
+        cache = (
+            PackedKVCache(tokens.format)
+            if max_size is None
+            else PackedRotatingKVCache(tokens.format, max_size, keep)
+        )
+        cache.reading = n
+        outs, at = [], 0
+        for L in [*cuts, n]:
+            if L := min(L, n - at):
+                outs.append(outputs(cache, tokens, [list(range(at, at + L))]))
+                at += L
+        assert (cache.reading, cache.prompt) == (0, [n])
+        outs.append(outputs(cache, tokens, [[at]]))
+        return cache, np.concatenate(outs, axis=2)
+
+    (whole, first), (pieces, second) = read([n]), read(cuts)
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
+    kept = min(whole.size(), 12)  # a chunk leaves more in a ring than single tokens
+    assert mx.array_equal(whole._in_order()[:, :, -kept:], pieces._in_order()[:, :, -kept:])
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_a_mask_that_shows_later_tokens_keeps_a_chunk_whole(known):
+    """Images in a prompt: a model's own mask is no prefix of causal ones."""
+    tokens = known("int4")
+    pair = Pair.growing(tokens)
+    (ids,) = chunks([40])
+    views = pair.ours.update_and_fetch(*tokens.exact(ids))
+    q, (k, v) = tokens.queries(1, 40), tokens.exact(ids)
+    for mask in (None, mx.ones((40, 40), mx.bool_)):
+        out = packed_attention(q, *views, scale=0.125, mask=mask)
+        want = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask=mask)
+        np.testing.assert_allclose(np.array(out), np.array(want), rtol=0, atol=1e-5)
+
+
+def test_a_chunk_after_trimming_all(known):
     for pair in kinds(known()):
         pair.update([[0]])
         pair.trim(1)
-        pair.step([[1, 2, 3]])  # exact if the cache was emptied
+        pair.step([[1, 2, 3]])
 
 
 @pytest.mark.parametrize("max_size, keep", WINDOWS)
@@ -291,10 +361,10 @@ def test_sizes_in_bytes():
     assert stock.nbytes == 512 * HEADS * 256
     tailed = PackedKVCache(make_format(Spec.parse("int4-srft"), 128))
     tailed.update_and_fetch(x[:, :, :200], x[:, :, :200])
-    assert tailed.nbytes == ours.nbytes + 512 * HEADS * 16
-    for _ in range(50):  # beside the tail, 16 rows wait to be written
+    assert tailed.nbytes == ours.nbytes + 512 * HEADS * 200  # a prompt's unfinished block
+    for _ in range(50):
         tailed.update_and_fetch(x[:, :, :1], x[:, :, :1])
-        assert tailed.nbytes == ours.nbytes + (512 + 144) * HEADS * 16
+        assert tailed.nbytes == ours.nbytes + 512 * HEADS * 16
 
 
 @pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
@@ -426,7 +496,8 @@ def test_views_stand_for_arrays(known):
 
 def damaged(state, exact=False, **changes):
     """State (rows, ..., dtype, signature, arrays[, tail]) with some of it exchanged."""
-    places = {"rows": 0, "dtype": -3 - exact, "signature": -2 - exact, "arrays": -1 - exact}
+    more = 3 * exact  # what is read exactly, and the tail
+    places = {"rows": 0, "dtype": -3 - more, "signature": -2 - more, "arrays": -1 - more}
     places |= {"tail": -1}
     state = list(state)
     for name, value in changes.items():

@@ -22,12 +22,14 @@ from hypothesis.stateful import (
 )
 from mlx_lm.models import cache as stock_caches
 
+from mlx_kvq import attention
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 from tests.stock import Pair, Tokens
 
 SEQUENCES = int(os.environ.get("MLX_KVQ_SEQUENCES", "0"))
 FEW = 250  # sequences of a machine in CI
 OPERATIONS = 25  # of a sequence, at most
+BLOCK = 16  # of a prompt in place of 256
 STEP = 8  # capacity steps in place of 256, so that short sequences cross them
 
 TOKENS = {
@@ -88,7 +90,7 @@ class OneSequence(CacheMachine):
     def rotating(self, tokens, window):
         return self.keep(Pair.rotating(TOKENS[tokens], *window))
 
-    @rule(pair=pairs, L=st.integers(2, 20), window_size=windows, return_array=st.booleans())
+    @rule(pair=pairs, L=st.integers(2, 40), window_size=windows, return_array=st.booleans())
     def prefill(self, pair, L, window_size, return_array):
         pair.step(self.fresh(1, L), window_size=window_size, return_array=return_array)
 
@@ -133,6 +135,7 @@ class OneSequence(CacheMachine):
 
 @pytest.mark.parametrize("machine", [OneSequence])
 def test_sequences_of_operations(machine, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", BLOCK)
     for ours in (PackedKVCache, PackedRotatingKVCache):
         stock = getattr(stock_caches, ours.__name__.removeprefix("Packed"))
         monkeypatch.setattr(ours, "step", STEP)

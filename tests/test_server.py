@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm import batch_generate
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
@@ -185,34 +186,41 @@ def test_bytes_of_the_prompt_cache():
     }
 
 
-@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srft"])
+@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srft:recent=0"])
 def test_prefix_reuse(spec):
-    """LRUPromptCache: a copy of the nearest cache, trimmed to what is common, goes on exactly."""
+    """LRUPromptCache: a copy of the nearest cache goes on from where the rest of the prompt is read
+    as if it were read at once: with an exact tail from a multiple of 256 tokens."""
     model, tokenizer = load_float32("tiny-qwen2-8bit")
     mlx_kvq.enable(model, spec, verbose=False)
-    (prompt,) = prompts(tokenizer, [60])
-    other = [*prompt[:40], *prompts(tokenizer, [1, 9])[1]]
+    (prompt,) = prompts(tokenizer, [600])
+    other = [*prompt[:500], *prompts(tokenizer, [1, 9])[1]]
     cache = make_prompt_cache(model)
-    model(mx.array([prompt]), cache=cache)
+    logits = model(mx.array([prompt]), cache=cache)
+    mx.eval(logits)
     lru = LRUPromptCache()
     lru.insert_cache("model", prompt, cache)
     assert lru.nbytes == sum(c.nbytes for c in cache) > 0
 
     found, rest = lru.fetch_nearest_cache("model", other)
-    assert rest == other[40:]
-    assert [c.offset for c in found] == [40] * len(cache)
-    assert [c.offset for c in cache] == [60] * len(cache)
-    reference = make_prompt_cache(model)
-    model(mx.array([prompt]), cache=reference)
-    for c in reference:
-        c.trim(20)
-    logits = [model(mx.array([rest]), cache=c) for c in (found, reference)]
-    assert mx.array_equal(*logits)
+    at = 500 if "recent=0" in spec else 256
+    assert rest == other[at:]
+    assert [c.offset for c in found] == [at] * len(cache)
+    assert [c.offset for c in cache] == [600] * len(cache)
+    cold = make_prompt_cache(model)
+    expected = model(mx.array([other]), cache=cold)[:, at:]
+    warm = model(mx.array([rest]), cache=found)
+    np.testing.assert_allclose(np.array(warm), np.array(expected), atol=1e-3)
 
     exact, rest = lru.fetch_nearest_cache("model", prompt)
-    assert rest == []
+    assert rest == ([] if "recent=0" in spec else prompt[512:])
+    n = exact[0].offset
     for a, b in zip(exact, cache, strict=True):
         assert a.rows is not b.rows
-        assert mx.array_equal(a.rows, b.rows)  # untouched by what was done to the other copy
+        # Untouched by what was done to the other copy.
+        assert mx.array_equal(a.rows[:, :, :n], b.rows[:, :, :n])
+    # What a prompt shares with another one in its first block is read again.
+    assert lru.fetch_nearest_cache("model", prompt[:200])[1] == (
+        prompt[199:200] if "recent=0" in spec else prompt[:200]
+    )
     lru.trim_to(n_bytes=0)
     assert lru.nbytes == len(lru) == 0
