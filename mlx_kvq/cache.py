@@ -454,6 +454,8 @@ class _PackedCache(_BaseCache):
             [*more, None] if len(more) > 1 else [[], [], *more, None]
         )
         self._check_tail()
+        mx.async_eval([a for a in arrays or () if a is not None])
+        self._start()  # a file is read when its arrays are evaluated
 
     def _check_tail(self) -> None:
         fmt, rows, tail = self.format, self.rows, self.tail

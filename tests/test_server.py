@@ -193,7 +193,7 @@ def test_prefix_reuse(spec):
     model, tokenizer = load_float32("tiny-qwen2-8bit")
     mlx_kvq.enable(model, spec, verbose=False)
     (prompt,) = prompts(tokenizer, [600])
-    other = [*prompt[:500], *prompts(tokenizer, [1, 9])[1]]
+    other = [*prompt[:500], prompt[500] + 1, *prompt[:20]]
     cache = make_prompt_cache(model)
     logits = model(mx.array([prompt]), cache=cache)
     mx.eval(logits)
