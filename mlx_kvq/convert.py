@@ -19,13 +19,14 @@ from inspect import signature
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm import load
 
 from . import __version__, model_card, plugin, repository
 from .baselines import bytes_per_token, candidate
 from .cache import _PackedCache
 from .calibrate import calibrate, sample_text
 from .evaluate import _read, evaluate, read_recall
+from .files import line
+from .loading import load, without_code
 from .model import _leaves, enable
 from .spec import OFF, Spec
 
@@ -148,23 +149,12 @@ def _defaults() -> dict:
 
 def _convert(hf_path: str, target: Path, options: dict) -> None:
     try:
-        with plugin.unread():
-            import_module("mlx_lm.convert").convert(hf_path, str(target), **options)
+        module = import_module("mlx_lm.convert")
+        trust = bool(options.get("trust_remote_code"))
+        with plugin.unread(), without_code(module, trust):
+            module.convert(hf_path, str(target), **options)
     except Exception as error:
-        raise ValueError(f"'{hf_path}' cannot be converted: {_reason(error)}") from error
-
-
-def _load(folder: Path, trust: bool):
-    try:
-        with plugin.unread():
-            config = {"trust_remote_code": trust or None}
-            return load(str(folder), tokenizer_config=config, trust_remote_code=trust)[:2]
-    except Exception as error:
-        raise ValueError(f"The model in '{folder}' cannot be loaded: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"'{hf_path}' cannot be converted: {line(error)}") from error
 
 
 def _add(
@@ -178,7 +168,8 @@ def _add(
     trust: bool,
     progress: bool,
 ) -> None:
-    model, tokenizer = _load(folder, trust)
+    with plugin.unread():
+        model, tokenizer = load(str(folder), trust=trust)
     windows = _windows(tokenizer, evaluate_on) if evaluate_on else {}
     calibration = None
     if spec.calibrate != "off":
@@ -253,7 +244,7 @@ def upload(folder: Path, name: str) -> None:
         )
     except Exception as error:  # the client raises those of its HTTP library, too
         raise ValueError(
-            f"'{folder}' is complete but could not be uploaded to '{name}': {_reason(error)} "
+            f"'{folder}' is complete but could not be uploaded to '{name}': {line(error)} "
             f"Try again with 'hf upload {name} {folder}'."
         ) from error
     print(f"[mlx_kvq] uploaded to {url}", file=sys.stderr)

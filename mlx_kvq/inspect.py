@@ -13,6 +13,8 @@ from mlx_lm import utils
 
 from . import plots, repository
 from .calibration import NAMES, CalibrationSet
+from .files import line
+from .loading import code_options
 from .model import Report, _ranges, packable
 from .repository import FILE, KEY, Repository
 
@@ -56,8 +58,9 @@ def find(name: str, revision: str | None = None) -> Repository:
     try:
         folder = utils._download(name, revision=revision, allow_patterns=["*.json", FILE])
     except Exception as error:
-        line = str(error).strip().split("\n")[0]
-        raise ValueError(f"'{name}' is no local repository, and not to be had: {line}") from error
+        raise ValueError(
+            f"'{name}' is no local repository, and not to be had: {line(error)}"
+        ) from error
     config = repository.read_config(folder)
     if KEY not in config:
         raise ValueError(
@@ -74,10 +77,10 @@ def build(source: Repository, trust: bool = False):
         ValueError: If mlx-lm cannot build it.
     """
     try:
-        model, _ = utils.load_model(source.folder, lazy=True, strict=False, trust_remote_code=trust)
+        code = code_options(utils.load_model, trust)
+        model, _ = utils.load_model(source.folder, lazy=True, strict=False, **code)
     except Exception as error:
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"The model of '{source.name}' cannot be built: {line}") from error
+        raise ValueError(f"The model of '{source.name}' cannot be built: {line(error)}") from error
     model._mlx_kvq_repository = source
     return model
 
@@ -98,7 +101,7 @@ def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str
         ("left", "; ".join(f"{layer}: {why}" for layer, why in report.left.items())),
         ("token", f"{packed} bytes in all layers, fp16 {fp16}: {fp16 / packed:.2f} times fewer"),
         ("exact", f"the newest {recent} tokens, beside the others" if recent else ""),
-        ("sizes", ", ".join(f"{p.name} {_size(p)}" for p in _files(source.folder))),
+        ("sizes", ", ".join(f"{line(p.name)} {_size(p)}" for p in _files(source.folder))),
     ]
     if source.calibration is not None:
         text = f"{made.pop('text', '?')}, {made.pop('tokens', '?')} tokens in windows of "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .files import replacing
+from .files import line, replacing
 from .model import Report
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def load(folder: Path) -> ModelCard:
     try:
         return ModelCard.load(path) if path.is_file() else _empty()
     except Exception as error:  # of the YAML library or of huggingface_hub
-        line = str(error).strip().split("\n")[0]
-        raise ValueError(f"The metadata of '{path}' cannot be read: {line}") from error
+        raise ValueError(f"The metadata of '{path}' cannot be read: {line(error)}") from error
 
 
 def make(

@@ -415,7 +415,7 @@ BAD = {
     ),
     "no file": (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
     "a folder for the file": (
-        lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()), f"{FILE} is missing"
+        lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()), f"'{FILE}' is a folder"
     ),
     "a flipped bit": (with_bytes(lambda d: d[:-1] + bytes([d[-1] ^ 1]), False), "it is damaged"),
     "half a file": (with_bytes(lambda d: d[: len(d) // 2]), "is not a readable safetensors file"),
