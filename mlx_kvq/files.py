@@ -75,6 +75,12 @@ def safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], list[st
         raise ValueError(f"it is no complete safetensors file: {line(error)}.") from None
 
 
+def size(path: Path) -> str:
+    """Of a file, for people."""
+    n = path.stat().st_size
+    return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} KB"
+
+
 def parse_json(text: str | bytes) -> Any:
     """What JSON says.
 

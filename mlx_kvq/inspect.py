@@ -13,7 +13,7 @@ from mlx_lm import utils
 
 from . import plots, repository
 from .calibration import NAMES, CalibrationSet
-from .files import line
+from .files import line, size
 from .loading import code_options
 from .model import Report, _ranges, packable
 from .repository import FILE, KEY, Repository
@@ -101,7 +101,7 @@ def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str
         ("left", "; ".join(f"{layer}: {why}" for layer, why in report.left.items())),
         ("token", f"{packed} bytes in all layers, fp16 {fp16}: {fp16 / packed:.2f} times fewer"),
         ("exact", f"the newest {recent} tokens, beside the others" if recent else ""),
-        ("sizes", ", ".join(f"{line(p.name)} {_size(p)}" for p in _files(source.folder))),
+        ("sizes", ", ".join(f"{line(p.name)} {size(p)}" for p in _files(source.folder))),
     ]
     if source.calibration is not None:
         text = f"{made.pop('text', '?')}, {made.pop('tokens', '?')} tokens in windows of "
@@ -115,11 +115,6 @@ def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == FILE)
-
-
-def _size(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} KB"
 
 
 def ranges(calibration: CalibrationSet) -> list[str]:

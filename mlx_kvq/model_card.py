@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 
 from .files import line, replacing
 from .model import Report
@@ -90,9 +90,7 @@ def write(folder: Path, card: ModelCard) -> None:
 
 
 def _empty() -> ModelCard:
-    card = ModelCard("---\n---\n")
-    card.data = ModelCardData()
-    return card
+    return ModelCard("---\n{}\n---\n")
 
 
 def _block(name, report, sizes, evaluation, texts, note) -> str:

@@ -30,6 +30,19 @@ FORMAT, VERSION = "mlx_kvq", 1
 LARGEST = 1 << 30  # bytes of a calibration file; 80 layers of 8 heads take 42 MB with the metric
 LARGEST_CONFIG = 1 << 26  # bytes of config.json; those of quantized models have some 10^5
 
+# What a model repository consists of, by the names that transformers and mlx-lm give to its files;
+# code comes to them as far as config.json and its like name it.
+CONTENTS = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "tiktoken.model", "*.tiktoken", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
+)  # fmt: skip
+_MODULE = re.compile(r"[A-Za-z_]\w*")
+
 _PATH = re.compile(r"(0|[1-9][0-9]{0,4})(?:\.([0-9]))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -306,29 +319,85 @@ def copy(model: nn.Module, folder: str | Path) -> None:
         shutil.copyfile(repository.path, Path(folder) / FILE)
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path, name: str = "config.json") -> dict:
     """
     Raises:
-        RepositoryError: If there is no readable ``config.json``.
+        RepositoryError: If there is no readable ``config.json``, or no other of that name.
     """
-    path = folder / "config.json"
+    path = folder / name
     try:
         if (size := regular(path).st_size) > LARGEST_CONFIG:
-            raise RepositoryError(f"config.json in '{folder}' has {size} bytes, more than any.")
+            raise RepositoryError(f"{name} in '{folder}' has {size} bytes, more than any.")
         text = path.read_bytes()
     except OSError as error:
         raise RepositoryError(
-            f"'{folder}' is not a model repository: config.json cannot be read ({error.strerror})."
+            f"'{folder}' is not a model repository: {name} cannot be read ({error.strerror})."
         ) from None
     except ValueError as error:
         raise RepositoryError(line(error)) from None
     try:
         config = parse_json(text)
     except ValueError as error:
-        raise RepositoryError(f"config.json in '{folder}' {error}.") from None
+        raise RepositoryError(f"{name} in '{folder}' {error}.") from None
     if not isinstance(config, dict):
-        raise RepositoryError(f"config.json in '{folder}' is {quoted(config)}, not an object.")
+        raise RepositoryError(f"{name} in '{folder}' is {quoted(config)}, not an object.")
     return config
+
+
+def contents(folder: Path) -> list[Path]:
+    """The files that a repository consists of, and nothing else that lies in its folder.
+
+    Raises:
+        RepositoryError: If one of them is no file, or a link to a place that is not in the hub's
+            own cache: whoever follows it may publish what was never meant to be.
+    """
+    found = {path for pattern in CONTENTS for path in folder.glob(pattern)}
+    # A glob without a star passes over a link to nothing.
+    found |= {folder / name for name in CONTENTS if os.path.lexists(folder / name)}
+    for path in sorted(found):
+        _check_link(path, folder)
+    return sorted(found | _code(folder))
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    from huggingface_hub import constants
+
+    try:
+        regular(path)
+    except (OSError, ValueError) as error:
+        raise RepositoryError(line(error)) from None
+    target, cache = path.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    here = folder.resolve() / path.relative_to(folder)
+    if target != here and not target.is_relative_to(cache):
+        raise RepositoryError(
+            f"'{line(path)}' is a link to '{line(target)}', which is not in the hub's cache: put a "
+            "copy in its place to upload it."
+        )
+
+
+def _code(folder: Path) -> set[Path]:
+    """The Python files that ``config.json`` and its like name, and those that these import."""
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    modules: set[str] = set()
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            config = read_config(folder, name)
+            modules.add(str(config.get("model_file", "")).removesuffix(".py"))
+            named = config.get("auto_map")
+            for entry in named.values() if isinstance(named, dict) else ():
+                for of in entry if isinstance(entry, list) else [entry]:
+                    modules.add(str(of).partition(".")[0])
+    found: set[Path] = set()
+    while modules:
+        module = modules.pop()
+        path = folder / f"{module}.py"
+        if path in found or not _MODULE.fullmatch(module) or not os.path.lexists(path):
+            continue
+        _check_link(path, folder)
+        found.add(path)
+        modules.update(get_relative_imports(path))
+    return found
 
 
 def write(
