@@ -26,7 +26,7 @@ from .cache import _PackedCache
 from .calibrate import calibrate, sample_text
 from .evaluate import _read, evaluate, read_recall
 from .files import line, size
-from .loading import load, without_code
+from .loading import code_allowed, load
 from .model import _leaves, _say, enable
 from .spec import OFF, Spec
 
@@ -156,10 +156,8 @@ def _defaults() -> dict:
 
 def _convert(hf_path: str, target: Path, options: dict) -> None:
     try:
-        module = import_module("mlx_lm.convert")
-        trust = bool(options.get("trust_remote_code"))
-        with plugin.unread(), without_code(module, trust):
-            module.convert(hf_path, str(target), **options)
+        with plugin.unread(), code_allowed(bool(options.get("trust_remote_code"))):
+            import_module("mlx_lm.convert").convert(hf_path, str(target), **options)
     except Exception as error:
         raise ValueError(f"'{hf_path}' cannot be converted: {line(error)}") from error
 

@@ -14,7 +14,7 @@ from mlx_lm import utils
 from . import plots, repository
 from .calibration import NAMES, CalibrationSet
 from .files import line, size
-from .loading import code_options
+from .loading import code_allowed, code_options
 from .model import Report, _ranges, packable
 from .repository import FILE, KEY, Repository
 
@@ -78,7 +78,8 @@ def build(source: Repository, trust: bool = False):
     """
     try:
         code = code_options(utils.load_model, trust)
-        model, _ = utils.load_model(source.folder, lazy=True, strict=False, **code)
+        with code_allowed(trust):
+            model, _ = utils.load_model(source.folder, lazy=True, strict=False, **code)
     except Exception as error:
         raise ValueError(f"The model of '{source.name}' cannot be built: {line(error)}") from error
     model._mlx_kvq_repository = source

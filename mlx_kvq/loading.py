@@ -7,14 +7,13 @@ file.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from inspect import signature
-from types import ModuleType
 from typing import Any
 
 import mlx_lm
+from mlx_lm import utils
 
-from .files import line
+from .files import line, quoted
 
 
 def load(name: str, *, trust: bool = False) -> tuple[Any, Any]:
@@ -28,27 +27,40 @@ def load(name: str, *, trust: bool = False) -> tuple[Any, Any]:
         ValueError: If they cannot be loaded; one line says why.
     """
     try:
-        tokenizer = {"trust_remote_code": trust}
-        loaded = mlx_lm.load(name, tokenizer_config=tokenizer, **code_options(mlx_lm.load, trust))
+        with code_allowed(trust):
+            tokenizer = {"trust_remote_code": trust}
+            options = code_options(mlx_lm.load, trust)
+            loaded = mlx_lm.load(name, tokenizer_config=tokenizer, **options)
     except Exception as error:  # of the hub's client, of transformers, of the model
         raise ValueError(f"The model '{line(name)}' cannot be loaded: {line(error)}") from error
     return loaded[0], loaded[1]
 
 
 def code_options(load: Callable, trust: bool) -> dict[str, Any]:
-    """Arguments by which ``load`` or ``load_model`` of mlx-lm runs model code or does not."""
-    if "trust_remote_code" in signature(load).parameters:
-        return {"trust_remote_code": trust}
-    return {} if trust else {"model_config": {"model_file": None}}
+    """How to tell a ``load`` or ``load_model`` of mlx-lm whether to run a repository's code."""
+    asks = "trust_remote_code" in signature(load).parameters
+    return {"trust_remote_code": trust} if asks else {}
 
 
 @contextmanager
-def without_code(module: ModuleType, trust: bool) -> Iterator[None]:
-    """Let the ``load`` that a module of an older mlx-lm calls run no model code, unless trusted."""
-    original = module.load
-    if "trust_remote_code" not in signature(original).parameters:
-        module.load = partial(original, **code_options(original, trust))  # type: ignore[attr-defined]
+def code_allowed(trust: bool) -> Iterator[None]:
+    """In here an mlx-lm that does not ask loads no model that brings code along, unless trusted."""
+    original = utils.load_config
+    if trust or code_options(utils.load_model, trust):
+        yield
+        return
+
+    def load_config(*args, **kwargs):
+        config = original(*args, **kwargs)
+        if (name := config.get("model_file")) is not None:
+            raise ValueError(
+                f"it brings code of its own along, {quoted(name)}, which runs only with "
+                "--trust-remote-code"
+            )
+        return config
+
+    utils.load_config = load_config
     try:
         yield
     finally:
-        module.load = original  # type: ignore[attr-defined]
+        utils.load_config = original

@@ -31,7 +31,10 @@ def run(args: argparse.Namespace) -> None:
     if spec is None:
         raise ValueError("'fp16' is what the file is already.")
     seams.install()
-    caches, metadata = stock.load_prompt_cache(args.source, return_metadata=True)
+    try:
+        caches, metadata = stock.load_prompt_cache(args.source, return_metadata=True)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
     prompt_cache.check_unpacked(caches)
     named = _model(args.source, metadata)
     if named is not None:
