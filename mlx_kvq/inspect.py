@@ -13,10 +13,12 @@ from mlx_lm import utils
 
 from . import plots, repository
 from .calibration import NAMES, CalibrationSet
-from .files import line, size
+from .files import line, quoted, size
 from .loading import code_allowed, code_options
 from .model import Report, _ranges, packable
 from .repository import FILE, KEY, Repository
+
+LAYERS = 10_000  # of a model, at most: each is made, before any weight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +69,13 @@ def find(name: str, revision: str | None = None) -> Repository:
             f"'{name}' has no '{KEY}' in its config.json: mlx_kvq convert adds one, in place with "
             f"'mlx_kvq convert --mlx-path {name}'."
         )
+    text = config.get("text_config")
+    for key, value in (config | (text if isinstance(text, dict) else {})).items():
+        if "layer" in key and type(value) is int and value > LAYERS:
+            raise ValueError(
+                f"config.json of '{name}' says {quoted(value)} for {quoted(key)}: no model has "
+                f"more than {LAYERS} layers."
+            )
     return Repository(folder, config[KEY], name, revision)
 
 

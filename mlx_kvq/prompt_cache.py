@@ -8,6 +8,7 @@ whoever makes a file can make its hash, so what a file says is also checked befo
 import errno
 import hashlib
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +37,10 @@ def saving(save: Callable) -> Callable:
         packed = any(isinstance(c, _PackedCache) for _, c in _leaves(cache))
         if not packed:
             return save(file_name, cache, metadata)
+        if hasattr(stock._BaseCache, "meta_state"):  # beside which a state is arrays and no more
+            raise ValueError(
+                f"mlx-lm {version('mlx-lm')} cannot write packed caches to a file: a later one can."
+            )
         path = str(file_name)
         path = path if path.endswith(".safetensors") else path + ".safetensors"
         with replacing(path) as part:

@@ -104,6 +104,14 @@ def test_a_file_that_was_not_finished(qwen, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_an_mlx_lm_that_writes_arrays_only(qwen, tmp_path, monkeypatch):
+    """As 0.31 does; it fails on the numbers of a packed cache with "std::bad_cast"."""
+    monkeypatch.setattr(stock._BaseCache, "meta_state", "", raising=False)
+    with pytest.raises(ValueError, match="cannot write packed caches to a file: a later one can"):
+        saved(*qwen, tmp_path / "cache.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_without_its_hash(qwen, tmp_path, monkeypatch):
     path, digest = tmp_path / "cache.safetensors", prompt_cache._digest
     with monkeypatch.context() as unhashed:
