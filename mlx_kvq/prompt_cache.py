@@ -37,10 +37,7 @@ def saving(save: Callable) -> Callable:
         packed = any(isinstance(c, _PackedCache) for _, c in _leaves(cache))
         if not packed:
             return save(file_name, cache, metadata)
-        if hasattr(stock._BaseCache, "meta_state"):  # beside which a state is arrays and no more
-            raise ValueError(
-                f"mlx-lm {version('mlx-lm')} cannot write packed caches to a file: a later one can."
-            )
+        _check_version("write")
         path = str(file_name)
         path = path if path.endswith(".safetensors") else path + ".safetensors"
         with replacing(path) as part:
@@ -65,6 +62,8 @@ def loading(load: Callable) -> Callable:
             _check_names(header)
             _check_names(names)
             said = header.get(f"0.{KEY}")
+            if said is not None:
+                _check_version("read")
             if said is not None and _digest(file_name)[0] != said:
                 raise ValueError("its bytes are not those that were written")
             cache, metadata = load(file_name, return_metadata=True)
@@ -86,6 +85,14 @@ def loading(load: Callable) -> Callable:
         return (cache, metadata) if return_metadata else cache
 
     return load_prompt_cache
+
+
+def _check_version(what: str) -> None:
+    # Beside a meta_state, which mlx-lm 0.31 has, a state is arrays and no more.
+    if hasattr(stock._BaseCache, "meta_state"):
+        raise ValueError(
+            f"mlx-lm {version('mlx-lm')} cannot {what} files of packed caches: a later one can."
+        )
 
 
 def tokenizer_options(metadata: Any) -> dict:
