@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import load
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from .automatic import random_tokens
 from .calibrate import calibrate_tokens
 from .contenders import PLAIN
+from .loading import load
 from .model import disable, enable
 from .shapes import random_model
 from .timing import memory_limit, speedup, spread
@@ -96,7 +96,7 @@ class _Guess:
 def _model(args, dtype: mx.Dtype):
     if args.shape:
         return random_model(args.shape, dtype, args.weight_bits), None
-    model, tokenizer, *_ = load(args.model)
+    model, tokenizer = load(args.model)
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, tokenizer

@@ -201,12 +201,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "less KL.",
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own code."
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the model's repository run its own code.",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    from mlx_lm import load
+    from .loading import load
 
     if not args.output.endswith(".safetensors"):
         raise ValueError(f"--output is a .safetensors file, got '{args.output}'.")
@@ -214,8 +216,7 @@ def run(args: argparse.Namespace) -> None:
     if args.text is not None:
         # No character is more than some tokens: what cannot be used is not read.
         texts = [_read(name, 32 * args.tokens) for name in args.text]
-    config = {"trust_remote_code": args.trust_remote_code or None}
-    model, tokenizer = load(args.model, tokenizer_config=config)[:2]
+    model, tokenizer = load(args.model, trust=args.trust_remote_code)
     found = calibrate(
         model, tokenizer, texts, tokens=args.tokens, length=args.length, spec=args.spec
     )

@@ -6,9 +6,9 @@ cache of a layer that has several), and JSON metadata that says how it was made.
 executed.
 """
 
+import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .files import replacing
+from .files import TEXT, line, parse_json, printable, quoted, replacing, safetensors_header
 from .format import Calibration
 
 FILE_VERSION = 1
@@ -29,7 +29,7 @@ MU_LIMIT = 1e6
 RATIO_LIMIT = 1e6
 
 _TENSOR = re.compile(
-    r"layers\.(\d+)(?:\.(\d+))?\.(?:(keys|values)\.(mu|sigma|lam)|(keys)\.(metric))"
+    r"layers\.([0-9]{1,5})(?:\.([0-9]))?\.(?:(keys|values)\.(mu|sigma|lam)|(keys)\.(metric))"
 )
 
 
@@ -91,10 +91,16 @@ class CalibrationSet:
         return CalibrationSet(layers, self.metadata)
 
     def save(self, path: str | Path) -> None:
-        """Write the file; one that was there stays whole until the new one is complete."""
+        """Write the file; one that was there stays whole until the new one is complete.
+
+        Raises:
+            ValueError: If ``path`` is no .safetensors file, or the metadata could not be read back.
+            OSError: If the file cannot be written.
+        """
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"A calibration is a .safetensors file, got '{path}'.")
+        _check_notes(self.metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "format": "mlx_kvq calibration",
@@ -102,7 +108,10 @@ class CalibrationSet:
             "metadata": json.dumps(dict(self.metadata), sort_keys=True),
         }
         with replacing(path) as part:
-            mx.save_safetensors(str(part), self.arrays(), header)
+            try:
+                mx.save_safetensors(str(part), self.arrays(), header)
+            except RuntimeError as error:  # how MLX says that a disk is full
+                raise OSError(errno.EIO, line(error), str(path)) from error
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationSet":
@@ -113,18 +122,21 @@ class CalibrationSet:
             ValueError: If it is not a calibration, is of another version or holds values that
                 cannot be right; the message says which.
         """
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"There is no calibration '{path}'.")
         try:
+            safetensors_header(path)
             loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
             arrays, header = loaded
             mx.eval(arrays)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"There is no calibration '{path}'.") from None
         except Exception as error:
-            raise ValueError(f"'{path}' is not a readable safetensors file: {error}") from None
+            raise ValueError(
+                f"'{path}' is not a readable safetensors file: {line(error)}"
+            ) from None
         try:
             return cls._from(arrays, header)
         except ValueError as error:
-            raise ValueError(f"Calibration '{path}': {error}") from None
+            raise ValueError(f"Calibration '{path}': {line(error)}") from None
 
     @classmethod
     def _from(cls, arrays: dict[str, mx.array], header: dict[str, str]) -> "CalibrationSet":
@@ -132,19 +144,20 @@ class CalibrationSet:
             raise ValueError("it is not marked as an mlx_kvq calibration.")
         if header.get("version") != str(FILE_VERSION):
             raise ValueError(
-                f"it has format version {header.get('version')!r}; this mlx_kvq reads "
+                f"it has format version {quoted(header.get('version'))}; this mlx_kvq reads "
                 f"{FILE_VERSION}."
             )
         try:
-            metadata = json.loads(header.get("metadata", ""))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"its metadata is not JSON: {error}.") from None
+            metadata = parse_json(header.get("metadata", ""))
+        except ValueError as error:
+            raise ValueError(f"its metadata {error}.") from None
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is not a JSON object.")
+        _check_notes(metadata)
         parts: dict[tuple[int, ...], dict[str, dict[str, mx.array]]] = {}
         for name, a in arrays.items():
             if not (match := _TENSOR.fullmatch(name)):
-                raise ValueError(f"unknown tensor '{name}'.")
+                raise ValueError(f"unknown tensor {quoted(name)}.")
             layer, place, *of = match.groups()
             side, which = (part for part in of if part)
             path = (int(layer),) if place is None else (int(layer), int(place))
@@ -180,6 +193,16 @@ class CalibrationSet:
                     f"metric of layer {path[0]} is {metric.shape}, the model has {Hkv} KV heads "
                     f"of {Dk} channels."
                 )
+
+
+def _check_notes(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these can be shown: they go to the terminal and to model cards."""
+    for key, value in metadata.items():
+        if not printable(key) or (isinstance(value, str) and not printable(value)):
+            raise ValueError(
+                f"its metadata says {quoted(value)} for {quoted(key)}, which is no short text: at "
+                f"most {TEXT} characters, none of them a control character."
+            )
 
 
 def validate(arrays: Mapping[str, mx.array]) -> None:

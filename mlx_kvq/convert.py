@@ -19,19 +19,20 @@ from inspect import signature
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm import load
 
 from . import __version__, model_card, plugin, repository
 from .baselines import bytes_per_token, candidate
 from .cache import _PackedCache
 from .calibrate import calibrate, sample_text
 from .evaluate import _read, evaluate, read_recall
-from .model import _leaves, enable
+from .files import line, size
+from .loading import code_allowed, load
+from .model import _leaves, _say, enable
 from .spec import OFF, Spec
 
 CHUNK = 128  # tokens at a time when a repository is evaluated
 WINDOW, WINDOWS = 1024, 16  # at most
-SAMPLE = "built-in sample"
+SAMPLE, HELD_OUT = "built-in sample", "held-out text"  # what a card calls them
 
 
 def convert(
@@ -43,6 +44,7 @@ def convert(
     evaluate_on: dict[str, str] | None = None,
     recall: Sequence[dict] = (),
     upload_repo: str | None = None,
+    private: bool = False,
     progress: bool = True,
     **options,
 ) -> Path:
@@ -57,9 +59,11 @@ def convert(
         calibration_text (str or Sequence of str, optional): What the model is likely to read;
             ``None`` is the built-in sample text.
         evaluate_on (dict, optional): Name -> text that the model has not seen. The model card
-            then says what the cache costs on it: perplexity, KL, and ``recall`` if given.
+            then says what the cache costs on it: perplexity, KL, and ``recall`` if given. The
+            names are published with it.
         recall (Sequence): ``{"prompt": …, "answer": …}``, as for :func:`mlx_kvq.evaluate`.
         upload_repo (str, optional): Repository of the Hugging Face hub to upload to.
+        private (bool): Make that repository a private one.
         progress (bool): Show progress bars.
         options: What else ``mlx_lm.convert`` takes: ``quantize``, ``q_bits``, ``dtype`` …
 
@@ -76,6 +80,8 @@ def convert(
         raise ValueError(f"{spec} says calibrate=off, but a calibration text is given.")
     if recall and not evaluate_on:
         raise ValueError("Recall is part of the evaluation: give a text to evaluate on.")
+    if private and upload_repo is None:
+        raise ValueError("Nothing is uploaded that could be private: give --upload-repo.")
     if upload_repo is not None:
         from huggingface_hub.utils import validate_repo_id
 
@@ -96,6 +102,8 @@ def convert(
     try:
         if hf_path is None:
             _check_in_place(target, options)
+            if upload_repo is not None:
+                repository.contents(target)
             add(target)
         else:
             with _new(target) as part:
@@ -105,7 +113,7 @@ def convert(
         reason = error.strerror or error
         raise ValueError(f"'{target}' cannot be written: {reason}.") from error
     if upload_repo is not None:
-        upload(target, upload_repo)
+        upload(target, upload_repo, private=private)
     return target
 
 
@@ -148,23 +156,10 @@ def _defaults() -> dict:
 
 def _convert(hf_path: str, target: Path, options: dict) -> None:
     try:
-        with plugin.unread():
+        with plugin.unread(), code_allowed(bool(options.get("trust_remote_code"))):
             import_module("mlx_lm.convert").convert(hf_path, str(target), **options)
     except Exception as error:
-        raise ValueError(f"'{hf_path}' cannot be converted: {_reason(error)}") from error
-
-
-def _load(folder: Path, trust: bool):
-    try:
-        with plugin.unread():
-            config = {"trust_remote_code": trust or None}
-            return load(str(folder), tokenizer_config=config, trust_remote_code=trust)[:2]
-    except Exception as error:
-        raise ValueError(f"The model in '{folder}' cannot be loaded: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"'{hf_path}' cannot be converted: {line(error)}") from error
 
 
 def _add(
@@ -178,7 +173,8 @@ def _add(
     trust: bool,
     progress: bool,
 ) -> None:
-    model, tokenizer = _load(folder, trust)
+    with plugin.unread():
+        model, tokenizer = load(str(folder), trust=trust)
     windows = _windows(tokenizer, evaluate_on) if evaluate_on else {}
     calibration = None
     if spec.calibrate != "off":
@@ -237,26 +233,41 @@ def _bytes_per_token(model, tokenizer, spec, calibration) -> float:
     return bytes_per_token(caches, tail=False)
 
 
-def upload(folder: Path, name: str) -> None:
-    """Create the repository ``name`` on the hub if need be and upload the folder in one commit.
+def upload(folder: str | Path, name: str, *, private: bool = False) -> None:
+    """Create the repository ``name`` on the hub if need be and upload in one commit what the local
+    one consists of (:func:`mlx_kvq.repository.contents`), after a list of it on stderr.
 
     Raises:
         ValueError: If that fails; the folder is whole all the same.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
+    folder = Path(folder)
+    files = repository.contents(folder)
+    _say(f"uploading to {name}:")
+    for path in files:
+        _say(f"{size(path):>12}  {path.relative_to(folder)}")
+    parts = {folder / p.relative_to(folder).parts[0] for p in files}
+    if others := sorted(line(p.name) for p in folder.iterdir() if p not in parts):
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        _say(f"not of the repository, and left out: {', '.join(others[:8])}{more}")
     try:
         api = HfApi()
-        url = api.create_repo(name, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, commit_message="Upload with mlx_kvq"
+        url = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(url.repo_id).private:
+            raise ValueError("the repository exists already and is public.")
+        api.create_commit(
+            url.repo_id,
+            [CommitOperationAdd(p.relative_to(folder).as_posix(), p) for p in files],
+            commit_message="Upload with mlx_kvq",
         )
     except Exception as error:  # the client raises those of its HTTP library, too
+        again = f"upload({str(folder)!r}, {name!r}{', private=True' if private else ''})"
         raise ValueError(
-            f"'{folder}' is complete but could not be uploaded to '{name}': {_reason(error)} "
-            f"Try again with 'hf upload {name} {folder}'."
+            f"'{folder}' is complete but could not be uploaded to '{name}': {line(error)} "
+            f'Try again with: python -c "from mlx_kvq.convert import upload; {again}"'
         ) from error
-    print(f"[mlx_kvq] uploaded to {url}", file=sys.stderr)
+    _say(f"uploaded to {url}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -285,6 +296,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Write to the model card what the cache costs in perplexity and KL on held-out "
         "text. Without a file: on the built-in sample text.",
     )
+    own.add_argument(
+        "--private", action="store_true", help="Make the repository of --upload-repo private."
+    )
     own.add_argument("--recall", metavar="FILE", help="Key-recall prompts, too: JSON lines.")
     own.add_argument("--recall-prompts", type=int, metavar="N", help="Only the first N.")
 
@@ -297,7 +311,10 @@ def run(args: argparse.Namespace) -> None:
     texts = options.pop("calibration_text")
     evaluate_on = None
     if names is not None:
-        evaluate_on = {Path(n).name: _read(n) for n in names} or {SAMPLE: sample_text()}
+        # A card does not publish the names of files.
+        count = len(names)
+        labels = [HELD_OUT] if count == 1 else [f"{HELD_OUT} {i + 1}" for i in range(count)]
+        evaluate_on = dict(zip(labels, map(_read, names), strict=True)) or {SAMPLE: sample_text()}
     convert(
         **options,
         calibration_text=None if texts is None else [_read(n) for n in texts],

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load
 from tqdm import tqdm
 
 from . import __version__
@@ -25,6 +24,7 @@ from .attention import DECODE_QUERIES
 from .baselines import KV_BITS, Candidate, bytes_per_token, candidate, check_name, own
 from .calibration import CalibrationSet
 from .files import replacing
+from .loading import load
 from .quality import Estimate, Result, measure, summarize
 from .spec import Spec
 
@@ -317,11 +317,7 @@ def load_model(name: str):
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if local and not Path(name).is_dir():
         raise ValueError(f"There is no model directory {name}.")
-    try:
-        return load(name)[:2]
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"The model {name} cannot be loaded: {reason}") from error
+    return load(name)
 
 
 def _read(path: str | os.PathLike) -> str:

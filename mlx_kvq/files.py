@@ -1,10 +1,32 @@
-"""Files that are whole or not there."""
+"""Files: written whole or not at all, opened only if they are files, and quoted in one way.
 
+What a file says is data. Before any of it is used, a safetensors header is checked as a whole
+(sizes, offsets, nesting), JSON is bounded in depth, and text goes to a message only escaped.
+"""
+
+import errno
+import json
 import os
+import reprlib
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+TEXT = 200  # characters of a note; more is no note
+NESTING = 64  # levels of JSON; config.json of real models has fewer than ten
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
 @contextmanager
@@ -13,7 +35,110 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     It takes the place of ``path`` when the block ends; one that was there stays whole until then,
     and for good if the block raises."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         part = Path(folder) / path.name
         yield part
         os.replace(part, path)
+
+
+def regular(path: str | os.PathLike) -> os.stat_result:
+    """What ``os.stat`` says of a regular file, or of a link to one.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it is something else. A pipe or a device may block whoever opens it, or
+            never end.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        kind = next((name for test, name in _KINDS if test(info.st_mode)), "no file")
+        raise ValueError(f"'{os.fspath(path)}' is {kind}, not a file.")
+    return info
+
+
+def safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], list[str]]:
+    """Metadata and names of the tensors of a safetensors file.
+
+    Every shape, dtype and offset in the header has then been found to fit the file's size.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        ValueError: If it is no file, or no complete safetensors file.
+    """
+    regular(path)
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            return file.metadata() or {}, list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"it is no complete safetensors file: {line(error)}.") from None
+
+
+def size(path: Path) -> str:
+    """Of a file, for people."""
+    n = path.stat().st_size
+    return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} KB"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: If it is not JSON, or nested deeper than ``NESTING``.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        found = None
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {line(error)}") from None
+    else:
+        if not nested(found):
+            return found
+    raise ValueError(f"is nested more than {NESTING} levels deep")
+
+
+def nested(given: object) -> bool:
+    """Whether lists and dicts lie in each other more than ``NESTING`` deep."""
+    level = [given]
+    for _ in range(NESTING):
+        level = [inner for outer in level for inner in _containers(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _containers(given: object) -> list:
+    members = given.values() if isinstance(given, dict) else given if type(given) is list else ()
+    return [m for m in members if isinstance(m, dict | list)]
+
+
+class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = 8
+        self.maxstring = self.maxother = self.maxlong = 60
+
+
+def quoted(given: object) -> str:
+    """A value out of a file as a message shows it: ASCII, at most 60 characters, whatever its size
+    or nesting."""
+    text = _Repr().repr(given).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def line(said: object) -> str:
+    """An error or other text as one printable line of at most 400 characters."""
+    text = str(said)
+    if isinstance(said, LookupError) or not text.strip():  # KeyError's text is the key alone
+        text = f"{type(said).__name__}: {text}"
+    text = " ".join(text.split())
+    text = text if len(text) <= 2 * TEXT else f"{text[: 2 * TEXT]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable(given: object) -> bool:
+    """Whether this is a short text without control characters, which may be shown as it is."""
+    return isinstance(given, str) and given.isprintable() and len(given) <= TEXT

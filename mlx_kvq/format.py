@@ -3,17 +3,19 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from . import feedback, rotation
+from .files import quoted
 from .layout import RowLayout, choose_group
 from .spec import Spec
 
 VERSION = 1  # of the packed row; a saved cache of another version is refused
+MAX_HEAD_SIZE = 4096  # of a saved cache; models have 64 to 576
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +118,8 @@ class Format:
 
     @cached_property
     def signature(self) -> str:
-        """Identifies what a cache holds, the bytes of a row and the length of the tail: two caches
-        may be mixed only if these are equal."""
+        """Identifies what a cache holds, how new rows are made and the length of the tail: two
+        caches may be mixed only if these are equal."""
         lay = self.layout
         parts = [
             f"mlx_kvq/{VERSION}",
@@ -129,32 +131,74 @@ class Format:
         ]
         if self.recent:
             parts.append(f"recent={self.recent}")
-        if self.arrays is not None:
-            digest = hashlib.sha256()
-            for a in self.arrays:
-                digest.update(b"-" if a is None else np.array(a, dtype=np.float32).tobytes())
-            parts.append(f"calibration={digest.hexdigest()[:16]}")
+        if self._weighted:
+            parts.append(f"rounding={self.spec.rounding}")
+        if self._digest:
+            parts.append(f"calibration={self._digest}")
         return ";".join(parts)
 
     @cached_property
     def arrays(self) -> tuple[mx.array | None, ...] | None:
-        """μ, σ, λ of keys, then of values; ``None`` if nothing is calibrated."""
+        """μ, σ, λ of keys, then of values, then the metric of the keys if their codes are chosen by
+        it; ``None`` if nothing is calibrated."""
         k, v = self.keys.calibration, self.values.calibration
-        arrays = (k.mu, k.sigma, k.lam, v.mu, v.sigma, v.lam)
+        metric = (k.metric,) if self._weighted else ()
+        arrays = (k.mu, k.sigma, k.lam, v.mu, v.sigma, v.lam, *metric)
         return None if all(a is None for a in arrays) else arrays
+
+    @property
+    def _weighted(self) -> bool:
+        """Whether the codes of keys are chosen by the metric of the calibration."""
+        feedback = self.spec.rounding == "feedback" and self.layout.k_bits == 4
+        return feedback and self.keys.calibration.metric is not None
 
     @cached_property
     def feedback(self) -> mx.array | None:
         """What the rounding of keys makes up for (``mlx_kvq.feedback``), fp32 [Hkv, Dk, Dk];
         ``None`` where each channel goes to its nearest level."""
-        if self.spec.rounding != "feedback" or self.layout.k_bits != 4:
-            return None
-        if self.keys.calibration.metric is None:
-            return None
-        return feedback.matrix(self.keys)
+        return feedback.matrix(self.keys) if self._weighted else None
+
+    def differences(self, wanted: "Format") -> str:
+        """What this one has and ``wanted`` has otherwise, option by option; empty if nothing."""
+        found = []
+        for name, a, b in zip(_OPTIONS, self._options(), wanted._options(), strict=True):
+            if a != b:
+                found.append(f"{name} {a}, asked for {b}")
+        if self._digest and wanted._digest and self._digest != wanted._digest:
+            found.append("another calibration")
+        return "; ".join(found)
+
+    def _options(self) -> tuple:
+        """What a signature says, in the order of ``_OPTIONS``."""
+        lay, spec = self.layout, self.spec
+        sizes = (_one_or_two(lay.k_dim, lay.v_dim), _one_or_two(lay.k_group, lay.v_group))
+        rounding = spec.rounding if self._weighted else "nearest"
+        calibration = "on" if self._digest else "off"
+        parts = (spec.bits, spec.rotation, spec.scale, spec.seed, *sizes, self.recent)
+        return (*parts, rounding, calibration)
+
+    @cached_property
+    def _digest(self) -> str:
+        """Hash of :attr:`arrays`, 16 hex digits; empty if nothing is calibrated."""
+        if self.arrays is None:
+            return ""
+        digest = hashlib.sha256()
+        for a in self.arrays:
+            digest.update(b"-" if a is None else np.array(a, dtype=np.float32).tobytes())
+        return digest.hexdigest()[:16]
 
     def __deepcopy__(self, memo) -> "Format":
         return self  # immutable, and shared by every cache of a layer
+
+
+_OPTIONS = (
+    "bits", "rotation", "scale", "seed", "head size", "group_size", "recent", "rounding",
+    "calibration",
+)  # fmt: skip
+
+
+def _one_or_two(keys: int, values: int) -> str:
+    return str(keys) if keys == values else f"{keys} and {values}"
 
 
 def _fitting(side: str, calibration: Calibration | None, D: int) -> Calibration | None:
@@ -226,9 +270,11 @@ def make_format(
     return fmt
 
 
+_LONGEST = 300  # characters of a signature; every number in one is shorter than that
 _SIGNATURE = re.compile(
-    r"mlx_kvq/(\d+);([a-z0-9-]+);scale=([a-z]+);seed=(\d+);dims=(\d+),(\d+)"
-    r";groups=(\d+),(\d+)(?:;recent=(\d+))?(?:;calibration=([0-9a-f]{16}))?"
+    r"mlx_kvq/([0-9]+);([a-z0-9-]+);scale=([a-z]+);seed=([0-9]+);dims=([0-9]+),([0-9]+)"
+    r";groups=([0-9]+),([0-9]+)(?:;recent=([0-9]+))?(?:;rounding=([a-z]+))?"
+    r"(?:;calibration=([0-9a-f]{16}))?"
 )
 
 
@@ -236,17 +282,28 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
     """The format that a saved cache's signature and calibration describe.
 
     Raises:
-        ValueError: If the signature is not one, is of another version, or does not fit
-            ``arrays``.
+        ValueError: If the signature is not one, is of another version, names a number out of
+            range, or does not fit ``arrays``.
     """
-    if not (match := _SIGNATURE.fullmatch(str(signature))):
-        raise ValueError(f"{str(signature)[:80]!r} is not the signature of an mlx_kvq cache.")
-    version, name, scale, seed, k_dim, v_dim, k_group, v_group, recent, _ = match.groups()
+    match = None
+    if isinstance(signature, str) and len(signature) <= _LONGEST:
+        match = _SIGNATURE.fullmatch(signature)
+    if match is None:
+        raise ValueError(f"{quoted(signature)} is not the signature of an mlx_kvq cache.")
+    version, name, scale, seed, *sizes, recent, rounding, _ = match.groups()
     if int(version) != VERSION:
         raise ValueError(
             f"The cache was written in format version {version}; this mlx_kvq reads {VERSION}."
         )
-    spec = Spec.parse(f"{name}:scale={scale},seed={seed},recent={recent or 0}")
+    k_dim, v_dim, k_group, v_group = map(int, sizes)
+    if max(k_dim, v_dim, k_group, v_group) > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"The cache is said to have head sizes {k_dim} and {v_dim} in groups of {k_group} and "
+            f"{v_group}; mlx_kvq reads sizes up to {MAX_HEAD_SIZE}."
+        )
+    spec = Spec.parse(
+        f"{name}:scale={scale},seed={seed},recent={recent or 0},rounding={rounding or 'nearest'}"
+    )
     if spec is None:
         raise ValueError(f"{signature!r} is not the signature of an mlx_kvq cache.")
     damaged = (
@@ -256,19 +313,24 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
     k = v = None
     if arrays is not None:
         try:
-            k = _fitting("keys", Calibration(*arrays[:3]), int(k_dim))
-            v = _fitting("values", Calibration(*arrays[3:]), int(v_dim))
-        except ValueError as error:
+            mu, sigma, lam, *of_values = arrays[:6]
+            metric = dict(zip(["metric"], arrays[6:], strict=rounding is not None))
+            k = _fitting("keys", Calibration(mu, sigma, lam, **metric), k_dim)
+            v = _fitting("values", Calibration(*of_values), v_dim)
+        except (TypeError, ValueError) as error:
             raise ValueError(damaged) from error
+    # With `nearest`: σ was saved as `feedback` had changed it, which is done once.
     fmt = make_format(
-        spec,
-        int(k_dim),
-        int(v_dim),
-        k_group=int(k_group),
-        v_group=int(v_group),
+        replace(spec, rounding="nearest"),
+        k_dim,
+        v_dim,
+        k_group=k_group,
+        v_group=v_group,
         keys=k,
         values=v,
     )
+    if rounding is not None:
+        fmt = replace(fmt, spec=spec)
     if fmt.signature != signature:
         raise ValueError(damaged)
     return fmt

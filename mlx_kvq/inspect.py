@@ -13,8 +13,12 @@ from mlx_lm import utils
 
 from . import plots, repository
 from .calibration import NAMES, CalibrationSet
+from .files import line, quoted, size
+from .loading import code_allowed, code_options
 from .model import Report, _ranges, packable
 from .repository import FILE, KEY, Repository
+
+LAYERS = 10_000  # of a model, at most: each is made, before any weight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,14 +60,22 @@ def find(name: str, revision: str | None = None) -> Repository:
     try:
         folder = utils._download(name, revision=revision, allow_patterns=["*.json", FILE])
     except Exception as error:
-        line = str(error).strip().split("\n")[0]
-        raise ValueError(f"'{name}' is no local repository, and not to be had: {line}") from error
+        raise ValueError(
+            f"'{name}' is no local repository, and not to be had: {line(error)}"
+        ) from error
     config = repository.read_config(folder)
     if KEY not in config:
         raise ValueError(
             f"'{name}' has no '{KEY}' in its config.json: mlx_kvq convert adds one, in place with "
             f"'mlx_kvq convert --mlx-path {name}'."
         )
+    text = config.get("text_config")
+    for key, value in (config | (text if isinstance(text, dict) else {})).items():
+        if "layer" in key and type(value) is int and value > LAYERS:
+            raise ValueError(
+                f"config.json of '{name}' says {quoted(value)} for {quoted(key)}: no model has "
+                f"more than {LAYERS} layers."
+            )
     return Repository(folder, config[KEY], name, revision)
 
 
@@ -74,10 +86,11 @@ def build(source: Repository, trust: bool = False):
         ValueError: If mlx-lm cannot build it.
     """
     try:
-        model, _ = utils.load_model(source.folder, lazy=True, strict=False, trust_remote_code=trust)
+        code = code_options(utils.load_model, trust)
+        with code_allowed(trust):
+            model, _ = utils.load_model(source.folder, lazy=True, strict=False, **code)
     except Exception as error:
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"The model of '{source.name}' cannot be built: {line}") from error
+        raise ValueError(f"The model of '{source.name}' cannot be built: {line(error)}") from error
     model._mlx_kvq_repository = source
     return model
 
@@ -98,7 +111,7 @@ def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str
         ("left", "; ".join(f"{layer}: {why}" for layer, why in report.left.items())),
         ("token", f"{packed} bytes in all layers, fp16 {fp16}: {fp16 / packed:.2f} times fewer"),
         ("exact", f"the newest {recent} tokens, beside the others" if recent else ""),
-        ("sizes", ", ".join(f"{p.name} {_size(p)}" for p in _files(source.folder))),
+        ("sizes", ", ".join(f"{line(p.name)} {size(p)}" for p in _files(source.folder))),
     ]
     if source.calibration is not None:
         text = f"{made.pop('text', '?')}, {made.pop('tokens', '?')} tokens in windows of "
@@ -112,11 +125,6 @@ def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == FILE)
-
-
-def _size(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} KB"
 
 
 def ranges(calibration: CalibrationSet) -> list[str]:

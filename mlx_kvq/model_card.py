@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 
-from .files import replacing
+from .files import line, replacing
 from .model import Report
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def load(folder: Path) -> ModelCard:
     try:
         return ModelCard.load(path) if path.is_file() else _empty()
     except Exception as error:  # of the YAML library or of huggingface_hub
-        line = str(error).strip().split("\n")[0]
-        raise ValueError(f"The metadata of '{path}' cannot be read: {line}") from error
+        raise ValueError(f"The metadata of '{path}' cannot be read: {line(error)}") from error
 
 
 def make(
@@ -91,9 +90,7 @@ def write(folder: Path, card: ModelCard) -> None:
 
 
 def _empty() -> ModelCard:
-    card = ModelCard("---\n---\n")
-    card.data = ModelCardData()
-    return card
+    return ModelCard("---\n{}\n---\n")
 
 
 def _block(name, report, sizes, evaluation, texts, note) -> str:

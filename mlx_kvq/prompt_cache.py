@@ -1,13 +1,15 @@
 """Prompt-cache files: whole, of this model and of this format, or refused.
 
 mlx-lm writes and reads them (``save_prompt_cache``, ``load_prompt_cache``). A file with packed
-caches also carries, in its metadata, a hash of everything else in the file.
+caches also carries, in its metadata, a hash of everything else in the file. The hash finds damage;
+whoever makes a file can make its hash, so what a file says is also checked before it is used.
 """
 
+import errno
 import hashlib
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,11 +18,13 @@ from mlx_lm.models import cache as stock
 from . import ops
 from .automatic import identity
 from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
-from .files import replacing
-from .model import _leaves, make_prompt_cache
+from .calibration import METRIC, NAMES, validate
+from .files import line, parse_json, quoted, replacing, safetensors_header
+from .model import KEEP, _leaves, make_prompt_cache
 from .spec import Spec
 
 KEY = "mlx_kvq"  # in the file's metadata
+DEPTH = 64  # parts of a name in the file, at most
 _UNSET = "sha256:" + 64 * "0"
 _FIELD = f'"0.{KEY}":"'.encode()  # mlx-lm numbers what it keeps there; 0 is the metadata
 
@@ -33,10 +37,14 @@ def saving(save: Callable) -> Callable:
         packed = any(isinstance(c, _PackedCache) for _, c in _leaves(cache))
         if not packed:
             return save(file_name, cache, metadata)
+        _check_version("write")
         path = str(file_name)
         path = path if path.endswith(".safetensors") else path + ".safetensors"
         with replacing(path) as part:
-            save(str(part), cache, {**(metadata or {}), KEY: _UNSET})
+            try:
+                save(str(part), cache, {**(metadata or {}), KEY: _UNSET})
+            except RuntimeError as error:  # how MLX says that a disk is full
+                raise OSError(errno.EIO, line(error), path) from error
             digest, at = _digest(str(part))
             with open(part, "r+b") as file:
                 file.seek(at)
@@ -49,30 +57,124 @@ def loading(load: Callable) -> Callable:
     """mlx-lm's ``load_prompt_cache``, which refuses a damaged file of packed caches."""
 
     def load_prompt_cache(file_name, return_metadata=False):
-        if not os.path.exists(file_name):
-            raise FileNotFoundError(f"There is no prompt cache '{file_name}'.")
         try:
-            said = _metadata(file_name).get(f"0.{KEY}")
+            header, names = safetensors_header(file_name)
+            _check_names(header)
+            _check_names(names)
+            said = header.get(f"0.{KEY}")
+            if said is not None:
+                _check_version("read")
             if said is not None and _digest(file_name)[0] != said:
                 raise ValueError("its bytes are not those that were written")
             cache, metadata = load(file_name, return_metadata=True)
+            packed = [c for _, c in _leaves(cache) if isinstance(c, _PackedCache)]
+            if packed:
+                if said is None:
+                    raise ValueError("it holds packed caches and has lost its hash")
+                tokenizer_options(metadata)
+            for c in packed:
+                _check_numbers(c)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"There is no prompt cache '{file_name}'.") from None
         except Exception as error:
-            raise ValueError(f"The prompt cache '{file_name}' cannot be used: {error}") from error
-        metadata = {k: v for k, v in (metadata or {}).items() if k != KEY}
+            raise ValueError(
+                f"The prompt cache '{file_name}' cannot be used: {line(error)}"
+            ) from error
+        if isinstance(metadata, dict):
+            metadata = {k: v for k, v in metadata.items() if k != KEY}
         return (cache, metadata) if return_metadata else cache
 
     return load_prompt_cache
 
 
-def _metadata(path) -> dict[str, str]:
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > os.path.getsize(path):
-            raise ValueError("it is not a complete safetensors file")
-        try:
-            return json.loads(file.read(size)).get("__metadata__", {})
-        except (ValueError, AttributeError):
-            raise ValueError("it is not a safetensors file") from None
+def _check_version(what: str) -> None:
+    # Beside a meta_state, which mlx-lm 0.31 has, a state is arrays and no more.
+    if hasattr(stock._BaseCache, "meta_state"):
+        raise ValueError(
+            f"mlx-lm {version('mlx-lm')} cannot {what} files of packed caches: a later one can."
+        )
+
+
+def tokenizer_options(metadata: Any) -> dict:
+    """The ``tokenizer_config`` that mlx_lm.cache_prompt notes in a file. Not for loading a model:
+    whether its code may run, for one, is not for a file to say.
+
+    Raises:
+        ValueError: If the metadata is not what mlx-lm will be able to read.
+    """
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is no object of names and texts")
+    try:
+        options = parse_json(metadata.get("tokenizer_config", "{}"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the tokenizer_config in its metadata {line(error)}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"the tokenizer_config in its metadata is {quoted(options)}, no object")
+    return options
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raise ValueError if what mlx-lm makes of these names is much larger than they are: of ``a.0``
+    and ``a.7`` it makes a list of eight."""
+    largest: dict[str, int | None] = {}  # of the members of a list; None for a dict
+    parts = 0
+    for name in names:
+        path = name.split(".")
+        parts += len(path)
+        if len(path) > DEPTH:
+            raise ValueError(f"{quoted(name)} in it has more than {DEPTH} parts")
+        for n, part in enumerate(path):
+            above = ".".join(path[:n])
+            try:
+                index = int(part)
+            except ValueError:
+                largest[above] = None
+                continue
+            if (known := largest.get(above, 0)) is not None:
+                largest[above] = max(known, index)
+    if sum(n for n in largest.values() if n is not None) > 2 * parts + 1000:
+        raise ValueError("the numbers in its names are larger than there are names")
+
+
+def _check_numbers(cache: Any) -> None:
+    """Raise ValueError unless what a cache says of its rows can be true: kernels read as many."""
+    fmt, rows, tokens = cache.format, cache.rows, cache.offset
+    held = 0 if rows is None else rows.shape[2]
+    names = ("_idx", "keep", "max_size", "_offset")
+    whole = {n: vars(cache)[n] for n in names if n in vars(cache)}
+    if rows is not None and rows.size == 0:
+        raise ValueError(f"it holds rows {rows.shape}, which are none")
+    if isinstance(tokens, mx.array):
+        padding = cache.left_padding
+        batch = tokens.shape if rows is None else (rows.shape[0],)
+        for name, a in (("offset", tokens), ("left_padding", padding)):
+            if not isinstance(a, mx.array) or a.dtype != mx.int32 or a.shape != batch:
+                raise ValueError(f"{name} in it is {quoted(a)}, not int32 {batch}")
+        if "max_size" not in whole and rows is not None:
+            least, most = padding.min().item(), padding.max().item()
+            if not 0 <= least <= most <= held:
+                raise ValueError(f"left_padding in it is {least} to {most} of {held} rows")
+    else:
+        whole["offset"] = tokens
+    for name, n in whole.items():
+        if type(n) is not int or not 0 <= n < 1 << 31:
+            raise ValueError(f"{name} in it is {quoted(n)}, not a number of tokens")
+    used = whole.get("_idx", whole.get("offset", 0))
+    if used > held:
+        raise ValueError(f"it says that {used} of its {held} rows hold tokens")
+    if whole.get("max_size", 1) < 1:
+        raise ValueError("max_size in it is 0")
+    if whole.get("keep", 0) > max(held, KEEP) and whole["offset"] > held:
+        raise ValueError(f"it keeps the first {whole['keep']} tokens in {held} rows")
+    for at, a in enumerate(fmt.arrays or ()):
+        side, name = (("keys", "values")[at // 3], NAMES[at % 3]) if at < 6 else ("keys", METRIC)
+        if a is None:
+            continue
+        if rows is not None and a.shape[0] != rows.shape[1]:
+            raise ValueError(
+                f"{name} of its {side} is of {a.shape[0]} KV heads, its rows of {rows.shape[1]}"
+            )
+        validate({f"{side}.{name}": a})
 
 
 def _digest(path) -> tuple[str, int]:
@@ -124,8 +226,8 @@ def check(caches: list, model: nn.Module) -> None:
             )
         if ours and theirs and ours.format.signature != theirs.format.signature:
             raise ValueError(
-                f"The prompt cache was packed as '{theirs.format.signature}', and "
-                f"'{ours.format.signature}' was asked for (layer {path[0]})."
+                f"The prompt cache was packed with {theirs.format.differences(ours.format)} (layer "
+                f"{path[0]})."
             )
 
 
@@ -142,6 +244,7 @@ def pack(caches: list, model: nn.Module, spec: str | Spec, **calibration) -> lis
     Raises:
         ValueError: If the caches are not of this model, or already quantized.
     """
+    check_unpacked(caches)
     templates = make_prompt_cache(model, spec, **calibration)
     if len(caches) != len(templates):
         raise ValueError(
@@ -151,15 +254,20 @@ def pack(caches: list, model: nn.Module, spec: str | Spec, **calibration) -> lis
     return [_pack(c, t, i) for i, (c, t) in enumerate(zip(caches, templates, strict=True))]
 
 
+def check_unpacked(caches: list) -> None:
+    """Raise ValueError if one of these caches is quantized already."""
+    for path, cache in _leaves(caches):
+        if isinstance(cache, _PackedCache | stock.QuantizedKVCache):
+            raise ValueError(
+                f"Layer {path[0]} of the prompt cache is a {type(cache).__name__}: it is quantized "
+                "already, and packing it again would add its errors up."
+            )
+
+
 def _pack(cache, template, layer: int):
     if isinstance(cache, stock.CacheList) and isinstance(template, stock.CacheList):
         parts = zip(cache.caches, template.caches, strict=True)
         return stock.CacheList(*(_pack(c, t, layer) for c, t in parts))
-    if isinstance(cache, _PackedCache | stock.QuantizedKVCache):
-        raise ValueError(
-            f"Layer {layer} of the prompt cache is a {type(cache).__name__}: it is quantized "
-            "already, and packing it again would add its errors up."
-        )
     if not isinstance(template, _PackedCache):
         return cache
     fmt = template.format
@@ -187,14 +295,3 @@ def _pack(cache, template, layer: int):
         k, v = (a[..., -fmt.recent :, :] for a in held)
         packed.tail = ops.quantize_pack_tail(k, v, fmt, None, fmt.recent)[1]
     return packed
-
-
-def pack_file(source: str, target: str, model: nn.Module, spec: str | Spec, **calibration) -> None:
-    """Convert a prompt-cache file; what mlx-lm noted in it stays."""
-    from . import seams
-
-    seams.install()
-    caches, metadata = stock.load_prompt_cache(source, return_metadata=True)
-    packed = pack(caches, model, spec, **calibration)
-    mx.eval([c.state for c in packed])
-    stock.save_prompt_cache(target, packed, metadata)

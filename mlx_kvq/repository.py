@@ -20,6 +20,7 @@ from typing import Any
 import mlx.nn as nn
 
 from .calibration import METRIC, CalibrationSet, LayerCalibration
+from .files import NESTING, line, nested, parse_json, printable, quoted, regular
 from .model import Report, _say, enable
 from .spec import BITS, OFF, Spec
 
@@ -27,9 +28,22 @@ KEY = "kv_cache"  # of config.json
 FILE = "kv_cache.safetensors"
 FORMAT, VERSION = "mlx_kvq", 1
 LARGEST = 1 << 30  # bytes of a calibration file; 80 layers of 8 heads take 42 MB with the metric
-TEXT = 200  # characters of a note; more is no note
+LARGEST_CONFIG = 1 << 26  # bytes of config.json; those of quantized models have some 10^5
 
-_PATH = re.compile(r"(0|[1-9]\d{0,4})(?:\.(\d))?")
+# What a model repository consists of, by the names that transformers and mlx-lm give to its files;
+# code comes to them as far as config.json and its like name it.
+CONTENTS = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "tiktoken.model", "*.tiktoken", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
+)  # fmt: skip
+_MODULE = re.compile(r"[A-Za-z_]\w*")
+
+_PATH = re.compile(r"(0|[1-9][0-9]{0,4})(?:\.([0-9]))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Layers = Mapping[tuple[int, ...], str]
@@ -73,20 +87,24 @@ class Section:
             RepositoryError: If ``given``, from JSON, is not a section of this version.
         """
         if not isinstance(given, dict):
-            raise RepositoryError(f"'{KEY}' in config.json is {_short(given)}, not an object.")
+            raise RepositoryError(f"'{KEY}' in config.json is {quoted(given)}, not an object.")
+        if nested(given):
+            raise RepositoryError(
+                f"'{KEY}' in config.json is nested more than {NESTING} levels deep."
+            )
         if given.get("format") != FORMAT:
             raise RepositoryError(
-                f"'format' of '{KEY}' is {_short(given.get('format'))}, not '{FORMAT}'."
+                f"'format' of '{KEY}' is {quoted(given.get('format'))}, not '{FORMAT}'."
             )
         version = given.get("version")
         if type(version) is not int or version != VERSION:
             raise RepositoryError(
-                f"it has format version {_short(version)}; this mlx_kvq reads {VERSION}."
+                f"it has format version {quoted(version)}; this mlx_kvq reads {VERSION}."
             )
         spec = _spec(given.get("spec"))
         if type(given.get("seed")) is not int or given["seed"] != spec.seed:
             raise RepositoryError(
-                f"'seed' is {_short(given.get('seed'))} and the spec's is {spec.seed}."
+                f"'seed' is {quoted(given.get('seed'))} and the spec's is {spec.seed}."
             )
         sha256 = _sha256(given.get("calibration"))
         if (sha256 is None) != (spec.calibrate == "off"):
@@ -98,12 +116,12 @@ class Section:
 
 
 def _spec(given: object) -> Spec:
-    if not _printable(given):
-        raise RepositoryError(f"'spec' is {_short(given)}, not a text such as 'int4-srft'.")
+    if not printable(given):
+        raise RepositoryError(f"'spec' is {quoted(given)}, not a text such as 'int4-srft'.")
     try:
         spec = Spec.parse(given)  # type: ignore[arg-type]
     except ValueError as error:
-        raise RepositoryError(_line(error)) from None
+        raise RepositoryError(line(error)) from None
     if spec is None:
         raise RepositoryError(f"its spec is '{OFF}', which is a model without a section.")
     return spec
@@ -111,14 +129,14 @@ def _spec(given: object) -> Spec:
 
 def _layers(given: object) -> dict[tuple[int, ...], str]:
     if not isinstance(given, dict) or not given:
-        raise RepositoryError(f"'layers' is {_short(given)}, not an object of layers and bits.")
+        raise RepositoryError(f"'layers' is {quoted(given)}, not an object of layers and bits.")
     layers = {}
     for name, bits in given.items():
         if not (match := _PATH.fullmatch(name)):
-            raise RepositoryError(f"'layers' names {_short(name)}, which is no layer.")
+            raise RepositoryError(f"'layers' names {quoted(name)}, which is no layer.")
         if not isinstance(bits, str) or bits not in BITS:
             raise RepositoryError(
-                f"layer {name} is said to have {_short(bits)}; known: {', '.join(BITS)}."
+                f"layer {name} is said to have {quoted(bits)}; known: {', '.join(BITS)}."
             )
         layers[tuple(int(part) for part in match.groups() if part is not None)] = bits
     return layers
@@ -129,32 +147,18 @@ def _sha256(given: object) -> str | None:
         return None
     digest = given.get("sha256") if isinstance(given, dict) else None
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise RepositoryError(f"'calibration' is {_short(given)}, not an object with a sha256.")
+        raise RepositoryError(f"'calibration' is {quoted(given)}, not an object with a sha256.")
     return digest
 
 
 def _made(given: object) -> dict[str, str | int]:
     given = {} if given is None else given
     if not isinstance(given, dict) or not all(
-        _printable(k) and (type(v) is int or _printable(v)) for k, v in given.items()
+        printable(k) and (printable(v) or (type(v) is int and abs(v) < 1 << 63))
+        for k, v in given.items()
     ):
-        raise RepositoryError(f"'made' is {_short(given)}, not an object of short texts.")
+        raise RepositoryError(f"'made' is {quoted(given)}, not an object of short texts.")
     return given
-
-
-def _printable(given: object) -> bool:
-    """A stranger's text goes to the terminal: no control characters, no page of it."""
-    return isinstance(given, str) and given.isprintable() and len(given) <= TEXT
-
-
-def _short(given: object) -> str:
-    text = ascii(given)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _line(error: object) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= 2 * TEXT else f"{line[: 2 * TEXT]}..."
 
 
 @dataclass
@@ -177,7 +181,7 @@ class Repository:
     def said(self) -> str:
         """The spec, where no more than its name matters."""
         spec = self.given.get("spec") if isinstance(self.given, dict) else None
-        return str(spec) if _printable(spec) else "cache"
+        return str(spec) if printable(spec) else "cache"
 
     @property
     def other(self) -> str | None:
@@ -210,9 +214,7 @@ class Repository:
         try:
             calibration = CalibrationSet.load(path)
         except ValueError as error:
-            raise RepositoryError(_line(error).replace(str(path), FILE)) from None
-        if not _printable(calibration.metadata.get("text", "")):
-            raise RepositoryError(f"the metadata of {FILE} is no short text.")
+            raise RepositoryError(line(error).replace(str(path), FILE)) from None
         return calibration
 
     @property
@@ -225,7 +227,12 @@ class Repository:
         """
         from mlx_lm import utils
 
-        if (path := self.folder / FILE).is_file():
+        path = self.folder / FILE
+        if os.path.lexists(path):
+            try:
+                regular(path)
+            except (OSError, ValueError) as error:
+                raise RepositoryError(line(error).replace(str(path), FILE)) from None
             return path
         if Path(self.name).exists():
             raise RepositoryError(f"{FILE} is missing.")
@@ -234,7 +241,7 @@ class Repository:
         try:
             path = utils._download(self.name, revision=commit, allow_patterns=[FILE]) / FILE
         except Exception as error:
-            raise RepositoryError(f"{FILE} cannot be fetched: {_line(error)}") from error
+            raise RepositoryError(f"{FILE} cannot be fetched: {line(error)}") from error
         if not path.is_file():
             raise RepositoryError(f"{FILE} is missing.")
         return path
@@ -272,7 +279,7 @@ def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
         return None
     if repository.other:
         if verbose:
-            name = _short(repository.other)
+            name = quoted(repository.other)
             _say(f"the KV cache in config.json is not mlx_kvq's but {name}'s, and not used")
         return None
 
@@ -297,7 +304,7 @@ def _told(repository: Repository, work):
         return work()
     except ValueError as error:
         raise RepositoryError(
-            f"The KV cache of '{repository.name}' cannot be used: {_line(error)} The model runs "
+            f"The KV cache of '{repository.name}' cannot be used: {line(error)} The model runs "
             "without it with '--kv-cache fp16', or with MLX_KVQ_DISABLE=1."
         ) from error
 
@@ -312,22 +319,85 @@ def copy(model: nn.Module, folder: str | Path) -> None:
         shutil.copyfile(repository.path, Path(folder) / FILE)
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path, name: str = "config.json") -> dict:
     """
     Raises:
-        RepositoryError: If there is no readable ``config.json``.
+        RepositoryError: If there is no readable ``config.json``, or no other of that name.
     """
+    path = folder / name
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (size := regular(path).st_size) > LARGEST_CONFIG:
+            raise RepositoryError(f"{name} in '{folder}' has {size} bytes, more than any.")
+        text = path.read_bytes()
     except OSError as error:
         raise RepositoryError(
-            f"'{folder}' is not a model repository: config.json cannot be read ({error.strerror})."
+            f"'{folder}' is not a model repository: {name} cannot be read ({error.strerror})."
         ) from None
     except ValueError as error:
-        raise RepositoryError(f"config.json in '{folder}' is not JSON: {_line(error)}") from None
+        raise RepositoryError(line(error)) from None
+    try:
+        config = parse_json(text)
+    except ValueError as error:
+        raise RepositoryError(f"{name} in '{folder}' {error}.") from None
     if not isinstance(config, dict):
-        raise RepositoryError(f"config.json in '{folder}' is {_short(config)}, not an object.")
+        raise RepositoryError(f"{name} in '{folder}' is {quoted(config)}, not an object.")
     return config
+
+
+def contents(folder: Path) -> list[Path]:
+    """The files that a repository consists of, and nothing else that lies in its folder.
+
+    Raises:
+        RepositoryError: If one of them is no file, or a link to a place that is not in the hub's
+            own cache: whoever follows it may publish what was never meant to be.
+    """
+    found = {path for pattern in CONTENTS for path in folder.glob(pattern)}
+    # A glob without a star passes over a link to nothing.
+    found |= {folder / name for name in CONTENTS if os.path.lexists(folder / name)}
+    for path in sorted(found):
+        _check_link(path, folder)
+    return sorted(found | _code(folder))
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    from huggingface_hub import constants
+
+    try:
+        regular(path)
+    except (OSError, ValueError) as error:
+        raise RepositoryError(line(error)) from None
+    target, cache = path.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    here = folder.resolve() / path.relative_to(folder)
+    if target != here and not target.is_relative_to(cache):
+        raise RepositoryError(
+            f"'{line(path)}' is a link to '{line(target)}', which is not in the hub's cache: put a "
+            "copy in its place to upload it."
+        )
+
+
+def _code(folder: Path) -> set[Path]:
+    """The Python files that ``config.json`` and its like name, and those that these import."""
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    modules: set[str] = set()
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            config = read_config(folder, name)
+            modules.add(str(config.get("model_file", "")).removesuffix(".py"))
+            named = config.get("auto_map")
+            for entry in named.values() if isinstance(named, dict) else ():
+                for of in entry if isinstance(entry, list) else [entry]:
+                    modules.add(str(of).partition(".")[0])
+    found: set[Path] = set()
+    while modules:
+        module = modules.pop()
+        path = folder / f"{module}.py"
+        if path in found or not _MODULE.fullmatch(module) or not os.path.lexists(path):
+            continue
+        _check_link(path, folder)
+        found.add(path)
+        modules.update(get_relative_imports(path))
+    return found
 
 
 def write(

@@ -201,4 +201,4 @@ def _unknown(kind: str, given, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(str(given), known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"unknown {kind} '{given}'.{hint} Known: {', '.join(known)}."
+    return f"unknown {kind} {str(given)!r}.{hint} Known: {', '.join(known)}."

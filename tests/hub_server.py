@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, list[tuple[str, dict[str, str]]]] = {}
         self.blobs: dict[str, bytes] = {}  # by git's hash of the bytes
         self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
+        self.private: set[str] = set()  # names of repositories
         self.requests: list[tuple[str, str]] = []
 
     def __enter__(self) -> "Hub":
@@ -146,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         there = name in self.server.repositories
         if not there:
             self.server.repositories[name] = []
+            if said.get("visibility") == "private":
+                self.server.private.add(name)
             empty = git_hash(b"")
             self.server.blobs[empty] = b""
             self.server.commit(name, {".gitattributes": f"git:{empty}"})
@@ -231,7 +234,8 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": "RevisionNotFound"}
             return self.reply(404, {"error": "no such revision"}, headers)
         siblings = [{"rfilename": path} for path in found[1]]
-        self.reply(200, {"id": name, "modelId": name, "sha": found[0], "siblings": siblings})
+        said = {"id": name, "modelId": name, "sha": found[0], "siblings": siblings}
+        self.reply(200, said | {"private": name in self.server.private})
 
     def tree(self, name: str, revision: str) -> None:
         if (found := self.at(name, revision)) is None:

@@ -169,8 +169,12 @@ def test_both_bundled_models(source, layers, spec, text, tmp_path, capsys, quick
     assert 0 < values["kl_divergence", spec] < 1
     assert values["exact_match", spec] in (0, 1)
     assert 'mlx_lm.generate --model model --prompt "Hello"' in body
-    assert "### Measured on held-out.txt" in body
-    assert str(tmp_path) not in (folder / "README.md").read_text()
+    assert "### Measured on held-out text\n" in body
+    assert entry["results"][0]["dataset"]["name"] == "held-out text"
+    readme = (folder / "README.md").read_text()
+    assert str(tmp_path) not in readme
+    assert "held-out.txt" not in readme  # a name may say what nobody else is to know
+    assert "recall.jsonl" not in readme
 
     plot = tmp_path / "plot.png"
     status, out, err = run(capsys, "inspect", folder)
@@ -233,6 +237,34 @@ def test_in_place_and_again(text, tmp_path, capsys, quick):
     assert "model-index" not in data  # the figures were of another cache
     assert "Measured" not in body
     assert body.startswith(readme.split("---\n", 2)[2].rstrip())
+
+
+def test_in_place_without_a_card(tmp_path, capsys):
+    """One block of metadata, one heading: nothing of the empty card is left."""
+    folder = tmp_path / "model"
+    shutil.copytree(QWEN, folder)
+    (folder / "README.md").unlink()
+    for _ in range(2):
+        status, _, err = run(capsys, "convert", "--mlx-path", folder, "--kv-cache", OFF)
+        assert status == 0, err
+        readme = (folder / "README.md").read_text()
+        assert [line for line in readme.splitlines() if line.startswith("---")] == ["---", "---"]
+        assert card(folder)[1].startswith("\n# model\n\n<!-- mlx_kvq -->")
+
+
+def test_several_texts_are_numbered(tmp_path, capsys, quick):
+    folder, texts = tmp_path / "model", []
+    shutil.copytree(QWEN, folder)
+    for i in range(2):  # of one name, in two folders
+        (tmp_path / str(i)).mkdir()
+        texts.append(tmp_path / str(i) / "secret.txt")
+        texts[-1].write_text(NOVEL.read_text()[1200 * i : 1200 * i + 1200])
+    command = ("convert", "--mlx-path", folder, "--kv-cache", OFF, "--evaluate", *texts)
+    status, _, err = run(capsys, *command)
+    assert status == 0, err
+    readme = (folder / "README.md").read_text()
+    assert "### Measured on held-out text 1, held-out text 2\n" in readme
+    assert "secret" not in readme
 
 
 def test_a_broken_section_is_replaced(text, tmp_path, capsys):
@@ -337,6 +369,8 @@ ERRORS = {
     ),
     "recall alone": ([*THERE, "--recall", RECALL], "give a text to evaluate on"),
     "group": ([*THERE, "--kv-cache", f"{OFF},group_size=48"], "possible: 8, 16, 32"),
+    "private": ([*THERE, "--private"], "give --upload-repo"),
+    "a link": ([*THERE, "--upload-repo", "a/b"], "is a link to"),
     "upload name": ([*THERE, "--upload-repo", "a/b/c"], "a/b/c"),
     "both": (["--hf-path", QWEN, "--mlx-path", "NEW", "-q", "-d"], "Choose either quantize or"),
 }  # fmt: skip

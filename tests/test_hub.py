@@ -65,7 +65,8 @@ def repo(hub, tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibrated(hub, tmp_path_factory):
     """A calibrated one, uploaded by the function."""
-    folder = write(tmp_path_factory.mktemp("upload") / "model")
+    folder = tmp_path_factory.mktemp("upload") / "model"
+    shutil.copytree(write(folder.parent / "links"), folder)  # files, no links
     code = (
         "import sys; from pathlib import Path; import mlx_kvq.convert as convert\n"
         "convert.upload(Path(sys.argv[1]), 'someone/calibrated')"
@@ -88,6 +89,49 @@ def test_an_upload_is_one_commit_of_everything(repo, calibrated, hub):
     asked = {(method, path.split("/")[-1]) for method, path in hub.requests}
     used = [("POST", "create"), ("POST", "validate-yaml"), ("POST", "batch"), ("POST", "verify")]
     assert asked >= {*used, ("POST", "main")}
+
+
+def convert(folder, *options, home, hub):
+    return shell(
+        "mlx_kvq", "convert", "--mlx-path", folder, "--kv-cache", "int4-srft:calibrate=off",
+        *options, home=home, hub=hub,
+    )  # fmt: skip
+
+
+def test_only_the_repository_is_uploaded(hub, tmp_path):
+    """Not a .env, not what was left over, and what goes is listed first, with sizes."""
+    folder = tmp_path / "model"
+    shutil.copytree(QWEN, folder)
+    own = {p.name for p in folder.iterdir()}
+    for name in (".env", ".netrc", "secrets.json", "notes.txt", "train.py", "old.safetensors"):
+        (folder / name).write_text("a secret")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "config.json").write_text("{}")
+    process = convert(folder, "--upload-repo", "someone/clean", home=tmp_path / "home", hub=hub)
+    assert process.returncode == 0, process.stderr
+    assert set(hub.files("someone/clean")) == own | {".gitattributes"}
+    said = process.stderr.splitlines()
+    (weights,) = [line for line in said if line.endswith(" MB  model.safetensors")]
+    (left,) = [line for line in said if "left out" in line]
+    assert left.endswith(": .env, .netrc, logs, notes.txt, old.safetensors, secrets.json, train.py")
+    (done,) = [line for line in said if "uploaded to" in line]
+    assert said.index(weights) < said.index(left) < said.index(done)
+    assert "someone/clean" not in hub.private
+
+
+def test_a_private_repository(hub, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(QWEN, folder)
+    where = {"home": tmp_path / "home", "hub": hub}
+    process = convert(folder, "--private", "--upload-repo", "someone/hidden", **where)
+    assert process.returncode == 0, process.stderr
+    assert "someone/hidden" in hub.private
+    process = convert(folder, "--upload-repo", "someone/seen", **where)
+    before = len(hub.repositories["someone/seen"])
+    process = convert(folder, "--private", "--upload-repo", "someone/seen", **where)
+    assert process.returncode == 1
+    assert "the repository exists already and is public" in process.stderr
+    assert len(hub.repositories["someone/seen"]) == before
 
 
 def test_generate_from_the_hub_and_then_offline(calibrated, hub, tmp_path):
@@ -165,7 +209,8 @@ def test_a_failed_upload_says_what_is_left_to_do(env, message, hub, tmp_path):
     line = process.stderr.splitlines()[-1]
     assert line.startswith(f"mlx_kvq convert: error: '{folder}' is complete but could not be")
     assert message in line
-    assert line.endswith(f"Try again with 'hf upload someone/new {folder}'.")
+    again = f"upload('{folder}', 'someone/new')"
+    assert line.endswith(f'Try again with: python -c "from mlx_kvq.convert import upload; {again}"')
     assert "Traceback" not in process.stderr
     assert "someone/new" not in hub.repositories
 

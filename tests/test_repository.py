@@ -248,6 +248,81 @@ def test_an_interrupted_write_leaves_a_whole_repository(
     assert {"new", "plain" if old == "plain" else "old"} <= outcomes
 
 
+def copied(folder):
+    shutil.copytree(QWEN, folder)
+    return folder
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in repository.contents(folder))
+
+
+def test_what_a_repository_consists_of(tmp_path):
+    folder = copied(tmp_path / "model")
+    own = sorted(os.listdir(QWEN))
+    assert names(folder) == own
+    for name in (".env", "leftover.safetensors", "id_rsa", "data.json", "a.py", "train.log"):
+        (folder / name).write_text("")
+    (folder / "additional_chat_templates").mkdir()
+    more = ["additional_chat_templates/tools.jinja", "model-00001-of-00002.safetensors", FILE]
+    for name in more:
+        (folder / name).write_text("")
+    assert names(folder) == sorted([*own, *more])
+
+
+def test_code_belongs_to_it_if_it_is_named(tmp_path):
+    folder = copied(tmp_path / "model")
+    sources = {
+        "mine": "", "modeling_x": "from .layers_x import Layer", "layers_x": "", "train": "",
+        "tokenization_x": "import os", "slow": "from . import mine",
+    }  # fmt: skip
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text)
+    before = names(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_file": "mine.py"}
+    config["auto_map"] = {
+        "AutoModel": "modeling_x.Model",
+        "AutoConfig": "someone/else--configuration_x.Config",
+        "AutoProcessor": "../../train.X",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["tokenization_x.Slow", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    code = ["layers_x.py", "mine.py", "modeling_x.py", "tokenization_x.py"]
+    assert names(folder) == sorted([*before, *code])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "mine.py"])
+def test_links_go_to_the_hubs_cache_only(name, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    hub = tmp_path / "hub"
+    blob = hub / "models--a--b" / "blobs" / "0"
+    blob.parent.mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    folder = copied(tmp_path / "model")
+    (folder / "mine.py").write_text("")
+    config = json.loads((folder / "config.json").read_text()) | {"model_file": "mine.py"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / name).rename(blob)
+    (folder / name).symlink_to(blob)
+    assert name in names(folder)
+    secret = tmp_path / "secret"
+    blob.rename(secret)
+    for target in (secret, hub / ".." / "secret", tmp_path / "nothing"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+        with pytest.raises(RepositoryError, match=r"is a link to '.*secret'|No such file"):
+            repository.contents(folder)
+    folder.rename(tmp_path / "real")
+    (tmp_path / "real" / name).unlink()
+    secret.rename(tmp_path / "real" / name)
+    folder.symlink_to(tmp_path / "real")
+    assert name in names(folder)  # the folder itself may be a link
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
@@ -415,7 +490,7 @@ BAD = {
     ),
     "no file": (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
     "a folder for the file": (
-        lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()), f"{FILE} is missing"
+        lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()), f"'{FILE}' is a folder"
     ),
     "a flipped bit": (with_bytes(lambda d: d[:-1] + bytes([d[-1] ^ 1]), False), "it is damaged"),
     "half a file": (with_bytes(lambda d: d[: len(d) // 2]), "is not a readable safetensors file"),
