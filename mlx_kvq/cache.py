@@ -233,10 +233,13 @@ class _PackedCache(_BaseCache):
         if not self._prompted:
             # Each of a few tokens reads `recent` of them, and then all but one may be taken back.
             return recent + L - 1
-        if self.as_arrays:
-            return recent
-        into = max((max(0, end) % attention.BLOCK for end in self._positions(L)), default=0)
-        return max(recent, min(into, self._reach()))
+        return recent if self.as_arrays else self.tail_after_prompt(L)
+
+    def tail_after_prompt(self, L: int = 0) -> int:
+        """Tokens of the tail if a chunk of a prompt ends L rows from here: those that decoding
+        reads, or the unfinished block."""
+        ends = [max(0, end) % attention.BLOCK for end in self._positions(L)]
+        return max(self.format.recent, min(max(ends, default=0), self._reach()))
 
     def _reach(self) -> int:
         """Tokens before its own that a query may see."""

@@ -292,6 +292,8 @@ def _pack(cache, template, layer: int):
             held = [cache._temporal_order(a) for a in (cache.keys, cache.values)]
         else:
             held = [a[..., : cache.offset, :] for a in (cache.keys, cache.values)]
-        k, v = (a[..., -fmt.recent :, :] for a in held)
-        packed.tail = ops.quantize_pack_tail(k, v, fmt, None, fmt.recent)[1]
+        size = packed.tail_after_prompt()
+        k, v = (a[..., -size:, :] for a in held)
+        packed.tail = ops.quantize_pack_tail(k, v, fmt, None, size)[1]
+        packed.exact = [k.shape[2]]
     return packed
