@@ -129,7 +129,14 @@ def test_the_sdist_holds_the_project(archives):
     with tarfile.open(archives[0]) as sdist:
         members = [member.name for member in sdist.getmembers() if member.isfile()]
     names = {name.partition("/")[2] for name in members}
-    top = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "hatch_build.py"}
+    top = {
+        "README.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "LICENSE",
+        "pyproject.toml",
+        "hatch_build.py",
+    }
     wanted = top | {"mlx_kvq.pth"} | files("mlx_kvq", "kernels", "tests", "examples", "scripts")
     assert names - {"PKG-INFO", ".gitignore"} == wanted
 

@@ -295,7 +295,7 @@ def test_nested_json_is_one_clear_error(depth, tmp_path):
     assert deep in refused(path)
 
 
-@pytest.mark.parametrize("depth", [NESTING + 1, 900])
+@pytest.mark.parametrize("depth", [NESTING + 1, 50_000])
 @pytest.mark.parametrize("field", ["format", "spec", "seed", "layers", "calibration", "made", "x"])
 def test_a_nested_section_is_one_clear_error(depth, field):
     """From ``mlx_lm.load``, which has parsed config.json."""
