@@ -2,7 +2,7 @@
 
     python scripts/bench_gpu.py OUT               # OUT/ops.json, OUT/models.json
     python scripts/bench_gpu.py OUT --budget 540  # seconds; what no longer fits is left out
-    python scripts/bench_gpu.py OUT --tiny        # the same way through with tiny sizes: any machine
+    python scripts/bench_gpu.py OUT --tiny        # the same way with tiny sizes, on any machine
     python scripts/tables.py OUT/*.json           # the tables, as markdown
 
 The files are what ``mlx_kvq benchmark --json`` writes. Each is written anew after every row of
@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.models import qwen2
 
 from mlx_kvq import benchmark, benchmark_models, benchmark_ops
 from mlx_kvq.files import replacing
+from mlx_kvq.shapes import SHAPES
 from mlx_kvq.timing import copy_bandwidth
 
 OPS_CACHES = ["fp16", "int4-srft", "kv4", "kv8"]
@@ -41,6 +43,10 @@ MODELS = [
     *(("gemma-3-1b", 1, T) for T in (256, 1024, 4096, 8192, 32768)),
     ("gemma-3-1b", 16, 8192),
 ]
+TINY = {
+    "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 2, "rms_norm_eps": 1e-6,
+    "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1000,
+}  # fmt: skip
 TINY_ATTEND = [("4,2,64", 1, 40), ("4,2,64", 2, 300)]
 FIRST = 7  # rows of ATTEND before the models, the rest after them
 
@@ -103,7 +109,8 @@ def main() -> None:
     args.models = MODELS
     if args.tiny:
         args.rounds, args.prefill_rounds, args.tokens, args.beyond = 2, 1, 2, 1
-        args.models = [("qwen2.5-0.5b", 1, 40), ("qwen2.5-0.5b", 2, 40)]
+        SHAPES["tiny"] = (qwen2, TINY)
+        args.models = [("tiny", 1, 40), ("tiny", 2, 40)]
     args.out.mkdir(parents=True, exist_ok=True)
     sys.exit(run(args))
 
