@@ -2,8 +2,9 @@
 
     python scripts/tables.py OUT/ops.json OUT/models.json OUT/torch.json
 
-The files are those of ``mlx_kvq benchmark --json``, bench_gpu.py and bench_torch.py. Each table is headed by what it was measured with. Times are medians with quartiles, factors the
-median quotient of interleaved rounds with quartiles.
+The files are those of ``mlx_kvq benchmark --json``, bench_gpu.py and bench_torch.py. Each table is
+headed by what it was measured with. Times are medians with quartiles, factors the median quotient
+of interleaved rounds with quartiles.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def main() -> None:
         print(heading(record))
         for table in tables(rows):
             print(f"\n{table}")
-        print()
+        print(classes(rows))
 
 
 def heading(record: dict) -> str:
@@ -44,6 +45,18 @@ def tables(rows: list[dict]) -> list[str]:
     if models:
         found += [end_to_end(models), summary(models)]
     return found
+
+
+def classes(rows: list[dict]) -> str:
+    """The cache classes that were measured, and what could not be."""
+    used = dict.fromkeys((r["cache"], r["class"]) for r in rows if "class" in r)
+    lines = [f"Caches: {', '.join(f'{name} {cls}' for name, cls in used)}."] if used else []
+    for r in rows:
+        if "note" in r and "op" in r:
+            lines.append(
+                f"{r['heads']}, batch {r['batch']}, {r['tokens']}, {r['cache']}: {r['note']}"
+            )
+    return "\n" + "\n\n".join(lines) + "\n"
 
 
 def operation(rows: list[dict], op: str) -> str:
