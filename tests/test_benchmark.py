@@ -375,6 +375,26 @@ def test_a_batch_runs_as_in_mlx_lms_batch_generator(name):
     assert all(c.offset.tolist() == [6, 5] for c in run_.cache)
 
 
+def test_compiling_takes_no_prefill_rounds(monkeypatch):
+    """On CUDA the first prefill compiles kernels for half a minute, the next takes 50 ms."""
+    args = _arguments("--model", MODEL, "--rounds", "1", "--tokens", "1", "--prefill-rounds", "3")
+    model, tokenizer = benchmark_models._model(args, mx.float32)
+    entries = {"fp16": benchmark_models._entry("fp16", model, tokenizer)}
+    seconds = [29.0, 0.05, 0.04, 0.05, 0.06]
+    original = benchmark_models._Run.prefill
+
+    def prefill(self):
+        original(self)
+        return seconds.pop(0)
+
+    monkeypatch.setattr(benchmark_models._Run, "prefill", prefill)
+    (row,) = benchmark_models._compare("tiny", entries, 1, 5, args)
+    assert not seconds
+    assert (row["prefill_low"], row["prefill_s"], row["prefill_high"]) == pytest.approx(
+        (0.045, 0.05, 0.055)
+    )
+
+
 def test_an_item_that_does_not_fit_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(shapes.SHAPES, "qwen2.5-0.5b", (shapes.qwen2, TINY))
     args = _arguments(
