@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kv-cache", nargs="+", default=CACHES, metavar="CACHE",
-        help=f"fp16, bf16, fp32, kv4, kv8 (mlx-lm's) or specs (default: {' '.join(CACHES)}).",
+        help="fp16, bf16, fp32, kv4, kv8 (mlx-lm's) or specs; for operations also fp16-even, "
+        f"batches of one length without a mask (default: {' '.join(CACHES)}).",
     )  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096, 8192, 32768])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1])

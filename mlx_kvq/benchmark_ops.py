@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from .contenders import (
+    EVEN,
     Contender,
     Heads,
     contender,
@@ -22,7 +23,7 @@ from .timing import interleave, memory_limit, speedup, spread
 
 HEADS = ["12,2,128", "4,1,256"]
 OPS = ("attend", "quantize", "dequantize")
-BASES = ("fp16", "bf16", "kv4")  # what others are compared with
+BASES = ("fp16", EVEN, "bf16", "kv4")  # what others are compared with
 MOST_BUFFERS = 4096
 Chain = Callable[[int], None]
 

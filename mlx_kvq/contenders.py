@@ -23,6 +23,8 @@ CHUNK = 2048  # tokens of a prompt that mlx-lm reads at once
 DECODED = 4  # newest tokens of a cache, stored one by one
 PADDING = 8  # sequences of a batch are up to so many tokens shorter than the longest
 PLAIN = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
+# A batch of one length in a KVCache, without a mask: no server has it, but fp16 is fastest so.
+EVEN = "fp16-even"
 GROUP = 64  # of mlx-lm's quantized cache
 
 
@@ -77,12 +79,14 @@ class Contender:
         store: (k, v) [B, Hkv, L, D] -> arrays; what the cache computes of new tokens.
         dequantize: (held, after) -> keys and values as arrays, once ``after`` is computed;
             ``None`` where they are arrays already.
+        merges: Whether a batch is in the merged cache of mlx-lm's ``BatchGenerator``.
     """
 
     dtype: mx.Dtype
     make: Callable[[], Any]
     store: Callable[[mx.array, mx.array], Any]
     dequantize: Callable[[Held, list], list] | None = None
+    merges: bool = True
 
     def attend(self, q: mx.array, held: Held) -> mx.array:
         """Attention as mlx-lm's models call it, q [B, Hq, 1, D] -> [B, Hq, 1, D]."""
@@ -92,14 +96,18 @@ class Contender:
 
 
 def contender(name: str, heads: Heads, dtype: mx.Dtype) -> Contender:
-    """``fp16``, ``bf16`` or ``fp32`` (plain arrays), ``kv4`` or ``kv8`` (mlx-lm's, group 64), or a
-    spec; the last two kinds with queries, keys and values of ``dtype``.
+    """``fp16``, ``bf16`` or ``fp32`` (plain arrays), ``fp16-even`` (sequences of one length without
+    a mask), ``kv4`` or ``kv8`` (mlx-lm's, group 64), or a spec; the last two kinds with queries,
+    keys and values of ``dtype``.
 
     Raises:
         ValueError: If ``name`` is none of these or cannot pack this head size.
     """
     if name in PLAIN:
         return Contender(PLAIN[name], KVCache, lambda k, v: (k, v))
+
+    if name == EVEN:
+        return Contender(mx.float16, KVCache, lambda k, v: (k, v), merges=False)
 
     if name in ("kv4", "kv8"):
         bits = int(name[2:])
@@ -156,7 +164,7 @@ def make_cache(c: Contender, B: int) -> Any:
     ``BatchGenerator``. A ``QuantizedKVCache`` has none (mlx-lm does not batch with ``kv_bits``)
     and holds the sequences itself."""
     cache = c.make()
-    if B == 1 or not hasattr(cache, "merge"):
+    if B == 1 or not c.merges or not hasattr(cache, "merge"):
         return cache
     return cache.merge([c.make() for _ in range(B)])
 

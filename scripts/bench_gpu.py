@@ -65,7 +65,7 @@ def items(args: argparse.Namespace) -> list[Item]:
         Item(
             "ops.json",
             ["--ops", "attend", "--heads", heads, "--batch-size", str(B), "--contexts", str(T)]
-            + ["--kv-cache", *OPS_CACHES, *rounds],
+            + ["--kv-cache", *OPS_CACHES, *(["fp16-even"] if B > 1 else []), *rounds],
         )
         for heads, B, T in (TINY_ATTEND if args.tiny else ATTEND)
     ]
@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["ops", "models"], help="one of the two files")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on any machine")
     args = parser.parse_args()
+    if min(args.rounds, args.prefill_rounds, args.tokens) < 1 or args.beyond < 0:
+        parser.error("rounds and tokens are at least 1, megabytes at least 0")
     args.models = MODELS
     if args.tiny:
         args.rounds, args.prefill_rounds, args.tokens, args.beyond = 2, 1, 2, 1

@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=240, help="seconds in all")
     parser.add_argument("--dtypes", nargs="+", choices=WORDS, default=list(WORDS))
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("quartiles take at least 2 rounds")
     try:
         import torch
     except ImportError:

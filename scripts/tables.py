@@ -13,6 +13,8 @@ from pathlib import Path
 
 MADE_BY = ("device", "mlx", "mlx-lm", "torch", "cudnn", "commit", "date")
 
+BASES = ("fp16", "fp16-even")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -60,17 +62,22 @@ def classes(rows: list[dict]) -> str:
 
 
 def operation(rows: list[dict], op: str) -> str:
-    """A row per shape, two columns per cache: µs, and times faster than fp16."""
+    """A row per shape; columns for µs of each cache, and for times faster than fp16."""
     caches = _unique(rows, "cache")
-    compared = [c for c in caches if any("x_fp16" in r for r in rows if r["cache"] == c)]
-    compared = [c for c in compared if c != "fp16"]
+    # Own caches against every base that some row was compared with.
+    compared = [
+        (c, base)
+        for base in BASES
+        for c in caches
+        if c not in BASES and any(f"x_{base}" in r for r in rows if r["cache"] == c)
+    ]
     header = [op, "batch", "tokens", *(f"{c}, µs" for c in caches)]
-    header += [f"{c} × fp16" for c in compared]
+    header += [f"{c} × {base}" for c, base in compared]
     lines = []
     for heads, B, T in dict.fromkeys((r["heads"], r["batch"], r["tokens"]) for r in rows):
         at = {r["cache"]: r for r in rows if (r["heads"], r["batch"], r["tokens"]) == (heads, B, T)}
         cells = [heads, str(B), str(T), *(_micros(at.get(c)) for c in caches)]
-        cells += [_factor(at.get(c), "x_fp16") for c in compared]
+        cells += [_factor(at.get(c), f"x_{base}") for c, base in compared]
         lines.append(cells)
     return _markdown(header, lines)
 

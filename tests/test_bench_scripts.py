@@ -38,7 +38,9 @@ def test_a_run_keeps_its_rows_and_they_become_tables(script, tmp_path, monkeypat
             ("int4-srft", ("PackedKVCache", "PackedBatchKVCache")),
             ("kv4", ("QuantizedKVCache",) * 2),
             ("kv8", ("QuantizedKVCache",) * 2),
+            ("fp16-even", (None, "KVCache")),
         )
+        if cls[B > 1]
     ]
     models = json.loads((tmp_path / "models.json").read_text())
     assert [(r["batch"], r["class"]) for r in models["rows"]] == [
@@ -54,6 +56,7 @@ def test_a_run_keeps_its_rows_and_they_become_tables(script, tmp_path, monkeypat
     assert f"{x[0]:.2f} ({x[1]:.2f}–{x[2]:.2f})" in out
     assert "| attend | batch | tokens | fp16, µs | int4-srft, µs |" in out
     assert "decoding, tiny, int4-srft, batch 2" in out and "BatchKVCache" in out
+    assert "int4-srft × fp16-even" in out
     for table in out.split("\n\n"):
         if table.startswith("|"):
             assert len({line.count("|") for line in table.splitlines()}) == 1

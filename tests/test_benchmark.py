@@ -165,6 +165,14 @@ def test_batches_are_in_the_cache_of_mlx_lms_batch_generator(name):
     assert held.mask.shape == mask.shape == (3, 1, 1, 300) and mx.array_equal(held.mask, mask)
 
 
+def test_fp16_at_its_fastest_in_a_batch_is_there_too():
+    """Slices of whole buffers and no mask."""
+    held = contenders.fill(contender("fp16-even", HEADS, mx.float16), HEADS, 3, 300)
+    want, mask = decoded(KVCache(), 3, 300, mx.float16)
+    assert type(held.cache) is KVCache and held.mask is None and mask is None
+    assert [layout(x) for x in (held.keys, held.values)] == [layout(x) for x in want]
+
+
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("T", [3, 10, contenders.CHUNK + 100])
 def test_packed_caches_are_those_of_decoding(B, T):
