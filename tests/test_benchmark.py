@@ -153,6 +153,25 @@ def test_operands_are_laid_out_as_the_users_cache_lays_them_out(name, T):
         assert rows == buffer.shape[2] and x.shape[2] == T
 
 
+@pytest.mark.parametrize("name, B", [("fp16", 1), ("bf16", 1), ("fp16", 3), ("fp16-even", 3)])
+def test_keys_and_values_fill_a_buffer_each(name, B):
+    """Strides do not tell a buffer from a part of a larger one, but what stays allocated does:
+    keys alone keep as much as their capacity."""
+    c = contender(name, HEADS, mx.float16)
+    several = [contenders.fill(c, HEADS, B, 300) for _ in range(2)]
+    mx.eval([[h.keys, h.values] for h in several])
+    for which in ("keys", "values"):
+        held = several.pop()
+        kept = getattr(held, which)
+        before = mx.get_active_memory()
+        both = held.cache.keys.nbytes + held.cache.values.nbytes
+        assert both == 2 * B * 2 * 512 * 64 * 2
+        del held
+        assert before - mx.get_active_memory() >= both // 2  # the other one is gone
+        assert before - mx.get_active_memory() < both
+        del kept
+
+
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_batches_are_in_the_cache_of_mlx_lms_batch_generator(name):
     c = contender(name, HEADS, mx.float16)
