@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kv-cache", nargs="+", default=CACHES, metavar="CACHE",
-        help=f"fp16, bf16, fp32, kv4, kv8 (mlx-lm's) or specs (default: {' '.join(CACHES)}).",
+        help="fp16, bf16, fp32, kv4, kv8 (mlx-lm's) or specs; for operations also fp16-even, "
+        f"batches of one length without a mask (default: {' '.join(CACHES)}).",
     )  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096, 8192, 32768])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1])
@@ -122,15 +123,15 @@ def _check(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace) -> dict:
     """Measure, print rows as they come, and write them as they come: a run may be cut off."""
-    record = _record()
-    _print_record(record)
-    result: dict[str, Any] = {"record": record, "rows": [], "paper": PAPER}
+    described = record()
+    _print_record(described)
+    result: dict[str, Any] = {"record": described, "rows": [], "paper": PAPER}
     if args.model or args.shape:
         items = benchmark_models.measure(args)
     else:
         copy = copy_bandwidth(args.beyond or 256)
-        record["copy_gb_per_s"] = round(copy / 1e9, 1)
-        print(f"{'copy':10} {record['copy_gb_per_s']} GB/s, read and written")
+        described["copy_gb_per_s"] = round(copy / 1e9, 1)
+        print(f"{'copy':10} {described['copy_gb_per_s']} GB/s, read and written")
         items = benchmark_ops.measure(args, copy)
     table = None
     with tqdm(unit="row", leave=False, disable=None) as bar:
@@ -206,7 +207,8 @@ class _Table:
         self.write("\nx: times faster than that row, median over rounds.")
 
 
-def _record() -> dict[str, Any]:
+def record() -> dict[str, Any]:
+    """What was measured with, on what: date, command, commit, versions, device."""
     info = mx.device_info()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

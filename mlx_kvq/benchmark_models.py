@@ -14,7 +14,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from .automatic import random_tokens
 from .calibrate import calibrate_tokens
-from .contenders import PLAIN
+from .contenders import PLAIN, paddings
 from .loading import load
 from .model import disable, enable
 from .shapes import random_model
@@ -39,30 +39,38 @@ class Entry:
     kv_bits: int | None = None
 
 
-def measure(args) -> Iterator[list[dict]]:
-    """The rows of one batch size and context, after the other.
+def entries(args) -> dict[str, Entry]:
+    """The models and caches to compare, by name; one that is not possible is left out, with a line
+    on stderr.
 
     Args:
         args: Of ``mlx_kvq benchmark``.
     """
     models: dict[str, Any] = {}
-
-    def model_in(dtype: str):
+    found: dict[str, Entry] = {}
+    for name in args.kv_cache:
+        dtype = str(PLAIN[name]).rpartition(".")[2] if name in PLAIN else args.dtype
         if dtype not in models:
             models[dtype] = _model(args, getattr(mx, dtype))
-        return models[dtype]
+        try:
+            found[name] = _entry(name, *models[dtype])
+        except ValueError as error:
+            print(f"{name}: left out: {error}", file=sys.stderr)
+    return found
 
+
+def measure(args, made: dict[str, Entry] | None = None) -> Iterator[list[dict]]:
+    """The rows of one batch size and context, after the other.
+
+    Args:
+        args: Of ``mlx_kvq benchmark``.
+        made (dict, optional): From :func:`entries`, to use them again.
+    """
     label = args.shape or Path(args.model).name
     if args.weight_bits:
         label += f", {args.weight_bits}-bit"
-    entries: dict[str, Entry] = {}
-    for name in args.kv_cache:
-        dtype = str(PLAIN[name]).rpartition(".")[2] if name in PLAIN else args.dtype
-        model, tokenizer = model_in(dtype)
-        try:
-            entries[name] = _entry(name, model, tokenizer)
-        except ValueError as error:
-            print(f"{name}: left out: {error}", file=sys.stderr)
+    if made is None:
+        made = entries(args)
     guess = _Guess()
     for B, T in itertools.product(args.batch_size, sorted(args.contexts)):
         if (expected := guess.bytes(B, T)) > memory_limit():
@@ -71,7 +79,7 @@ def measure(args) -> Iterator[list[dict]]:
             continue
         mx.reset_peak_memory()
         _Peak.highest = 0
-        rows = _compare(label, entries, B, T, args)
+        rows = _compare(label, made, B, T, args)
         guess.learn(B, T, _Peak().highest, sum(r.get("cache_bytes", 0) for r in rows))
         yield rows
         mx.clear_cache()
@@ -139,24 +147,44 @@ class _Peak:
 
 
 class _Run:
-    """One generation."""
+    """One generation: of a batch in the caches that mlx-lm's ``BatchGenerator`` makes, its
+    prompts of several lengths, the longest that of ``tokens``."""
 
     def __init__(self, entry: Entry, tokens: mx.array):
         self.entry, self.tokens = entry, tokens
         self.cache: list = []
+
+    def _caches(self) -> list:
+        B = self.tokens.shape[0]
+        caches = self.entry.make()
+        # mlx-lm does not batch with kv_bits: those hold the sequences themselves.
+        if B == 1 or self.entry.kv_bits is not None:
+            return caches
+        others = [self.entry.make() for _ in range(B - 1)]
+        return [c.merge([c, *(o[i] for o in others)]) for i, c in enumerate(caches)]
 
     def prefill(self) -> float:
         """Seconds from the prompt to the first token, in mlx-lm's chunks, with new caches."""
         self.cache = []  # frees the ones before
         mx.synchronize()
         start = time.perf_counter()
-        self.cache = self.entry.make()
+        self.cache = self._caches()
         prompt = self.tokens
+        B, L = prompt.shape[0], prompt.shape[1] - 1
+        padding = [0] if self.entry.kv_bits is not None else paddings(B, L)
+        if max(padding) > 0:
+            for c in self.cache:
+                c.prepare(lengths=[L - p for p in padding], right_padding=padding)
         while prompt.shape[1] > 1:
             chunk = prompt[:, : min(CHUNK, prompt.shape[1] - 1)]
             self._model(chunk)
             mx.eval([c.state for c in self.cache])
             prompt = prompt[:, chunk.shape[1] :]
+            mx.clear_cache()
+        if max(padding) > 0:
+            for c in self.cache:
+                c.finalize()
+            mx.eval([c.state for c in self.cache])
             mx.clear_cache()
         self.y = self._next(prompt)
         mx.eval(self.y)
@@ -200,15 +228,19 @@ def _compare(label: str, entries: dict[str, Entry], B: int, T: int, args) -> lis
     mx.eval(tokens)
     runs: dict[str, _Run] = {}
     memory: dict[str, dict] = {}
-    notes, turns, steps = {}, {}, {}
+    notes, turns, steps, classes = {}, {}, {}, {}
     for name, entry in entries.items():  # warm-up at full length; memory
         run = _Run(entry, tokens)
         try:
             peak = _Peak()
-            turns[name] = max(1, min(args.prefill_rounds, int(PREFILLING / run.prefill())))
+            seconds = run.prefill()
             memory[name] = {"prefill_peak_bytes": peak.above}
             memory[name]["held_bytes"] = mx.get_active_memory() - peak.before
             memory[name]["cache_bytes"] = run.nbytes
+            classes[name] = ", ".join(sorted({type(c).__name__ for c in run.cache}))
+            if seconds * args.prefill_rounds > PREFILLING:  # or was it compiling?
+                seconds = min(seconds, run.prefill())
+            turns[name] = max(1, min(args.prefill_rounds, int(PREFILLING / seconds)))
             peak = _Peak()
             run.decode(1)  # compiles
             steps[name] = max(1, min(args.tokens, int(DECODING / run.decode(1))))
@@ -239,6 +271,7 @@ def _compare(label: str, entries: dict[str, Entry], B: int, T: int, args) -> lis
         t, p = spread(decode[name]), spread(prefill[name])
         row |= {
             "ms": 1e3 * t.median, "ms_low": 1e3 * t.low, "ms_high": 1e3 * t.high,
+            "class": classes[name],
             "tokens_per_s": B / t.median,
             "prefill_s": p.median, "prefill_low": p.low, "prefill_high": p.high,
             **memory[name],

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from .contenders import (
+    EVEN,
     Contender,
     Heads,
     contender,
+    fill,
     leaves,
-    make_buffers,
+    make_cache,
     nbytes,
     random,
     token_bytes,
@@ -21,7 +23,7 @@ from .timing import interleave, memory_limit, speedup, spread
 
 HEADS = ["12,2,128", "4,1,256"]
 OPS = ("attend", "quantize", "dequantize")
-BASES = ("fp16", "bf16", "kv4")  # what others are compared with
+BASES = ("fp16", EVEN, "bf16", "kv4")  # what others are compared with
 MOST_BUFFERS = 4096
 Chain = Callable[[int], None]
 
@@ -84,6 +86,7 @@ def _compare(op, heads, B: int, T: int, ways: dict[str, Contender], make, args, 
     rows = []
     for name in ways:
         row = {"op": op, "heads": str(heads), "cache": name, "batch": B, "tokens": T}
+        row["class"] = type(make_cache(ways[name], B)).__name__
         if name in notes:
             rows.append({**row, "note": notes[name]})
         if name not in times:
@@ -104,10 +107,9 @@ def _compare(op, heads, B: int, T: int, ways: dict[str, Contender], make, args, 
 
 
 def _attend(c: Contender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
-    """The output of a call is the query of the next; a call never finds its buffer in a cache
+    """The output of a call is the query of the next; a call never finds its tokens in a cache
     of the processor, as little as between the layers of a model."""
-    buffers = make_buffers(c, heads, B, T, copies)
-    turn = itertools.cycle(buffers)
+    turn = itertools.cycle([fill(c, heads, B, T) for _ in range(copies)])
     q = random(heads.queries, B, 1, heads.dim, c.dtype)
     mx.eval(q)
 
@@ -117,17 +119,16 @@ def _attend(c: Contender, heads: Heads, B: int, T: int, copies: int) -> tuple[Ch
             x = c.attend(x, next(turn))
         mx.eval(x)
 
-    return chain, nbytes(buffers[0]) + 2 * q.nbytes
+    return chain, B * T * token_bytes(c, heads) + 2 * q.nbytes
 
 
 def _quantize(c: Contender, heads: Heads, B: int, L: int, copies: int) -> tuple[Chain, int]:
     """One token's keys and values were just computed, a prompt's come from memory."""
     few = 1 if L == 1 else copies
     new = [[random(heads.kv, B, L, heads.dim, c.dtype) for _ in "kv"] for _ in range(few)]
-    kept = c.store(*new[0])
-    mx.eval(new, kept)
+    mx.eval(new)
     turn = itertools.cycle(new)
-    size = nbytes(new[0]) + nbytes(kept)
+    size = nbytes(new[0]) + B * L * token_bytes(c, heads)
 
     def chain(steps: int) -> None:
         after: list = []
@@ -142,9 +143,8 @@ def _quantize(c: Contender, heads: Heads, B: int, L: int, copies: int) -> tuple[
 def _dequantize(c: Contender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
     assert c.dequantize is not None
     dequantize = c.dequantize
-    buffers = make_buffers(c, heads, B, T, copies)
-    turn = itertools.cycle(buffers)
-    size = nbytes(buffers[0]) + 2 * B * heads.kv * T * heads.dim * c.dtype.size
+    turn = itertools.cycle([fill(c, heads, B, T) for _ in range(copies)])
+    size = B * T * (token_bytes(c, heads) + 2 * heads.kv * heads.dim * c.dtype.size)
 
     def chain(steps: int) -> None:
         after: list = []

@@ -200,8 +200,13 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
 def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> None:
     """Times of attention under many launch sizes, side by side, best first."""
     fmt = make_format(Spec.parse(spec), D)
-    k = mx.random.normal((B, Hkv, T, D)).astype(mx.float16)
+    # As a cache lays them out: room to a multiple of 256, and the exact tail.
+    k = mx.random.normal((B, Hkv, -(-T // 256) * 256, D)).astype(mx.float16)
     first = fused.quantize_pack(k, k, fmt)
+    tail = None
+    if fmt.recent:
+        tail = mx.random.normal((B, Hkv, fmt.recent, 2 * D)).astype(mx.float16)
+        mx.eval(tail)
     buffers = [first + mx.array(0, mx.uint32) for _ in range(max(2, (256 << 20) // first.nbytes))]
     q = mx.random.normal((B, Hq, 1, D)).astype(mx.float16)
     mx.eval(buffers, q)
@@ -213,7 +218,7 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
             fused.forget()
             x = q
             for i in range(steps):
-                x = fused.attend(x, buffers[i % len(buffers)], T, fmt, 0.1)
+                x = fused.attend(x, buffers[i % len(buffers)], T, fmt, 0.1, tail=tail)
             mx.eval(x)
 
         return run

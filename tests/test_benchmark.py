@@ -6,9 +6,20 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
-from mlx_kvq import benchmark, benchmark_models, benchmark_ops, cli, contenders, shapes, timing
+from mlx_kvq import (
+    benchmark,
+    benchmark_models,
+    benchmark_ops,
+    cli,
+    contenders,
+    ops,
+    shapes,
+    timing,
+)
+from mlx_kvq.batch import PackedBatchKVCache
+from mlx_kvq.cache import PackedKVCache
 from mlx_kvq.contenders import Heads, contender
 
 MODEL = "examples/models/tiny-qwen2-8bit"
@@ -76,33 +87,140 @@ def test_contenders_attend_to_what_they_store(name, tolerance):
     c = contender(name, HEADS, mx.float16)
     k, v = (contenders.random(2, 2, 40, 64, c.dtype) for _ in "kv")
     q = contenders.random(4, 2, 1, 64, c.dtype)
-    buffer = c.store(k, v)
-    out = c.attend(q.reshape(q.shape), buffer)
+    cache = contenders.make_cache(c, 2)
+    mask = cache.make_mask(40, return_array=False, window_size=None)
+    held = contenders.Held(cache, *cache.update_and_fetch(k, v), None)
+    if "-" in name:  # a prompt's chunk reads itself: go on to what a decode step reads
+        one = [contenders.random(2, 2, 1, 64, c.dtype) for _ in "kv"]
+        mask = cache.make_mask(1, return_array=False, window_size=None)
+        held = contenders.Held(cache, *cache.update_and_fetch(*one), mask)
+        k, v = (mx.concatenate([x, y], axis=2) for x, y in zip((k, v), one, strict=True))
+    out = c.attend(q.reshape(q.shape), held)
     assert out.dtype == c.dtype  # so that a chain converts nothing
     assert mx.abs(out.astype(mx.float32) - exact(q, k, v)).max() < tolerance
-    assert contenders.nbytes(buffer) == 2 * 40 * contenders.token_bytes(c, HEADS)
+    assert contenders.nbytes(c.store(k, v)) == 2 * k.shape[2] * contenders.token_bytes(c, HEADS)
     if c.dequantize is None:
         return
-    _, values = c.dequantize(buffer, [])
+    _, values = c.dequantize(held, [])
     lengths = [mx.linalg.norm(x.astype(mx.float32), axis=-1) for x in (values, v)]
     assert mx.abs(lengths[0] / lengths[1] - 1).max() < 0.15
-    for a, b in zip(c.dequantize(buffer, [q]), c.dequantize(buffer, []), strict=True):
+    for a, b in zip(c.dequantize(held, [q]), c.dequantize(held, []), strict=True):
         assert mx.array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["fp16", "kv4", "int4-srft"])
-@pytest.mark.parametrize("B, T", [(1, 10), (3, contenders.PIECE + 100)])
-def test_buffers(name, B, T):
+def layout(x: mx.array) -> tuple:
+    """Shape, strides in bytes and dtype: a slice has the strides of its buffer, a copy its own."""
+    mx.eval(x)
+    return x.shape, memoryview(x).strides, x.dtype
+
+
+def decoded(cache, B: int, T: int, dtype: mx.Dtype):
+    """What a cache hands out after a prompt in chunks and four tokens, written out."""
+    prompt = T - 4
+    if B > 1 and hasattr(cache, "prepare"):
+        padding = [b % 8 for b in range(B)]
+        cache.prepare(lengths=[prompt - p for p in padding], right_padding=padding)
+    for first in range(0, prompt, 2048):
+        k = mx.ones((B, 2, min(2048, prompt - first), 64), dtype)
+        cache.update_and_fetch(k, k)
+    if B > 1 and hasattr(cache, "finalize"):
+        cache.finalize()
+    one = mx.ones((B, 2, 1, 64), dtype)
+    for _ in range(4):
+        mask = cache.make_mask(1, return_array=False, window_size=None)
+        got = cache.update_and_fetch(one, one)
+    return got, mask
+
+
+@pytest.mark.parametrize("T", [40, 300, 512, 2500])
+@pytest.mark.parametrize("name", ["fp16", "bf16", "kv4", "kv8"])
+def test_operands_are_laid_out_as_the_users_cache_lays_them_out(name, T):
+    """Slices of buffers with room, not copies: MLX on CUDA takes another kernel for a copy."""
     c = contender(name, HEADS, mx.float16)
-    buffers = contenders.make_buffers(c, HEADS, B, T, 2)
-    assert len(buffers) == 2
-    for buffer in buffers:
-        for x in contenders.leaves(buffer):
-            assert x.shape[:3] == (B, 2, T)
-            # Not zeros: a kernel may skip them, or a GPU compress them.
-            tokens = np.array(x.astype(mx.float32)).reshape(B, 2, T, -1)
-            assert (np.abs(tokens).sum(axis=-1) > 0).mean() > 0.99
-    assert contenders.nbytes(buffers[0]) == B * T * contenders.token_bytes(c, HEADS)
+    held = contenders.fill(c, HEADS, 1, T)
+    cache = KVCache() if name in contenders.PLAIN else QuantizedKVCache(64, int(name[2:]))
+    assert type(held.cache) is type(cache)
+    want, mask = decoded(cache, 1, T, c.dtype)
+    operands = contenders.leaves([held.keys, held.values])
+    wanted = contenders.leaves([*want])
+    assert [layout(x) for x in operands] == [layout(x) for x in wanted]
+    assert held.mask is None and mask is None
+    buffers = contenders.leaves([held.cache.keys, held.cache.values])
+    assert {x.shape[2] for x in buffers} == {-(-T // 256) * 256}  # capacity
+    for x, buffer in zip(operands, buffers, strict=True):
+        # [B, H, capacity, width] in row order: a head is a capacity of rows away from the next.
+        rows = memoryview(x).strides[1] // memoryview(x).strides[2]
+        assert rows == buffer.shape[2] and x.shape[2] == T
+
+
+@pytest.mark.parametrize("name, B", [("fp16", 1), ("bf16", 1), ("fp16", 3), ("fp16-even", 3)])
+def test_keys_and_values_fill_a_buffer_each(name, B):
+    """Strides do not tell a buffer from a part of a larger one, but what stays allocated does:
+    keys alone keep as much as their capacity."""
+    c = contender(name, HEADS, mx.float16)
+    several = [contenders.fill(c, HEADS, B, 300) for _ in range(2)]
+    mx.eval([[h.keys, h.values] for h in several])
+    for which in ("keys", "values"):
+        held = several.pop()
+        kept = getattr(held, which)
+        before = mx.get_active_memory()
+        both = held.cache.keys.nbytes + held.cache.values.nbytes
+        assert both == 2 * B * 2 * 512 * 64 * 2
+        del held
+        assert before - mx.get_active_memory() >= both // 2  # the other one is gone
+        assert before - mx.get_active_memory() < both
+        del kept
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_batches_are_in_the_cache_of_mlx_lms_batch_generator(name):
+    c = contender(name, HEADS, mx.float16)
+    held = contenders.fill(c, HEADS, 3, 300)
+    want, mask = decoded(BatchKVCache([0] * 3), 3, 300, c.dtype)
+    assert type(held.cache) is BatchKVCache
+    assert [layout(x) for x in (held.keys, held.values)] == [layout(x) for x in want]
+    assert held.cache.keys.shape[2] == 512
+    assert held.cache.left_padding.tolist() == [0, 1, 2]
+    assert held.mask.shape == mask.shape == (3, 1, 1, 300) and mx.array_equal(held.mask, mask)
+
+
+def test_fp16_at_its_fastest_in_a_batch_is_there_too():
+    """Slices of whole buffers and no mask."""
+    held = contenders.fill(contender("fp16-even", HEADS, mx.float16), HEADS, 3, 300)
+    want, mask = decoded(KVCache(), 3, 300, mx.float16)
+    assert type(held.cache) is KVCache and held.mask is None and mask is None
+    assert [layout(x) for x in (held.keys, held.values)] == [layout(x) for x in want]
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("T", [3, 10, contenders.CHUNK + 100])
+def test_packed_caches_are_those_of_decoding(B, T):
+    """With the tail, and the newest rows not yet written; batches with padding and its mask."""
+    c = contender("int4-srft", HEADS, mx.float16)
+    held = contenders.fill(c, HEADS, B, T)
+    assert type(held.cache) is (PackedKVCache if B == 1 else PackedBatchKVCache)
+    assert held.keys.shape == (B, 2, T, 64) and held.cache.tail.shape[2] >= 16
+    q = contenders.random(4, B, 1, 64, c.dtype)
+    out = c.attend(q, held)
+    ordinary = ops.attend(
+        q, held.cache.rows, T, held.cache.format, 64**-0.5, tail=held.cache.tail,
+        starts=None if B == 1 else held.cache.left_padding,
+    )  # fmt: skip
+    assert mx.allclose(out, ordinary, atol=2e-3)
+    assert held.cache.rows.shape[2] % 256 == 0
+    if B > 1:
+        longest = max(0, T - contenders.DECODED)
+        assert held.cache.left_padding.tolist() == [b % min(8, longest or 1) for b in range(B)]
+
+
+@pytest.mark.parametrize("name", ["fp16", "kv4", "int4-srft"])
+def test_content_is_random(name):
+    """Not zeros: a kernel may skip them, or a GPU compress them."""
+    c = contender(name, HEADS, mx.float16)
+    held = contenders.fill(c, HEADS, 1, 40)
+    for x in [held.cache.rows] if name == "int4-srft" else contenders.leaves([held.keys]):
+        tokens = np.array(x.astype(mx.float32))[:, :, :40]
+        assert (np.abs(tokens).sum(axis=-1) > 0).mean() > 0.99
 
 
 def test_a_chain_leaves_its_query_alone():
@@ -152,6 +270,7 @@ def test_operations(tmp_path, monkeypatch, capsys):
         (name, n) for name in ("kv4", "int4-srft") for n in (1, 16)
     }
     int4 = rows["attend", heads, "int4-srft", 64]
+    assert int4["class"] == "PackedKVCache"
     queries = 2 * 4 * 64 * 2
     assert int4["bytes"] == 64 * 2 * 72 + queries
     assert rows["attend", heads, "fp16", 64]["bytes"] == 64 * 2 * 256 + queries
@@ -220,6 +339,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
         (T, name) for T in (40, 70) for name in ("fp16", "kv4", "int4-srft:recent=0")
     ]
     fp16, _, int4 = rows[:3]
+    assert [r["class"] for r in rows[:3]] == ["KVCache", "QuantizedKVCache", "PackedKVCache"]
     assert int4["smaller_than_fp16"] == fp16["cache_bytes"] / int4["cache_bytes"] > 3.5
     for r in rows:
         assert r["model"] == "qwen2.5-0.5b"
@@ -258,6 +378,48 @@ def test_a_run_goes_back_to_where_it_was(monkeypatch):
         assert [y.item() for y in seen] == expected[1:]
         assert all(type(c) is KVCache and c.offset == 7 for c in run_.cache)
         seen.clear()
+
+
+@pytest.mark.parametrize("name", ["fp16", "int4-srft:recent=0"])
+def test_a_batch_runs_as_in_mlx_lms_batch_generator(name):
+    """In batch caches, padded on the left; each sequence gets the token it gets alone."""
+    args = _arguments("--model", MODEL)
+    model, tokenizer = benchmark_models._model(args, mx.float32)
+    entry = benchmark_models._entry(name, model, tokenizer)
+    tokens = mx.array([[3, 5, 7, 11, 13, 17], [19, 23, 29, 31, 37, 41]])
+    run_ = benchmark_models._Run(entry, tokens)
+    run_.prefill()
+    cls = BatchKVCache if name == "fp16" else PackedBatchKVCache
+    assert all(type(c) is cls and c.left_padding.tolist() == [0, 1] for c in run_.cache)
+    alone = benchmark_models._Run(entry, tokens[:1])
+    alone.prefill()
+    assert run_.y[0].item() == alone.y[0].item()
+    # The second is one shorter: its last token follows the first four.
+    alone = benchmark_models._Run(entry, tokens[1:, [0, 1, 2, 3, 5]])
+    alone.prefill()
+    assert run_.y[1].item() == alone.y[0].item()
+    run_.decode(2)
+    assert all(c.offset.tolist() == [6, 5] for c in run_.cache)
+
+
+def test_compiling_takes_no_prefill_rounds(monkeypatch):
+    """On CUDA the first prefill compiles kernels for half a minute, the next takes 50 ms."""
+    args = _arguments("--model", MODEL, "--rounds", "1", "--tokens", "1", "--prefill-rounds", "3")
+    model, tokenizer = benchmark_models._model(args, mx.float32)
+    entries = {"fp16": benchmark_models._entry("fp16", model, tokenizer)}
+    seconds = [29.0, 0.05, 0.04, 0.05, 0.06]
+    original = benchmark_models._Run.prefill
+
+    def prefill(self):
+        original(self)
+        return seconds.pop(0)
+
+    monkeypatch.setattr(benchmark_models._Run, "prefill", prefill)
+    (row,) = benchmark_models._compare("tiny", entries, 1, 5, args)
+    assert not seconds
+    assert (row["prefill_low"], row["prefill_s"], row["prefill_high"]) == pytest.approx(
+        (0.045, 0.05, 0.055)
+    )
 
 
 def test_an_item_that_does_not_fit_is_left_out(monkeypatch, capsys):
