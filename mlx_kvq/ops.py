@@ -271,13 +271,12 @@ def attend(
         ValueError: If shapes or dtypes do not fit, the mask is another string, or a number is out
             of its range.
     """
-    key, prepared = None, _of(fmt).steps
+    key: tuple | None = None
+    prepared = _of(fmt).steps
     if mask is None and sinks is None:
-        key = (
-            q.shape, q.dtype, window,
-            None if starts is None else (starts.shape, starts.dtype),
-            None if tail is None else (tail.shape, tail.dtype),
-        )  # fmt: skip
+        key = (q.shape, q.dtype, window, None if tail is None else tail.shape)
+        if starts is not None:
+            key += starts.size, starts.dtype
         step = prepared.get(key)
         if (
             step is not None
