@@ -6,13 +6,29 @@ inline float row_scale(const device uint* scales, int index) {
   return float(as_type<half>(ushort(index % 2 == 0 ? word & 0xffffu : word >> 16)));
 }
 
+// On the way to fp16: finite numbers saturate, infinities and NaN become NaN, so that damage shows.
+template <int N>
+inline void keep_finite(const device half*, thread float2* x) {
+  UNROLL for (int i = 0; i < N; i++) {
+    x[i] = float2(
+        fma(x[i].x, 0.0f, clamp(x[i].x, -65504.0f, 65504.0f)),
+        fma(x[i].y, 0.0f, clamp(x[i].y, -65504.0f, 65504.0f)));
+  }
+}
+template <int N, typename T>
+inline void keep_finite(const device T*, thread float2*) {}
+
+inline uint two_halves(float2 x) {
+  return as_type<uint>(half2(half(x.x), half(x.y)));
+}
+
 // Eight neighbouring channels in one or two 16-byte stores; `out` is aligned to them.
 inline void write_eight(device half* out, const thread float* x) {
-  *reinterpret_cast<device uint4*>(out) = uint4(
-      as_type<uint>(half2(half(x[0]), half(x[1]))),
-      as_type<uint>(half2(half(x[2]), half(x[3]))),
-      as_type<uint>(half2(half(x[4]), half(x[5]))),
-      as_type<uint>(half2(half(x[6]), half(x[7]))));
+  float2 y[4];
+  UNROLL for (int i = 0; i < 4; i++) y[i] = float2(x[2 * i], x[2 * i + 1]);
+  keep_finite<4>(out, y);
+  *reinterpret_cast<device uint4*>(out) =
+      uint4(two_halves(y[0]), two_halves(y[1]), two_halves(y[2]), two_halves(y[3]));
 }
 inline uint two_bfloats(float a, float b) {
   return uint(as_type<ushort>(bfloat16_t(a))) | (uint(as_type<ushort>(bfloat16_t(b))) << 16);
@@ -48,7 +64,16 @@ inline void read_eight(thread float* x, const device bfloat16_t* in) {
     x[2 * i + 1] = as_type<float>(words[i] & 0xffff0000u);
   }
 }
-template <typename T>  // float, and what stands for a tail that is not there
+inline void read_eight(thread float* x, const device float* in) {
+  UNROLL for (int i = 0; i < 2; i++) {
+    const uint4 w = reinterpret_cast<const device uint4*>(in)[i];
+    x[4 * i] = as_type<float>(w.x);
+    x[4 * i + 1] = as_type<float>(w.y);
+    x[4 * i + 2] = as_type<float>(w.z);
+    x[4 * i + 3] = as_type<float>(w.w);
+  }
+}
+template <typename T>  // what stands for a tail that is not there
 inline void read_eight(thread float* x, const device T* in) {
   UNROLL for (int i = 0; i < 8; i++) x[i] = float(in[i]);
 }
@@ -61,9 +86,9 @@ inline void convert_eight(device T* out, const device S* in) {
   write_eight(out, x);
 }
 
-// Two neighbouring channels in one store.
+// Two neighbouring channels in one store; not more than fp16 holds (`keep_finite`).
 inline void write_two(device half* out, float2 x) {
-  *reinterpret_cast<device uint*>(out) = as_type<uint>(half2(half(x.x), half(x.y)));
+  *reinterpret_cast<device uint*>(out) = two_halves(x);
 }
 inline void write_two(device bfloat16_t* out, float2 x) {
   *reinterpret_cast<device uint*>(out) = two_bfloats(x.x, x.y);

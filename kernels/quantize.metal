@@ -24,8 +24,13 @@ inline float group_reduce(float x, uint first) {
   return total;
 }
 
+constexpr float smallest_half() {
+  return 1.0f / 16777216.0f;
+}
+// Up to a multiple of the smallest number of fp16, then to fp16: rounded down, the smallest scales
+// would clip the largest channel by a third.
 inline float scale_to_half(float s) {
-  return float(half(min(s, 65504.0f)));
+  return float(half(min(-floor(-16777216.0f * s) * smallest_half(), 65504.0f)));
 }
 
 inline device ushort* halves_of(device uint* words) {
@@ -39,7 +44,7 @@ constexpr int tried_scale(int GROUP, int i) {
 constexpr bool is_inside(int tried) {  // the largest channel is less than 8 of it
   return 750.0f < 7.99f * float(tried);
 }
-// Groups of channels up to this have a scale of 0: its 7.5th rounds to 0 in fp16.
+// Groups of channels up to this have no searched scale: its 7.5th rounds to 0 in fp16.
 constexpr float least_top() {
   return 7.5f / 33554432.0f;
 }
@@ -123,7 +128,7 @@ inline void quantize_channels(
     scale = some ? square_root(squares * reciprocal(length)) : 0.0f;
   } else {
     constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;
-    scale = scale_to_half(top * (2.0f / float(LEVELS)));
+    scale = top >= smallest_half() ? scale_to_half(top * (2.0f / float(LEVELS))) : 0.0f;
     float dot = 0.0f, length = 0.0f;
     code_channels<CH, BITS, RULE, false, EXACT>(
         words, dot, length, x, scale, scale > 0.0f ? reciprocal(scale) : 0.0f);

@@ -96,10 +96,11 @@ inline void restore_vectors(
     if (at < length) {
       device T* to = out + int64_t(at) * D + first;
       UNROLL for (int a = 0; a < points_of(D); a++) {
-        float2 x = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
-        if (CALIBRATED) x = float2(x.x + f.mu[a].x, x.y + f.mu[a].y);
-        write_two(to + a * STEP, x);
+        z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
+        if (CALIBRATED) z[a] = float2(z[a].x + f.mu[a].x, z[a].y + f.mu[a].y);
       }
+      keep_finite<points_of(D)>(out, z);
+      UNROLL for (int a = 0; a < points_of(D); a++) write_two(to + a * STEP, z[a]);
     }
   }
 }
@@ -122,6 +123,7 @@ inline void copy_tokens(
     if (token < L) {
       float2 z[points_of(D)];
       read_points<D, ROTATION>(z, x + token * by_token, stride, lane);
+      if (sizeof(S) > sizeof(T)) keep_finite<points_of(D)>(out, z);
       UNROLL for (int a = 0; a < points_of(D); a++) {
         write_two(out + int64_t(token) * D + first + a * point_step(D, ROTATION), z[a]);
       }

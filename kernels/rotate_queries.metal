@@ -16,5 +16,6 @@ float2 z[kvq::points_of(KD)];
 kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
     z, x + at.offset, x_strides[3], at.valid, table, at.head / info[0], lane);
 if (at.valid) {
+  kvq::keep_finite<kvq::points_of(KD)>(out, z);
   kvq::write_points<KD, ROTATION>(out + int64_t(at.row) * KD, z, lane);
 }

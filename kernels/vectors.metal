@@ -215,13 +215,16 @@ inline void finish_row(
     UNROLL for (int a = 0; a < points_of(D); a++) {
       const int c = first + a * STEP;
       const float2 f = factor_pair(after, c);
-      float2 o = float2(z[a].x * f.x, z[a].y * f.y);
+      z[a] = float2(z[a].x * f.x, z[a].y * f.y);
       if (CALIBRATED) {
         const float2 mu = factor_pair(factors + 2 * D, c);
-        o = float2(o.x + mu.x * normal.y, o.y + mu.y * normal.y);
+        z[a] = float2(z[a].x + mu.x * normal.y, z[a].y + mu.y * normal.y);
       }
-      out[c] = T(o.x);
-      out[c + 1] = T(o.y);
+    }
+    keep_finite<points_of(D)>(out, z);
+    UNROLL for (int a = 0; a < points_of(D); a++) {
+      out[first + a * STEP] = T(z[a].x);
+      out[first + a * STEP + 1] = T(z[a].y);
     }
   }
 }

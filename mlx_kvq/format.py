@@ -117,6 +117,13 @@ class Format:
         return self.spec.recent
 
     @cached_property
+    def heads(self) -> int | None:
+        """KV heads that it is calibrated for; ``None`` if it is not."""
+        sides = (self.keys.calibration, self.values.calibration)
+        given = (a for c in sides for a in (c.mu, c.sigma, c.lam, c.metric) if a is not None)
+        return next((a.shape[0] for a in given), None)
+
+    @cached_property
     def signature(self) -> str:
         """Identifies what a cache holds, how new rows are made and the length of the tail: two
         caches may be mixed only if these are equal."""
@@ -238,25 +245,34 @@ def make_format(
 
     Raises:
         ValueError: If the head sizes cannot be packed with this spec, or a calibration is not of
-            this head size; the message says why.
+            this head size, or the two are of different numbers of heads; the message says why.
     """
+    if not isinstance(spec, Spec):
+        raise ValueError(f"A spec is a Spec, as Spec.parse returns, got {spec!r}.")
     v_dim = k_dim if v_dim is None else v_dim
+    for D in (k_dim, v_dim):
+        if reason := rotation.why_not(spec.rotation, D):
+            raise ValueError(reason)
+    k_group = choose_group(k_dim, spec.group_size if k_group is None else k_group)
+    v_group = choose_group(v_dim, spec.group_size if v_group is None else v_group)
     key = (spec, k_dim, v_dim, k_group, v_group)
     shared = keys is None and values is None
     if shared and key in _shared:
         return _shared[key]
-    for D in (k_dim, v_dim):
-        if reason := rotation.why_not(spec.rotation, D):
-            raise ValueError(reason)
-    layout = RowLayout(
-        k_dim,
-        v_dim,
-        spec.k_bits,
-        spec.v_bits,
-        choose_group(k_dim, spec.group_size if k_group is None else k_group),
-        choose_group(v_dim, spec.group_size if v_group is None else v_group),
-    )
+    layout = RowLayout(k_dim, v_dim, spec.k_bits, spec.v_bits, k_group, v_group)
     keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
+    counts = {
+        a.shape[0]
+        for c in (keys, values)
+        if c is not None
+        for a in (c.mu, c.sigma, c.lam, c.metric)
+        if a is not None
+    }
+    if len(counts) > 1:
+        raise ValueError(
+            f"The calibrations of keys and values are of {' and '.join(map(str, sorted(counts)))} "
+            "KV heads; a layer has one number of them."
+        )
     if spec.rounding == "feedback" and keys is not None and spec.k_bits == 4:
         keys = feedback.whitened(keys)
     fmt = Format(

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from . import jit, tables
 from .format import Format
-from .layout import RowLayout
+from .layout import RowLayout, tail_dtype
 from .tuning import TUNING, attend_shape, splits
 
 _ROTATIONS = {"srft": 0, "srht": 1, "none": 2}
@@ -179,7 +179,7 @@ def quantize_pack_tail(
     shapes = ((B, H, count, lay.words), (B, H, keep, lay.k_dim + lay.v_dim))
     given = ("TAIL", tail is not None), ("HOLDS", held is not None)
     constants = (*constants, ("KEEPS", True), *given)
-    dtypes = (mx.uint32, k.dtype)
+    dtypes = (mx.uint32, tail_dtype(k.dtype))
     rows, kept = jit.run(
         machine, "quantize_pack", constants, inputs, grid, threadgroup, shapes, dtypes
     )

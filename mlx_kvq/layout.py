@@ -12,6 +12,10 @@ first; one zero half pads an odd count. For D = 128, 4 bits and groups of 32 a r
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
+MAX_DIM = 4096  # of a head: ten times the largest of a known model
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -21,6 +25,9 @@ class RowLayout:
         k_dim (int), v_dim (int): Head sizes of keys and values, multiples of 8.
         k_bits (int), v_bits (int): 4 or 8.
         k_group (int), v_group (int): Channels that share a scale.
+
+    Raises:
+        ValueError: If a row cannot be laid out so.
     """
 
     k_dim: int
@@ -29,6 +36,15 @@ class RowLayout:
     v_bits: int
     k_group: int
     v_group: int
+
+    def __post_init__(self):
+        sides = (self.k_dim, self.k_bits, self.k_group), (self.v_dim, self.v_bits, self.v_group)
+        for D, bits, group in sides:
+            check_dim(D)
+            if type(bits) is not int or bits not in (4, 8):
+                raise ValueError(f"codes have 4 or 8 bits, not {bits!r}")
+            if type(group) is not int or not 1 <= group <= D or D % group:
+                raise ValueError(f"group_size={group!r} does not divide head size {D}")
 
     @property
     def k_words(self) -> int:
@@ -61,17 +77,28 @@ class RowLayout:
         return 32 * self.words / (self.k_dim + self.v_dim)
 
 
+def tail_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Dtype of the exact tail of keys and values in ``dtype``: a rotated vector is up to √D times
+    as large as its largest channel, which is too large for fp16."""
+    return mx.float32 if dtype == mx.float16 else dtype
+
+
+def check_dim(D: int) -> None:
+    """Raise ValueError unless vectors of D channels can be packed."""
+    if type(D) is not int or D % 8 or not 8 <= D <= MAX_DIM:
+        raise ValueError(f"head size {D!r} is not a multiple of 8 from 8 to {MAX_DIM}")
+
+
 def choose_group(D: int, group_size: int | None) -> int:
     """The group size for head size D: as asked, or 32, or the next divisor above 32.
 
     Raises:
         ValueError: If D cannot be packed, or the asked group size does not divide it.
     """
-    if D % 8:
-        raise ValueError(f"head size {D} is not a multiple of 8")
+    check_dim(D)
     if group_size is None:
         return next((g for g in range(32, D, 8) if D % g == 0), D)
-    if group_size < 8 or group_size % 8 or D % group_size:
+    if type(group_size) is not int or group_size < 8 or group_size % 8 or D % group_size:
         fits = [str(g) for g in range(8, D + 1, 8) if D % g == 0]
         raise ValueError(
             f"group_size={group_size} does not divide head size {D} (possible: {', '.join(fits)})"

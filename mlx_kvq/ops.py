@@ -7,8 +7,10 @@ The fused kernels (``mlx_kvq.fused``) run on Metal and CUDA, the reference anywh
 they do not cover, or a kernel that fails on this machine, falls back with one line on stderr.
 """
 
+import math
 import os
 import sys
+from numbers import Integral, Real
 from types import ModuleType
 from weakref import WeakKeyDictionary
 
@@ -16,8 +18,10 @@ import mlx.core as mx
 
 from . import fused, reference, steps
 from .format import Format
+from .layout import tail_dtype as tail_dtype
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+_MOST = 2**31 - 1  # kernels count in int32
 
 _said: set[str] = set()
 
@@ -25,7 +29,8 @@ _said: set[str] = set()
 class _Known:
     """What is known of a format, kept with it and gone with it."""
 
-    def __init__(self):
+    def __init__(self, fmt: Format):
+        self.heads = fmt.heads
         self.chosen: dict[tuple, ModuleType] = {}  # what `backend` said before
         self.tried: dict[tuple, bool] = {}  # kernel variant -> whether it ran on this machine
         # Arguments of a decode step, checked before, -> its launch: tens of layers ask for every
@@ -38,8 +43,14 @@ _known: "WeakKeyDictionary[Format, _Known]" = WeakKeyDictionary()
 
 
 def _of(fmt: Format) -> _Known:
-    if (known := _known.get(fmt)) is None:
-        known = _known[fmt] = _Known()
+    try:
+        known = _known.get(fmt)
+    except TypeError:  # no weak reference can be made
+        known = None
+    if known is None:
+        if not isinstance(fmt, Format):
+            raise ValueError(f"A format is what mlx_kvq.format.make_format returns, got {fmt!r}.")
+        known = _known[fmt] = _Known(fmt)
     return known
 
 
@@ -114,7 +125,7 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
         fmt (Format): The layer's format.
 
     Returns:
-        mx.array: Rows, uint32 [B, Hkv, L, W].
+        mx.array: Rows, uint32 [B, Hkv, L, W]. B, Hkv and L may be 0.
 
     Raises:
         ValueError: If the shapes do not fit each other or ``fmt``, or a dtype is another.
@@ -123,7 +134,7 @@ def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
     if (step := packs.get(key)) is not None and mx.default_device() == step.device:
         return step(k, v)
     _check_vectors(k, v, fmt)
-    if _packs_fused("quantize_pack", k, v, fmt):
+    if k.size and _packs_fused("quantize_pack", k, v, fmt):
         if fused.replays() and k.shape[2] == 1:
             packs[key] = steps.PackStep(k, v, fmt)
         return fused.quantize_pack(k, v, fmt)
@@ -143,21 +154,22 @@ def quantize_pack_tail(
 
     Args:
         k (mx.array), v (mx.array), fmt (Format): As there.
-        tail (mx.array, optional): The tail before these tokens, [B, Hkv, R, Dk + Dv] in the dtype
-            of ``k``, the newest token last. ``None`` where there was no token.
-        keep (int): Tokens of the new tail, 1 to R + L; any number where ``tail`` is ``None``: it
-            then begins with zeros.
+        tail (mx.array, optional): The tail before these tokens, [B, Hkv, R, Dk + Dv] in any float
+            dtype, the newest token last. ``None`` where there was no token.
+        keep (int): Tokens of the new tail, 1 to R + L; up to L + 65536 where ``tail`` is ``None``:
+            it then begins with zeros.
         held (mx.array, optional): Rows uint32 [B, Hkv, N, W], row contiguous, N >= L, that the
             new ones are to follow.
         capacity (int, optional): Rows to make, at least L, where nothing is held: zeros follow.
 
     Returns:
         Rows as :func:`quantize_pack`, or the last N of ``held`` and them; and the new tail
-        [B, Hkv, keep, Dk + Dv] in the dtype of ``k``: what codes are made of, λ ⊙ R((x − μ) ⊘ σ),
-        of keys and then of values.
+        [B, Hkv, keep, Dk + Dv] in :func:`tail_dtype` of the dtype of ``k``: what codes are made of,
+        λ ⊙ R((x − μ) ⊘ σ), of keys and then of values.
 
     Raises:
-        ValueError: As there, or if the tail or what is held is of another shape or dtype.
+        ValueError: As there, or if the tail or what is held is of another shape or dtype, or a
+            number is out of its range.
     """
     key, packs = None, _of(fmt).packs
     if tail is not None and capacity is None:
@@ -168,30 +180,33 @@ def quantize_pack_tail(
         if (step := packs.get(key)) is not None and mx.default_device() == step.device:
             return step(k, v, tail) if held is None else step(k, v, tail, held)
     _check_vectors(k, v, fmt)
+    L = k.shape[2]
+    _check_whole("A tail's number of tokens to keep", keep, 1, L + _MOST_BEFORE)
     if tail is not None:
-        _check_tail(tail, k.shape[:2], keep - k.shape[2], fmt)
-    if keep < 1 or (tail is not None and tail.dtype != k.dtype):
-        dtype = None if tail is None else tail.dtype
-        raise ValueError(
-            f"A tail keeps at least 1 token in the keys' dtype {k.dtype}, got {keep} of {dtype}."
-        )
+        _check_tail(tail, k.shape[:2], keep - L, fmt)
     if held is not None:
-        _check_rows(held, k.shape[2], fmt)
-    if capacity is not None and (capacity < k.shape[2] or held is not None):
-        raise ValueError(
-            f"A capacity is at least the {k.shape[2]} new tokens, and without held rows; got "
-            f"{capacity}{'' if held is None else ' and held rows'}."
-        )
-    given = tail is not None, held is not None
-    if _packs_fused("quantize_pack_tail", k, v, fmt, given):
+        _check_held(held, k.shape, fmt)
+    if capacity is not None:
+        _check_whole("A capacity", capacity, L)
+        if held is not None:
+            raise ValueError(f"A capacity is for rows without held ones, got {capacity} and those.")
+    given = None if tail is None else tail.dtype, held is not None
+    if k.size and _packs_fused("quantize_pack_tail", k, v, fmt, given):
         if key is not None and fused.replays() and k.shape[2] == 1:
             packs[key] = steps.PackStep(k, v, fmt, tail, keep, held)
         return fused.quantize_pack_tail(k, v, fmt, tail, keep, held, capacity)
     return reference.quantize_pack_tail(k, v, fmt, tail, keep, held, capacity)
 
 
+_MOST_BEFORE = 1 << 16  # zeros that a first tail may begin with
+
+
 def _packs_fused(
-    op: str, k: mx.array, v: mx.array, fmt: Format, given: tuple[bool, bool] = (False, False)
+    op: str,
+    k: mx.array,
+    v: mx.array,
+    fmt: Format,
+    given: tuple[mx.Dtype | None, bool] = (None, False),
 ) -> bool:
     # The kernel has no rounding with feedback.
     if fmt.feedback is not None or _backend(fmt, k.dtype) is not fused:
@@ -204,7 +219,7 @@ def _packs_fused(
         args = zeros, mx.zeros((1, H, tokens, lay.v_dim), v.dtype), fmt
         if op == "quantize_pack":
             return args
-        tail = mx.zeros((1, H, 2, lay.k_dim + lay.v_dim), k.dtype) if given[0] else None
+        tail = mx.zeros((1, H, 2, lay.k_dim + lay.v_dim), given[0]) if given[0] else None
         held = mx.zeros((1, H, tokens, lay.words), mx.uint32) if given[1] else None
         return *args, tail, 2, held
 
@@ -232,33 +247,41 @@ def attend(
         rows (mx.array): uint32 [B, Hkv, capacity, W].
         length (int): Rows that hold tokens, 1 to capacity.
         fmt (Format): The layer's format.
-        scale (float): Softmax scale, usually Dk ** -0.5.
+        scale (float): Softmax scale, usually Dk ** -0.5; finite.
         mask: ``None``, ``"causal"`` (the queries are the last L tokens), or an array
             broadcastable to [B, Hq, L, length], boolean (True attends) or additive.
-        sinks (mx.array, optional): [Hq] logits that take probability and add no value.
-        starts (mx.array, optional): int32 [B], the first position each batch row may attend to.
+        sinks (mx.array, optional): [Hq] logits, in any float dtype, that take probability and add
+            no value.
+        starts (mx.array, optional): Integers [B], the first position each batch row may attend to.
         window (int, optional): The query at position p attends to positions above p - window.
-        tail (mx.array, optional): From :func:`quantize_pack_tail`, at least ``fmt.recent + L - 1``
-            tokens: a query reads the ``fmt.recent`` tokens up to its own, and any after it, from
-            there and not from their rows. Masks hold as without it.
+        tail (mx.array, optional): From :func:`quantize_pack_tail`, or its numbers in another float
+            dtype, at least ``fmt.recent + L - 1`` tokens: a query reads the ``fmt.recent`` tokens
+            up to its own, and any after it, from there and not from their rows. Masks hold as
+            without it.
         ring (tuple, optional): ``(keep, idx)`` where rows are not in the order of their tokens,
             which is [:keep], [idx:length], [keep:idx]; then L is 1, unless idx is ``length``. Only
             a tail needs it.
 
     Returns:
         mx.array: [B, Hq, L, Dv] in q's dtype. A query that may attend to nothing gets a
-        finite, otherwise unspecified output.
+        finite, otherwise unspecified output. In fp16, outputs beyond it saturate. B, Hq and L may
+        be 0.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, or the mask is another string.
+        ValueError: If shapes or dtypes do not fit, the mask is another string, or a number is out
+            of its range.
     """
-    key, prepared = None, _of(fmt).steps
+    key: tuple | None = None
+    prepared = _of(fmt).steps
     if mask is None and sinks is None:
-        key = (q.shape, q.dtype, window, starts is None, None if tail is None else tail.shape)
+        key = (q.shape, q.dtype, window, None if tail is None else tail.shape)
+        if starts is not None:
+            key += starts.size, starts.dtype
         step = prepared.get(key)
         if (
             step is not None
             and step.rows_shape == rows.shape
+            and type(length) is int
             and 0 < length <= step.capacity
             and step.scale == scale
             and mx.default_device() == step.device
@@ -271,28 +294,27 @@ def attend(
             f"Queries are float16, bfloat16 or float32 [B, Hq, L, {fmt.layout.k_dim}], "
             f"got {q.dtype} {q.shape}."
         )
-    B, Hq, _, D = q.shape
-    if B != rows.shape[0] or Hq % rows.shape[1] or fmt.layout.k_dim != D:
+    B, Hq, L, D = q.shape
+    Hkv = rows.shape[1]
+    if B != rows.shape[0] or (Hq % Hkv if Hkv else Hq) or fmt.layout.k_dim != D:
         raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
+    _check_scale(scale)
     if mask is not None:
         _check_mask(mask, q, length)
-    if sinks is not None and sinks.shape != (Hq,):
-        raise ValueError(f"Sinks are one number for each of {Hq} query heads, got {sinks.shape}.")
-    if starts is not None and starts.shape != (B,):
-        raise ValueError(f"Starts are one number for each of {B} sequences, got {starts.shape}.")
-    if window is not None and window < 1:
-        raise ValueError(f"A window is at least 1 token, got {window}.")
+    if sinks is not None:
+        _check_each("Sinks", sinks, Hq, "query heads", mx.floating)
+    if starts is not None:
+        _check_each("Starts", starts, B, "sequences", mx.integer)
+    if window is not None:
+        _check_whole("A window", window, 1)
     if tail is not None:
-        _check_tail(tail, rows.shape[:2], fmt.recent + q.shape[2] - 1, fmt)
-        keep, idx = ring or (0, length)
-        if not 0 <= keep < idx <= length or (q.shape[2] > 1 and idx < length):
-            raise ValueError(
-                f"A ring of {length} rows for {q.shape[2]} queries is (keep, idx) with 0 <= keep < "
-                f"idx <= {length}, of which idx is {length} for several queries, got {ring}."
-            )
+        _check_tail(tail, rows.shape[:2], fmt.recent + L - 1, fmt)
+        if ring is not None:
+            steps.check_ring(ring, length, L)
+    if not q.size:
+        return mx.zeros((B, Hq, L, fmt.layout.v_dim), q.dtype)
     args = (q, rows, length, fmt, scale, mask, sinks, starts, window, tail, ring)
     if _backend(fmt, q.dtype) is fused:
-        Hkv, L = rows.shape[1], q.shape[2]
         span = length if window is None else min(length, window + L - 1)
         parts = fused.attend_parts(fmt, B, Hq, Hkv, L, span)
         kind = mask.dtype if isinstance(mask, mx.array) else None
@@ -315,7 +337,8 @@ def attend(
 
         # What is a constant of the kernel: another is another compilation, which may fail.
         sizes = fused.attend_sizes(fmt, B, Hq, Hkv, L)
-        variant = (kind, sinks is None, starts is None, tail is None, parts == 1, sizes)
+        exact = None if tail is None else tail.dtype
+        variant = (kind, sinks is None, starts is None, exact, parts == 1, sizes)
         if _works("attend", variant, fmt, q.dtype, trial):
             if key is not None and fused.replays():
                 step = steps.AttendStep(
@@ -336,10 +359,15 @@ def dequantize(
 ) -> tuple[mx.array, mx.array]:
     """Rows to keys and values in the rotated domain, for prefill.
 
-    With a tail [B, Hkv, R, Dk + Dv], the last R of them, or as many as there are, come from it.
+    With a tail [B, Hkv, R, Dk + Dv], in any float dtype, the last R of them, or as many as there
+    are, come from it.
 
     Returns:
-        K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``.
+        K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``: fp16, bf16 or fp32. In fp16,
+        numbers beyond it saturate.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
     """
     return _unpacked("dequantize", rows, length, fmt, dtype, tail)
 
@@ -358,17 +386,27 @@ def restore(
     the outputs then have length + L tokens.
     """
     if chunk is not None:
+        if not isinstance(chunk, (tuple, list)) or len(chunk) != 2:
+            raise ValueError(f"A chunk is a pair of keys and values, got {type(chunk).__name__}.")
         _check_vectors(*chunk, fmt)
         if chunk[0].shape[:2] != rows.shape[:2]:
             raise ValueError(f"A chunk {chunk[0].shape} does not follow rows {rows.shape}.")
+        if not chunk[0].shape[2]:
+            chunk = None
     return _unpacked("restore", rows, length, fmt, dtype, tail, chunk)
 
 
 def _unpacked(op: str, rows, length, fmt, dtype, tail, chunk=None) -> tuple[mx.array, mx.array]:
     _check_rows(rows, length, fmt)
+    if not isinstance(dtype, mx.Dtype) or dtype not in _FLOATS:
+        raise ValueError(f"The dtype is float16, bfloat16 or float32, got {dtype}.")
     more = () if chunk is None else (chunk,)
     if tail is not None:
         _check_tail(tail, rows.shape[:2], 0, fmt)
+    if not rows.size:  # no sequence or no head
+        shape = *rows.shape[:2], length + (0 if chunk is None else chunk[0].shape[2])
+        lay = fmt.layout
+        return mx.zeros((*shape, lay.k_dim), dtype), mx.zeros((*shape, lay.v_dim), dtype)
     if _backend(fmt, dtype) is fused:
 
         def trial():
@@ -384,17 +422,31 @@ def _unpacked(op: str, rows, length, fmt, dtype, tail, chunk=None) -> tuple[mx.a
 
 
 def rotate_queries(q: mx.array, fmt: Format, Hkv: int) -> mx.array:
-    """Queries [B, Hq, L, Dk] into the rotated domain of the keys, R(q ⊙ σ) ⊘ λ, in their dtype."""
+    """Queries [B, Hq, L, Dk] into the rotated domain of the keys, R(q ⊙ σ) ⊘ λ, in their dtype.
+
+    Raises:
+        ValueError: If the queries do not fit ``fmt`` or ``Hkv``, the number of KV heads.
+    """
+    _check_heads("Queries", q, fmt.layout.k_dim, fmt, Hkv)
+    if not q.size:
+        return q
     if _fused_rotation("rotate_queries", q, fmt, Hkv):
         return fused.rotate_queries(q, fmt, Hkv)
-    return fmt.keys.query(q).astype(q.dtype)
+    return reference.saturated(fmt.keys.query(q), q.dtype)
 
 
 def rotate_outputs(o: mx.array, fmt: Format, Hkv: int) -> mx.array:
-    """Outputs [B, Hq, L, Dv] out of the rotated domain of the values, Rᵀ(o ⊘ λ) ⊙ σ + μ."""
+    """Outputs [B, Hq, L, Dv] out of the rotated domain of the values, Rᵀ(o ⊘ λ) ⊙ σ + μ.
+
+    Raises:
+        ValueError: If the outputs do not fit ``fmt`` or ``Hkv``, the number of KV heads.
+    """
+    _check_heads("Outputs", o, fmt.layout.v_dim, fmt, Hkv)
+    if not o.size:
+        return o
     if _fused_rotation("rotate_outputs", o, fmt, Hkv):
         return fused.rotate_outputs(o, fmt, Hkv)
-    return fmt.values.output(o).astype(o.dtype)
+    return reference.saturated(fmt.values.output(o), o.dtype)
 
 
 def _fused_rotation(name: str, x: mx.array, fmt: Format, Hkv: int) -> bool:
@@ -402,6 +454,61 @@ def _fused_rotation(name: str, x: mx.array, fmt: Format, Hkv: int) -> bool:
         return mx.zeros((1, Hkv, 1, x.shape[3]), x.dtype), fmt, Hkv
 
     return _backend(fmt, x.dtype) is fused and _works(name, (), fmt, x.dtype, trial)
+
+
+def _check_whole(what: str, x: int, least: int, most: int = _MOST) -> None:
+    if type(x) is int and least <= x <= most:
+        return
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        raise ValueError(f"{what} is a whole number, got {x!r}.")
+    if x < least:
+        raise ValueError(f"{what} is at least {least}, got {x}.")
+    if x > most:
+        raise ValueError(f"{what} is at most {most}, got {x}.")
+
+
+def _check_scale(scale: float) -> None:
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if not number or not math.isfinite(scale) or abs(scale) > 3e38:
+        raise ValueError(f"A scale is a finite number, got {scale!r}.")
+
+
+def _check_each(what: str, x: mx.array, count: int, of: str, kind: mx.DtypeCategory) -> None:
+    if not isinstance(x, mx.array) or x.shape != (count,) or not mx.issubdtype(x.dtype, kind):
+        name = "float" if kind is mx.floating else "integer"
+        found = f"{x.dtype} {x.shape}" if isinstance(x, mx.array) else repr(x)
+        raise ValueError(f"{what} are one {name} for each of {count} {of}, got {found}.")
+
+
+def _check_kv_heads(H: int, fmt: Format) -> None:
+    if (heads := _of(fmt).heads) is not None and heads != H:
+        raise ValueError(f"The format is calibrated for {heads} KV heads, got {H}.")
+
+
+def _check_heads(what: str, x: mx.array, D: int, fmt: Format, Hkv: int) -> None:
+    """Queries or outputs, whose heads share KV heads."""
+    _check_whole("Hkv, the number of KV heads,", Hkv, 0)
+    if x.ndim != 4 or x.shape[3] != D or x.dtype not in _FLOATS:
+        raise ValueError(
+            f"{what} are float16, bfloat16 or float32 [B, Hq, L, {D}], got {x.dtype} {x.shape}."
+        )
+    if x.shape[1] % Hkv if Hkv else x.shape[1]:
+        raise ValueError(f"{what} {x.shape} do not share {Hkv} KV heads.")
+    _check_kv_heads(Hkv, fmt)
+
+
+def _check_held(held: mx.array, shape: tuple[int, ...], fmt: Format) -> None:
+    wanted = (*shape[:2], fmt.layout.words)
+    if (
+        held.ndim != 4
+        or (*held.shape[:2], held.shape[3]) != wanted
+        or held.shape[2] < shape[2]
+        or held.dtype != mx.uint32
+    ):
+        raise ValueError(
+            f"Held rows are uint32 [{wanted[0]}, {wanted[1]}, at least {shape[2]}, {wanted[2]}], "
+            f"got {held.dtype} {held.shape}."
+        )
 
 
 def _check_vectors(k: mx.array, v: mx.array, fmt: Format) -> None:
@@ -417,6 +524,7 @@ def _check_vectors(k: mx.array, v: mx.array, fmt: Format) -> None:
         raise ValueError(
             f"Keys and values are float16, bfloat16 or float32, got {k.dtype} and {v.dtype}."
         )
+    _check_kv_heads(k.shape[1], fmt)
 
 
 def _check_tail(tail: mx.array, heads: tuple[int, ...], least: int, fmt: Format) -> None:
@@ -456,5 +564,8 @@ def _check_rows(rows: mx.array, length: int, fmt: Format) -> None:
             f"Rows are uint32 [B, Hkv, capacity, {fmt.layout.words}] for {fmt.signature}, "
             f"got {rows.dtype} {rows.shape}."
         )
+    if type(length) is not int:
+        _check_whole("A length", length, 1)
     if not 0 < length <= rows.shape[2]:
         raise ValueError(f"Length {length} is not 1 to the capacity {rows.shape[2]}.")
+    _check_kv_heads(rows.shape[1], fmt)

@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from . import feedback
 from .format import Format
-from .layout import RowLayout
+from .layout import RowLayout, tail_dtype
 
 _HALF_MAX = 65504.0
-_LEAST = 7.5 * 2.0**-25  # Groups of channels up to this have a scale of 0, as abs-max has in fp16.
+_LEAST = 2.0**-24  # fp16's smallest number: groups of smaller channels have a scale of 0
+_LEAST_SEARCHED = 7.5 * 2.0**-25  # up to this a searched scale rounds to 0 in fp16
 _PACK_BLOCK = 1024  # vectors quantized at a time, 32 times as many on GPUs
 _KEY_BLOCK = 4096  # keys whose codes are unpacked at a time
 
@@ -55,17 +56,24 @@ def _to_half(s: mx.array) -> mx.array:
     return mx.minimum(s, _HALF_MAX).astype(mx.float16).astype(mx.float32)
 
 
+def _covering(top: mx.array, levels: float) -> mx.array:
+    """The fp16 scale of which ``levels`` reach ``top``. Up to a multiple of fp16's smallest number:
+    rounded down, the smallest scales would clip the largest channel by a third."""
+    scale = mx.ceil(top * (1 / levels / _LEAST)) * _LEAST
+    return mx.where(top >= _LEAST, _to_half(scale), 0.0)
+
+
 def _step(y: mx.array, bits: int, rule: str) -> mx.array:
     """The scale that groups [..., g] are rounded by, fp32 [..., 1]. If it is searched, another one
     is stored (:func:`_stored`), so it need not be a number of fp16."""
     middle = 1 << (bits - 1)
     top = mx.abs(y).max(axis=-1, keepdims=True)
     if rule == "paper":
-        return _to_half(top * (1 / (middle - 1)))
+        return _covering(top, middle - 1)
     if rule == "absmax" or bits == 8:
-        return _to_half(top * (1 / (middle - 0.5)))
+        return _covering(top, middle - 0.5)
     steps = top * mx.array([c / (middle - 0.5) for c in tried(y.shape[-1])])  # [..., 2]
-    steps = mx.where(top > _LEAST, steps, 0.0)
+    steps = mx.where(top > _LEAST_SEARCHED, steps, 0.0)
     # The one whose levels point more in the direction of y.
     x, s = y[..., None, :], steps[..., None]
     levels = _codes(x, s, bits, rule) - _middle(bits, rule)
@@ -172,7 +180,7 @@ def quantize_pack_tail(
     """As :func:`quantize_pack`, with the tail; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
     B, H, L, _ = k.shape
     rows, y = _in_blocks(k, v, fmt, min(L, keep))
-    y = y.astype(k.dtype)
+    y = y.astype(tail_dtype(k.dtype))
     if held is not None:
         rows = mx.concatenate([held[:, :, L:], rows], axis=2)
     elif capacity is not None and capacity > L:
@@ -181,12 +189,17 @@ def quantize_pack_tail(
         return rows, y
     if tail is None:
         tail = mx.zeros((B, H, keep - L, y.shape[3]), y.dtype)
-    return rows, mx.concatenate([tail[:, :, tail.shape[2] + L - keep :], y], axis=2)
+    older = tail[:, :, tail.shape[2] + L - keep :].astype(y.dtype)
+    return rows, mx.concatenate([older, y], axis=2)
 
 
 def _in_blocks(k: mx.array, v: mx.array, fmt: Format, keep: int) -> tuple[mx.array, mx.array]:
     """Rows, and the rotated vectors [B, H, keep, Dk + Dv], fp32, of the last ``keep`` tokens."""
     B, H, L, _ = k.shape
+    lay = fmt.layout
+    if not B * H * L:
+        tail = mx.zeros((B, H, min(L, keep), lay.k_dim + lay.v_dim))
+        return mx.zeros((B, H, L, lay.words), mx.uint32), tail
     block = _PACK_BLOCK * (32 if _on_gpu() else 1)
     step = max(1, block // (B * H))
     rows: list[mx.array] = []
@@ -270,7 +283,7 @@ def dequantize(
     if tail is not None:
         last = tail[:, :, tail.shape[2] - (length - packed) :]
         parts.append((last[..., : lay.k_dim], last[..., lay.k_dim :]))
-    k, v = (_joined([x.astype(dtype) for x in side]) for side in zip(*parts, strict=True))
+    k, v = (_joined([saturated(x, dtype) for x in side]) for side in zip(*parts, strict=True))
     return k, v
 
 
@@ -284,10 +297,17 @@ def restore(
 ) -> tuple[mx.array, mx.array]:
     """As :func:`dequantize`, but out of the rotation; see :func:`mlx_kvq.ops.restore`."""
     k, v = dequantize(rows, length, fmt, mx.float32, tail)
-    sides = [fmt.keys.output(k).astype(dtype)], [fmt.values.output(v).astype(dtype)]
+    sides = [[saturated(side.output(x), dtype)] for side, x in ((fmt.keys, k), (fmt.values, v))]
     for side, new in zip(sides, chunk or (), strict=False):
-        side.append(new.astype(dtype))
+        side.append(saturated(new, dtype))
     return _joined(sides[0]), _joined(sides[1])
+
+
+def saturated(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """``x`` in ``dtype``: on the way to fp16, finite numbers saturate, infinities become NaN."""
+    if dtype == mx.float16 and x.dtype != mx.float16:
+        x = mx.clip(x, -_HALF_MAX, _HALF_MAX) + 0 * x
+    return x.astype(dtype)
 
 
 def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
@@ -478,4 +498,4 @@ def _output(o: mx.array, p: mx.array, fmt: Format, dtype: mx.Dtype, sinks: bool)
         out = (out.reshape(B, mu.shape[0], -1, L, D) - missing * mu[:, None, None]).reshape(
             B, Hq, L, D
         )
-    return out.astype(dtype)
+    return saturated(out, dtype)

@@ -8,11 +8,13 @@ random too but dense matrices: nothing about them is fast. ``docs/quality.md`` c
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import islice
+from numbers import Integral
 
 import mlx.core as mx
 import numpy as np
 
 KEYS, VALUES = 0, 1  # streams of random signs
+_MOST = 1 << 16  # channels
 _MASK = (1 << 64) - 1
 
 
@@ -28,7 +30,14 @@ def _splitmix64(seed: int, stream: int) -> Iterator[int]:
 
 
 def signs(seed: int, stream: int, D: int) -> np.ndarray:
-    """D random signs (float64, ±1)."""
+    """D random signs (float64, ±1).
+
+    Raises:
+        ValueError: If the seed, the stream or D is no number of its range.
+    """
+    _check_number("A seed", seed, 0, _MASK)
+    _check_number("A stream", stream, 0, 1)
+    _check_number("A head size", D, 0, _MOST)
     words = islice(_splitmix64(seed, stream), D)
     return np.array([-1.0 if word >> 63 else 1.0 for word in words])
 
@@ -48,6 +57,7 @@ def real_fft(D: int) -> np.ndarray:
 
     With X = DFT(z) / √D: F z = [Re X[0], Re X[D/2], √2 Re X[1], √2 Im X[1], √2 Re X[2], ...].
     """
+    _check("srft", D)
     X = np.fft.rfft(np.eye(D), axis=0) / np.sqrt(D)  # [D/2 + 1, D]
     F = np.empty((D, D))
     F[0], F[1] = X[0].real, X[D // 2].real
@@ -58,6 +68,7 @@ def real_fft(D: int) -> np.ndarray:
 
 def hadamard(D: int) -> np.ndarray:
     """The orthonormal Sylvester-Hadamard matrix [D, D], for powers of two."""
+    _check("srht", D)
     H = np.ones((1, 1))
     while H.shape[0] < D:
         H = np.block([[H, H], [H, -H]])
@@ -70,6 +81,7 @@ def householder(seed: int, stream: int, D: int) -> np.ndarray:
     It leaves half of all directions alone and a third of every channel in its place, so it
     spreads an outlier less than ``srft`` does.
     """
+    _check("householder", D)
     R = np.eye(D)
     for v in _near_normal(seed, stream, (D // 2, D)):
         R -= np.outer(2 / (v @ v) * v, v @ R)
@@ -82,6 +94,7 @@ def quaternion(seed: int, stream: int, D: int) -> np.ndarray:
 
     Every rotation of four dimensions is of this form (SO(4); IsoQuant).
     """
+    _check("quaternion", D)
     R = np.zeros((D, D))
     for i, (a, b) in enumerate(_near_normal(seed, stream, (D // 4, 2, 4))):
         left, right = _left(a / np.sqrt(a @ a)), _left(b / np.sqrt(b @ b))
@@ -100,6 +113,10 @@ def _left(a: np.ndarray) -> np.ndarray:
 
 def why_not(rotation: str, D: int) -> str | None:
     """Why ``rotation`` does not exist for head size D, or ``None`` if it does."""
+    if rotation not in NAMES:
+        return f"a rotation is one of {', '.join(NAMES)}, not {rotation!r}"
+    if type(D) is not int or not 1 <= D <= _MOST:
+        return f"a head size is a whole number from 1 to {_MOST}, not {D!r}"
     if rotation in ("srft", "householder") and D % 2:
         return f"{rotation} needs an even head size, not {D}"
     if rotation == "srht" and D & (D - 1):
@@ -107,6 +124,16 @@ def why_not(rotation: str, D: int) -> str | None:
     if rotation == "quaternion" and D % 4:
         return f"quaternion needs a head size that is a multiple of 4, not {D}"
     return None
+
+
+def _check(rotation: str, D: int) -> None:
+    if reason := why_not(rotation, D):
+        raise ValueError(f"{reason}.")
+
+
+def _check_number(what: str, x: int, least: int, most: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, Integral) or not least <= x <= most:
+        raise ValueError(f"{what} is a whole number from {least} to {most}, got {x!r}.")
 
 
 _DENSE: dict[str, Callable[[int, int, int], np.ndarray]] = {
@@ -117,11 +144,17 @@ _DENSE: dict[str, Callable[[int, int, int], np.ndarray]] = {
 }
 
 
+NAMES = (*_DENSE, "none")
+
+
 @lru_cache(maxsize=64)
 def matrix(rotation: str, seed: int, stream: int, D: int) -> mx.array | None:
-    """R as an fp32 array [D, D] with ``y = x @ R.T``; ``None`` for the identity."""
-    if reason := why_not(rotation, D):
-        raise ValueError(f"{reason}.")
+    """R as an fp32 array [D, D] with ``y = x @ R.T``; ``None`` for the identity.
+
+    Raises:
+        ValueError: If there is no such rotation of head size D.
+    """
+    _check(rotation, D)
     if rotation == "none":
         return None
     R = mx.array(_DENSE[rotation](seed, stream, D).astype(np.float32))
@@ -132,6 +165,7 @@ def matrix(rotation: str, seed: int, stream: int, D: int) -> mx.array | None:
 @lru_cache(maxsize=64)
 def _weights(seed: int, stream: int, D: int) -> tuple[mx.array, mx.array, mx.array]:
     """Signs, and what makes MLX's transforms orthonormal, forth and back; fp32 [D]."""
+    _check("srft", D)
     scale = np.full(D, np.sqrt(2 / D))
     scale[:2] = np.sqrt(1 / D)
     arrays = [mx.array(a.astype(np.float32)) for a in (signs(seed, stream, D), scale, 1 / scale)]

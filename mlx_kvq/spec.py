@@ -57,7 +57,7 @@ class Spec:
         rounding (str): ``"nearest"`` or ``"feedback"`` (``mlx_kvq.feedback``): how codes of keys
             are chosen when written; what is stored is read in the same way.
         recent (int): Tokens before a query, its own included, that it reads as they are, 0 to
-            1024: an exact tail of a few tokens, in the model's dtype, beside the packed rows.
+            1024: an exact tail of a few tokens beside the packed rows.
 
     Raises:
         ValueError: If a value is unknown or out of range; the message lists what is accepted.

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from . import fused, jit
 from .format import Format
+from .layout import tail_dtype
 
 
 class PackStep:
@@ -36,14 +37,24 @@ class PackStep:
         like: tuple = (k.shape, v.shape, k.dtype, v.dtype)
         if tail is not None:
             shapes += ((B, H, keep, lay.k_dim + lay.v_dim),)
-            dtypes += (k.dtype,)
-            like += (tail.shape, held is None)
+            dtypes += (tail_dtype(k.dtype),)
+            like += (tail.shape, tail.dtype, held is None)
             self.tables += (fused._integers(keep, count),)
         kernel = jit.kernel(self.machine, "quantize_pack", constants)
         self.run = jit.replayed(kernel, grid, threadgroup, shapes, dtypes, like, len(shapes))
 
     def __call__(self, k: mx.array, v: mx.array, *before: mx.array):
         return self.run(k, v, *self.tables, *before)
+
+
+def check_ring(ring: tuple[int, int], length: int, L: int) -> None:
+    """Raise ValueError unless L queries may read ``length`` rows in this order."""
+    pair = isinstance(ring, tuple) and len(ring) == 2 and all(type(n) is int for n in ring)
+    if not pair or not 0 <= ring[0] < ring[1] <= length or (L > 1 and ring[1] < length):
+        raise ValueError(
+            f"A ring of {length} rows for {L} queries is (keep, idx) with 0 <= keep < "
+            f"idx <= {length}, of which idx is {length} for several queries, got {ring}."
+        )
 
 
 class AttendStep:
@@ -68,7 +79,7 @@ class AttendStep:
         self.launch = fused._launch(
             self.machine, fmt, self.parallel, 0, starts, False, tail is not None
         )
-        self.tail = None if tail is None else tail.shape
+        self.tail = None if tail is None else (tail.shape, tail.dtype)
         self.tables = plan.attends
         place = self.machine, self.layout, self.parallel
         recent = None if tail is None else fmt.recent
@@ -133,6 +144,8 @@ class _Token:
         self.runs: dict[tuple, Any] = {}  # launches, by what they depend on
 
     def move(self, length: int, ring: tuple[int, int] | None) -> None:
+        if ring is not None:
+            check_ring(ring, length, self.L)
         window = self.window
         span = length if window is None else min(length, window + self.L - 1)
         self.length, self.ring, self.parts = length, ring, fused._parts(*self.place, span)

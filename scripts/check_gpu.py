@@ -134,7 +134,7 @@ def check_steps() -> None:
             for f in formats:
                 tail = None
                 if f.recent:
-                    tail = mx.random.normal((B, 2, f.recent, 256)).astype(mx.float16)
+                    tail = mx.random.normal((B, 2, f.recent, 256))  # fp32 beside fp16 keys
                 options = {"starts": starts, "window": window, "tail": tail}
                 got = ops.attend(q, held, length, f, 0.1, **options)
                 want = fused.attend(q, held, length, f, 0.1, **options)
@@ -175,7 +175,9 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
     mx.eval(fused.quantize_pack_tail(k, v, fmt, tail, 30, rows))
     mx.eval(fused.quantize_pack_tail(k, v, fmt, tail, 16, None, 256))
     rows = mx.array(np.concatenate([np.array(rows)] * 4, axis=2))
-    for dtype, end in itertools.product((mx.float16, mx.bfloat16, mx.float32), (None, tail)):
+    old = tail.astype(mx.float16)  # as in files of version 0.1.0
+    mx.eval(fused.quantize_pack_tail(*one, old, 16))
+    for dtype, end in itertools.product((mx.float16, mx.bfloat16, mx.float32), (None, tail, old)):
         mx.eval(fused.dequantize(rows, 75, fmt, dtype, end))
         for chunk in (None, (k, v)):
             mx.eval(fused.restore(rows, 75, fmt, dtype, end, chunk))
@@ -191,6 +193,7 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
             {"mask": mx.array(rng.random((L, T)) < 0.7)},
             {"mask": array(12, 1, T), "sinks": sinks},
             {"mask": "causal", "tail": tail, "ring": (3, T if L > 1 else 7)},
+            {"mask": "causal", "tail": old},
         ):
             mx.eval(fused.attend(x, rows, T, fmt, 0.1, parts=parts, **options))
     print(f"launched every kernel of {spec}, D = {D}")

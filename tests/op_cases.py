@@ -25,7 +25,8 @@ FACTORS = {
     "recent": [None, 1, 5, 16, 300],  # tokens read from the exact tail; None: there is none
     # Which of μ, σ, λ are calibrated, and on which side; every head has its own.
     "calibration": ["", "mu", "sigma", "lam", "mu sigma lam", "keys mu sigma", "values mu lam"],
-    "data": ["normal", "zeros", "outlier", "constant", "tiny", "subnormal", "large", "nan", "inf"],
+    "data": ["normal", "zeros", "outlier", "constant", "tiny", "subnormal", "large", "nan", "inf"]
+    + ["small", "signs", "aligned", "full", "channel"],
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 KEYS, VALUES = 0, 1  # the streams of `signs`
 SEARCH = {32: (1.0, 0.94), 64: (0.96, 0.89), math.inf: (0.93, 0.86)}  # group size up to: fractions
-FP16_MAX = 65504.0
+FP16_MAX, FP16_LEAST = 65504.0, 2.0**-24
 MASK64 = 2**64 - 1
 
 
@@ -107,6 +107,18 @@ def _fp16(x: np.ndarray) -> np.ndarray:
     return np.minimum(x, FP16_MAX).astype(np.float16).astype(np.float64)
 
 
+def _covering(largest: np.ndarray, levels: float) -> np.ndarray:
+    """fp16 scales of which `levels` reach the largest channels; 0 for those below FP16_LEAST. Up to
+    a multiple of FP16_LEAST, then to fp16."""
+    scale = _fp16(np.ceil(largest / levels / FP16_LEAST) * FP16_LEAST)
+    return np.where(largest < FP16_LEAST, 0.0, scale)
+
+
+def _searched(largest: np.ndarray, fraction: float) -> np.ndarray:
+    """A 4-bit step that is tried; 0 where it is none of fp16, rounded to the nearest."""
+    return np.where(_fp16(largest / 7.5) == 0, 0.0, fraction * largest / 7.5)
+
+
 def _offset(bits: int, rule: str) -> float:
     """The code, as a real number, that stands for 0."""
     if bits not in (4, 8):
@@ -161,12 +173,14 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
     rule "absmax": scale = fp16(max|y| / 7.5), value = scale * (n - 7.5), n = 0 ... 15; for 8 bits
     127.5 and 0 ... 255. "search": for 4 bits the scale c * max|y| / 7.5, c in `SEARCH`, under which
     y and n - 7.5 enclose the smallest angle, the first on ties, gives the codes, and the scale that
-    is stored is fp16(|y| / |n - 7.5|), Euclidean norms of the group; where the scale of "absmax" is
-    0, all is as there; for 8 bits the same as "absmax". "paper":
+    is stored is fp16(|y| / |n - 7.5|), Euclidean norms of the group; for 8 bits the same as
+    "absmax". "paper":
     scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255.
 
-    A scale beyond fp16 is 65504. A scale of 0 gives code 8 (128) and value 0. A group with a NaN or
-    an infinity has scale NaN, codes 0 and values NaN.
+    A scale beyond fp16 is 65504. One of "absmax" and "paper" is rounded up to a multiple of 2^-24,
+    fp16's smallest number, first, and is 0 where max|y| is below that; a searched one is 0 where
+    fp16(max|y| / 7.5) is. A scale of 0 gives code 8 (128) and value 0. A group with a NaN or an
+    infinity has scale NaN, codes 0 and values NaN.
     """
     y = np.asarray(y, np.float64)
     offset = _offset(bits, rule)
@@ -179,14 +193,14 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
 
     largest = np.abs(groups).max(axis=-1, keepdims=True)
     top_level = offset - 1.0 if rule == "paper" else offset
-    scale = _fp16(largest / top_level)
+    scale = _covering(largest, top_level)
     codes = _encode(groups, scale, bits, rule)
     if rule == "search" and bits == 4:
-        steps = [np.where(scale == 0, 0.0, c * largest / 7.5) for c in tried(group_size)]
+        steps = [_searched(largest, c) for c in tried(group_size)]
         found = [_encode(groups, step, bits, rule) for step in steps]
         first, second = (_cosine(groups, n) for n in found)
         codes = np.where(second > first, found[1], found[0])
-        scale = np.where(scale == 0, 0.0, _fp16(_length_scale(groups, codes)))
+        scale = np.where(steps[0] == 0, 0.0, _fp16(_length_scale(groups, codes)))
     codes = np.where(broken, 0, codes)
     scale = np.where(broken, np.nan, scale)
     values = scale * (codes - offset)

@@ -238,6 +238,11 @@ def test_a_calibrated_layer_does_not_share():
     [
         ("int4-srft", 60, 64, "head size 60 is not a multiple of 8"),
         ("int4-srft", 64, 100, "head size 100 is not a multiple of 8"),
+        ("int4-srft", 0, 64, "a head size is a whole number from 1 to 65536, not 0"),
+        ("int4-srft", 64, -8, "a head size is a whole number from 1 to 65536, not -8"),
+        ("int4-none", 64, 10**12, f"a head size is a whole number from 1 to 65536, not {10**12}"),
+        ("int4-srft", 64.0, 64, "a head size is a whole number from 1 to 65536, not 64.0"),
+        ("int4-srft", 64, 8192, "head size 8192 is not a multiple of 8 from 8 to 4096"),
         ("int4-srft", 64, 65, "srft needs an even head size, not 65"),
         ("int4-srht", 80, 64, "srht needs a head size that is a power of two, not 80"),
         ("int4-srht", 64, 96, "srht needs a head size that is a power of two, not 96"),
@@ -248,6 +253,17 @@ def test_a_calibrated_layer_does_not_share():
 def test_head_sizes_that_do_not_fit(text, k_dim, v_dim, message):
     with pytest.raises(ValueError, match=message):
         make_format(Spec.parse(text), k_dim, v_dim)
+
+
+def test_one_number_of_heads():
+    both = {"keys": Calibration(mu=mx.zeros((2, 64))), "values": Calibration(mu=mx.zeros((3, 64)))}
+    with pytest.raises(ValueError, match="^The calibrations of keys and values are of 2 and 3 KV "):
+        make_format(Spec.parse("int4-srft"), 64, **both)
+
+
+def test_what_is_no_spec():
+    with pytest.raises(ValueError, match="^A spec is a Spec, as Spec.parse returns, got 'int4-"):
+        make_format("int4-srft", 64)
 
 
 @pytest.mark.parametrize("rotation", ["srft", "srht", "none"])

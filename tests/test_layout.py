@@ -78,8 +78,40 @@ def test_choose_group(D):
         assert str(info.value) == want
 
 
-@pytest.mark.parametrize("D", [4, 12, 60, 100, 127])
+@pytest.mark.parametrize("D", [-8, 0, 4, 12, 60, 100, 127, 4104, 10**12])
 @pytest.mark.parametrize("group", [None, 8])
 def test_head_sizes_that_cannot_be_packed(D, group):
-    with pytest.raises(ValueError, match=f"^head size {D} is not a multiple of 8$"):
+    with pytest.raises(ValueError, match=f"^head size {D} is not a multiple of 8 from 8 to 4096$"):
         choose_group(D, group)
+
+
+@pytest.mark.parametrize("D", [True, 128.0, "128", None])
+def test_a_head_size_is_a_whole_number(D):
+    with pytest.raises(
+        ValueError, match=f"^head size {D!r} is not a multiple of 8 from 8 to 4096$"
+    ):
+        choose_group(D, None)
+
+
+@pytest.mark.parametrize("group", [True, 32.0, -8, 0, 10**12])
+def test_a_group_is_a_whole_number(group):
+    with pytest.raises(ValueError, match=f"^group_size={group} does not divide head size 128 "):
+        choose_group(128, group)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((-8, 128, 4, 4, 32, 32), "head size -8 is not a multiple of 8 from 8 to 4096"),
+        ((128, 10**12, 4, 4, 32, 32), f"head size {10**12} is not a multiple of 8 from 8 to 4096"),
+        ((128, 128, 5, 4, 32, 32), "codes have 4 or 8 bits, not 5"),
+        ((128, 128, 4, 8.0, 32, 32), "codes have 4 or 8 bits, not 8.0"),
+        ((128, 128, 4, 4, 0, 32), "group_size=0 does not divide head size 128"),
+        ((128, 128, 4, 4, 32, 7), "group_size=7 does not divide head size 128"),
+        ((128, 128, 4, 4, None, 32), "group_size=None does not divide head size 128"),
+    ],
+)
+def test_rows_that_cannot_be_laid_out(sizes, message):
+    with pytest.raises(ValueError) as info:
+        RowLayout(*sizes)
+    assert str(info.value) == message

@@ -1,6 +1,7 @@
 """The operations: the op matrix on the reference backend, damage, accuracy, shape errors."""
 
 import itertools
+import math
 import os
 import random
 from dataclasses import replace
@@ -228,14 +229,56 @@ def test_what_is_not_queries(q):
         ({"mask": mx.ones((3, 15), mx.bool_)}, "does not broadcast to the scores"),
         ({"mask": mx.ones((2, 2, 3, 16))}, "= (2, 4, 3, 16)."),
         ({"mask": mx.ones((1, 1, 1, 1, 16))}, "does not broadcast to the scores"),
-        ({"sinks": mx.zeros(2)}, "one number for each of 4 query heads, got (2,)."),
-        ({"starts": mx.zeros(1, mx.int32)}, "one number for each of 2 sequences, got (1,)."),
-        ({"window": 0}, "A window is at least 1 token, got 0."),
+        (
+            {"sinks": mx.zeros(2)},
+            "Sinks are one float for each of 4 query heads, got mlx.core.float32 (2,).",
+        ),
+        (
+            {"sinks": mx.zeros(4, mx.int32)},
+            "one float for each of 4 query heads, got mlx.core.int32",
+        ),
+        (
+            {"starts": mx.zeros(1, mx.int32)},
+            "Starts are one integer for each of 2 sequences, got mlx.core.int32 (1,).",
+        ),
+        (
+            {"starts": mx.zeros(2)},
+            "one integer for each of 2 sequences, got mlx.core.float32 (2,).",
+        ),
+        ({"window": 0}, "A window is at least 1, got 0."),
+        ({"window": -3}, "A window is at least 1, got -3."),
+        ({"window": 2.5}, "A window is a whole number, got 2.5."),
+        ({"window": True}, "A window is a whole number, got True."),
+        ({"window": 10**12}, f"A window is at most {2**31 - 1}, got {10**12}."),
+        ({"scale": math.nan}, "A scale is a finite number, got nan."),
+        ({"scale": -math.inf}, "A scale is a finite number, got -inf."),
+        ({"scale": 1e300}, "A scale is a finite number, got 1e+300."),
+        ({"scale": None}, "A scale is a finite number, got None."),
+        ({"scale": True}, "A scale is a finite number, got True."),
+        ({"length": True}, "A length is a whole number, got True."),
+        ({"length": 5.0}, "A length is a whole number, got 5.0."),
+        (
+            {"tail": mx.zeros((2, 2, 18, 192)), "ring": (3, 99)},
+            "A ring of 16 rows for 3 queries is",
+        ),
+        ({"tail": mx.zeros((2, 2, 18, 192)), "ring": (0.0, 16)}, "got (0.0, 16)."),
+        ({"tail": mx.zeros((2, 2, 18, 192)), "ring": 3}, "got 3."),
+        (
+            {"tail": mx.zeros((2, 2, 17, 192))},
+            "The tail is [2, 2, at least 18 tokens, 192] in float",
+        ),
+        ({"tail": mx.zeros((2, 2, 18, 192), mx.int32)}, "got mlx.core.int32 (2, 2, 18, 192)."),
+        (
+            {"fmt": "int4-srft"},
+            "A format is what mlx_kvq.format.make_format returns, got 'int4-srft'.",
+        ),
     ],
 )
 def test_what_attention_is_told(arguments, message):
     with pytest.raises(ValueError) as info:
-        ops.attend(mx.zeros((2, 4, 3, 64)), ROWS, 16, FMT, 1.0, **arguments)
+        ops.attend(
+            mx.zeros((2, 4, 3, 64)), ROWS, **({"length": 16, "fmt": FMT, "scale": 1.0} | arguments)
+        )
     assert message in str(info.value)
 
 
@@ -288,3 +331,144 @@ def test_an_unknown_backend_is_refused(monkeypatch):
         ops.backend(FMT)
     monkeypatch.setenv("MLX_KVQ_BACKEND", "reference")
     assert ops.backend(FMT) is reference
+
+
+K, V = mx.zeros((2, 2, 4, 64)), mx.zeros((2, 2, 4, 128))
+TAIL = mx.zeros((2, 2, 5, 192))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"keep": 0}, "A tail's number of tokens to keep is at least 1, got 0."),
+        ({"keep": -1}, "A tail's number of tokens to keep is at least 1, got -1."),
+        ({"keep": 3.0}, "A tail's number of tokens to keep is a whole number, got 3.0."),
+        ({"keep": True}, "A tail's number of tokens to keep is a whole number, got True."),
+        ({"keep": 10**9}, "A tail's number of tokens to keep is at most 65540, got 1000000000."),
+        ({"keep": 10, "tail": TAIL}, "The tail is [2, 2, at least 6 tokens, 192] in float16, "),
+        ({"tail": TAIL.astype(mx.int32)}, "got mlx.core.int32 (2, 2, 5, 192)."),
+        ({"tail": TAIL[:1]}, "got mlx.core.float32 (1, 2, 5, 192)."),
+        (
+            {"held": ROWS[:, :, :3]},
+            "Held rows are uint32 [2, 2, at least 4, 27], got mlx.core.uint32 ",
+        ),
+        (
+            {"held": ROWS[:1]},
+            "Held rows are uint32 [2, 2, at least 4, 27], got mlx.core.uint32 (1, 2, ",
+        ),
+        ({"held": ROWS.astype(mx.int32)}, "got mlx.core.int32 (2, 2, 16, 27)."),
+        ({"capacity": 3}, "A capacity is at least 4, got 3."),
+        ({"capacity": 8.0}, "A capacity is a whole number, got 8.0."),
+        (
+            {"capacity": 8, "held": ROWS},
+            "A capacity is for rows without held ones, got 8 and those.",
+        ),
+        ({"fmt": None}, "A format is what mlx_kvq.format.make_format returns, got None."),
+    ],
+)
+def test_what_a_tail_is_told(arguments, message):
+    with pytest.raises(ValueError) as info:
+        ops.quantize_pack_tail(K, V, **({"fmt": FMT, "tail": None, "keep": 3} | arguments))
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize("op", ["restore", "dequantize"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dtype": mx.int32}, "The dtype is float16, bfloat16 or float32, got mlx.core.int32."),
+        ({"dtype": None}, "The dtype is float16, bfloat16 or float32, got None."),
+        ({"length": 4.0}, "A length is a whole number, got 4.0."),
+        ({"length": True}, "A length is a whole number, got True."),
+        ({"tail": TAIL[:, :1]}, "got mlx.core.float32 (2, 1, 5, 192)."),
+    ],
+)
+def test_what_unpacking_is_told(op, arguments, message):
+    with pytest.raises(ValueError) as info:
+        getattr(ops, op)(ROWS, **({"length": 4, "fmt": FMT} | arguments))
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize("op, D", [("rotate_queries", 64), ("rotate_outputs", 128)])
+def test_what_rotations_are_told(op, D):
+    rotate, what = getattr(ops, op), op.rpartition("_")[2].capitalize()
+    for x, Hkv, message in (
+        (mx.zeros((2, 4, 3, 96)), 2, f"[B, Hq, L, {D}], got mlx.core.float32 (2, 4, 3, 96)."),
+        (mx.zeros((4, 3, D)), 2, f"[B, Hq, L, {D}], got mlx.core.float32 (4, 3, {D})."),
+        (mx.zeros((2, 4, 3, D), mx.int32), 2, f"got mlx.core.int32 (2, 4, 3, {D})."),
+        (mx.zeros((2, 4, 3, D)), 3, f"{what} (2, 4, 3, {D}) do not share 3 KV heads."),
+        (mx.zeros((2, 4, 3, D)), 0, f"{what} (2, 4, 3, {D}) do not share 0 KV heads."),
+        (mx.zeros((2, 4, 3, D)), -2, "Hkv, the number of KV heads, is at least 0, got -2."),
+        (mx.zeros((2, 4, 3, D)), 2.0, "Hkv, the number of KV heads, is a whole number, got 2.0."),
+    ):
+        with pytest.raises(ValueError) as info:
+            rotate(x, FMT, Hkv)
+        assert message in str(info.value)
+
+
+def test_a_calibration_is_of_as_many_heads_as_the_rows():
+    fmt = make_format(Spec.parse("int4-srft"), 64, 128, values=Calibration(mu=mx.zeros((3, 128))))
+    for call in (
+        lambda: ops.quantize_pack(K, V, fmt),
+        lambda: ops.quantize_pack_tail(K, V, fmt, None, 3),
+        lambda: ops.attend(mx.zeros((2, 4, 3, 64)), ROWS, 16, fmt, 1.0),
+        lambda: ops.dequantize(ROWS, 16, fmt),
+        lambda: ops.restore(ROWS, 16, fmt),
+        lambda: ops.rotate_queries(mx.zeros((2, 4, 3, 64)), fmt, 2),
+        lambda: ops.rotate_outputs(mx.zeros((2, 4, 3, 128)), fmt, 2),
+    ):
+        with pytest.raises(ValueError, match="^The format is calibrated for 3 KV heads, got 2.$"):
+            call()
+
+
+@pytest.mark.parametrize("B, H, L", [(0, 2, 4), (2, 0, 4), (2, 2, 0), (0, 0, 0)])
+@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srht", "int8-none"])
+def test_nothing_at_all(B, H, L, spec):
+    """Empty arrays of the right shapes."""
+    fmt = make_format(Spec.parse(spec), 64, 128)
+    W = fmt.layout.words
+    k, v = mx.zeros((B, H, L, 64), mx.float16), mx.zeros((B, H, L, 128), mx.float16)
+    rows = ops.quantize_pack(k, v, fmt)
+    assert (rows.shape, rows.dtype) == ((B, H, L, W), mx.uint32)
+    tail = normal(B, H, 5, 192) if B * H else mx.zeros((B, H, 5, 192))
+    for old in (None, tail):
+        rows, kept = ops.quantize_pack_tail(k, v, fmt, old, 3)
+        assert (rows.shape, kept.shape, kept.dtype) == ((B, H, L, W), (B, H, 3, 192), mx.float32)
+    if not L:  # what was there stays
+        assert mx.array_equal(kept, tail[:, :, 2:])
+    held = mx.ones((B, H, 6, W), mx.uint32)
+    rows, _ = ops.quantize_pack_tail(k, v, fmt, tail, 3, held)
+    assert mx.array_equal(rows, held)
+    rows, _ = ops.quantize_pack_tail(k, v, fmt, tail, 3, None, 9)
+    assert rows.shape == (B, H, 9, W)
+    if L:
+        for op in (ops.dequantize, ops.restore):
+            assert [x.shape for x in op(rows, 4, fmt)] == [(B, H, 4, 64), (B, H, 4, 128)]
+    chunk = ops.restore(rows, 4, fmt, mx.float16, None, (k, v))
+    assert [(x.shape, x.dtype) for x in chunk] == [
+        ((B, H, 4 + L, D), mx.float16) for D in (64, 128)
+    ]
+    for tail in (None, mx.zeros((B, H, 20, 192))):
+        out = ops.attend(mx.zeros((B, 2 * H, L, 64), mx.float16), rows, 4, fmt, 0.1, tail=tail)
+        assert (out.shape, out.dtype) == ((B, 2 * H, L, 128), mx.float16)
+    assert ops.rotate_queries(mx.zeros((B, 2 * H, L, 64)), fmt, H).shape == (B, 2 * H, L, 64)
+    assert ops.rotate_outputs(mx.zeros((B, 2 * H, L, 128)), fmt, H).shape == (B, 2 * H, L, 128)
+
+
+def test_no_queries_of_rows_that_are_there():
+    for shape in ((2, 4, 0, 64), (2, 0, 1, 64)):
+        out = ops.attend(mx.zeros(shape), ROWS, 16, FMT, 1.0)
+        assert out.shape == (*shape[:3], 128)
+
+
+@pytest.mark.parametrize("size", [1e-6, 3e-6, 1e-5, 1e-4, 1e-2])
+@pytest.mark.parametrize(
+    "spec, most", [("int8-srft", 0.04), ("int4-srft", 0.2), ("int4-none", 0.2)]
+)
+def test_small_values_are_kept(spec, most, size):
+    """Down to the smallest numbers of fp16, which scales are."""
+    fmt = make_format(Spec.parse(spec), 128)
+    k, v = size * normal(1, 2, 50, 128), size * normal(1, 2, 50, 128, seed=1)
+    for x, y in zip((k, v), ops.restore(ops.quantize_pack(k, v, fmt), 50, fmt), strict=True):
+        x, y = (np.array(a, np.float64) for a in (x, y))
+        assert np.linalg.norm(x - y) < most * np.linalg.norm(x)

@@ -109,3 +109,39 @@ def test_sizes_with_a_rotation():
     assert not any(why_not("srft", D) for D in EVEN)
     assert not any(why_not("srht", D) for D in POWERS)
     assert not any(why_not("none", D) for D in (1, 7, 80))
+
+
+@pytest.mark.parametrize("D", [0, -8, 10**12, 64.0, True, None])
+@pytest.mark.parametrize("name", ["srft", "srht", "householder", "quaternion", "none"])
+def test_a_head_size_is_a_whole_number(name, D):
+    with pytest.raises(ValueError, match="^a head size is a whole number from 1 to 65536, not "):
+        matrix(name, 0, KEYS, D)
+
+
+def test_rotations_that_do_not_exist():
+    assert why_not("dct", 64).startswith("a rotation is one of srft, srht, ")
+    with pytest.raises(ValueError, match="^a rotation is one of srft, srht, .*, not 'dct'.$"):
+        matrix("dct", 0, KEYS, 64)
+    for call in (
+        lambda: rotation.real_fft(7),
+        lambda: rotation.hadamard(12),
+        lambda: rotation.householder(0, 0, 5),
+        lambda: rotation.quaternion(0, 0, 6),
+    ):
+        with pytest.raises(ValueError, match="needs a head size that|needs an even head size"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((-1, KEYS, 8), "A seed is a whole number from 0 to "),
+        ((0.5, KEYS, 8), "A seed is a whole number from 0 to .*, got 0.5.$"),
+        ((0, 2, 8), "A stream is a whole number from 0 to 1, got 2."),
+        ((0, KEYS, -8), "A head size is a whole number from 0 to 65536, got -8."),
+        ((0, KEYS, 10**12), "A head size is a whole number from 0 to 65536, got 10"),
+    ],
+)
+def test_signs_that_do_not_exist(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        signs(*arguments)
