@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ class _Table:
 def _record() -> dict[str, Any]:
     info = mx.device_info()
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"mlx_kvq {shlex.join(sys.argv[1:])}",
         "commit": _commit(),
         "sources": _digest(),
