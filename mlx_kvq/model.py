@@ -19,6 +19,8 @@ from .seams import KEEP, CacheFactory, factory_of, own_caches, same_layers
 from .spec import Spec
 
 PACKABLE = (stock.KVCache, stock.RotatingKVCache)
+LATENT = "latent attention (MLA), whose cache is small already"
+SPARSE = "sparse attention, which reads the arrays of its caches"
 
 
 @dataclass
@@ -261,6 +263,8 @@ def _plan(
             report.left[layer] = f"{type(cache).__name__} is not a plain key/value cache"
         elif path not in shapes:
             report.left[layer] = "not reached by a forward pass"
+        elif kinds[layer].indexed:  # read in longer prompts only than those that are tried below
+            report.left[layer] = LATENT if kinds[layer].latent else SPARSE
         else:
             try:
                 formats[path] = make_format(spec, *shapes[path][1:])
@@ -270,14 +274,9 @@ def _plan(
     seams.install()
     while formats and (failed := _first_failure(model, make())):
         path, failure = failed
-        # Beside a latent cache there may be one of an indexer, which is read apart as well, in
-        # prompts longer than those that are tried here.
         alike = [p for p in formats if kinds[p[0]].latent]
-        reason = "latent attention (MLA), whose cache is small already"
-        if not alike and path and kinds[path[0]].indexed:
-            alike = [p for p in formats if kinds[p[0]] == kinds[path[0]]]
-            reason = "sparse attention, which reads the arrays of its caches"
-        elif not alike:
+        reason = LATENT
+        if not alike:
             # Layers of the same kind run the same code.
             alike = [
                 p
@@ -345,7 +344,7 @@ def _plan(
             report.unpacked.append(path[0])
     report.alone = _batch_failure(model, make)
     make.alone, make.calibrated = bool(report.alone), calibration is not None
-    sizes = {p: s for p, s in shapes.items() if type(own[p]) in PACKABLE}
+    sizes = {p: s for p, s in shapes.items() if _is_packable(own[p], kinds[p[0]])}
     make.made(automatic.Identity(model, sizes))
     return make, report
 
@@ -365,7 +364,11 @@ class _Kind:
     @property
     def indexed(self) -> bool:
         """Whether a second cache, of a single head, says which tokens are read."""
-        return len(self.sizes) > 1 and self.sizes[1][0] == 1
+        return len(self.sizes) > 1 and self.sizes[1][0] == 1 and self.sizes[1] != self.sizes[0]
+
+
+def _is_packable(cache: object, kind: _Kind) -> bool:
+    return type(cache) in PACKABLE and not kind.indexed
 
 
 def _kinds(shapes: Mapping[tuple[int, ...], tuple[int, int, int]]) -> dict[int, _Kind]:
@@ -451,9 +454,11 @@ def packable(
     model: nn.Module,
 ) -> tuple[Callable[[], list], dict[tuple[int, ...], tuple[int, int, int]]]:
     """What makes the model's own caches, and (Hkv, Dk, Dv) of each that a spec could pack."""
-    kinds = {path: type(cache) for path, cache in _leaves(own_caches(model))}
+    own = dict(_leaves(own_caches(model)))
     sizes = _head_sizes(model, own_caches(model))
-    return lambda: own_caches(model), {p: s for p, s in sizes.items() if kinds[p] in PACKABLE}
+    kinds = _kinds(sizes)
+    could = {p: s for p, s in sizes.items() if _is_packable(own[p], kinds[p[0]])}
+    return lambda: own_caches(model), could
 
 
 def _leaves(caches, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], object]]:
