@@ -3,7 +3,6 @@
 ``SEAMS`` lists them all. ``install`` looks every name up before it changes anything, so that an
 mlx-lm whose names moved is refused whole. The function objects themselves are changed
 (``trampoline``): whoever imported them, by whatever name and however early, gets the replacement.
-A few are replaced for the functions of one module alone, by the name that these look up.
 
 - ``base.quantized_scaled_dot_product_attention``, which ``base.scaled_dot_product_attention``
   looks up at call time for every cache that has ``bits``: packed keys go to our attention,
@@ -14,10 +13,10 @@ A few are replaced for the functions of one module alone, by the name that these
 - ``cache.make_prompt_cache``: for an enabled model it honours ``max_kv_size``, which mlx-lm
   leaves out for a model with its own caches; either half of a wrapper (an image model and its
   language model) finds what the other half was enabled with.
-- ``trim_prompt_cache`` and ``can_trim_prompt_cache`` in ``mlx_lm.generate`` alone, where
-  speculative decoding rewinds by the one and asks the other whether it can: a rotating cache that
-  is full can give back the tokens of the last chunk, no matter what ``is_trimmable`` says of any
-  number.
+- ``cache.trim_prompt_cache`` and ``cache.can_trim_prompt_cache``, called from ``mlx_lm.generate``,
+  where speculative decoding rewinds by the one and asks the other whether it can: a rotating cache
+  that is full can give back the tokens of the last chunk, no matter what ``is_trimmable`` says of
+  any number.
 - ``generate.maybe_quantize_kv_cache``, through which ``kv_bits`` reaches a cache, and which passes
   over packed ones without a word: two ways to quantize the cache are an error.
 - ``generate.speculative_generate_step``: packed caches without any of the draft model are an
@@ -27,12 +26,13 @@ A few are replaced for the functions of one module alone, by the name that these
   classes, where the latter looks.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from types import FunctionType
 from typing import Any
 
 import mlx.nn as nn
@@ -60,14 +60,12 @@ class Seam:
         name (str): Of a function, or ``Class.method``.
         make: Called with the original, returns the replacement. It is called with the original's
             positional parameters in their order, and may be a generator function.
-        here (bool): Only for the functions of that module.
         optional (bool): Passed over where mlx-lm has no such name.
     """
 
     module: str
     name: str
     make: Callable[[Callable], Callable]
-    here: bool = False
     optional: bool = False
 
 
@@ -77,42 +75,30 @@ def install() -> None:
     Raises:
         NotSupportedError: If this mlx-lm lacks one.
     """
-    found: dict[tuple[str, str], tuple[Any, str, Any, list[Seam]]] = {}
+    found: dict[int, tuple[FunctionType, list[Seam]]] = {}
     for seam in SEAMS:
-        if (seam.module, seam.name) in found:
-            found[seam.module, seam.name][3].append(seam)
-        elif (place := _place(seam)) is not None:
-            found[seam.module, seam.name] = (*place, [seam])
+        if (f := _function(seam)) is not None:
+            found.setdefault(id(f), (f, []))[1].append(seam)
     for cls in CLASSES:
         setattr(stock, cls.__name__, cls)
-    for owner, name, f, seams in found.values():
-        make = _stacked(seams)
-        if not seams[0].here:
-            trampoline.replace(f, make)
-        elif not hasattr(f, "_mlx_kvq"):
-            replacement = make(f)
-            replacement._mlx_kvq = f  # type: ignore[attr-defined]
-            setattr(owner, name, replacement)
+    for f, seams in found.values():
+        trampoline.replace(f, _stacked(seams))
 
 
-def _place(seam: Seam) -> tuple[Any, str, Any] | None:
-    """(what has the name, the name, the function); None if it is absent and may be."""
+def _function(seam: Seam) -> FunctionType | None:
+    """What is to be changed; None if it is absent and may be."""
     try:
-        owner: Any = import_module(f"mlx_lm.{seam.module}")
+        found: Any = import_module(f"mlx_lm.{seam.module}")
     except ModuleNotFoundError as error:
         if error.name != f"mlx_lm.{seam.module}":
             raise
-        owner = ModuleType(seam.module)
-    *outer, name = seam.name.split(".")
-    for part in outer:
-        owner = getattr(owner, part, None)
-    found = vars(owner).get(name) if owner is not None else None
-    function = found if seam.here and callable(found) else trampoline.function(found)
-    if function is None:
-        if seam.optional and found is None:
-            return None
+        found = None
+    for part in seam.name.split("."):
+        found = None if found is None else vars(found).get(part)
+    function = trampoline.function(found)
+    if function is None and not (seam.optional and found is None):
         raise missing(f"{seam.module}.{seam.name}")
-    return owner, name, function
+    return function
 
 
 def _stacked(seams: list[Seam]) -> Callable[[Callable], Callable]:
@@ -177,6 +163,15 @@ def _quantize(original):
     return quantize
 
 
+def _speculating(original, ours):
+    def trim(*args, **kwargs):
+        # The caller of the changed function, whose frame is this one's.
+        caller = sys._getframe(2).f_globals.get("__name__")
+        return (ours if caller == "mlx_lm.generate" else original)(*args, **kwargs)
+
+    return trim
+
+
 def _speculate(original):
     def speculate(prompt, model, draft_model, *more, **named):
         caches = named.get("prompt_cache")
@@ -231,8 +226,12 @@ SEAMS = [
     Seam("models.cache", "make_prompt_cache", _make_prompt_cache),
     Seam("models.cache", "save_prompt_cache", _save_prompt_cache),
     Seam("models.cache", "load_prompt_cache", _load_prompt_cache),
-    Seam("generate", "trim_prompt_cache", lambda original: rewind, here=True),
-    Seam("generate", "can_trim_prompt_cache", lambda original: can_speculate, here=True),
+    Seam("models.cache", "trim_prompt_cache", lambda original: _speculating(original, rewind)),
+    Seam(
+        "models.cache",
+        "can_trim_prompt_cache",
+        lambda original: _speculating(original, can_speculate),
+    ),
     Seam("generate", "maybe_quantize_kv_cache", _quantize),
     Seam("generate", "speculative_generate_step", _speculate),
 ]

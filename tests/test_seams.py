@@ -101,9 +101,7 @@ def test_a_seam_that_is_gone_is_named_and_nothing_is_changed():
         "from mlx_kvq.stock_names import NotSupportedError\n"
         "import mlx_lm\n"
         "def state():\n"
-        "    held = [k for k, v in trampoline._changed.items() if not v[2]]\n"
-        "    generate = importlib.import_module('mlx_lm.generate')\n"
-        "    return len(held), generate.trim_prompt_cache.__module__\n"
+        "    return [k for k, v in trampoline._changed.items() if not v[2]]\n"
         "before = state()\n"
         "for seam in seams.SEAMS:\n"
         "    module = importlib.import_module(f'mlx_lm.{seam.module}')\n"
@@ -421,3 +419,14 @@ def test_sparse_layers_are_no_latent_ones():
     caches = stock.make_prompt_cache(model)
     for tokens in (mx.arange(40)[None] % 7, mx.array([[1]])):  # past the blocks that are read
         assert mx.isfinite(model(tokens, cache=caches)).all()
+
+
+def test_rewinding_is_for_speculation_alone(model):
+    """Others that trim, as the server's prompt cache does, ask what mlx-lm's caches answer."""
+    caches = mlx_kvq.make_prompt_cache(model, SPEC, 8)
+    model(mx.arange(12)[None], cache=caches)
+    assert not stock.can_trim_prompt_cache(caches)
+    assert stock.trim_prompt_cache(caches, 1) == 0
+    names = {"__name__": "mlx_lm.generate", "stock": stock, "caches": caches}
+    assert eval("(lambda: stock.can_trim_prompt_cache(caches))()", names)
+    assert eval("(lambda: stock.trim_prompt_cache(caches, 1))()", names) == 1
