@@ -314,8 +314,8 @@ def _registering(original):
     def load_prompt_cache(file_name, *args, **kwargs):
         try:
             return original(file_name, *args, **kwargs)
-        except KeyError as error:
-            if not str(error).startswith("'Packed"):
+        except Exception:  # of an older mlx-lm not always a KeyError
+            if not _is_packed(file_name):
                 raise
         from . import stock_names
 
@@ -328,6 +328,16 @@ def _registering(original):
         return stock.load_prompt_cache(file_name, *args, **kwargs)
 
     return load_prompt_cache
+
+
+def _is_packed(file_name) -> bool:
+    """Whether a safetensors header is that of packed caches."""
+    try:
+        with open(file_name, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return b'"0.mlx_kvq"' in file.read(min(size, 1 << 26))
+    except OSError:
+        return False
 
 
 def _knowing_our_caches(load_prompt_cache):

@@ -39,7 +39,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
-from . import batch, cache, trampoline
+from . import batch, before_032, cache, trampoline
 from .attention import PackedView, packed_attention
 from .stock_names import missing
 
@@ -144,13 +144,13 @@ def _make_prompt_cache(original):
 def _save_prompt_cache(original):
     from . import prompt_cache  # which needs what needs this module
 
-    return prompt_cache.saving(original)
+    return prompt_cache.saving(before_032.saving(original) if before_032.needed() else original)
 
 
 def _load_prompt_cache(original):
     from . import prompt_cache
 
-    return prompt_cache.loading(original)
+    return prompt_cache.loading(before_032.loading(original) if before_032.needed() else original)
 
 
 def _quantize(original):
