@@ -33,7 +33,8 @@ def saving(original: Callable) -> Callable:
                 )
         scalars: list[Any] = [""]
         arrays = {}
-        for at, x in tree_flatten([c.state for c in cache]):
+        states: Any = tree_flatten([c.state for c in cache])
+        for at, x in states:
             if isinstance(x, int | float | bool):
                 scalars.append((at, "scalar"))
             elif isinstance(x, str):

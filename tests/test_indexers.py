@@ -1,4 +1,4 @@
-"""Layers that read the cache of an indexer, in part only in prompts longer than any that is tried."""
+"""Layers that read the cache of an indexer, in part in longer prompts only than enable tries."""
 
 import mlx.core as mx
 import pytest
