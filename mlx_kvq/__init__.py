@@ -40,11 +40,17 @@ _MODULES = {
 }
 
 
+# What needs mlx-lm, and says so if this one is not supported.
+_LED = {"calibrate", "convert", "disable", "enable", "evaluate", "make_prompt_cache"}
+
+
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _LED:
+        import_module(f"{__name__}.stock_names").check()
     module = import_module(f"{__name__}.{_MODULES[name]}")
     value = module if name == _MODULES[name] else getattr(module, name)
     globals()[name] = value
@@ -53,3 +59,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+from . import _startup as _startup  # noqa: E402  # an installed start-up line has done so already

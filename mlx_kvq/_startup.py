@@ -3,7 +3,8 @@
 The one line of ``mlx_kvq.pth`` makes every interpreter start in the environment import this
 file. So it imports only what a bare start has loaded already, never prints and costs a fraction
 of a millisecond (``scripts/time_startup.py``). It leaves one finder behind, which does nothing
-until a command module of mlx-lm, or the module with its ``load``, is imported.
+until a command module of mlx-lm, or one of its modules that load, is imported. Without the line,
+``import mlx_kvq`` imports this file, after mlx-lm perhaps.
 """
 
 import os
@@ -26,7 +27,8 @@ COMMANDS = frozenset(
         "mlx_lm.server",
     }
 )
-MODULES = COMMANDS | {"mlx_lm.utils"}  # whose load every command and the Python API use
+# Every command and the Python API load models by the one, and saved caches by the other.
+MODULES = COMMANDS | {"mlx_lm.models.cache", "mlx_lm.utils"}
 
 # What `python -m mlx_lm.<command>` runs instead of a second copy of the module: the patched one.
 # (import_module, because the function mlx_lm.generate hides the module of that name.)
@@ -114,3 +116,6 @@ def warn(name: str, error: Exception) -> None:
 
 if os.environ.get("MLX_KVQ_DISABLE", "") in ("", "0"):
     sys.meta_path.insert(0, Finder)
+    for _name in MODULES.intersection(sys.modules):
+        if not getattr(getattr(sys.modules[_name], "__spec__", None), "_initializing", False):
+            patch(sys.modules[_name])

@@ -6,8 +6,9 @@ and are named by a hash of the model's weights.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .calibrate import calibrate, calibrate_tokens
 from .calibration import CalibrationSet
+from .seams import factory_of
 from .shards import all_ranks
 
 SAMPLES = 16  # values of a tensor that go into the hash
@@ -32,15 +34,26 @@ def directory() -> Path:
     return Path(base).expanduser() / "mlx_kvq"
 
 
-def identity(model: nn.Module) -> str:
+Sizes = Mapping[tuple[int, ...], tuple[int, int, int]]  # path of a cache -> (Hkv, Dk, Dv)
+
+
+def identity(model: nn.Module, sizes: Sizes | None = None) -> str:
     """Hash of a model's weights by names, shapes and a few values of each, and of the caches it
     makes; 24 hex digits.
 
-    The same for a model in fp16, bf16 or fp32 as long as the values are the same.
+    The same for a model in fp16, bf16 or fp32 as long as the values are the same, and for either
+    half of a wrapper whose other half is enabled.
+
+    Args:
+        model (nn.Module): A model from ``mlx_lm.load``.
+        sizes (dict, optional): Of its caches, if they are known.
     """
     from .model import packable  # which imports this module
 
-    digest = hashlib.sha256(f"{VERSION}{packable(model)[1]}".encode())
+    if (factory := factory_of(model)) is not None:
+        model = factory.holders[0] or model  # what enable() was called with
+    sizes = packable(model)[1] if sizes is None else sizes
+    digest = hashlib.sha256(f"{VERSION}{sizes}".encode())
     weights: list[tuple[str, mx.array]] = sorted(tree_flatten(model.parameters()))  # type: ignore
     picks = []
     for _, w in weights:
@@ -50,7 +63,37 @@ def identity(model: nn.Module) -> str:
     mx.eval(picks)
     for (name, w), values in zip(weights, picks, strict=True):
         digest.update(f"{name}{w.shape}".encode() + np.array(values).tobytes())
+    for name, module in sorted(model.named_modules()):
+        if "lora_a" in module:  # multiplied with the weights, and no parameter
+            digest.update(f"{name} {getattr(module, 'scale', None)}".encode())
     return digest.hexdigest()[:24]
+
+
+class Identity:
+    """The identity of a model as it is now, hashed again if arrays were exchanged meanwhile, as
+    all of mlx does: 1 ms for 700 parameters. Not seen: an array that is written into."""
+
+    def __init__(self, model: nn.Module, sizes: Sizes):
+        self.model, self.sizes = model, sizes
+        self._seen: list = []
+        self._name = ""
+
+    def __call__(self) -> str:
+        held: list = []
+        for _, module in self.model.named_modules():
+            held.extend(v for v in module.values() if isinstance(v, mx.array))
+            if "lora_a" in module:
+                held.append(getattr(module, "scale", None))
+        if len(held) != len(self._seen) or any(
+            (old() if isinstance(old, ref) else old) is not new
+            for old, new in zip(self._seen, held, strict=True)
+        ):
+            self._name = identity(self.model, self.sizes)
+            self._seen = [ref(a) if isinstance(a, mx.array) else a for a in held]
+        return self._name
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_seen": []}
 
 
 def silent(line: str) -> None:
@@ -71,16 +114,18 @@ def automatic(
         ValueError: If nothing of the model can be packed.
     """
     kind = "random" if tokenizer is None else "sample"
-    folder, name = directory(), identity(model)
-    path = folder / f"{name}-{kind}.safetensors"
+    name = identity(model)
     kept = None
     # A calibration from text serves a call without a tokenizer, too.
-    for known in (path, folder / f"{name}-sample.safetensors"):
-        if kept is None and known.exists():
-            try:
+    for of in dict.fromkeys((kind, "sample")):
+        try:
+            known = directory() / f"{name}-{of}.safetensors"
+            if kept is None and known.exists():
                 kept = CalibrationSet.load(known)
-            except (ValueError, OSError) as error:
-                say(f"calibrating again, the kept calibration cannot be used: {error}")
+        except ValueError as error:
+            say(f"calibrating again, the kept calibration cannot be used: {error}")
+        except (OSError, RuntimeError):  # a folder that cannot be read: said once, below
+            break
     if all_ranks(kept is not None, model) and kept is not None:
         return kept
     bar = say is not silent
@@ -93,11 +138,19 @@ def automatic(
     else:
         say("no calibration for this model: calibrating on the built-in sample text, once")
         found = calibrate(model, tokenizer, tokens=SAMPLE_TOKENS, progress=bar)
-    try:
-        found.save(path)
-    except OSError as error:
-        say(f"the calibration is used but could not be kept in '{folder}': {error.strerror}")
+    _keep(found, f"{name}-{kind}.safetensors", say)
     return found
+
+
+def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> None:
+    """Save into the folder; where that cannot be, one line says so and the command goes on."""
+    folder: Path | str = "~/.cache"
+    try:
+        folder = directory()
+        found.save(folder / name)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        say(f"warning: the calibration is used but could not be kept in '{folder}': {reason}")
 
 
 def random_tokens(model: nn.Module) -> mx.array:

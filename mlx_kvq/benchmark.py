@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def record() -> dict[str, Any]:
     """What was measured with, on what: date, command, commit, versions, device."""
     info = mx.device_info()
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"mlx_kvq {shlex.join(sys.argv[1:])}",
         "commit": _commit(),
         "sources": _digest(),

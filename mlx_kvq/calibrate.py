@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from . import __version__, rotation
+from . import __version__, arguments, rotation
 from .calibration import CalibrationSet, LayerCalibration
 from .format import Calibration
 from .spec import Spec
@@ -62,6 +62,9 @@ def calibrate(
     Raises:
         ValueError: If nothing of the model can be packed or the texts are empty.
     """
+    arguments.model(model)
+    arguments.integer("tokens", tokens)
+    arguments.integer("length", length, 2)
     spec = Spec.parse(spec) if spec is not None else None
     text = "given"
     if texts is None:
@@ -92,6 +95,9 @@ def calibrate_tokens(
     """
     from .model import packable  # which imports this module to calibrate by itself
 
+    arguments.model(model)
+    if not windows:
+        raise ValueError("windows are arrays [n] of tokens, at least one, got none.")
     caches, shapes = packable(model)
     bar = tqdm(windows, desc="calibrating", unit="window", disable=not progress, leave=False)
     moments = collect(model, caches, shapes, ((w, 0) for w in bar), spec is not None)
@@ -119,8 +125,6 @@ def _encode(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
 
 def _windows(texts: Iterable[list[int]], tokens: int, length: int) -> Iterator[mx.array]:
     """At most ``tokens`` tokens of the texts, in windows of at most ``length``."""
-    if tokens < 1 or length < 2:
-        raise ValueError(f"tokens is at least 1 and length 2, got {tokens} and {length}.")
     for ids in texts:
         ids = ids[:tokens]
         tokens -= len(ids)

@@ -5,11 +5,11 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from . import __version__, spec
+from . import __version__, spec, stock_names
 
 # name -> what --help says. Module mlx_kvq.<name>, with _ for -, has `add_arguments(parser)` and
-# `run(args)`, which returns the exit status or None; a ValueError from it becomes one line and
-# status 1.
+# `run(args)`, which returns the exit status or None; a ValueError or OSError from it becomes one
+# line and status 1, Ctrl-C one line and status 130.
 COMMANDS: dict[str, str] = {
     "benchmark": "Time packed caches beside the model's own and mlx-lm's quantized ones.",
     "calibrate": "Make a calibration file for a model from text.",
@@ -22,6 +22,28 @@ COMMANDS: dict[str, str] = {
 
 
 def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    command = next((f" {word}" for word in arguments if word in COMMANDS), "")
+    try:
+        sys.exit(_run(arguments))
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename is not None else ""
+        reason = f"{where}{error.strerror or error}"
+    except ValueError as error:
+        reason = str(error)
+    except ImportError as error:
+        if not (error.name or "").startswith("mlx_lm"):
+            raise
+        from mlx_lm import __version__ as version
+
+        reason = f"mlx_lm {version} is not supported: {error}"
+    except KeyboardInterrupt:
+        print(f"mlx_kvq{command}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(f"mlx_kvq{command}: error: {reason}")
+
+
+def _run(arguments: list[str]) -> Any:
     parser = argparse.ArgumentParser(
         prog="mlx_kvq",
         description="A rotated int4 key/value cache for mlx-lm. Use it as "
@@ -30,18 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"mlx_kvq {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=bool(COMMANDS))
-    arguments = sys.argv[1:] if argv is None else argv
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name in arguments:  # the others need not be imported
+            if name != "doctor":
+                stock_names.check()
             _module(name).add_arguments(sub)
     args = parser.parse_args(arguments)
     if args.command is None:
         return parser.print_help()
-    try:
-        sys.exit(_module(args.command).run(args))
-    except ValueError as error:
-        sys.exit(f"mlx_kvq {args.command}: error: {error}")
+    return _module(args.command).run(args)
 
 
 def _module(command: str) -> Any:

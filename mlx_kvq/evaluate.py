@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, arguments
 from .attention import DECODE_QUERIES
 from .baselines import KV_BITS, Candidate, bytes_per_token, candidate, check_name, own
 from .calibration import CalibrationSet
@@ -127,7 +127,13 @@ def evaluate(
         ValueError: If a spec is unknown or not possible for this model, if a text is too
             short, or if a size makes no sense.
     """
-    if min(windows, chunk) < 1 or tokens <= chunk:
+    arguments.model(model)
+    for name, given in (("windows", windows), ("tokens", tokens), ("chunk", chunk)):
+        arguments.integer(name, given)
+    for name, several in (("specs", specs), ("texts", texts)):
+        if isinstance(several, str | Spec):
+            raise ValueError(f"{name} is a list, got {several!r:.60}.")
+    if tokens <= chunk:
         raise ValueError(
             f"{windows} windows of {tokens} tokens in chunks of {chunk}: a window needs more "
             "tokens than a chunk, and there must be one of each at least."

@@ -3,22 +3,24 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache as cache_once
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
-from . import automatic, seams, shards
+from . import arguments, automatic, seams, shards
 from .budget import STEPS, allocate
 from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
 from .calibrate import lambda_of
 from .calibration import CalibrationSet
 from .format import Format, make_format
+from .seams import KEEP, CacheFactory, factory_of, own_caches, same_layers
 from .spec import Spec
 
-KEEP = 4  # first tokens kept when max_kv_size bounds a cache, as in mlx-lm
+PACKABLE = (stock.KVCache, stock.RotatingKVCache)
+LATENT = "latent attention (MLA), whose cache is small already"
+SPARSE = "sparse attention, which reads the arrays of its caches"
 
 
 @dataclass
@@ -95,7 +97,9 @@ def enable(
     """Make every mlx-lm entry point use a packed cache for this model.
 
     Layers with a ``KVCache`` get a packed growing cache, sliding layers a packed rotating one;
-    caches of other kinds stay as they are.
+    caches of other kinds stay as they are. A wrapper and the language model in it are enabled
+    together. Weights that change afterwards are noticed with the next cache: one warning, and
+    what is saved from then on belongs to the new weights.
 
     Args:
         model (nn.Module): A model from ``mlx_lm.load``.
@@ -117,22 +121,29 @@ def enable(
         ValueError: If the spec is not valid, nothing in this model can be packed, or the
             calibration is not one of this model.
     """
+    arguments.model(model)
     parsed = Spec.parse(spec)
     if parsed is None:
         disable(model)
         return None
     say = _say if verbose else automatic.silent
-    make, report = _plan(model, parsed, calibration, tokenizer, say, policy)
+    packing, report = _plan(model, parsed, calibration, tokenizer, say, policy)
     seams.install()
-    model.make_cache = seams.CacheFactory(make)
+    disable(model)
+    holders: list = []
+    for part in (model, *same_layers(model)):
+        part.make_cache = CacheFactory(packing, part, holders)
     say(str(report))
     return report
 
 
 def disable(model: nn.Module) -> None:
-    """Give the model its own cache back. Does nothing to a model that is not enabled."""
-    if isinstance(vars(model).get("make_cache"), seams.CacheFactory):
-        del model.make_cache
+    """Give the model, and the other half of a wrapper, its own cache back. Does nothing to a model
+    that is not enabled."""
+    while (factory := factory_of(model)) is not None:
+        for part in factory.holders:
+            if getattr(vars(part).get("make_cache"), "holders", None) is factory.holders:
+                del part.make_cache
 
 
 def _say(line: str) -> None:
@@ -152,33 +163,70 @@ def make_prompt_cache(
     Args:
         model (nn.Module): A model from ``mlx_lm.load``.
         spec (str or Spec): For example ``"int4-srft"``.
-        max_kv_size (int, optional): Bounds every growing layer to so many tokens, of which the
-            first 4 are never dropped.
+        max_kv_size (int, optional): Bounds every growing layer to so many tokens, at least 1,
+            of which the first 4 are never dropped.
         calibration, tokenizer: As for :func:`enable`.
 
     Raises:
         ValueError: As :func:`enable`.
     """
+    arguments.model(model)
     parsed = Spec.parse(spec)
+    _check_size(max_kv_size)
     if parsed is None:
-        return _stock_make(model)(max_kv_size)
-    make, _ = _plan(model, parsed, calibration, tokenizer, automatic.silent)
+        return own_caches(model, max_kv_size)
+    packing, _ = _plan(model, parsed, calibration, tokenizer, automatic.silent)
     seams.install()
-    return make(max_kv_size)
+    return packing(max_kv_size)
 
 
-def _stock_make(model: nn.Module) -> Callable[[int | None], list]:
-    """What makes the model's caches when it is not enabled."""
-    own = getattr(type(model), "make_cache", None)
-    if own is not None:
-        return lambda max_kv_size: own(model)
+def _check_size(max_kv_size: object) -> None:
+    if max_kv_size is not None:
+        arguments.integer("max_kv_size", max_kv_size)
 
-    def default(max_kv_size: int | None) -> list:
-        if max_kv_size is not None:
-            return [stock.RotatingKVCache(max_kv_size, KEEP) for _ in model.layers]
-        return [stock.KVCache() for _ in model.layers]
 
-    return default
+@dataclass
+class Packing:
+    """Makes the caches of a model, packed where they can be.
+
+    Args:
+        model (nn.Module): That was enabled.
+        formats (dict): Path of a packed cache -> its format.
+        as_arrays (set): Paths of those that attend without mlx-lm's shared function.
+    """
+
+    model: nn.Module
+    formats: dict[tuple[int, ...], Format] = field(default_factory=dict)
+    as_arrays: set[tuple[int, ...]] = field(default_factory=set)
+    alone: bool = False
+    calibrated: bool = False
+    identity: automatic.Identity | None = None
+    _of: str = ""  # the identity that it was made for
+    _warned: bool = False
+
+    def made(self, identity: automatic.Identity) -> None:
+        """From now on say of which model the caches are."""
+        self.identity, self._of = identity, identity()
+
+    def __call__(self, max_kv_size: int | None = None) -> list:
+        _check_size(max_kv_size)
+        name = "" if self.identity is None else self.identity()
+        if name != self._of and not self._warned:
+            self._warned = True
+            stays = "; its calibration is of the weights before" if self.calibrated else ""
+            _say(
+                "warning: the model's weights have changed since its cache was packed first: new "
+                f"caches belong to the new ones{stays}. enable() makes it anew"
+            )
+        made = [
+            _pack(c, (i,), self.formats, max_kv_size) for i, c in enumerate(own_caches(self.model))
+        ]
+        for path, cache in _leaves(made):
+            if isinstance(cache, _PackedCache):
+                if path in self.as_arrays:
+                    cache.as_arrays = True
+                cache.model, cache.alone = name, self.alone
+        return made
 
 
 def _plan(
@@ -188,9 +236,13 @@ def _plan(
     tokenizer,
     say: Callable[[str], None],
     policy: Mapping[tuple[int, ...], str] | None = None,
-) -> tuple[Callable[[int | None], list], Report]:
+) -> tuple[Packing, Report]:
     """Find the layers that can be packed, by running the model without evaluating anything,
     then calibrate them and apply the spec's policy."""
+    arguments.instance(
+        "calibration", calibration, (CalibrationSet, str, Path), "a CalibrationSet or a file"
+    )
+    arguments.instance("policy", policy, (Mapping,), "a dict of paths and bits")
     if isinstance(calibration, str | Path):
         calibration = CalibrationSet.load(calibration)
     if calibration is not None and spec.calibrate == "off":
@@ -199,48 +251,43 @@ def _plan(
         from . import repository  # which imports this module
 
         calibration = repository.calibration(model, spec)
-    own = _stock_make(model)
     report = Report(spec)
-    formats: dict[tuple[int, ...], Format] = {}  # by path in the caches
-    shapes = _head_sizes(model, own(None))
-    for path, cache in _leaves(own(None)):
+    make = Packing(model)
+    formats, as_arrays = make.formats, make.as_arrays
+    shapes = _head_sizes(model, own_caches(model))
+    own = dict(_leaves(own_caches(model)))
+    kinds = _kinds(shapes)
+    for path, cache in own.items():
         layer = path[0]
-        if type(cache) not in (stock.KVCache, stock.RotatingKVCache):
+        if type(cache) not in PACKABLE:
             report.left[layer] = f"{type(cache).__name__} is not a plain key/value cache"
         elif path not in shapes:
             report.left[layer] = "not reached by a forward pass"
+        elif kinds[layer].indexed:  # read in longer prompts only than those that are tried below
+            report.left[layer] = LATENT if kinds[layer].latent else SPARSE
         else:
             try:
                 formats[path] = make_format(spec, *shapes[path][1:])
             except ValueError as error:
                 report.left[layer] = str(error)
 
-    def make(max_kv_size: int | None) -> list:
-        caches = own(None)
-        made = [_pack(c, (i,), formats, max_kv_size) for i, c in enumerate(caches)]
-        for path, cache in _leaves(made):
-            if path in as_arrays and isinstance(cache, _PackedCache):
-                cache.as_arrays = True
-        return made
-
-    as_arrays: set[tuple[int, ...]] = set()
     seams.install()
-    while formats and (failed := _first_failure(model, make(None))):
+    while formats and (failed := _first_failure(model, make())):
         path, failure = failed
-        # Beside a latent cache there may be one of an indexer, which is read apart as well, in
-        # prompts longer than those that are tried here.
-        latent = {p[0] for p in formats if shapes[p][0] == 1 and shapes[p][1] != shapes[p][2]}
-        reason = "latent attention (MLA), whose cache is small already"
-        # Layers of the same shape run the same code.
-        alike = [
-            p for p in formats if (p[0] in latent if latent else shapes[p] == shapes.get(path))
-        ]
+        alike = [p for p in formats if kinds[p[0]].latent]
+        reason = LATENT
         if not alike:
-            raise ValueError(
-                f"{spec} cannot be used with this model: running it on packed caches raised "
-                f"{type(failure).__name__}: {failure}"
-            ) from failure
-        if not latent:
+            # Layers of the same kind run the same code.
+            alike = [
+                p
+                for p in formats
+                if path and kinds[p[0]] == kinds[path[0]] and shapes[p] == shapes.get(path)
+            ]
+            if not alike:
+                raise ValueError(
+                    f"{spec} cannot be used with this model: running it on packed caches raised "
+                    f"{type(failure).__name__}: {failure}"
+                ) from failure
             if path not in as_arrays:
                 as_arrays.update(alike)
                 continue
@@ -281,7 +328,9 @@ def _plan(
         bits = allocate(
             model,
             # Without an exact tail: it would hide much of what is compared.
-            lambda bits: _mixed(own, _formats(replace(spec, recent=0), bits, shapes, calibration)),
+            lambda bits: _mixed(
+                model, _formats(replace(spec, recent=0), bits, shapes, calibration)
+            ),
             bits,
             {p: {b: _formats(spec, {p: b}, shapes, None)[p].layout for b in STEPS} for p in bits},
             spec.budget,
@@ -294,17 +343,40 @@ def _plan(
         if path in as_arrays:
             report.unpacked.append(path[0])
     report.alone = _batch_failure(model, make)
-    name = cache_once(lambda: automatic.identity(model))
+    make.alone, make.calibrated = bool(report.alone), calibration is not None
+    sizes = {p: s for p, s in shapes.items() if _is_packable(own[p], kinds[p[0]])}
+    make.made(automatic.Identity(model, sizes))
+    return make, report
 
-    def made_for_this_model(max_kv_size: int | None) -> list:
-        caches = make(max_kv_size)
-        for _, cache in _leaves(caches):
-            if isinstance(cache, _PackedCache):
-                cache.model = name()
-                cache.alone = bool(report.alone)
-        return caches
 
-    return made_for_this_model, report
+@dataclass(frozen=True)
+class _Kind:
+    """What tells layers apart that run different code: the sizes of their caches."""
+
+    sizes: tuple[tuple[int, int, int], ...]
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are one latent vector and a position, in a single head."""
+        heads, keys, values = self.sizes[0]
+        return heads == 1 and keys != values
+
+    @property
+    def indexed(self) -> bool:
+        """Whether a second cache, of a single head, says which tokens are read."""
+        return len(self.sizes) > 1 and self.sizes[1][0] == 1 and self.sizes[1] != self.sizes[0]
+
+
+def _is_packable(cache: object, kind: _Kind) -> bool:
+    return type(cache) in PACKABLE and not kind.indexed
+
+
+def _kinds(shapes: Mapping[tuple[int, ...], tuple[int, int, int]]) -> dict[int, _Kind]:
+    """Layer -> its kind."""
+    sizes: dict[int, list[tuple[int, int, int]]] = {}
+    for path in sorted(shapes):
+        sizes.setdefault(path[0], []).append(shapes[path])
+    return {layer: _Kind(tuple(s)) for layer, s in sizes.items()}
 
 
 def _policy(
@@ -336,6 +408,11 @@ def _given(
     model: nn.Module,
 ) -> dict[tuple[int, ...], str]:
     """:func:`_policy` where the bits of the whole model's caches are known."""
+    for path, bits in policy.items():
+        if not isinstance(path, tuple) or not all(type(n) is int and n >= 0 for n in path):
+            raise ValueError(f"policy names caches by paths such as (0,), got {path!r}.")
+        if bits not in STEPS:
+            raise ValueError(f"policy of {path} is one of {', '.join(STEPS)}, got {bits!r}.")
     local = shards.local_paths(policy, model)
     if not shards.is_sharded(model) and (unknown := sorted(set(local) - set(formats))):
         layer = unknown[0][0]
@@ -368,20 +445,20 @@ def _formats(
     return formats
 
 
-def _mixed(own: Callable[[int | None], list], formats: dict[tuple[int, ...], Format]) -> list:
+def _mixed(model: nn.Module, formats: dict[tuple[int, ...], Format]) -> list:
     """Caches of which some are packed and the others the model's own."""
-    return [_pack(c, (i,), formats, None) for i, c in enumerate(own(None))]
+    return [_pack(c, (i,), formats, None) for i, c in enumerate(own_caches(model))]
 
 
 def packable(
     model: nn.Module,
 ) -> tuple[Callable[[], list], dict[tuple[int, ...], tuple[int, int, int]]]:
     """What makes the model's own caches, and (Hkv, Dk, Dv) of each that a spec could pack."""
-    own = _stock_make(model)
-    kinds = {path: type(cache) for path, cache in _leaves(own(None))}
-    sizes = _head_sizes(model, own(None))
-    packed = (stock.KVCache, stock.RotatingKVCache)
-    return lambda: own(None), {p: s for p, s in sizes.items() if kinds[p] in packed}
+    own = dict(_leaves(own_caches(model)))
+    sizes = _head_sizes(model, own_caches(model))
+    kinds = _kinds(sizes)
+    could = {p: s for p, s in sizes.items() if _is_packable(own[p], kinds[p[0]])}
+    return lambda: own_caches(model), could
 
 
 def _leaves(caches, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], object]]:
@@ -448,7 +525,7 @@ def _batch_failure(model: nn.Module, make: Callable) -> str:
     """What the model raises on three sequences together, if mlx-lm's server would try that."""
     singles = []
     for length in (3, 1, 2):
-        singles.append(make(None))
+        singles.append(make())
         model(mx.array([[0] * length]), cache=singles[-1])
     if not all(hasattr(cache, "merge") for cache in singles[0]):
         return ""

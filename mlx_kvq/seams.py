@@ -1,33 +1,50 @@
 """Where mlx-lm is led to the packed caches: replaced functions, no model file touched.
 
+``SEAMS`` lists them all. ``install`` looks every name up before it changes anything, so that an
+mlx-lm whose names moved is refused whole. The function objects themselves are changed
+(``trampoline``): whoever imported them, by whatever name and however early, gets the replacement.
+
 - ``base.quantized_scaled_dot_product_attention``, which ``base.scaled_dot_product_attention``
   looks up at call time for every cache that has ``bits``: packed keys go to our attention,
   anything else to the original.
-- ``base.scaled_dot_product_attention``, wherever it was imported: mlx-lm's refuses attention
-  sinks for a cache that has ``bits``, and does not see that a layer which reads the keys of
-  another layer, and has no cache of its own, got packed ones.
-- ``make_prompt_cache``, in ``mlx_lm.models.cache`` and wherever it was imported: for an enabled
-  model it honours ``max_kv_size``, which mlx-lm leaves out for a model with its own caches.
-- ``trim_prompt_cache`` and ``can_trim_prompt_cache`` in ``mlx_lm.generate``, where speculative
-  decoding rewinds by the one and asks the other whether it can: a rotating cache that is full can
-  give back the tokens of the last chunk, no matter what ``is_trimmable`` says of any number.
-- ``maybe_quantize_kv_cache`` there, through which ``kv_bits`` reaches a cache, and which passes
+- ``base.scaled_dot_product_attention``: mlx-lm's refuses attention sinks for a cache that has
+  ``bits``, and does not see that a layer which reads the keys of another layer, and has no cache
+  of its own, got packed ones.
+- ``cache.make_prompt_cache``: for an enabled model it honours ``max_kv_size``, which mlx-lm
+  leaves out for a model with its own caches; either half of a wrapper (an image model and its
+  language model) finds what the other half was enabled with.
+- ``cache.trim_prompt_cache`` and ``cache.can_trim_prompt_cache``, called from ``mlx_lm.generate``,
+  where speculative decoding rewinds by the one and asks the other whether it can: a rotating cache
+  that is full can give back the tokens of the last chunk, no matter what ``is_trimmable`` says of
+  any number.
+- ``generate.maybe_quantize_kv_cache``, through which ``kv_bits`` reaches a cache, and which passes
   over packed ones without a word: two ways to quantize the cache are an error.
-- ``save_prompt_cache`` and ``load_prompt_cache``, which then hash and check files of packed
-  caches (``mlx_kvq.prompt_cache``); ``mlx_lm.models.cache``'s globals hold our cache classes,
-  where the latter looks.
+- ``generate.speculative_generate_step``: packed caches without any of the draft model are an
+  error.
+- ``generate.generate_step``, ``generate.speculative_generate_step``,
+  ``generate.PromptProcessingBatch.prompt`` and ``cache.LRUPromptCache.fetch_nearest_cache``: caches
+  learn what of a prompt is to come, and where a cached one can go on (``mlx_kvq.prompts``).
+- ``cache.save_prompt_cache`` and ``cache.load_prompt_cache``, which then hash and check files of
+  packed caches (``mlx_kvq.prompt_cache``); ``mlx_lm.models.cache``'s globals hold our cache
+  classes, where the latter looks.
 """
 
-import functools
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
+from types import FunctionType
+from typing import Any
 
+import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
-from . import batch, cache
+from . import batch, before_032, cache, prompts, trampoline
 from .attention import PackedView, packed_attention
+from .stock_names import missing
 
 CLASSES = (
     cache.PackedKVCache,
@@ -37,76 +54,145 @@ CLASSES = (
 )
 
 
-def install() -> None:
-    """Put the functions in place; a second call does nothing."""
-    if getattr(stock.make_prompt_cache, "_mlx_kvq", False):
-        return
-    original_attention = base.quantized_scaled_dot_product_attention
+@dataclass(frozen=True)
+class Seam:
+    """A function of mlx-lm and what takes its place.
 
-    @functools.wraps(original_attention)
-    def attention(queries, keys, values, scale, mask, **kwargs):
+    Args:
+        module (str): In ``mlx_lm``.
+        name (str): Of a function, or ``Class.method``.
+        make: Called with the original, returns the replacement. It is called with the original's
+            positional parameters in their order, and may be a generator function.
+        optional (bool): Passed over where mlx-lm has no such name.
+    """
+
+    module: str
+    name: str
+    make: Callable[[Callable], Callable]
+    optional: bool = False
+
+
+def install() -> None:
+    """Put every seam in place, or none; does nothing to those that are.
+
+    Raises:
+        NotSupportedError: If this mlx-lm lacks one.
+    """
+    found: dict[int, tuple[FunctionType, list[Seam]]] = {}
+    for seam in SEAMS:
+        if (f := _function(seam)) is not None:
+            found.setdefault(id(f), (f, []))[1].append(seam)
+    for cls in CLASSES:
+        setattr(stock, cls.__name__, cls)
+    for f, seams in found.values():
+        trampoline.replace(f, _stacked(seams))
+
+
+def _function(seam: Seam) -> FunctionType | None:
+    """What is to be changed; None if it is absent and may be."""
+    try:
+        found: Any = import_module(f"mlx_lm.{seam.module}")
+    except ModuleNotFoundError as error:
+        if error.name != f"mlx_lm.{seam.module}":
+            raise
+        found = None
+    for part in seam.name.split("."):
+        found = None if found is None else vars(found).get(part)
+    function = trampoline.function(found)
+    if function is None and not (seam.optional and found is None):
+        raise missing(f"{seam.module}.{seam.name}")
+    return function
+
+
+def _stacked(seams: list[Seam]) -> Callable[[Callable], Callable]:
+    def make(original: Callable) -> Callable:
+        for seam in seams:
+            original = seam.make(original)
+        return original
+
+    return make
+
+
+def _quantized_attention(original):
+    def attention(queries, keys, values, scale, mask, *more, **named):
         if isinstance(keys, PackedView):
             return packed_attention(queries, keys, values, scale, mask)
-        return original_attention(queries, keys, values, scale=scale, mask=mask, **kwargs)
+        return original(queries, keys, values, scale, mask, *more, **named)
 
-    _replace(original_attention, attention)
+    return attention
 
-    original_shared = base.scaled_dot_product_attention
 
-    @functools.wraps(original_shared)
-    def shared(queries, keys, values, cache, scale, mask, sinks=None):
+def _attention(original):
+    def attention(queries, keys, values, cache, scale, mask, sinks=None, *more):
         if isinstance(keys, PackedView):
             return packed_attention(queries, keys, values, scale, mask, sinks)
         if sinks is not None and not isinstance(getattr(cache, "bits", 0), int):
             # What records queries for a calibration, and can take sinks.
             record: Callable = base.quantized_scaled_dot_product_attention
             return record(queries, keys, values, scale, mask, bits=cache.bits, sinks=sinks)
-        return original_shared(queries, keys, values, cache, scale, mask, sinks)
+        return original(queries, keys, values, cache, scale, mask, sinks, *more)
 
-    _replace(original_shared, shared)
+    return attention
 
-    original_make = stock.make_prompt_cache
 
-    @functools.wraps(original_make)
-    def make_prompt_cache(model, max_kv_size=None):
-        factory = vars(model).get("make_cache")
-        if isinstance(factory, CacheFactory):
+def _make_prompt_cache(original):
+    def make_prompt_cache(model, max_kv_size=None, *more, **named):
+        if (factory := factory_of(model)) is not None:
             return factory(max_kv_size)
-        return original_make(model, max_kv_size)
+        return original(model, max_kv_size, *more, **named)
 
-    make_prompt_cache._mlx_kvq = True  # type: ignore[attr-defined]
-    _replace(original_make, make_prompt_cache)
-    for cls in CLASSES:
-        setattr(stock, cls.__name__, cls)
+    return make_prompt_cache
+
+
+def _save_prompt_cache(original):
     from . import prompt_cache  # which needs what needs this module
 
-    _replace(stock.save_prompt_cache, prompt_cache.saving(stock.save_prompt_cache))
-    _replace(stock.load_prompt_cache, prompt_cache.loading(stock.load_prompt_cache))
-    # The package's attribute of that name is the function generate.
-    generate = vars(import_module("mlx_lm.generate"))
-    generate["trim_prompt_cache"], generate["can_trim_prompt_cache"] = rewind, can_speculate
-    from . import prompts
+    return prompt_cache.saving(before_032.saving(original) if before_032.needed() else original)
 
-    _replace(generate["generate_step"], prompts.generating(generate["generate_step"]))
-    _replace(
-        generate["speculative_generate_step"],
-        prompts.drafting(generate["speculative_generate_step"]),
-    )
-    for owner, name, wrap in (
-        (generate["PromptProcessingBatch"], "prompt", prompts.reading),
-        (stock.LRUPromptCache, "fetch_nearest_cache", prompts.fetching),
-    ):
-        setattr(owner, name, wrap(getattr(owner, name)))
-    original_quantize = generate["maybe_quantize_kv_cache"]
 
-    @functools.wraps(original_quantize)
-    def quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits):
+def _load_prompt_cache(original):
+    from . import prompt_cache
+
+    return prompt_cache.loading(before_032.loading(original) if before_032.needed() else original)
+
+
+def _quantize(original):
+    def quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits, *more, **named):
         if kv_bits is not None:
             disable = "; mlx_kvq.disable(model) gives a model its own cache back"
             refuse_kv_bits(prompt_cache, f"kv_bits={kv_bits}", disable)
-        return original_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+        return original(prompt_cache, quantized_kv_start, kv_group_size, kv_bits, *more, **named)
 
-    _replace(original_quantize, quantize)
+    return quantize
+
+
+def _speculating(original, ours):
+    def trim(*args, **kwargs):
+        # The caller of the changed function, whose frame is this one's.
+        caller = sys._getframe(2).f_globals.get("__name__")
+        return (ours if caller == "mlx_lm.generate" else original)(*args, **kwargs)
+
+    return trim
+
+
+def _speculate(original):
+    def speculate(prompt, model, draft_model, *more, **named):
+        caches = named.get("prompt_cache")
+        if (
+            caches
+            and len(caches) <= len(model.layers)
+            and any(isinstance(c, CLASSES) for c in caches)
+        ):
+            raise ValueError(NO_DRAFT)
+        return original(prompt, model, draft_model, *more, **named)
+
+    return speculate
+
+
+NO_DRAFT = (
+    "The prompt cache holds nothing of the draft model: leave out the draft model, or the prompt "
+    "cache."
+)
 
 
 def refuse_kv_bits(caches, asked: str, hint: str = "") -> None:
@@ -137,24 +223,102 @@ def rewind(caches: list, n: int) -> int:
     return [c.trim(n) if c.is_trimmable() else c.rewind(n) for c in caches][0]
 
 
+SEAMS = [
+    Seam("models.base", "quantized_scaled_dot_product_attention", _quantized_attention),
+    Seam("models.base", "scaled_dot_product_attention", _attention),
+    Seam("models.cache", "make_prompt_cache", _make_prompt_cache),
+    Seam("models.cache", "save_prompt_cache", _save_prompt_cache),
+    Seam("models.cache", "load_prompt_cache", _load_prompt_cache),
+    Seam("models.cache", "trim_prompt_cache", lambda original: _speculating(original, rewind)),
+    Seam(
+        "models.cache",
+        "can_trim_prompt_cache",
+        lambda original: _speculating(original, can_speculate),
+    ),
+    Seam("generate", "maybe_quantize_kv_cache", _quantize),
+    Seam("generate", "speculative_generate_step", _speculate),
+    Seam("generate", "speculative_generate_step", prompts.drafting),
+    Seam("generate", "generate_step", prompts.generating),
+    Seam("generate", "PromptProcessingBatch.prompt", prompts.reading, optional=True),
+    Seam("models.cache", "LRUPromptCache.fetch_nearest_cache", prompts.fetching, optional=True),
+]
+
+_own = threading.local()  # .model: whose own caches this thread is making
+
+
 class CacheFactory:
-    """``model.make_cache`` of an enabled model.
+    """``model.make_cache`` of an enabled model, and of what has the same layers.
 
     Args:
         make: Called with ``max_kv_size`` (int or None); returns the list of caches.
+        model (nn.Module, optional): Has this as its ``make_cache``.
+        holders (list): All that have one with the same ``make``.
     """
 
-    def __init__(self, make: Callable[[int | None], list]):
-        self._make = make
+    def __init__(
+        self, make: Callable[[int | None], list], model: Any = None, holders: list | None = None
+    ):
+        self.make, self.model = make, model
+        self.holders = [] if holders is None else holders
+        self.holders.append(model)
 
     def __call__(self, max_kv_size: int | None = None) -> list:
-        return self._make(max_kv_size)
+        if getattr(_own, "making", False):  # for a wrapper, which asks its language model
+            return own_caches(self.model, max_kv_size)
+        return self.make(max_kv_size)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        install()  # unpickled where nothing was enabled yet
 
 
-def _replace(old, new) -> None:
-    """Rebind a function of mlx-lm in every module that has imported it."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "mlx_lm":
-            for key, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, key, new)
+def own_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
+    """What mlx-lm makes for a model that is not enabled."""
+    make = getattr(type(model), "make_cache", None)
+    if make is not None:
+        with _making_own():
+            return make(model)
+    if max_kv_size is not None:
+        return [stock.RotatingKVCache(max_kv_size, KEEP) for _ in model.layers]
+    return [stock.KVCache() for _ in model.layers]
+
+
+KEEP = 4  # first tokens kept when max_kv_size bounds a cache, as in mlx-lm, whatever the bound
+
+
+@contextmanager
+def _making_own() -> Iterator[None]:
+    before = getattr(_own, "making", False)
+    _own.making = True
+    try:
+        yield
+    finally:
+        _own.making = before
+
+
+def factory_of(model: Any) -> CacheFactory | None:
+    """What makes the caches of an enabled model; None if neither it nor what it wraps is."""
+    for part in (model, *same_layers(model)):
+        factory = getattr(part, "__dict__", {}).get("make_cache")
+        if isinstance(factory, CacheFactory):
+            return factory
+    return None
+
+
+def same_layers(model: Any) -> Iterator[nn.Module]:
+    """The modules in ``model`` whose ``layers`` are the model's: the language model in a wrapper,
+    and the stack of layers in that."""
+    layers = _layers(model)
+    if layers is None or not isinstance(model, nn.Module):
+        return
+    for part in model.children().values():
+        if isinstance(part, nn.Module) and _layers(part) == layers:
+            yield part
+            yield from same_layers(part)
+
+
+def _layers(model: Any) -> list[int] | None:
+    try:
+        return [id(layer) for layer in model.layers]
+    except (AttributeError, TypeError):
+        return None

@@ -437,7 +437,7 @@ ERRORS = {
     "text is no text": (["--text", QWEN / "model.safetensors"], "it is not UTF-8 text"),
     "too little text": (["--text", NOVEL, "--windows", "9999"], "Text 1 has "),
     "window of a chunk": (["--tokens", "16"], "a window needs more tokens than a chunk"),
-    "no windows": (["--windows", "0"], "there must be one of each at least"),
+    "no windows": (["--windows", "0"], "windows is an integer, at least 1, got 0"),
     "missing model": (["--model", "./nowhere"], "There is no model directory ./nowhere."),
     "no model in it": (["--model", EXAMPLES / "text"], "cannot be loaded"),
     "missing recall": (["--recall", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),

@@ -8,6 +8,8 @@ from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
+from mlx_kvq.prompt_cache import check
+from tests.families import build
 from tests.float32 import load_float32, prompts, write_float32
 
 
@@ -57,3 +59,41 @@ def test_in_a_batch(wrapped):
     for prompt, tokens in zip(many, found, strict=True):
         alone = stream_generate(model, tokenizer, prompt, max_tokens=8)
         assert [s.token for s in alone] == tokens
+
+
+def kinds(model, *size):
+    return {type(c).__name__.removeprefix("Packed") for c in make_prompt_cache(model, *size)}
+
+
+def packed(model):
+    return all(type(c).__name__.startswith("Packed") for c in make_prompt_cache(model))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "pixtral", "qwen2_vl"])
+def test_both_halves_are_enabled_by_either(name):
+    """The wrapper, the language model in it, and the stack of layers in that."""
+    model = build(name)
+    inner = model.language_model
+    halves = (model, inner, inner.model)
+    own = [kinds(half) for half in halves[:2]]
+    for enabled in halves[:2]:
+        for disabled in halves:
+            mlx_kvq.enable(enabled, "int4-srft:calibrate=off", verbose=False)
+            assert all(packed(half) for half in halves)
+            bounded = {c.max_size for half in halves for c in make_prompt_cache(half, 3)}
+            assert 3 in bounded
+            assert len({c.model for half in halves for c in make_prompt_cache(half)}) == 1
+            for half in halves[:2]:
+                check(make_prompt_cache(half), half)  # either takes the other's
+            mlx_kvq.disable(disabled)
+            assert not any(packed(half) for half in halves)
+            assert [kinds(half) for half in halves[:2]] == own
+
+
+def test_one_half_after_the_other():
+    model = build("gemma3")
+    mlx_kvq.enable(model.language_model, "int4-srft:calibrate=off", verbose=False)
+    for half, spec in ((model, "int8-srft:calibrate=off"), (model.language_model, "int4-none")):
+        mlx_kvq.enable(half, spec, verbose=False)
+        for one in (model, model.language_model):
+            assert {str(c.format.spec) for c in make_prompt_cache(one)} == {spec}

@@ -1,0 +1,44 @@
+"""What the package's modules take from mlx-lm when they are imported, checked beforehand."""
+
+from importlib import import_module
+
+NAMES = {
+    "models.base": ("create_causal_mask",),
+    "models.cache": (
+        "CacheList",
+        "KVCache",
+        "QuantizedKVCache",
+        "RotatingKVCache",
+        "_BaseCache",
+        "create_attention_mask",
+        "dynamic_roll",
+    ),
+}
+
+
+class NotSupportedError(ValueError):
+    """This mlx-lm lacks what a seam needs."""
+
+
+def missing(name: str) -> NotSupportedError:
+    """The error for a name in ``mlx_lm``."""
+    from mlx_lm import __version__
+
+    return NotSupportedError(f"mlx_lm {__version__} is not supported: {name} is missing")
+
+
+def check() -> None:
+    """
+    Raises:
+        NotSupportedError: If one of ``NAMES`` is missing.
+    """
+    for module, names in NAMES.items():
+        try:
+            found = import_module(f"mlx_lm.{module}")
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("mlx_lm."):
+                raise
+            raise missing(module) from None
+        for name in names:
+            if not hasattr(found, name):
+                raise missing(f"{module}.{name}")
