@@ -113,7 +113,9 @@ class _PackedCache(_BaseCache):
         if n == 0 or at != self._place + n or keys.shape[2] != 1 or self.reading:
             return None
         assert rows is not None and held is not None and tail is not None  # as rows wait
-        if at >= rows.shape[2] or n + 1 == held.shape[2] or tail.dtype != keys.dtype:
+        if at >= rows.shape[2] or n + 1 == held.shape[2]:
+            return None
+        if tail.dtype != ops.tail_dtype(keys.dtype):
             return None
         fmt = self.format
         self._held, self.tail = ops.quantize_pack_tail(
@@ -180,8 +182,8 @@ class _PackedCache(_BaseCache):
         self._dtype = _NAMES.get(keys.dtype, self._dtype)
         if not recent:
             return ops.quantize_pack(keys, values, fmt), {}  # which checks them
-        if self.tail is not None and self.tail.dtype != keys.dtype:
-            self.tail = self.tail.astype(keys.dtype)
+        if self.tail is not None and self.tail.dtype != (dtype := ops.tail_dtype(keys.dtype)):
+            self.tail = self.tail.astype(dtype)
         old, new = self.tail, self._counts(L)
         before = recent if old is None else old.shape[2]
         held = None
@@ -320,7 +322,7 @@ class _PackedCache(_BaseCache):
     def _last(self, B: int, size: int, heads: int, dtype: mx.Dtype) -> mx.array:
         """The last ``size`` tokens of the tail, for a batch; zeros where there are fewer, which
         nothing reads."""
-        lay = self.format.layout
+        lay, dtype = self.format.layout, ops.tail_dtype(dtype)
         have = 0 if self.tail is None else min(size, self.tail.shape[2])
         zeros = mx.zeros((B, heads, size - have, lay.k_dim + lay.v_dim), dtype)
         if self.tail is None:
@@ -471,11 +473,13 @@ class _PackedCache(_BaseCache):
                 and tail.ndim == 4
                 and (*tail.shape[:2], tail.shape[3]) == wanted
                 and tail.shape[2] >= fmt.recent
-                and _NAMES.get(tail.dtype) == self._dtype
+                and tail.dtype in (self.dtype, ops.tail_dtype(self.dtype))
             )
         if not fits:
             found = "none" if tail is None else f"{tail.dtype} {tail.shape}"
             raise ValueError(f"The cache's tail, {found}, is not what {fmt.signature!r} describes.")
+        if tail is not None:  # version 0.1.0 kept it in the keys' dtype
+            self.tail = tail.astype(ops.tail_dtype(self.dtype))
         size = 0 if tail is None else tail.shape[2]
         at = self._positions()
         self.prompt, self.exact = self.prompt or [0] * len(at), self.exact or [0] * len(at)
@@ -685,7 +689,7 @@ class PackedRotatingKVCache(_PackedCache):
         # A batch does not know that some are missing after the first ones: these come from rows.
         after = min(after, size)
         first = self._as_tail(self._in_order()[:, :, : self.keep], size - after)
-        return mx.concatenate([first.astype(dtype), tail[:, :, size - after :]], axis=2)
+        return mx.concatenate([first.astype(tail.dtype), tail[:, :, size - after :]], axis=2)
 
     def _reach(self) -> int:
         return self.max_size - 1

@@ -63,13 +63,11 @@ class Seam:
         name (str): Of a function, or ``Class.method``.
         make: Called with the original, returns the replacement. It is called with the original's
             positional parameters in their order, and may be a generator function.
-        optional (bool): Passed over where mlx-lm has no such name.
     """
 
     module: str
     name: str
     make: Callable[[Callable], Callable]
-    optional: bool = False
 
 
 def install() -> None:
@@ -80,16 +78,16 @@ def install() -> None:
     """
     found: dict[int, tuple[FunctionType, list[Seam]]] = {}
     for seam in SEAMS:
-        if (f := _function(seam)) is not None:
-            found.setdefault(id(f), (f, []))[1].append(seam)
+        f = _function(seam)
+        found.setdefault(id(f), (f, []))[1].append(seam)
     for cls in CLASSES:
         setattr(stock, cls.__name__, cls)
     for f, seams in found.values():
         trampoline.replace(f, _stacked(seams))
 
 
-def _function(seam: Seam) -> FunctionType | None:
-    """What is to be changed; None if it is absent and may be."""
+def _function(seam: Seam) -> FunctionType:
+    """What is to be changed."""
     try:
         found: Any = import_module(f"mlx_lm.{seam.module}")
     except ModuleNotFoundError as error:
@@ -99,7 +97,7 @@ def _function(seam: Seam) -> FunctionType | None:
     for part in seam.name.split("."):
         found = None if found is None else vars(found).get(part)
     function = trampoline.function(found)
-    if function is None and not (seam.optional and found is None):
+    if function is None:
         raise missing(f"{seam.module}.{seam.name}")
     return function
 
@@ -239,8 +237,8 @@ SEAMS = [
     Seam("generate", "speculative_generate_step", _speculate),
     Seam("generate", "speculative_generate_step", prompts.drafting),
     Seam("generate", "generate_step", prompts.generating),
-    Seam("generate", "PromptProcessingBatch.prompt", prompts.reading, optional=True),
-    Seam("models.cache", "LRUPromptCache.fetch_nearest_cache", prompts.fetching, optional=True),
+    Seam("generate", "PromptProcessingBatch.prompt", prompts.reading),
+    Seam("models.cache", "LRUPromptCache.fetch_nearest_cache", prompts.fetching),
 ]
 
 _own = threading.local()  # .model: whose own caches this thread is making

@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 SHAPES = [(12, 2, 128), (4, 1, 256), (32, 8, 128), (14, 2, 64)]  # query heads, KV heads, head size
@@ -61,7 +61,7 @@ def main() -> None:
 def describe(torch) -> dict:
     """Versions, card, command."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python scripts/bench_torch.py {shlex.join(sys.argv[1:])}".strip(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

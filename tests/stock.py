@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_kvq import attention
+from mlx_kvq import attention, ops
 from mlx_kvq.attention import packed_attention
 from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
 from mlx_kvq.format import Calibration, make_format
@@ -192,7 +192,7 @@ class Pair:
         if self.tails is None:
             assert tail is None
             return
-        assert tail.dtype == tokens.dtype
+        assert tail.dtype == ops.tail_dtype(tokens.dtype)
         ids, exact = (np.array([[e[i] for e in t] for t in self.tails]) for i in (0, 1))
         assert tail.shape == (*ids.shape[:1], HEADS, *ids.shape[1:], K_DIM + V_DIM)
         exact = exact[:, None, :, None]

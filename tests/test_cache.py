@@ -361,10 +361,10 @@ def test_sizes_in_bytes():
     assert stock.nbytes == 512 * HEADS * 256
     tailed = PackedKVCache(make_format(Spec.parse("int4-srft"), 128))
     tailed.update_and_fetch(x[:, :, :200], x[:, :, :200])
-    assert tailed.nbytes == ours.nbytes + 512 * HEADS * 200  # a prompt's unfinished block
+    assert tailed.nbytes == ours.nbytes + 1024 * HEADS * 200  # a prompt's unfinished block
     for _ in range(50):
         tailed.update_and_fetch(x[:, :, :1], x[:, :, :1])
-        assert tailed.nbytes == ours.nbytes + 512 * HEADS * 16
+        assert tailed.nbytes == ours.nbytes + 1024 * HEADS * 16
 
 
 @pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])

@@ -104,8 +104,11 @@ def test_a_seam_that_is_gone_is_named_and_nothing_is_changed():
         "before = state()\n"
         "for seam in seams.SEAMS:\n"
         "    module = importlib.import_module(f'mlx_lm.{seam.module}')\n"
-        "    f = vars(module).pop(seam.name)\n"
-        "    setattr(module, seam.name + '_moved', f)\n"
+        "    *outer, inner = seam.name.split('.')\n"
+        "    owner = getattr(module, outer[0]) if outer else module\n"
+        "    f = vars(owner)[inner]\n"
+        "    delattr(owner, inner)\n"
+        "    setattr(owner, inner + '_moved', f)\n"
         "    said = []\n"
         "    for _ in range(2):\n"
         "        try:\n            seams.install()\n"
@@ -113,7 +116,7 @@ def test_a_seam_that_is_gone_is_named_and_nothing_is_changed():
         "    name = f'{seam.module}.{seam.name}'\n"
         "    gone = f'mlx_lm {mlx_lm.__version__} is not supported: {name} is missing'\n"
         "    assert said == 2 * [gone], (name, said)\n"
-        "    setattr(module, seam.name, f)\n"
+        "    setattr(owner, inner, f)\n"
         "    assert state() == before, name\n"
         "seams.install()\n"
         "print(state() != before, len(seams.SEAMS))\n"
@@ -359,10 +362,16 @@ def test_sizes_are_positive_integers(enabled, name, given):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_the_smallest_sizes_keep_what_stock_keeps(enabled, size):
+def test_the_smallest_sizes_work(enabled, size):
+    """With fewer tokens than mlx-lm's 4 first ones; its own cache then keeps no new one."""
     own = mlx_kvq.make_prompt_cache(enabled, "fp16", size)
-    for ours, theirs in zip(stock.make_prompt_cache(enabled, size), own, strict=True):
-        assert (ours.max_size, ours.keep) == (theirs.max_size, theirs.keep) == (size, 4)
+    caches = stock.make_prompt_cache(enabled, size)
+    for ours, theirs in zip(caches, own, strict=True):
+        assert (ours.max_size, ours.keep) == (theirs.max_size, size - 1)
+    for L in (1, 1, 30, 1, 1, 3, 1):
+        logits = enabled(mx.arange(L)[None], cache=caches)
+        assert bool(mx.isfinite(logits).all())
+    assert all(c.size() == size and c.rows.shape[2] == size for c in caches)
 
 
 @pytest.mark.parametrize(
