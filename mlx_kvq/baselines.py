@@ -159,14 +159,15 @@ def bytes_per_token(caches: list, tail: bool = True) -> float:
     """Bytes that one token takes in all caches together, where it is kept.
 
     An exact tail is shared out over the tokens held, or left out. Of mlx-lm's quantized cache the
-    scales and biases count 2 bytes each, and so do the numbers of a tail: that is what they take in
-    a model of 16 bits, whose dtype they follow.
+    scales and biases count 2 bytes each, and so do the numbers of a tail of a model run in fp32:
+    that is what they take in one of bf16, whose dtype they follow.
     """
     total = 0.0
     for _, cache in _leaves(caches):
         exact = getattr(cache, "tail", None)
         for a in _token_arrays(cache):
-            follows = a is exact or isinstance(cache, stock.QuantizedKVCache)
+            follows = isinstance(cache, stock.QuantizedKVCache)
+            follows |= a is exact and cache.dtype == mx.float32  # type: ignore[attr-defined]
             size = 2 if follows and a.dtype == mx.float32 else a.itemsize
             tokens = a.shape[2]
             if a is exact:

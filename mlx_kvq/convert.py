@@ -30,8 +30,8 @@ from .loading import code_allowed, load
 from .model import _leaves, _say, enable
 from .spec import OFF, Spec
 
-CHUNK = 128  # tokens at a time when a repository is evaluated
-WINDOW, WINDOWS = 1024, 16  # at most
+WINDOW, WINDOWS = 1024, 16  # tokens and windows of an evaluation, at most
+LEAST = 512  # tokens of a text to evaluate on
 SAMPLE, HELD_OUT = "built-in sample", "held-out text"  # what a card calls them
 
 
@@ -219,17 +219,17 @@ def _windows(tokenizer, texts: dict[str, str]) -> dict[str, int]:
     most = 16 * WINDOW * WINDOWS  # characters
     tokens = min(len(tokenizer.encode(t[:most], add_special_tokens=False)) for t in texts.values())
     window = min(WINDOW, tokens // 2)
-    if window < 2 * CHUNK:
+    if tokens < LEAST:
         raise ValueError(
-            f"A text of {tokens} tokens is too short to evaluate on: {4 * CHUNK} are the least."
+            f"A text of {tokens} tokens is too short to evaluate on: {LEAST} are the least."
         )
-    return {"windows": min(WINDOWS, tokens // window), "tokens": window, "chunk": CHUNK}
+    return {"windows": min(WINDOWS, tokens // window), "tokens": window}
 
 
 def _bytes_per_token(model, tokenizer, spec, calibration) -> float:
     kind = candidate(model, spec, calibration=calibration, tokenizer=tokenizer)
     caches = kind.make()
-    model(mx.array([tokenizer.encode(sample_text())[:CHUNK]]), cache=caches)
+    model(mx.array([tokenizer.encode(sample_text())[:128]]), cache=caches)
     return bytes_per_token(caches, tail=False)
 
 

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from . import __version__, arguments
-from .attention import DECODE_QUERIES
+from .attention import BLOCK, DECODE_QUERIES
 from .baselines import KV_BITS, Candidate, bytes_per_token, candidate, check_name, own
 from .calibration import CalibrationSet
 from .files import replacing
@@ -97,7 +97,7 @@ def evaluate(
     *,
     windows: int = 16,
     tokens: int = 1024,
-    chunk: int = 128,
+    chunk: int = DECODE_QUERIES,
     recall: Sequence[dict] = (),
     calibration: CalibrationSet | None = None,
     progress: bool = True,
@@ -113,7 +113,8 @@ def evaluate(
         texts (Sequence): Texts that the model has not seen; ``windows`` are taken from each.
         windows (int): Windows per text, one after the other from its beginning.
         tokens (int): Tokens in a window, more than ``chunk``.
-        chunk (int): Tokens fed at a time; the first chunk of a window is not scored.
+        chunk (int): Tokens fed at a time; the first chunk of a window is not scored. Up to 8 are
+            read as decoded tokens are, more as a prompt is, which reads its block exactly.
         recall (Sequence): ``{"prompt": …, "answer": …}``; the answer is exact if the model,
             fed in chunks and then decoding greedily, writes it.
         calibration (CalibrationSet, optional): For every spec that does not say
@@ -164,7 +165,9 @@ def evaluate(
         asked = None if c is exact or c.name in KV_BITS else Spec.parse(c.name)
         if asked is not None and asked.recent and chunk > DECODE_QUERIES:
             said = f"{c.note}; " if c.note else ""
-            result.note = f"{said}a chunk reads its own {chunk} tokens exactly, as a prompt does; "
+            result.note = (
+                f"{said}read as a prompt, whose tokens read their block of {BLOCK} exactly; "
+            )
             result.note += f"--chunk {DECODE_QUERIES} reads as decoding does"
     if recall:
         with tqdm(total=len(recall) * len(tried), desc="recall", disable=not progress) as bar:
@@ -264,7 +267,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recall-prompts", type=int, metavar="N", help="Only the first N.")
     parser.add_argument("--windows", type=int, default=16, help="Windows per text. Default: 16.")
     parser.add_argument("--tokens", type=int, default=1024, help="Per window. Default: 1024.")
-    parser.add_argument("--chunk", type=int, default=128, help="Tokens at a time. Default: 128.")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=DECODE_QUERIES,
+        help="Tokens at a time. Default: %(default)s, read as in decoding; more as in a prompt.",
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

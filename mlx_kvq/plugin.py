@@ -28,9 +28,10 @@ HELP = (
     "Keep keys and values packed, for example 'int4-srft' (4.5 bits per value), 'k8v4-srft', "
     "'int8-srft'; 'fp16' is the model's own cache. From mlx_kvq."
 )
-# Tokens per step of what scores a text in one step, where nothing would be read from the cache:
-# mlx_lm.perplexity, and mlx_lm.evaluate up to 2048 tokens.
-CHUNK = 128
+# Tokens per step of what scores a text in one step, where little would be read from the cache:
+# mlx_lm.perplexity, and mlx_lm.evaluate up to 2048 tokens. As many as are read as in decoding
+# (attention.DECODE_QUERIES, which would import mlx).
+CHUNK = 8
 
 # What a command's module must have; "argparse" besides.
 NEEDED = {

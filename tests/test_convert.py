@@ -48,7 +48,7 @@ def text(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Evaluate on a window of 64 tokens."""
-    for name, value in {"CHUNK": 16, "WINDOW": 64, "WINDOWS": 1}.items():
+    for name, value in {"LEAST": 64, "WINDOW": 64, "WINDOWS": 1}.items():
         monkeypatch.setattr(sys.modules["mlx_kvq.convert"], name, value)
 
 

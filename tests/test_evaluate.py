@@ -357,8 +357,8 @@ def test_what_a_chunk_reads_exactly_is_said(qwen, chunk):
     specs = ["kv8", PLAIN, "int4-srft:calibrate=off,recent=2"]
     e = evaluate(*qwen, specs, [text], windows=1, tokens=64, chunk=chunk, progress=False)
     notes = [e[s].note for s in specs]
-    note = "a chunk reads its own 16 tokens exactly, as a prompt does; --chunk 8 reads as decoding "
-    note += "does"
+    note = "read as a prompt, whose tokens read their block of 256 exactly; --chunk 8 reads as "
+    note += "decoding does"
     assert notes == ["", "", note if chunk > 8 else ""]
     assert e[specs[2]].kl.mean < e[PLAIN].kl.mean
 
@@ -386,7 +386,7 @@ def test_calibration_reaches_the_specs_that_want_it(qwen):
     text = NOVEL.read_text(encoding="utf-8")
     e = evaluate(
         *qwen,
-        ["int8-srft", "int8-srft:calibrate=off"],
+        ["int8-srft:recent=0", "int8-srft:calibrate=off,recent=0"],
         [text],
         windows=1,
         tokens=64,
@@ -394,7 +394,8 @@ def test_calibration_reaches_the_specs_that_want_it(qwen):
         calibration=bad,
         progress=False,
     )
-    assert e["int8-srft"].kl.mean > 100 * e["int8-srft:calibrate=off"].kl.mean
+    good, wrong = e["int8-srft:calibrate=off,recent=0"], e["int8-srft:recent=0"]
+    assert wrong.kl.mean > 100 * good.kl.mean
 
 
 def test_saving_is_atomic(tmp_path, monkeypatch):
@@ -482,5 +483,5 @@ def test_no_text_and_no_matplotlib(qwen, monkeypatch):
 def test_the_package_has_it_under_its_name():
     assert callable(mlx_kvq.evaluate)  # also after `import mlx_kvq.evaluate`, as in this file
     with pytest.raises(ValueError, match="no text"):
-        mlx_kvq.evaluate(None, None, [], [])
+        mlx_kvq.evaluate(nn.Module(), None, [], [])
     assert quality.LEVEL == 0.95

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvq import plugin
+from mlx_kvq.attention import DECODE_QUERIES
 from mlx_kvq.seams import CacheFactory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,9 +162,10 @@ def test_perplexity_reads_compressed_history():
 
     fake = Fake()
     wrapped = plugin._through_the_cache(eval_ppl)
-    wrapped(fake, mx.zeros((2, 300), mx.int32))
-    assert seen["logits"] == (2, 300, 3)
-    assert fake.calls == [((2, 128), ["cache"]), ((2, 128), ["cache"]), ((2, 44), ["cache"])]
+    wrapped(fake, mx.zeros((2, 20), mx.int32))
+    assert plugin.CHUNK == DECODE_QUERIES
+    assert seen["logits"] == (2, 20, 3)
+    assert fake.calls == [((2, 8), ["cache"]), ((2, 8), ["cache"]), ((2, 4), ["cache"])]
     del fake.make_cache  # as --kv-cache fp16 does
     wrapped(fake, mx.zeros((2, 300), mx.int32))
     assert fake.calls[-1] == ((2, 300), None)
