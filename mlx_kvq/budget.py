@@ -17,6 +17,7 @@ from .statistics import fast_on_cpu
 
 TOKENS = 512  # read to measure, fed in chunks so that packed history is read
 CHUNK = 64
+NOISE = 1e-6  # nats a token: less is rounding of the sums in fp32
 STEPS = ("int4", "k8v4", "int8")
 
 Path = tuple[int, ...]
@@ -59,9 +60,10 @@ def allocate(
         for p, b in bits.items():
             for better in STEPS[STEPS.index(b) + 1 :]:
                 extra = size[p][better] - size[p][b]
-                if spent + extra <= budget * values:
-                    steps.append(((cost[p, b] - cost[p, better]) / extra, p, better, extra))
-        if not steps or max(steps)[0] <= 0:
+                gain = cost[p, b] - cost[p, better]
+                if gain > NOISE and spent + extra <= budget * values:
+                    steps.append((gain / extra, p, better, extra))
+        if not steps:
             return bits
         _, p, better, extra = max(steps)
         bits[p] = better

@@ -149,6 +149,10 @@ INEXACT = {
     # qk_scale_factor 3.87 on queries and keys of norm √D: on random weights the softmax is nearly
     # one-hot, so that an error of the logits counts in full. With a factor of 1: 0.007 and 0.14.
     "muse_glimmer": {"int8": 0.03, "int4": 0.4},
+    # Half of the layers read the others' keys, and all of a prompt from rows.
+    "afm7": {"int8": 0.06},
+    # A router's choice that an error turns over moves the logits by more than the error.
+    "ernie4_5_moe": {"int8": 0.03},
 }
 # Families without anything to pack, and what `enable` says of them.
 REFUSED = {

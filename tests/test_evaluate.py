@@ -480,8 +480,8 @@ def test_no_text_and_no_matplotlib(qwen, monkeypatch):
         plots.check("x.png")
 
 
-def test_the_package_has_it_under_its_name():
+def test_the_package_has_it_under_its_name(qwen):
     assert callable(mlx_kvq.evaluate)  # also after `import mlx_kvq.evaluate`, as in this file
     with pytest.raises(ValueError, match="no text"):
-        mlx_kvq.evaluate(nn.Module(), None, [], [])
+        mlx_kvq.evaluate(*qwen, [], [])
     assert quality.LEVEL == 0.95
