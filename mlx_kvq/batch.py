@@ -11,8 +11,9 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import dynamic_roll
 
+from .arguments import integer
 from .attention import remember_padding
-from .cache import PackedKVCache, PackedRotatingKVCache, _count, _PackedCache
+from .cache import PackedKVCache, PackedRotatingKVCache, _PackedCache
 from .format import Format
 
 
@@ -233,7 +234,8 @@ class PackedBatchKVCache(_PackedBatch):
         return True
 
     def trim(self, n: int) -> int:
-        n = min(self._idx, _count(n))
+        integer("n", n, 0)
+        n = min(self._idx, n)
         self._idx -= n
         self._forget(n)
         self._drop_tail(n, self._idx)
@@ -255,6 +257,8 @@ class PackedBatchKVCache(_PackedBatch):
             self.rows = self.rows[..., least:, :]
             self._idx -= least
             self.left_padding = self.left_padding - least
+        if self._idx == 0:  # none of these has a token
+            self.tail = None
 
     def extend(self, other: "PackedBatchKVCache") -> None:
         """Append the sequences of ``other``."""
@@ -422,7 +426,8 @@ class PackedBatchRotatingKVCache(_PackedBatch):
         return self._offset < self.max_size
 
     def trim(self, n: int) -> int:
-        n = min(self._offset, _count(n))
+        integer("n", n, 0)
+        n = min(self._offset, n)
         self._offset -= n
         self._idx -= n
         self._forget(n)

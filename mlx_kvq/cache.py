@@ -12,6 +12,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from . import attention, ops
+from .arguments import integer
 from .attention import DECODE_QUERIES, PackedView, remember_padding
 from .format import Format, parse_signature
 
@@ -506,12 +507,6 @@ class _PackedCache(_BaseCache):
         return sum(a.nbytes for a in (self._rows, self.tail, self._held) if a is not None)
 
 
-def _count(n: int) -> int:
-    if n < 0:
-        raise ValueError(f"0 or more tokens can be taken back, got {n}.")
-    return n
-
-
 class PackedKVCache(_PackedCache):
     """The packed ``mlx_lm.models.cache.KVCache``: grows in steps of 256 tokens.
 
@@ -561,7 +556,8 @@ class PackedKVCache(_PackedCache):
         return True
 
     def trim(self, n: int) -> int:
-        n = min(self.offset, _count(n))
+        integer("n", n, 0)
+        n = min(self.offset, n)
         self.offset -= n
         self._drop_tail(n, self.offset)
         return n
@@ -587,11 +583,8 @@ class PackedRotatingKVCache(_PackedCache):
     def __init__(self, fmt: Format, max_size: int, keep: int = 0):
         super().__init__(fmt)
         self.offset = 0
-        if max_size < 1 or keep < 0:
-            raise ValueError(
-                f"A rotating cache keeps at least 1 token and 0 or more first ones of them, got "
-                f"max_size={max_size} and keep={keep}."
-            )
+        integer("max_size", max_size)
+        integer("keep", keep, 0)
         self.keep = min(keep, max_size - 1)  # a new token needs a place
         self.max_size = max_size
         self._idx = 0
@@ -727,7 +720,8 @@ class PackedRotatingKVCache(_PackedCache):
         return self.offset < self.max_size
 
     def trim(self, n: int) -> int:
-        n = min(self.offset, _count(n))
+        integer("n", n, 0)
+        n = min(self.offset, n)
         self.offset -= n
         self._idx -= n
         self._drop_tail(n, self._idx if self.offset else 0)

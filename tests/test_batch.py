@@ -398,3 +398,19 @@ def test_max_kv_size_in_a_batch(loaded):
         bounded = [c for c in caches if c.max_size == 24]
         assert bounded
         assert all(c.size() <= 24 and c.rows.shape[2] <= 24 for c in bounded)
+
+
+def test_a_batch_of_sequences_without_tokens_keeps_its_state(tokens):
+    for pair in new_batches(tokens, 1):
+        size = getattr(pair.ours, "max_size", None)
+        one, empty = (
+            Pair.growing(tokens) if size is None else Pair.rotating(tokens, size) for _ in range(2)
+        )
+        one.update([list(range(20))])
+        batch = one.ours.merge([one.ours, empty.ours])
+        batch.filter([1])
+        again = type(batch).from_state(batch.state)
+        again.update_and_fetch(*tokens.exact([[5, 6, 7]]))
+        assert again.offset.tolist() == [3]
+        single = again.extract(0)
+        tokens.check_rows(single._in_order(), np.array([[5, 6, 7]]))

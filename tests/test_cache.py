@@ -569,3 +569,45 @@ def test_keys_of_other_shapes_are_refused(known):
             pair.ours.update_and_fetch(x, x)
         assert pair.ours.empty()
         assert pair.ours.offset == 0
+
+
+@pytest.mark.parametrize("n", [-1, 2.5, True])
+def test_what_cannot_be_taken_back(known, n):
+    for pair in kinds(known(), [(8, 0)]):
+        pair.update([[0, 1, 2]])
+        with pytest.raises(ValueError, match=f"^n is an integer, at least 0, got {n}.$"):
+            pair.ours.trim(n)
+        pair.check()
+
+
+@pytest.mark.parametrize("name, value", [("max_size", 0), ("max_size", 2.5), ("keep", -1)])
+def test_what_no_ring_can_be(known, name, value):
+    with pytest.raises(ValueError, match=f"^{name} is an integer, at least .*, got {value}.$"):
+        PackedRotatingKVCache(known().format, **({"max_size": 8} | {name: value}))
+
+
+def test_a_ring_has_a_place_for_a_new_token(known):
+    assert PackedRotatingKVCache(known().format, 8, 10**9).keep == 7
+    for size in (1, 2, 3, 4):  # as max_kv_size makes them
+        cache = PackedRotatingKVCache(known().format, size, 4)
+        for L in (1, 1, 30, 1, 3, 1):
+            views = cache.update_and_fetch(*known().exact([list(range(L))]))
+            out = packed_attention(known().queries(1, L), *views, 0.125, cache.make_mask(L))
+            assert bool(mx.isfinite(out).all())
+        assert (cache.size(), cache.rows.shape[2]) == (size, size)
+
+
+def test_updates_by_no_tokens(known):
+    tokens = known()
+    for pair in kinds(tokens, [(8, 0)]):
+        cache = pair.ours
+        for L in (0, 20, 0, 1, 0):
+            ids = np.arange(L)[None].astype(int)
+            views = cache.update_and_fetch(*tokens.exact(ids))
+            out = packed_attention(tokens.queries(1, L), *views, scale=0.125)
+            assert out.shape == (1, 4, L, V_DIM)
+        assert cache.offset == 21
+    for B, H in ((0, 2), (1, 0)):
+        nothing = mx.zeros((B, H, 3, K_DIM)), mx.zeros((B, H, 3, V_DIM))
+        views = PackedKVCache(tokens.format).update_and_fetch(*nothing)
+        assert views[0].shape == (B, H, 3, K_DIM)
