@@ -333,12 +333,15 @@ def test_feedback_changes_sigma_of_4_bit_keys_once(spec, changed):
         assert not changed or mx.array_equal(again.feedback, fmt.feedback)
 
 
-def test_feedback_rounds_8_bit_keys_to_the_nearest_level():
-    keys = with_metric()
-    fmt = make_format(Spec.parse("k8v4-srft"), 64, keys=keys)
-    asked = make_format(fmt.spec.__class__.parse("int4-srft:rounding=feedback"), 64)
-    assert asked.feedback is None  # nothing is calibrated
-    assert ";rounding" not in asked.signature + fmt.signature
+@pytest.mark.parametrize(
+    "spec, keys", [("k8v4-srft", with_metric()), ("int4-srft", calibration("sigma"))]
+)
+def test_feedback_that_has_nothing_to_weigh_is_nearest_rounding(spec, keys):
+    """8-bit keys, and keys without a metric."""
+    fmt = make_format(Spec.parse(f"{spec}:rounding=feedback"), 64, keys=keys)
+    assert fmt.feedback is None
+    assert mx.array_equal(fmt.keys.calibration.sigma, keys.sigma)
+    assert fmt.signature == make_format(Spec.parse(spec), 64, keys=keys).signature
 
 
 def test_a_metric_alone_says_how_many_heads():
