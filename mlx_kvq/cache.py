@@ -7,6 +7,8 @@ are fewer tokens. After a chunk of a prompt it has the unfinished block as well,
 chunk reads exactly (``attention``). What is no longer in the tail can be had from the rows.
 """
 
+from abc import ABC, abstractmethod
+
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
@@ -39,7 +41,7 @@ class _Merge:
         return getattr(batch, self._name).merge
 
 
-class _PackedCache(_BaseCache):
+class _PackedCache(_BaseCache, ABC):
     """What the growing and the rotating cache share."""
 
     step = 256
@@ -134,9 +136,9 @@ class _PackedCache(_BaseCache):
     # Of each sequence of a batch, its tokens once chunks with padding on the right are read.
     _lengths: list[int] | None = None
 
+    @abstractmethod
     def _positions(self, L: int = 0) -> list[int]:
         """Of the next token of each sequence, after L more rows; below 0 in padding."""
-        raise NotImplementedError
 
     def _counts(self, L: int) -> list[int]:
         """Of L new rows, those of tokens of each sequence."""
@@ -167,9 +169,9 @@ class _PackedCache(_BaseCache):
     def keys(self, rows: mx.array) -> None:
         self.rows = rows
 
+    @abstractmethod
     def _length(self) -> int:
         """Rows that hold tokens."""
-        raise NotImplementedError
 
     def _pack(
         self, keys: mx.array, values: mx.array, prev: int | None = None

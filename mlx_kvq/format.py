@@ -330,7 +330,8 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
     if arrays is not None:
         try:
             mu, sigma, lam, *of_values = arrays[:6]
-            metric = dict(zip(["metric"], arrays[6:], strict=rounding is not None))
+            names = [] if rounding is None else ["metric"]
+            metric = dict(zip(names, arrays[6:], strict=True))
             k = _fitting("keys", Calibration(mu, sigma, lam, **metric), k_dim)
             v = _fitting("values", Calibration(*of_values), v_dim)
         except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 depend on the company."""
 
 import copy
+import functools
 import gc
 
 import mlx.core as mx
@@ -26,10 +27,12 @@ from tests.float32 import NAMES, WINDOW, load_float32, prompts
 from tests.stock import Pair
 from tests.stock_batch import BatchPair, PaddedTokens
 
+padded = functools.cache(PaddedTokens)
+
 
 @pytest.fixture(scope="module")
 def tokens():
-    return PaddedTokens()
+    return padded("int4-srft")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,89 @@ def test_batches_that_were_trimmed_to_nothing_join():
         again = type(first).from_state(first.state)
         views = again.update_and_fetch(mx.ones((2, 2, 1, 64)), mx.ones((2, 2, 1, 64)))
         assert views[0].tail.shape == (2, 2, 3, 128)
+
+
+@pytest.mark.parametrize("spec", ["int4-srft:recent=3", "int4-srft"])
+@pytest.mark.parametrize("max_size, keep", [(8, 4), (8, 7), (20, 4), (12, 1)])
+def test_rings_that_keep_their_first_tokens_join_a_batch(spec, max_size, keep):
+    """A batch does not know of the gap after them: of their exact tokens only those after it go
+    along, and before these the tail has what rows keep."""
+    tokens = padded(spec)
+    recent = tokens.format.recent
+    singles, lengths = [], [[30], [30, 1, 1], [max_size], [3], [max_size - 1, 1, 1], [9] * 3, []]
+    for i, length in enumerate(lengths):
+        single, at = Pair.rotating(tokens, max_size, keep), 250 * i
+        for L in length:
+            single.update([list(range(at, at + L))])
+            at += L
+        singles.append(single)
+    first, second = singles[:4], singles[3:]
+    for several in (first, second, singles[::-2], singles[1:2], [singles[4], singles[3]]):
+        batch = BatchPair.merge([p.fork() for p in several])
+        for single, prompt, exact in zip(several, batch.ours.prompt, batch.ours.exact, strict=True):
+            ours = single.ours
+            full = ours.offset > ours.size()
+            most = 0 if ours.empty() else ours._length() - (keep if full else 0)
+            assert (prompt, exact) == (ours.prompt[0], min(ours.exact[0], most))
+        for i in range(recent + 2):
+            batch.step([[1750 + i]] * len(several))
+        one = batch.extract(0)
+        one.step([[1800]])
+        one.step([[1801, 1802, 1803]])
+
+
+def test_a_sequence_without_tokens_leaves_a_batch(tokens):
+    """Its cache is a new one, and goes on as one."""
+    for make in (Pair.growing, lambda t: Pair.rotating(t, 8), lambda t: Pair.rotating(t, 20)):
+        for n in (5, 30):
+            filled, empty = make(tokens), make(tokens)
+            filled.update([list(range(n))])
+            batch = BatchPair.merge([filled, empty])
+            for _ in range(2):
+                single = batch.extract(1)
+                assert single.ours.empty()
+                assert (single.ours.tail, single.ours.offset) == (None, 0)
+                assert (single.ours.prompt, single.ours.exact) == ([0], [0])
+                single.step([list(range(40, 52))])
+                single.step([[52]])
+                batch.ours.filter([0, 1])
+            nothing = batch.ours.extract(1)
+            nothing = type(nothing).from_state(nothing.state)
+            assert nothing.empty()
+            again = nothing.merge([nothing, batch.ours.extract(0)])
+            assert again.offset.tolist() == [0, n]
+
+
+def test_right_padding_without_lengths(tokens):
+    """mlx-lm's growing batch takes it: which tokens are padding is not known until the end, and
+    then the tail is what rows keep."""
+    recent = tokens.format.recent
+    padding = [2, 0, 3]
+    for chunk in (12, 5):
+        pair = BatchPair.growing(tokens, [0] * 3)
+        for cache in (pair.ours, pair.stock):
+            cache.prepare(right_padding=padding)
+        assert pair.ours._lengths is None
+        ids = np.array(
+            [[*range(300 * i, 300 * i + 12 - n), *[1023] * n] for i, n in enumerate(padding)]
+        )
+        for at in range(0, 12, chunk):
+            pair.update(ids[:, at : at + chunk])
+        for cache in (pair.ours, pair.stock):
+            cache.finalize()
+        held = pair._in_order()
+        pair.tails = [
+            [(-1, False)] * (recent - 12 + n) + [(int(t), False) for t in row[n:][-recent:]]
+            for row, n in zip(held, padding, strict=True)
+        ]
+        pair.check()
+        assert pair.ours.exact == [0, 0, 0]
+        assert pair.ours._right_padding is None
+        for i in range(recent + 3):
+            pair.step([[400 + i], [700 + i], [950 + i]])
+            assert pair.ours.exact == [min(recent, i + 1)] * 3
+        pair.ours.finalize()  # once
+        pair.check()
 
 
 @pytest.mark.parametrize("L", [1, 6, 30])

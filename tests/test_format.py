@@ -293,3 +293,73 @@ def test_query_heads_use_the_calibration_of_their_kv_head():
             one = getattr(Transform("srft", 0, 0, 64, alone), method.__name__)
             mine = slice(3 * h, 3 * h + 3)
             np.testing.assert_allclose(together[:, mine], one(x[:, mine]), atol=1e-5)
+
+
+def with_metric() -> Calibration:
+    D = 64
+    a = np.random.default_rng(3).standard_normal((2, D, 3 * D))
+    c = calibration("mu", "sigma", "lam")
+    metric = mx.array((a @ a.swapaxes(1, 2) / (3 * D)).astype(np.float32))
+    return Calibration(c.mu, c.sigma, c.lam, metric)
+
+
+@pytest.mark.parametrize(
+    "spec, changed",
+    [("int4-srft:rounding=feedback", True), ("int4-srft", False), ("k8v4-srft", False)],
+)
+def test_feedback_changes_sigma_of_4_bit_keys_once(spec, changed):
+    """Half-way between the balanced scale and the keys' standard deviation, of geometric mean 1;
+    what a signature describes has been changed already."""
+    keys, values = with_metric(), calibration("mu")
+    fmt = make_format(Spec.parse(spec), 64, keys=keys, values=values)
+    sigma = np.array(fmt.keys.calibration.sigma)
+    if changed:
+        given = np.array(keys.sigma, np.float64)
+        q2 = np.einsum("hdd->hd", np.array(keys.metric, np.float64))
+        wanted = np.sqrt(given * given**2 * np.sqrt(q2))
+        wanted /= np.exp(np.log(wanted).mean(axis=-1, keepdims=True))
+        np.testing.assert_allclose(sigma, wanted, rtol=1e-5)
+        assert abs(sigma / np.array(keys.sigma) - 1).max() > 0.1
+    else:
+        np.testing.assert_array_equal(sigma, np.array(keys.sigma))
+    assert (fmt.feedback is not None, len(fmt.arrays)) == (changed, 7 if changed else 6)
+    again = fmt
+    for _ in range(2):
+        again = parse_signature(again.signature, again.arrays)
+        assert again.signature == fmt.signature
+        for a, b in zip(again.arrays, fmt.arrays, strict=True):
+            assert (a is None and b is None) or mx.array_equal(a, b)
+        assert again.spec.rounding == ("feedback" if changed else "nearest")
+        assert not changed or mx.array_equal(again.feedback, fmt.feedback)
+
+
+@pytest.mark.parametrize(
+    "spec, keys", [("k8v4-srft", with_metric()), ("int4-srft", calibration("sigma"))]
+)
+def test_feedback_that_has_nothing_to_weigh_is_nearest_rounding(spec, keys):
+    """8-bit keys, and keys without a metric."""
+    fmt = make_format(Spec.parse(f"{spec}:rounding=feedback"), 64, keys=keys)
+    assert fmt.feedback is None
+    assert mx.array_equal(fmt.keys.calibration.sigma, keys.sigma)
+    assert fmt.signature == make_format(Spec.parse(spec), 64, keys=keys).signature
+
+
+def test_a_metric_alone_says_how_many_heads():
+    fmt = make_format(Spec.parse("int4-srft"), 64, keys=Calibration(metric=with_metric().metric))
+    assert (fmt.heads, make_format(Spec.parse("int4-srft"), 64).heads) == (2, None)
+
+
+@pytest.mark.parametrize("sizes", ["64,64;groups=32,8192", "8192,64;groups=32,32"])
+def test_sizes_that_no_model_has_are_refused(sizes):
+    signature = PLAIN.replace("64,64;groups=32,32", sizes)
+    with pytest.raises(ValueError, match="up to 4096"):
+        parse_signature(signature)
+
+
+def test_a_saved_metric_needs_feedback_and_feedback_a_metric():
+    fmt = make_format(Spec.parse("int4-srft:rounding=feedback"), 64, keys=with_metric())
+    with pytest.raises(ValueError, match="damaged"):
+        parse_signature(fmt.signature, fmt.arrays[:6])
+    plain = make_format(Spec.parse("int4-srft"), 64, keys=with_metric())
+    with pytest.raises(ValueError, match="damaged"):
+        parse_signature(plain.signature, [*plain.arrays, with_metric().metric])
