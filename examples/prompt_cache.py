@@ -8,7 +8,8 @@ from mlx_lm import generate, load
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 import mlx_kvq
-from mlx_kvq.prompt_cache import check, pack
+from mlx_kvq.caches.prompt_file import check
+from mlx_kvq.model.pack import pack
 
 HERE = Path(__file__).parent
 model, tokenizer = load(str(HERE / "models" / "tiny-qwen2-8bit"))

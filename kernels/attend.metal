@@ -5,7 +5,7 @@
 //   head strides, the whole buffer; a threadgroup's 8 query rows are rows of the KV head's
 //   [Hq / Hkv * L], head first. info: length, heads per KV head, L, bits of the softmax scale,
 //   causal, window (0: none). starts, mask, sinks and tail are there if their constants say so.
-//   tables: of the keys and then of the values (mlx_kvq/tables.py).
+//   tables: of the keys and then of the values (mlx_kvq/ops/gpu/tables.py).
 //   tail [B, Hkv, R, KD + VD]: rotated vectors of the newest tokens, the newest last. A query reads
 //   the `recent` tokens up to its own, and those after it, from there, all others from rows. The
 //   newest token's row is idx - 1; before row `keep` rows wrap around to the last one (a ring).

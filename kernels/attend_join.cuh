@@ -1,6 +1,6 @@
 // End of attend on CUDA with several splits, after attend_store.metal: the threadgroup that
 // finishes last of its query block merges the partial sums, so no second launch is needed. A
-// launch costs about 17 us of host time through MLX, more than this merge (see mlx_kvq/tuning.py).
+// launch costs about 17 us of host time through MLX, more than this merge (see mlx_kvq/ops/gpu/tuning.py).
 //
 // `arrivals` holds a zero for each query block; atomicInc makes it zero again for the next call.
 // Metal has no fence that orders device memory between threadgroups on every system that MLX

@@ -2,7 +2,7 @@
 //
 // A lane has CH channels in a row, all of one group or of the part of a group that SPAN lanes
 // share; the lanes of a group differ in the bits of MASK * (SPAN - 1), or, where SPAN is not a
-// power of two, are those from `first` on. The arithmetic is that of `mlx_kvq.reference.quantize`.
+// power of two, are those from `first` on. The arithmetic is that of `mlx_kvq.format.levels.quantize`.
 namespace kvq {
 
 enum : int { SEARCH = 0, ABSMAX = 1, PAPER = 2 };  // template value RULE

@@ -10,7 +10,7 @@
 // srht: Hadamard butterflies, sqrt(D) times as long; lane l holds n = R * l + a. none: the same
 // placement, and nothing. The channels' factors (vectors.metal) make up for the lengths.
 //
-// Twiddles come from the host in float64, rounded once (`rotation_table` in mlx_kvq/tables.py,
+// Twiddles come from the host in float64, rounded once (`rotation_table` in mlx_kvq/ops/gpu/tables.py,
 // which this file's offsets must match); half precision or fast sines here would cost quality.
 namespace kvq {
 
@@ -19,7 +19,7 @@ constexpr bool is_none(int ROTATION) {
   return ROTATION == 2;
 }
 
-// The lanes of a vector. WIDE, an enumerator that precedes this file (see mlx_kvq/jit.py): as many as
+// The lanes of a vector. WIDE, an enumerator that precedes this file (see mlx_kvq/ops/gpu/jit.py): as many as
 // divide it, for one vector whose result others wait for. Otherwise few, because shuffles cost more
 // than arithmetic and a lane's points share them, but no more than eight points a lane where D
 // allows it.

@@ -1,4 +1,4 @@
-// Vectors on their way through a table's channel factors (mlx_kvq/tables.py): a SIMD group reads,
+// Vectors on their way through a table's channel factors (mlx_kvq/ops/gpu/tables.py): a SIMD group reads,
 // centres and scales a vector before the rotation, and finishes an output row after it.
 //
 // Factors of a calibrated head: D before the rotation, D after it, D of the centre; uncalibrated:

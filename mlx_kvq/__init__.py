@@ -5,12 +5,12 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from . import ops
-    from .calibrate import calibrate
-    from .calibration import CalibrationSet
-    from .convert import convert
-    from .evaluate import evaluate
-    from .model import disable, enable, make_prompt_cache
-    from .spec import Spec
+    from .calibration.fit import calibrate
+    from .calibration.set import CalibrationSet
+    from .format.spec import Spec
+    from .measure.evaluate import evaluate
+    from .model.enable import disable, enable, make_prompt_cache
+    from .repositories.convert import convert
 
 __version__ = "0.1.0"
 
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CalibrationSet": "calibration",
-    "Spec": "spec",
-    "calibrate": "calibrate",
-    "convert": "convert",
-    "disable": "model",
-    "enable": "model",
-    "evaluate": "evaluate",
-    "make_prompt_cache": "model",
+    "CalibrationSet": "calibration.set",
+    "Spec": "format.spec",
+    "calibrate": "calibration.fit",
+    "convert": "repositories.convert",
+    "disable": "model.enable",
+    "enable": "model.enable",
+    "evaluate": "measure.evaluate",
+    "make_prompt_cache": "model.enable",
     "ops": "ops",
 }
 

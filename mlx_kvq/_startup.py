@@ -10,12 +10,15 @@ until a command module of mlx-lm, or one of its modules that load, is imported. 
 import os
 import sys
 
-TYPE_CHECKING = False  # see __init__.py
+TYPE_CHECKING = False
+
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import CodeType, ModuleType
     from typing import Any
 
+
+TYPE_CHECKING = False  # see __init__.py
 COMMANDS = frozenset(
     {
         "mlx_lm.benchmark",
@@ -29,7 +32,6 @@ COMMANDS = frozenset(
 )
 # Every command and the Python API load models by the one, and saved caches by the other.
 MODULES = COMMANDS | {"mlx_lm.models.cache", "mlx_lm.utils"}
-
 # What `python -m mlx_lm.<command>` runs instead of a second copy of the module: the patched one.
 # (import_module, because the function mlx_lm.generate hides the module of that name.)
 RUN_AS_MAIN = """\
@@ -93,7 +95,7 @@ def patch(module: "ModuleType") -> None:
     """Call the plug-in; whatever fails there, mlx-lm goes on as if mlx_kvq were absent."""
     before = dict(vars(module))
     try:
-        from mlx_kvq.plugin import patch as patch_command
+        from mlx_kvq.commands.plugin import patch as patch_command
 
         patch_command(module)
     except Exception as error:

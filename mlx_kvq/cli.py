@@ -5,9 +5,10 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from . import __version__, spec, stock_names
+from . import __version__, stock_names
+from .format import spec
 
-# name -> what --help says. Module mlx_kvq.<name>, with _ for -, has `add_arguments(parser)` and
+# name -> what --help says. Module commands.<name>, with _ for -, has `add_arguments(parser)` and
 # `run(args)`, which returns the exit status or None; a ValueError or OSError from it becomes one
 # line and status 1, Ctrl-C one line and status 130.
 COMMANDS: dict[str, str] = {
@@ -19,6 +20,8 @@ COMMANDS: dict[str, str] = {
     "inspect": "Say what a converted repository, local or on the hub, brings along.",
     "pack-cache": "Pack a prompt-cache file that was written without --kv-cache.",
 }
+# A command's module, where it is not named like the command: inspect is the standard library's.
+MODULES = {"inspect": "inspection"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,4 +68,6 @@ def _run(arguments: list[str]) -> Any:
 
 
 def _module(command: str) -> Any:
-    return import_module(f"{__package__}.{command.replace('-', '_')}")
+    return import_module(
+        f"{__package__}.commands.{MODULES.get(command, command.replace('-', '_'))}"
+    )

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 
 TEXT = 200  # characters of a note; more is no note
 NESTING = 64  # levels of JSON; config.json of real models has fewer than ten
-
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -142,3 +141,11 @@ def line(said: object) -> str:
 def printable(given: object) -> bool:
     """Whether this is a short text without control characters, which may be shown as it is."""
     return isinstance(given, str) and given.isprintable() and len(given) <= TEXT
+
+
+def read_text(path: str | os.PathLike) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"{path} cannot be read: {reason}.") from None

@@ -11,10 +11,11 @@ import time
 
 import mlx.core as mx
 
-from mlx_kvq import reference, rotation
-from mlx_kvq.format import make_format
-from mlx_kvq.spec import Spec
-from mlx_kvq.timing import interleave, spread
+from mlx_kvq.format import levels, rotation
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.measure.timing import interleave, spread
+from mlx_kvq.ops import plain
 
 SHAPES = ((12, 2, 128), (4, 1, 256))  # query heads, KV heads, head size
 
@@ -41,18 +42,18 @@ def scores() -> None:
         lay = fmt.layout
         for T in (1024, 4096, 16384):
             k = mx.random.normal((1, Hkv, T, D))
-            rows, q = reference.quantize_pack(k, k, fmt), mx.random.normal((1, Hkv, Hq // Hkv, D))
+            rows, q = plain.quantize_pack(k, k, fmt), mx.random.normal((1, Hkv, Hq // Hkv, D))
             mx.eval(rows, q)
             T -= 24  # a cache's buffer has room for more, save at each 256th token
 
             def product(rows=rows, q=q, T=T, lay=lay):
-                words, _, scales, _ = reference.split(rows[:, :, :T], lay)
-                return reference._matmul(
+                words, _, scales, _ = levels.split(rows[:, :, :T], lay)
+                return plain._matmul(
                     q, words, scales, lay.k_bits, lay.k_group, "search", transpose=True
                 )
 
             def turned(rows=rows, q=q, T=T, fmt=fmt):
-                return reference._scores(q, rows, T, fmt)
+                return plain._scores(q, rows, T, fmt)
 
             compare(f"{Hq}/{Hkv} D={D} T={T}", {"transposed": product, "turned over": turned})
 
@@ -78,9 +79,9 @@ def storing() -> None:
         for L in (1, 2048):
             k = mx.random.normal((1, Hkv, L, D))
             mx.eval(k)
-            ways = {"as it is": lambda k=k, fmt=fmt: reference.quantize_pack(k, k, fmt)}
+            ways = {"as it is": lambda k=k, fmt=fmt: plain.quantize_pack(k, k, fmt)}
             if shutil.which("g++"):  # what mlx compiles with on Linux
-                compiled = mx.compile(lambda k, fmt=fmt: reference.quantize_pack(k, k, fmt))
+                compiled = mx.compile(lambda k, fmt=fmt: plain.quantize_pack(k, k, fmt))
                 ways["compiled"] = lambda k=k, compiled=compiled: compiled(k)
             ways["kv4"] = lambda k=k: (mx.quantize(k, 64, 4), mx.quantize(k, 64, 4))
             compare(f"{Hkv} heads, D={D}, {L} tokens", ways, unit=2 * Hkv * L / 1e3)

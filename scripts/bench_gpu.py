@@ -22,10 +22,11 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.models import qwen2
 
-from mlx_kvq import benchmark, benchmark_models, benchmark_ops
+from mlx_kvq.commands import benchmark
 from mlx_kvq.files import replacing
-from mlx_kvq.shapes import SHAPES
-from mlx_kvq.timing import copy_bandwidth
+from mlx_kvq.measure import model_speed, op_speed
+from mlx_kvq.measure.shapes import SHAPES
+from mlx_kvq.measure.timing import copy_bandwidth
 
 OPS_CACHES = ["fp16", "int4-srft", "kv4", "kv8"]
 MODEL_CACHES = ["fp16", "int4-srft"]
@@ -91,8 +92,8 @@ class Models:
         if args.shape != self.shape:
             self.entries = {}
             mx.clear_cache()
-            self.entries, self.shape = benchmark_models.entries(args), args.shape
-        return benchmark_models.measure(args, self.entries)
+            self.entries, self.shape = model_speed.entries(args), args.shape
+        return model_speed.measure(args, self.entries)
 
 
 def main() -> None:
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         given = parser.parse_args(item.arguments)
         measured = (
-            benchmark_ops.measure(given, copy) if item.file == "ops.json" else models.measure(given)
+            op_speed.measure(given, copy) if item.file == "ops.json" else models.measure(given)
         )
         for rows in measured:
             results.setdefault(item.file, []).extend(rows)

@@ -15,9 +15,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 import mlx_kvq
-from mlx_kvq import attention, shapes
-from mlx_kvq.automatic import random_tokens
-from mlx_kvq.calibrate import calibrate_tokens
+from mlx_kvq.caches import attention
+from mlx_kvq.calibration.automatic import random_tokens
+from mlx_kvq.calibration.fit import calibrate_tokens
+from mlx_kvq.measure import shapes
 
 STEP = 2048  # tokens of a chunk, as in mlx_lm
 

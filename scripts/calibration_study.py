@@ -26,10 +26,10 @@ from texts import windows_of
 from tqdm import tqdm
 
 import mlx_kvq
-from mlx_kvq.baselines import KV_BITS, KV_GROUP, candidate, own
-from mlx_kvq.calibration import CalibrationSet
+from mlx_kvq.calibration.set import CalibrationSet
 from mlx_kvq.files import replacing
-from mlx_kvq.quality import Estimate, measure, summarize
+from mlx_kvq.measure.baselines import KV_BITS, KV_GROUP, candidate, own
+from mlx_kvq.measure.quality import Estimate, measure, summarize
 
 OURS = {
     "paper": "int4-srft:group_size={g},scale=paper,calibrate=off,recent=0",

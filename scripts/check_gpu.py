@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlx_kvq import fused, ops, tuning
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.spec import Spec
-from mlx_kvq.timing import interleave
+from mlx_kvq import ops
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.measure.timing import interleave
+from mlx_kvq.ops.gpu import fused, tuning
 from tests import op_matrix
 
 # Specs, head sizes, calibrated or not: each way through each kernel at least once.

@@ -37,7 +37,9 @@ from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.models.cache import make_prompt_cache as stock_cache
 
 import mlx_kvq
-from mlx_kvq import attention, fused, ops
+from mlx_kvq import ops
+from mlx_kvq.caches import attention
+from mlx_kvq.ops.gpu import fused
 
 VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape",

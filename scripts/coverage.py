@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlx_kvq.model import _ranges
+from mlx_kvq.model.report import layer_ranges
 from tests.families import LAYERS, Coverage, examine, families
 from tests.family_settings import NO_BATCH, NOT_TRIED
 
@@ -53,7 +53,7 @@ def cells(name: str, found: Coverage) -> list[str]:
     reasons: dict[str, list[int]] = {}
     for layer, reason in found.left.items():
         reasons.setdefault(reason, []).append(layer)
-    notes += [f"left {_ranges(which)}: {reason}" for reason, which in reasons.items()]
+    notes += [f"left {layer_ranges(which)}: {reason}" for reason, which in reasons.items()]
     batch = "yes"
     if found.batch:
         batch = f"no, {found.batch}: {NO_BATCH[name]}"

@@ -35,9 +35,10 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvq import fused, reference
-from mlx_kvq.format import Format, make_format
-from mlx_kvq.spec import Spec
+from mlx_kvq.format.format import Format, make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.ops import plain
+from mlx_kvq.ops.gpu import fused
 from tests.emulator import Counters, arithmetic, emulated, run, toolchain
 from tests.test_emulator_mlx_kernels import mlx_source
 
@@ -184,7 +185,7 @@ class Ours:
         self.combine = {parts: self._combined(parts) for parts in (2, 16)}
 
     def _counted(self, T: int, parts: int) -> list[Counters]:
-        rows = reference.quantize_pack(
+        rows = plain.quantize_pack(
             random(1, self.Hkv, T, self.D), random(1, self.Hkv, T, self.D), self.fmt
         )
         q = random(1, self.Hq, 1, self.D)
@@ -228,7 +229,7 @@ class Ours:
         """quantize_pack or dequantize of L tokens."""
         n = min(L, 512)
         k, v = random(1, self.Hkv, n, self.D), random(1, self.Hkv, n, self.D)
-        rows = reference.quantize_pack(k, v, self.fmt)
+        rows = plain.quantize_pack(k, v, self.fmt)
         mx.eval(k, v, rows)
         with emulated("counted") as e:
             if op == "quantize_pack":

@@ -22,15 +22,17 @@ from outliers import make_outlier
 from texts import windows_of
 from tqdm import tqdm
 
-from mlx_kvq import rotation, seams
-from mlx_kvq.baselines import own
-from mlx_kvq.calibrate import balanced_scale
-from mlx_kvq.feedback import whitened
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.learned import Samples, choose_signs, errors, learn_rotation
-from mlx_kvq.model import _pack
-from mlx_kvq.quality import measure, summarize
-from mlx_kvq.spec import Spec
+from mlx_kvq.caches import seams
+from mlx_kvq.calibration.fit import balanced_scale
+from mlx_kvq.calibration.learned import Samples, choose_signs, errors, learn_rotation
+from mlx_kvq.format import rotation
+from mlx_kvq.format.feedback import whitened
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.measure.baselines import own
+from mlx_kvq.measure.quality import measure, summarize
+from mlx_kvq.model.plan import _pack
 
 RANDOM = ("none", "srft", "srht", "householder", "quaternion")
 # name -> (base, objective, λ too)

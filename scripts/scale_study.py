@@ -1,6 +1,6 @@
 """Which scales to try for a group, how to choose one, and which one to store: KL of int4's writers.
 
-Variants of ``mlx_kvq.reference`` write the rows, the package reads them. Prints the KL of each and
+Variants of ``mlx_kvq.ops.plain`` write the rows, the package reads them. Prints the KL of each and
 its ratio to the first, with the standard error of the windows' paired differences:
 
     python scripts/scale_study.py --model tiny-qwen2 --text novel.txt --calibration c.safetensors
@@ -14,23 +14,23 @@ from mlx_lm import load
 from texts import windows_of
 from tqdm import tqdm
 
-from mlx_kvq import reference
-from mlx_kvq.baselines import candidate, own
-from mlx_kvq.calibration import CalibrationSet
-from mlx_kvq.quality import measure
+from mlx_kvq.calibration.set import CalibrationSet
+from mlx_kvq.format import levels as format_levels
+from mlx_kvq.measure.baselines import candidate, own
+from mlx_kvq.measure.quality import measure
 
 SIX = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 THREE = (0.98, 0.92, 0.86)
 # What codes are made with: fractions of the abs-max scale, chosen by the least squared error or the
 # smallest angle, or the weights of the largest magnitude and of the rms; and what is stored.
 VARIANTS = {
-    "shipped": (reference.tried, "angle", "length"),
+    "shipped": (format_levels.tried, "angle", "length"),
     "three": (THREE, "error", "length"),
     "three by angle": (THREE, "angle", "length"),
     ".95 .88": ((0.95, 0.88), "error", "length"),
     ".95": ((0.95,), "error", "length"),
     "moments": ({32: (0.95, 0.02), 64: (0.85, 0.2), 128: (0.7, 0.5)}, "moments", "length"),
-    "shipped's scales, none refitted": (reference.tried, "angle", "step"),
+    "shipped's scales, none refitted": (format_levels.tried, "angle", "step"),
     "six": (SIX, "error", "step"),
     "six, least squares": (SIX, "error", "least squares"),
     "six, length": (SIX, "error", "length"),
@@ -53,14 +53,14 @@ def step(fractions, rule):
             return of_top * top + of_rms / 7.5 * rms
         tried = top * mx.array(fractions(group) if callable(fractions) else fractions)
         x, s = y[..., None, :], tried[..., None]
-        levels = reference._codes(x, s, bits, name) - 7.5
+        levels = format_levels._codes(x, s, bits, name) - 7.5
         if rule == "error":
             found = mx.square(x - s * levels).sum(axis=-1)
         else:
             found = -(x * levels).sum(axis=-1) / mx.linalg.norm(levels, axis=-1)
         return mx.take_along_axis(tried, mx.argmin(found, axis=-1, keepdims=True), axis=-1)
 
-    search = reference._step
+    search = format_levels._step
     return scale
 
 
@@ -74,7 +74,7 @@ def stored(rule):
         yy, yl, ll = ((a * b).sum(axis=-1, keepdims=True) for a, b in (
             (y, y), (y, levels), (levels, levels)))  # fmt: skip
         found = {"length": mx.sqrt(yy / ll), "least squares": yl / ll, "unbiased": yy / yl}[rule]
-        return mx.where(step > 0, reference._to_half(found), 0.0)
+        return mx.where(step > 0, format_levels._to_half(found), 0.0)
 
     return scale
 
@@ -96,12 +96,12 @@ def main():
     windows = windows_of(tokenizer, args.text, args.windows, args.tokens)
     given = CalibrationSet.load(args.calibration)
     makers = {"own": own(model).make, "packed": candidate(model, args.spec, calibration=given).make}
-    first, shipped = None, reference._step
+    first, shipped = None, format_levels._step
     for name in tqdm(args.only, desc="variants"):
         fractions, criterion, scale = VARIANTS[name]
-        reference._step, reference._stored = step(fractions, criterion), stored(scale)
+        format_levels._step, format_levels._stored = step(fractions, criterion), stored(scale)
         scores = measure(model, makers, windows, args.chunk, batch=args.windows)["packed"]
-        reference._step = shipped
+        format_levels._step = shipped
         kl = np.array([x.mean() for x in scores.kl])
         first = kl if first is None else first
         ratio = kl.mean() / first.mean()

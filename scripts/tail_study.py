@@ -18,10 +18,10 @@ from texts import windows_of
 from tqdm import tqdm
 
 import mlx_kvq
-from mlx_kvq import reference
-from mlx_kvq.baselines import own
-from mlx_kvq.calibration import CalibrationSet
-from mlx_kvq.quality import measure, summarize
+from mlx_kvq.calibration.set import CalibrationSet
+from mlx_kvq.measure.baselines import own
+from mlx_kvq.measure.quality import measure, summarize
+from mlx_kvq.ops import plain
 
 
 class Cache:
@@ -42,8 +42,8 @@ class Cache:
         return self.exact, self.rounded
 
     def update_and_fetch(self, k, v):
-        rows = reference.quantize_pack(k, v, self.format)
-        kept = reference.dequantize(rows, k.shape[2], self.format)
+        rows = plain.quantize_pack(k, v, self.format)
+        kept = plain.dequantize(rows, k.shape[2], self.format)
         sides = self.format.keys, self.format.values
         new = [side.output(y) for side, y in zip(sides, kept, strict=True)]
         if self.offset:

@@ -22,14 +22,16 @@ from texts import windows_of
 from tqdm import tqdm
 
 import mlx_kvq
-from mlx_kvq import rotation, seams
-from mlx_kvq.baselines import own
-from mlx_kvq.calibrate import balanced_scale
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.learned import choose_seed, choose_signs
-from mlx_kvq.model import _pack
-from mlx_kvq.quality import measure
-from mlx_kvq.spec import Spec
+from mlx_kvq.caches import seams
+from mlx_kvq.calibration.fit import balanced_scale
+from mlx_kvq.calibration.learned import choose_seed, choose_signs
+from mlx_kvq.format import rotation
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.measure.baselines import own
+from mlx_kvq.measure.quality import measure
+from mlx_kvq.model.plan import _pack
 
 SHIPPED = "**μ and σ on keys, μ on values**"
 # name -> what keys get, what values get

@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # whose folder is that of the proce
 @pytest.fixture(scope="session", autouse=True)
 def _short_calibrations():
     """An eighth of what is read elsewhere."""
-    from mlx_kvq import automatic
+    from mlx_kvq.calibration import automatic
 
     automatic.RANDOM_TOKENS //= 8
     automatic.SAMPLE_TOKENS //= 8

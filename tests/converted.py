@@ -6,10 +6,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvq import repository
-from mlx_kvq.calibration import CalibrationSet, LayerCalibration
-from mlx_kvq.format import Calibration
-from mlx_kvq.spec import Spec
+from mlx_kvq.calibration.set import CalibrationSet, LayerCalibration
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.repositories import repository
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 SHAPES = {"tiny-qwen2-8bit": (4, 1, 128), "tiny-gemma3-8bit": (6, 1, 256)}  # layers, Hkv, D

@@ -14,7 +14,7 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
-from mlx_kvq import automatic
+from mlx_kvq.calibration import automatic
 from tests.float32 import load_float32, prompts
 
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
-from mlx_kvq import seams
+from mlx_kvq.caches import seams
 
 LAYERS = 4
 WINDOW = 16  # of sliding layers

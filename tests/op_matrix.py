@@ -1,7 +1,7 @@
 """The op matrix: one list of cases for the three operations, checked on every backend.
 
 A backend is a module with ``quantize_pack(_tail)``, ``dequantize`` and ``attend`` as in
-``mlx_kvq.reference``; ``check(backend, case)`` compares it with the float64 oracle on fresh random
+``mlx_kvq.ops.plain``; ``check(backend, case)`` compares it with the float64 oracle on fresh random
 data. The seed is printed, and ``MLX_KVQ_SEED`` repeats it.
 
 ``CASES`` meets every pair of values of two factors that can meet, the most telling cases first, so
@@ -16,8 +16,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvq.format import Calibration, Format, make_format
-from mlx_kvq.spec import BITS, Spec
+from mlx_kvq.format.format import Format, make_format
+from mlx_kvq.format.spec import BITS, Spec
+from mlx_kvq.format.transform import Calibration
 from tests import oracle
 from tests.op_cases import CASES, Case, product
 

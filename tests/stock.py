@@ -21,12 +21,15 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_kvq import attention, ops
-from mlx_kvq.attention import packed_attention
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.seams import rewind
-from mlx_kvq.spec import Spec
+from mlx_kvq import ops
+from mlx_kvq.caches import attention
+from mlx_kvq.caches.attention import packed_attention
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.seams import rewind
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
 from tests import oracle
 
 HEADS = 2  # KV heads

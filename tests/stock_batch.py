@@ -6,9 +6,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
 
-from mlx_kvq.attention import packed_attention
-from mlx_kvq.batch import PackedBatchKVCache, PackedBatchRotatingKVCache
-from mlx_kvq.cache import PackedKVCache
+from mlx_kvq.caches.attention import packed_attention
+from mlx_kvq.caches.batch import PackedBatchKVCache
+from mlx_kvq.caches.batch_rotating import PackedBatchRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
 from tests.stock import K_DIM, TOLERANCE, Pair, Tokens, _index, same_mask
 
 

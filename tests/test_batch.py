@@ -18,11 +18,14 @@ from mlx_lm.models.cache import (
 )
 
 import mlx_kvq
-from mlx_kvq import attention, ops
-from mlx_kvq.batch import PackedBatchKVCache, PackedBatchRotatingKVCache
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
-from mlx_kvq.format import make_format
-from mlx_kvq.spec import Spec
+from mlx_kvq import ops
+from mlx_kvq.caches import attention
+from mlx_kvq.caches.batch import PackedBatchKVCache
+from mlx_kvq.caches.batch_rotating import PackedBatchRotatingKVCache
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
 from tests.float32 import NAMES, WINDOW, load_float32, prompts
 from tests.stock import Pair
 from tests.stock_batch import BatchPair, PaddedTokens

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, initialize, rule, run_state_machine_as_test
 from mlx_lm.models import cache as stock_caches
 
-from mlx_kvq import attention, seams
+from mlx_kvq.caches import attention, seams
 from tests.stock import Pair
 from tests.stock_batch import BatchPair, PaddedTokens, same_kind
 from tests.test_cache_states import BLOCK, OPERATIONS, SEQUENCES, STEP, CacheMachine

@@ -22,7 +22,7 @@ def script(monkeypatch):
 
 
 def test_a_run_keeps_its_rows_and_they_become_tables(script, tmp_path, monkeypatch, capsys):
-    from mlx_kvq.shapes import SHAPES
+    from mlx_kvq.measure.shapes import SHAPES
 
     monkeypatch.setitem(SHAPES, "tiny", None)  # taken out again
     bench = script("bench_gpu", str(tmp_path), "--tiny")
@@ -63,7 +63,7 @@ def test_a_run_keeps_its_rows_and_they_become_tables(script, tmp_path, monkeypat
 
 
 def test_no_row_is_begun_without_time(script, tmp_path, monkeypatch, capsys):
-    from mlx_kvq.shapes import SHAPES
+    from mlx_kvq.measure.shapes import SHAPES
 
     monkeypatch.setitem(SHAPES, "tiny", None)
     bench = script("bench_gpu", str(tmp_path), "--tiny", "--budget", "0")

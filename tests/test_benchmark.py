@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
-from mlx_kvq import (
-    benchmark,
-    benchmark_models,
-    benchmark_ops,
-    cli,
-    contenders,
-    ops,
-    shapes,
-    timing,
-)
-from mlx_kvq.batch import PackedBatchKVCache
-from mlx_kvq.cache import PackedKVCache
-from mlx_kvq.contenders import Heads, contender
+from mlx_kvq import cli, ops
+from mlx_kvq.caches.batch import PackedBatchKVCache
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.commands import benchmark
+from mlx_kvq.measure import contenders, model_speed, op_speed, shapes, timing
+from mlx_kvq.measure.contenders import Heads, contender
 
 MODEL = "examples/models/tiny-qwen2-8bit"
 TINY = {
@@ -229,7 +222,7 @@ def test_a_chain_leaves_its_query_alone():
     seen = []
     original = c.attend
     c.attend = lambda q, buffer: seen.append(mx.abs(q).sum().item()) or original(q, buffer)
-    chain, _ = benchmark_ops._attend(c, HEADS, 1, 32, 1)
+    chain, _ = op_speed._attend(c, HEADS, 1, 32, 1)
     chain(1)
     chain(1)
     assert seen[0] == seen[1]
@@ -286,7 +279,7 @@ def test_operations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_contender_that_fails_is_a_row(monkeypatch):
-    original = benchmark_ops.contender
+    original = op_speed.contender
 
     def broken(name, heads, dtype):
         c = original(name, heads, dtype)
@@ -294,22 +287,22 @@ def test_a_contender_that_fails_is_a_row(monkeypatch):
             c.attend = lambda q, buffer: mx.zeros((2, 3)) @ mx.zeros((2, 3))
         return c
 
-    monkeypatch.setattr(benchmark_ops, "contender", broken)
+    monkeypatch.setattr(op_speed, "contender", broken)
     args = _arguments("--heads", "4,2,64", "--contexts", "16", "--kv-cache", "kv8", "fp16",
                       "--rounds", "2", "--ops", "attend", "--beyond", "0")  # fmt: skip
-    ((failed, ran),) = benchmark_ops.measure(args, 1e9)
+    ((failed, ran),) = op_speed.measure(args, 1e9)
     assert failed["cache"] == "kv8" and "ValueError" in failed["note"]
     assert ran["cache"] == "fp16" and "us" in ran
 
 
 def test_buffers_that_do_not_fit_are_left_out(monkeypatch):
-    monkeypatch.setattr(benchmark_ops, "memory_limit", lambda: 100_000)
+    monkeypatch.setattr(op_speed, "memory_limit", lambda: 100_000)
     args = _arguments("--heads", "4,2,64", "--contexts", "100", "--kv-cache", "int4-srft", "fp16",
                       "--rounds", "2", "--ops", "attend", "--beyond", "0")  # fmt: skip
-    ((small, large),) = benchmark_ops.measure(args, 1e9)
+    ((small, large),) = op_speed.measure(args, 1e9)
     assert small["bytes"] == 100 * 144 + 1024
     args.contexts = [400]
-    ((small, large),) = benchmark_ops.measure(args, 1e9)
+    ((small, large),) = op_speed.measure(args, 1e9)
     assert "us" in small and "GB" in large["note"]
 
 
@@ -355,24 +348,24 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
 def test_a_run_goes_back_to_where_it_was(monkeypatch):
     """Chains of the same length measure the same context, and decode as mlx-lm does."""
     args = _arguments("--model", MODEL)
-    model, tokenizer = benchmark_models._model(args, mx.float32)
-    entry = benchmark_models._entry("fp16", model, tokenizer)
+    model, tokenizer = model_speed._model(args, mx.float32)
+    entry = model_speed._entry("fp16", model, tokenizer)
     tokens = mx.array([[3, 5, 7, 11, 13, 17, 19]])
-    run_ = benchmark_models._Run(entry, tokens)
+    run_ = model_speed._Run(entry, tokens)
     run_.prefill()
     from mlx_lm.generate import generate_step
 
     expected = [y for (y, _), _ in zip(generate_step(tokens[0], model), range(4), strict=False)]
     assert run_.y.item() == expected[0]
     seen = []
-    original = benchmark_models._Run._next
+    original = model_speed._Run._next
 
     def noted(self, y):
         y = original(self, y)
         seen.append(y)
         return y
 
-    monkeypatch.setattr(benchmark_models._Run, "_next", noted)
+    monkeypatch.setattr(model_speed._Run, "_next", noted)
     for _ in range(2):
         run_.decode(3)
         assert [y.item() for y in seen] == expected[1:]
@@ -384,18 +377,18 @@ def test_a_run_goes_back_to_where_it_was(monkeypatch):
 def test_a_batch_runs_as_in_mlx_lms_batch_generator(name):
     """In batch caches, padded on the left; each sequence gets the token it gets alone."""
     args = _arguments("--model", MODEL)
-    model, tokenizer = benchmark_models._model(args, mx.float32)
-    entry = benchmark_models._entry(name, model, tokenizer)
+    model, tokenizer = model_speed._model(args, mx.float32)
+    entry = model_speed._entry(name, model, tokenizer)
     tokens = mx.array([[3, 5, 7, 11, 13, 17], [19, 23, 29, 31, 37, 41]])
-    run_ = benchmark_models._Run(entry, tokens)
+    run_ = model_speed._Run(entry, tokens)
     run_.prefill()
     cls = BatchKVCache if name == "fp16" else PackedBatchKVCache
     assert all(type(c) is cls and c.left_padding.tolist() == [0, 1] for c in run_.cache)
-    alone = benchmark_models._Run(entry, tokens[:1])
+    alone = model_speed._Run(entry, tokens[:1])
     alone.prefill()
     assert run_.y[0].item() == alone.y[0].item()
     # The second is one shorter: its last token follows the first four.
-    alone = benchmark_models._Run(entry, tokens[1:, [0, 1, 2, 3, 5]])
+    alone = model_speed._Run(entry, tokens[1:, [0, 1, 2, 3, 5]])
     alone.prefill()
     assert run_.y[1].item() == alone.y[0].item()
     run_.decode(2)
@@ -405,17 +398,17 @@ def test_a_batch_runs_as_in_mlx_lms_batch_generator(name):
 def test_compiling_takes_no_prefill_rounds(monkeypatch):
     """On CUDA the first prefill compiles kernels for half a minute, the next takes 50 ms."""
     args = _arguments("--model", MODEL, "--rounds", "1", "--tokens", "1", "--prefill-rounds", "3")
-    model, tokenizer = benchmark_models._model(args, mx.float32)
-    entries = {"fp16": benchmark_models._entry("fp16", model, tokenizer)}
+    model, tokenizer = model_speed._model(args, mx.float32)
+    entries = {"fp16": model_speed._entry("fp16", model, tokenizer)}
     seconds = [29.0, 0.05, 0.04, 0.05, 0.06]
-    original = benchmark_models._Run.prefill
+    original = model_speed._Run.prefill
 
     def prefill(self):
         original(self)
         return seconds.pop(0)
 
-    monkeypatch.setattr(benchmark_models._Run, "prefill", prefill)
-    (row,) = benchmark_models._compare("tiny", entries, 1, 5, args)
+    monkeypatch.setattr(model_speed._Run, "prefill", prefill)
+    (row,) = model_speed._compare("tiny", entries, 1, 5, args)
     assert not seconds
     assert (row["prefill_low"], row["prefill_s"], row["prefill_high"]) == pytest.approx(
         (0.045, 0.05, 0.055)
@@ -428,12 +421,12 @@ def test_an_item_that_does_not_fit_is_left_out(monkeypatch, capsys):
         "--shape", "qwen2.5-0.5b", "--contexts", "300", "20000000", "--kv-cache", "fp16",
         "--tokens", "1", "--rounds", "1", "--prefill-rounds", "1",
     )  # fmt: skip
-    ((row,),) = benchmark_models.measure(args)
+    ((row,),) = model_speed.measure(args)
     assert row["context"] == 300
     # 2 layers of 512 tokens, K and V of 64 channels.
     assert row["cache_bytes"] == 2 * 512 * 2 * 64 * 2
     assert "20000000 tokens left out" in capsys.readouterr().err
-    guess = benchmark_models._Guess()
+    guess = model_speed._Guess()
     guess.weights = 1000
     guess.learn(2, 100, 1000 + 400 + 600, 400)
     assert guess.bytes(1, 200) == 1000 + 200 * 2 + 200 * 3
@@ -442,15 +435,13 @@ def test_an_item_that_does_not_fit_is_left_out(monkeypatch, capsys):
 
 def test_mlx_lms_quantized_cache_is_what_it_makes():
     args = _arguments("--model", MODEL)
-    model, tokenizer = benchmark_models._model(args, mx.float32)
-    run_ = benchmark_models._Run(
-        benchmark_models._entry("kv8", model, tokenizer), mx.zeros((1, 5), mx.int32)
-    )
+    model, tokenizer = model_speed._model(args, mx.float32)
+    run_ = model_speed._Run(model_speed._entry("kv8", model, tokenizer), mx.zeros((1, 5), mx.int32))
     run_.prefill()
     assert all(c.bits == 8 and c.offset == 5 for c in run_.cache)
-    gemma, tokenizer = benchmark_models._model(_arguments("--model", GEMMA), mx.float32)
+    gemma, tokenizer = model_speed._model(_arguments("--model", GEMMA), mx.float32)
     with pytest.raises(ValueError, match="RotatingKVCache"):
-        benchmark_models._entry("kv8", gemma, tokenizer)
+        model_speed._entry("kv8", gemma, tokenizer)
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)

@@ -10,12 +10,13 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock_caches
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from mlx_kvq import attention
-from mlx_kvq.attention import PackedView, packed_attention
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
-from mlx_kvq.format import make_format
-from mlx_kvq.seams import rewind
-from mlx_kvq.spec import Spec
+from mlx_kvq.caches import attention
+from mlx_kvq.caches.attention import PackedView, packed_attention
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.seams import rewind
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
 from tests.stock import HEADS, K_DIM, V_DIM, Pair, Tokens, same_mask
 
 FORMATS = {

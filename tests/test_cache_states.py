@@ -22,8 +22,9 @@ from hypothesis.stateful import (
 )
 from mlx_lm.models import cache as stock_caches
 
-from mlx_kvq import attention
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_kvq.caches import attention
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
 from tests.stock import Pair, Tokens
 
 SEQUENCES = int(os.environ.get("MLX_KVQ_SEQUENCES", "0"))

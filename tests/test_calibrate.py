@@ -14,12 +14,16 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 import mlx_kvq
-from mlx_kvq import automatic, reference
-from mlx_kvq.calibrate import balanced_scale, calibrate_tokens, sample_text
-from mlx_kvq.calibration import CalibrationSet, LayerCalibration
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.spec import Spec
-from mlx_kvq.statistics import CHUNK, Moments, collect
+from mlx_kvq.calibration import automatic
+from mlx_kvq.calibration.fit import balanced_scale, calibrate_tokens, sample_text
+from mlx_kvq.calibration.moments import CHUNK, Moments, collect
+from mlx_kvq.calibration.set import CalibrationSet, LayerCalibration
+from mlx_kvq.format import levels
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.ops import plain as reference
+from mlx_kvq.stock import identity
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 B, Hkv, G, D = 1, 2, 3, 16
@@ -190,7 +194,7 @@ def test_a_sliding_window_is_seen_through(monkeypatch):
     seen = []
     plain = model.make_cache()
     expected = [model(tokens[None, i : i + 16], plain) for i in range(0, tokens.size, 16)]
-    monkeypatch.setattr("mlx_kvq.statistics.CHUNK", 16)
+    monkeypatch.setattr("mlx_kvq.calibration.moments.CHUNK", 16)
     monkeypatch.setattr(
         Model,
         "__call__",
@@ -398,7 +402,7 @@ def test_automatic_calibration_is_made_once_and_kept(kept, capsys):
     assert "calibrating on the built-in sample text, once" in lines
     assert "calibrated (built-in sample)" in lines
     (file,) = kept.iterdir()
-    assert file.name == f"{automatic.identity(model)}-sample.safetensors"
+    assert file.name == f"{identity(model)}-sample.safetensors"
     mlx_kvq.enable(model, "int8-srht", tokenizer=Words())
     again = mlx_kvq.enable(model, "int4-srft")  # text serves a call without a tokenizer
     lines = capsys.readouterr().err
@@ -466,14 +470,14 @@ def test_the_folder_follows_the_conventions(monkeypatch):
 
 def test_identity_follows_the_weights():
     model = Model(Attention())
-    name = automatic.identity(model)
+    name = identity(model)
     model.set_dtype(mx.float16)
-    halved = automatic.identity(model)
+    halved = identity(model)
     model.set_dtype(mx.float32)
-    assert automatic.identity(model) == halved  # same values, another dtype
+    assert identity(model) == halved  # same values, another dtype
     assert halved != name  # rounded
     model.embed.weight = model.embed.weight + 1
-    assert automatic.identity(model) != halved
+    assert identity(model) != halved
 
 
 def test_the_sample_text_is_english_code_and_more():
@@ -517,8 +521,8 @@ def test_the_command(tmp_path, kept):
 
 
 def test_the_command_tells_mistakes(tmp_path):
-    from mlx_kvq.calibrate import run
     from mlx_kvq.cli import main
+    from mlx_kvq.commands.calibrate import run
 
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff\xfe\x00")
@@ -556,8 +560,8 @@ def test_feedback_without_errors_to_feed_is_nearest_rounding():
     nothing = mx.zeros((2, 32, 32))
     for rule in ("search", "absmax", "paper"):
         for group in (8, 16, 32):
-            codes, scales = reference.quantize_with_feedback(y, 4, group, rule, nothing)
-            expected = reference.quantize(y, 4, group, rule)
+            codes, scales = levels.quantize_with_feedback(y, 4, group, rule, nothing)
+            expected = levels.quantize(y, 4, group, rule)
             assert mx.array_equal(codes, expected[0]) and mx.array_equal(scales, expected[1])
 
 
@@ -567,7 +571,7 @@ def test_feedback_keeps_zeros_and_damage_where_they_are():
     fmt = make_format(mlx_kvq.Spec.parse("int4-srft:group_size=8,rounding=feedback"), D, keys=keys)
     y = mx.random.normal((1, 2, 3, D), key=mx.random.key(3))
     y[0, 0, 0], y[0, 0, 1, 0], y[0, 0, 2, -1] = 0.0, mx.nan, mx.inf
-    codes, scales = reference.quantize_with_feedback(y, 4, 8, "search", fmt.feedback)
+    codes, scales = levels.quantize_with_feedback(y, 4, 8, "search", fmt.feedback)
     assert (scales[0, 0, 0] == 0).all() and (codes[0, 0, 0] == 8).all()
     assert mx.isnan(scales[0, 0, 1]).tolist() == [True, False]
     assert mx.isnan(scales[0, 0, 2]).tolist()[1]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load
 
-from mlx_kvq.baselines import candidate
+from mlx_kvq.measure.baselines import candidate
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from mlx_kvq import cli, inspect
+from mlx_kvq import cli
+from mlx_kvq.commands import inspection
 from tests.float32 import MODELS
 
 QWEN = str(MODELS / "tiny-qwen2-8bit")
@@ -32,7 +33,7 @@ def test_what_a_command_raises(error, line, status, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr(inspect, "run", run)
+    monkeypatch.setattr(inspection, "run", run)
     with pytest.raises(SystemExit) as stop:
         cli.main(["inspect", "repository"])
     said = capsys.readouterr().err.strip()
@@ -44,7 +45,7 @@ def test_faults_of_the_program_stay_visible(error, monkeypatch):
     def run(args):
         raise error
 
-    monkeypatch.setattr(inspect, "run", run)
+    monkeypatch.setattr(inspection, "run", run)
     with pytest.raises(type(error)):
         cli.main(["inspect", "repository"])
 

@@ -13,7 +13,8 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_kvq import _startup, ops, plugin
+from mlx_kvq import _startup, ops
+from mlx_kvq.commands import plugin
 from tests.float32 import MODELS, TEXT, write_float32
 
 LAYERS = 4

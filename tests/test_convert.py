@@ -15,9 +15,11 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 
 import mlx_kvq
-from mlx_kvq import cli, model_card, repository
-from mlx_kvq.convert import SAMPLE
-from mlx_kvq.repository import FILE
+from mlx_kvq import cli
+from mlx_kvq.repositories import card as model_card
+from mlx_kvq.repositories import repository
+from mlx_kvq.repositories.convert import SAMPLE
+from mlx_kvq.repositories.repository import FILE
 from tests.converted import MODELS, made_up, write
 from tests.float32 import TEXT
 
@@ -49,7 +51,7 @@ def text(tmp_path):
 def quick(monkeypatch):
     """Evaluate on a window of 64 tokens."""
     for name, value in {"LEAST": 64, "WINDOW": 64, "WINDOWS": 1}.items():
-        monkeypatch.setattr(sys.modules["mlx_kvq.convert"], name, value)
+        monkeypatch.setattr(import_module("mlx_kvq.repositories.convert"), name, value)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_every_option_of_mlx_lm_is_there():
     import argparse
 
     ours = argparse.ArgumentParser()
-    mlx_kvq.convert.add_arguments(ours)
+    import_module("mlx_kvq.commands.convert").add_arguments(ours)
     theirs = {a.dest: a for a in stock.configure_parser()._actions}
     found = {a.dest: a for a in ours._actions}
     assert len(theirs) > 10
@@ -290,7 +292,7 @@ def test_a_converted_repository_is_converted_again(tmp_path, text, capsys):
 
 def test_evaluate_without_a_file_says_what_it_read(text, tmp_path, capsys, monkeypatch, quick):
     """The built-in sample, which an uncalibrated cache has not been fitted to."""
-    module = sys.modules["mlx_kvq.convert"]
+    module = import_module("mlx_kvq.repositories.convert")
     monkeypatch.setattr(module, "sample_text", lambda: NOVEL.read_text()[:2400])
     monkeypatch.setattr(module, "calibrate", lambda *a, **k: made_up())
     for options, flatters in [
@@ -308,7 +310,7 @@ def test_evaluate_without_a_file_says_what_it_read(text, tmp_path, capsys, monke
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch, capsys):
-    module = sys.modules["mlx_kvq.convert"]
+    module = import_module("mlx_kvq.repositories.convert")
 
     def fails(*args, **kwargs):
         raise ValueError("the text is bad")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import mlx_kvq
-from mlx_kvq.calibration import CalibrationSet, LayerCalibration
-from mlx_kvq.format import Calibration
+from mlx_kvq.calibration.set import CalibrationSet, LayerCalibration
+from mlx_kvq.format.transform import Calibration
 from tests.distributed_run import two_heads
 from tests.ports import free_ports
 

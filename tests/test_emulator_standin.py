@@ -43,10 +43,10 @@ def test_emulated_replaces_and_restores():
 
 
 def test_emulated_makes_the_package_believe_in_metal(monkeypatch):
-    fused = types.ModuleType("mlx_kvq.fused")
+    fused = types.ModuleType("mlx_kvq.ops.gpu.fused")
     fused.language = lambda: None
     fused.built = cache(lambda: mx.fast.metal_kernel)
-    monkeypatch.setitem(sys.modules, "mlx_kvq.fused", fused)
+    monkeypatch.setitem(sys.modules, "mlx_kvq.ops.gpu.fused", fused)
     outside = fused.built()
     with emulated():
         assert fused.language() == "metal"

@@ -15,12 +15,13 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import scaled_dot_product_attention
 
 import mlx_kvq
-import mlx_kvq.evaluate
-from mlx_kvq import baselines, cli, plots, quality
-from mlx_kvq.calibration import CalibrationSet, LayerCalibration
-from mlx_kvq.evaluate import answers, evaluate, read_recall
-from mlx_kvq.format import Calibration
-from mlx_kvq.quality import Estimate, Scores, compare, measure, summarize, t_quantile
+import mlx_kvq.measure.evaluate
+from mlx_kvq import cli
+from mlx_kvq.calibration.set import CalibrationSet, LayerCalibration
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.measure import baselines, plots, quality
+from mlx_kvq.measure.evaluate import answers, evaluate, read_recall
+from mlx_kvq.measure.quality import Estimate, Scores, compare, measure, summarize, t_quantile
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 QWEN = EXAMPLES / "models" / "tiny-qwen2-8bit"
@@ -298,7 +299,7 @@ class Words:
 
 
 def test_windows():
-    windows = mlx_kvq.evaluate._windows
+    windows = mlx_kvq.measure.evaluate._windows
     text = "a bb ccc dddd eeeee f gg"
     assert windows(Words(False), text, 2, 3, 0) == [[1, 2, 3], [4, 5, 1]]
     assert windows(Words(True), text, 2, 3, 0) == [[99, 1, 2], [99, 3, 4]]
@@ -400,7 +401,7 @@ def test_calibration_reaches_the_specs_that_want_it(qwen):
 
 def test_saving_is_atomic(tmp_path, monkeypatch):
     target = tmp_path / "out.json"
-    e = mlx_kvq.evaluate.Evaluation({"windows": 1}, [])
+    e = mlx_kvq.measure.evaluate.Evaluation({"windows": 1}, [])
     e.save(target)
     before = target.read_text()
     mask = os.umask(0)
@@ -412,7 +413,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        mlx_kvq.evaluate.Evaluation({"windows": 2}, []).save(target)
+        mlx_kvq.measure.evaluate.Evaluation({"windows": 2}, []).save(target)
     assert target.read_text() == before and list(tmp_path.iterdir()) == [target]
 
 
@@ -481,7 +482,9 @@ def test_no_text_and_no_matplotlib(qwen, monkeypatch):
 
 
 def test_the_package_has_it_under_its_name(qwen):
-    assert callable(mlx_kvq.evaluate)  # also after `import mlx_kvq.evaluate`, as in this file
+    assert callable(
+        mlx_kvq.evaluate
+    )  # also after `import mlx_kvq.measure.evaluate`, as in this file
     with pytest.raises(ValueError, match="no text"):
         mlx_kvq.evaluate(*qwen, [], [])
     assert quality.LEVEL == 0.95

@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvq.format import VERSION, Calibration, Format, Transform, make_format, parse_signature
-from mlx_kvq.spec import BITS, ROTATIONS, SCALES, Spec
+from mlx_kvq.format.format import VERSION, Format, make_format, parse_signature
+from mlx_kvq.format.spec import BITS, ROTATIONS, SCALES, Spec
+from mlx_kvq.format.transform import Calibration, Transform
 from tests import oracle
 
 PLAIN = "mlx_kvq/1;int4-srft;scale=search;seed=0;dims=64,64;groups=32,32"

@@ -10,11 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvq import fused, jit, reference, tables, tuning
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.rotation import real_fft
-from mlx_kvq.sources import kernel_source, kernels_path
-from mlx_kvq.spec import Spec
+from mlx_kvq.format import levels
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.rotation import real_fft
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.ops import plain
+from mlx_kvq.ops.gpu import fused, jit, tables, tuning
+from mlx_kvq.ops.gpu.sources import kernel_source, kernels_path
 from tests import op_matrix
 from tests.emulator import emulated
 
@@ -94,7 +97,7 @@ def packed(fmt, B, H, T, spare=5):
     """Rows of random tokens, and behind them spare capacity full of NaN scales."""
     lay = fmt.layout
     k, v = normal(B, H, T, lay.k_dim, seed=1), normal(B, H, T, lay.v_dim, seed=2)
-    rows = reference.quantize_pack(k, v, fmt)
+    rows = plain.quantize_pack(k, v, fmt)
     full = mx.full((B, H, spare, lay.words), 0xFFFFFFFF, dtype=mx.uint32)
     return mx.concatenate([rows, full], axis=2)
 
@@ -102,7 +105,7 @@ def packed(fmt, B, H, T, spare=5):
 def assert_attends(q, rows, length, fmt, **arguments):
     got = fused.attend(q, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
     exact = q.astype(mx.float32)
-    want = reference.attend(exact, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
+    want = plain.attend(exact, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
     assert (got.dtype, got.shape) == (q.dtype, want.shape)
     got, want = (np.array(x.astype(mx.float32)) for x in (got, want))
     error = np.abs(got - want) / np.abs(want).max(axis=-1, keepdims=True)
@@ -199,7 +202,7 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
     dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
     k, v = transposed(2, 2, 5, Dk, dtype, seed=3), transposed(2, 2, 5, Dv, dtype, seed=4)
     got = np.array(fused.quantize_pack(k, v, fmt))
-    want = reference.quantize_pack(k, v, fmt)
+    want = plain.quantize_pack(k, v, fmt)
     words = np.array(want)
     # A code, or with its scale a group, may fall to the other side of a tie.
     lay = fmt.layout
@@ -208,7 +211,7 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
     length = 4
     for a, b in zip(
         fused.dequantize(want, length, fmt, dtype),
-        reference.dequantize(want, length, fmt, dtype),
+        plain.dequantize(want, length, fmt, dtype),
         strict=True,
     ):
         assert a.dtype == dtype
@@ -230,11 +233,9 @@ def test_quantize_strange_vectors(emulator, spec):
     k[0, 0, 6, 3] = np.nan
     k[0, 0, 7, 60] = -np.inf
     k, v = mx.array(k), mx.array(k[..., ::-1].copy())
-    got, want = fused.quantize_pack(k, v, fmt), reference.quantize_pack(k, v, fmt)
+    got, want = fused.quantize_pack(k, v, fmt), plain.quantize_pack(k, v, fmt)
     # Which NaN a damaged group's scale is depends on the platform.
-    for a, b in zip(
-        reference.split(got, fmt.layout), reference.split(want, fmt.layout), strict=True
-    ):
+    for a, b in zip(levels.split(got, fmt.layout), levels.split(want, fmt.layout), strict=True):
         assert mx.array_equal(a, b, equal_nan=a.dtype == mx.float16)
 
 
@@ -246,7 +247,7 @@ def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, D
     fmt = format_of(f"int4-srft:group_size={group}", D)
     k = normal(1, 2, D, 77, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
     v = normal(2, 1, 77, 2 * D, dtype=mx.float16).swapaxes(0, 1)[..., D:]
-    want = reference.quantize_pack(k, v, fmt)
+    want = plain.quantize_pack(k, v, fmt)
     assert mx.array_equal(fused.quantize_pack(k, v, fmt), want)
     if sizes:
         assert emulator.counters[-1].threadgroups == 2  # one for each of the two heads
@@ -359,7 +360,7 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros(emulator, launches, singl
     out = fused.attend(q, rows, 100, fmt, 0.1, mx.array(mask))
     assert mx.all(mx.isfinite(out)).item()
     assert not mx.any(out[:, :, 1]).item()
-    want = reference.attend(q, rows, 100, fmt, 0.1, mx.array(mask))
+    want = plain.attend(q, rows, 100, fmt, 0.1, mx.array(mask))
     assert mx.allclose(out[:, :, 0], want[:, :, 0], atol=2e-3).item()
 
 
@@ -367,7 +368,7 @@ def test_damage_shows_where_it_is_attended_to(emulator):
     fmt = format_of("int4-srft", 64)
     k = np.array(normal(1, 2, 90, 64, seed=1))
     k[0, 1, 70, 3] = np.nan
-    rows = reference.quantize_pack(mx.array(k), normal(1, 2, 90, 64, seed=2), fmt)
+    rows = plain.quantize_pack(mx.array(k), normal(1, 2, 90, 64, seed=2), fmt)
     q = transposed(1, 4, 1, 64)
     out = np.array(fused.attend(q, rows, 90, fmt, 0.1).astype(mx.float32))
     assert np.isnan(out[0, 2:]).all()
@@ -381,7 +382,7 @@ def test_values_of_any_size_survive_fp16_operands(emulator, spec, size):
     """Scales beyond 2^8 and below 2^-10: fp16 would overflow, or keep few bits."""
     fmt = format_of(spec, 64)
     k, v = normal(1, 1, 80, 64, seed=1), size * normal(1, 1, 80, 64, seed=2)
-    rows = reference.quantize_pack(size * k, v, fmt)
+    rows = plain.quantize_pack(size * k, v, fmt)
     assert_attends(normal(1, 2, 1, 64) / size, rows, 80, fmt)
 
 
@@ -398,7 +399,7 @@ def test_the_buffer_may_be_a_view(emulator):
     rows = packed(fmt, 3, 4, 40, spare=24)[1:, ::2]
     assert_attends(transposed(2, 4, 1, 64), rows, 40, fmt)
     k, v = fused.dequantize(rows, 40, fmt, mx.float16)
-    for a, b in zip((k, v), reference.dequantize(rows, 40, fmt, mx.float16), strict=True):
+    for a, b in zip((k, v), plain.dequantize(rows, 40, fmt, mx.float16), strict=True):
         assert mx.array_equal(a, b)
 
 

@@ -4,7 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvq import fused, ops, reference
+from mlx_kvq import ops
+from mlx_kvq.ops import plain as reference
+from mlx_kvq.ops.gpu import fused
 from tests.test_fused import (  # the fixtures are used by name
     assert_attends,
     emulator,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_kvq.repository import FILE
+from mlx_kvq.repositories.repository import FILE
 from tests.converted import MODELS, write
 from tests.hub_server import Hub
 from tests.test_server import Server
@@ -68,7 +68,7 @@ def calibrated(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("upload") / "model"
     shutil.copytree(write(folder.parent / "links"), folder)  # files, no links
     code = (
-        "import sys; from pathlib import Path; import mlx_kvq.convert as convert\n"
+        "import sys; from pathlib import Path; import mlx_kvq.repositories.convert as convert\n"
         "convert.upload(Path(sys.argv[1]), 'someone/calibrated')"
     )
     process = shell(

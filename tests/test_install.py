@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import mlx_kvq
-from mlx_kvq import sources
+from mlx_kvq.ops.gpu import sources
 
 ROOT = Path(__file__).resolve().parent.parent
 STRAYS = (
@@ -156,7 +156,7 @@ def test_version(environment):
 
 def test_kernels_are_found(environment):
     code = (
-        "from mlx_kvq.sources import kernels_path, kernel_source\n"
+        "from mlx_kvq.ops.gpu.sources import kernels_path, kernel_source\n"
         "names = sorted(p.name for p in kernels_path().iterdir() if p.name[0] != '.')\n"
         "print(*names, all(map(kernel_source, names)))\n"
     )
@@ -165,7 +165,7 @@ def test_kernels_are_found(environment):
 
 
 def test_mlx_lm_has_the_option(environment):
-    """Needs mlx_kvq.plugin."""
+    """Needs mlx_kvq.commands.plugin."""
     text = environment.call("-m", "mlx_lm", "generate", "--help")
     assert re.search(r"^ +--kv-cache\b", text, re.MULTILINE), text
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_kvq.layout import RowLayout, choose_group
+from mlx_kvq.format.layout import RowLayout, choose_group
 from tests import oracle
 
 # (Dk, Dv, k_bits, v_bits, k_group, v_group): K words, V words, K scales, V scales, W, bits a value

@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvq import learned, reference, rotation
-from mlx_kvq.learned import Samples, choose_seed, choose_signs, errors, learn_rotation
-from mlx_kvq.spec import Spec
+from mlx_kvq.calibration import learned
+from mlx_kvq.calibration.learned import Samples, choose_seed, choose_signs, errors, learn_rotation
+from mlx_kvq.format import levels, rotation
+from mlx_kvq.format.spec import Spec
 
 D, GROUP, H = 64, 32, 2
 
@@ -30,7 +31,7 @@ def test_errors_by_definition():
     for bits, rule, middle in ((4, "search", 7.5), (4, "paper", 8.0), (8, "absmax", 127.5)):
         y = (np.array(s.x) - np.array(s.mu)[:, None]) / np.array(s.sigma)[:, None]
         y = y @ np.array(R).T * np.array(lam)
-        codes, scales = reference.quantize(mx.array(y), bits, GROUP, rule)
+        codes, scales = levels.quantize(mx.array(y), bits, GROUP, rule)
         got = (np.array(codes).astype(np.float64) - middle) * np.repeat(scales, GROUP, axis=-1)
         back = got / np.array(lam) @ np.array(R) * np.array(s.sigma)[:, None]
         e = back + np.array(s.mu)[:, None] - np.array(s.x)

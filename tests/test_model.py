@@ -12,8 +12,11 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import scaled_dot_product_attention
 
 import mlx_kvq
-from mlx_kvq import automatic, reference, seams
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_kvq.caches import seams
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.calibration import automatic
+from mlx_kvq.format import levels as format_levels
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 PROMPT = "It was a dark night, and the old man"
@@ -38,7 +41,7 @@ def fake_quantized(cache, fmt):
 
     def remembered(x, transform, bits, group):
         y = transform.forward(x)
-        codes, scales = reference.quantize(y, bits, group, fmt.scale)
+        codes, scales = format_levels.quantize(y, bits, group, fmt.scale)
         levels = codes.astype(mx.float32) - (2 ** (bits - 1) - 0.5)
         y = levels * mx.repeat(scales.astype(mx.float32), group, axis=-1)
         return transform.output(y).astype(x.dtype)  # one query head per KV head

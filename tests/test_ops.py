@@ -10,9 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvq import ops, reference
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.spec import Spec
+from mlx_kvq import ops
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.ops import plain
 from tests import op_cases, op_matrix, oracle
 
 FULL = os.environ.get("MLX_KVQ_FULL", "0") not in ("", "0")
@@ -45,14 +47,14 @@ def normal(*shape: int, seed: int = 0, dtype=mx.float32) -> mx.array:
 
 @pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_reference(case):
-    op_matrix.check(reference, case)
+    op_matrix.check(plain, case)
 
 
 @pytest.mark.parametrize("D", [8, 16, 24, 32, 40, 48, 72, 576])
 @pytest.mark.parametrize("bits", ["int4", "int8", "k8v4"])
 def test_unusual_head_sizes(D, bits):
     case = replace(CASE, dims=(D, D), group=None, bits=bits, calibration="mu sigma lam")
-    op_matrix.check(reference, case)
+    op_matrix.check(plain, case)
 
 
 @pytest.mark.parametrize("case", op_matrix.CASES[:8], ids=str)
@@ -79,9 +81,9 @@ def test_damage_stays_where_it_is(bad, rotation, groups, bits, rule):
     """One bad number makes its own groups' scales NaN and leaves every other bit as it was."""
     fmt = make_format(Spec(bits, rotation, 32, scale=rule), 128)
     k, v = np.array(normal(2, 2, 5, 128)), normal(2, 2, 5, 128, seed=1)
-    before = np.array(reference.quantize_pack(mx.array(k), v, fmt))
+    before = np.array(plain.quantize_pack(mx.array(k), v, fmt))
     k[1, 0, 3, 70] = bad
-    rows = np.array(reference.quantize_pack(mx.array(k), v, fmt))
+    rows = np.array(plain.quantize_pack(mx.array(k), v, fmt))
     halves, was = rows.view(np.uint16).copy(), before.view(np.uint16).copy()
     first = 2 * fmt.layout.codes_words
     scales = halves[..., first:].view(np.float16)
@@ -99,12 +101,12 @@ def test_damage_stays_where_it_is(bad, rotation, groups, bits, rule):
 @pytest.mark.parametrize("sinks", [None, mx.array([0.0, 1.0])])
 def test_a_query_that_sees_nothing_is_finite(sinks):
     fmt = make_format(Spec.parse("int4-srft"), 64)
-    rows = reference.quantize_pack(normal(1, 1, 4, 64), normal(1, 1, 4, 64, seed=1), fmt)
+    rows = plain.quantize_pack(normal(1, 1, 4, 64), normal(1, 1, 4, 64, seed=1), fmt)
     seen = mx.array([[True, False, True, True], [False] * 4])  # the second query sees nothing
     q = normal(1, 2, 2, 64, seed=2)
-    out = reference.attend(q, rows, 4, fmt, 0.125, seen, sinks)
+    out = plain.attend(q, rows, 4, fmt, 0.125, seen, sinks)
     assert mx.all(mx.isfinite(out))
-    alone = reference.attend(q[:, :, :1], rows, 4, fmt, 0.125, seen[:1], sinks)
+    alone = plain.attend(q[:, :, :1], rows, 4, fmt, 0.125, seen[:1], sinks)
     assert mx.allclose(out[:, :, :1], alone, atol=1e-6)
     if sinks is not None:
         assert not mx.any(out[:, :, 1])
@@ -114,12 +116,12 @@ def test_a_query_that_sees_nothing_is_finite(sinks):
 def test_only_the_first_rows_count(length):
     """The buffer is longer than the sequence, also where the rest holds sound rows."""
     fmt = make_format(Spec.parse("int4-srft"), 64)
-    rows = reference.quantize_pack(normal(2, 2, 60, 64), normal(2, 2, 60, 64, seed=1), fmt)
+    rows = plain.quantize_pack(normal(2, 2, 60, 64), normal(2, 2, 60, 64, seed=1), fmt)
     q = normal(2, 4, 1, 64, seed=2)
-    whole = reference.attend(q, rows, length, fmt, 0.125)
-    cut = reference.attend(q, mx.contiguous(rows[:, :, :length]), length, fmt, 0.125)
+    whole = plain.attend(q, rows, length, fmt, 0.125)
+    cut = plain.attend(q, mx.contiguous(rows[:, :, :length]), length, fmt, 0.125)
     assert mx.array_equal(whole, cut)
-    k, _ = reference.dequantize(rows, length, fmt)
+    k, _ = plain.dequantize(rows, length, fmt)
     assert k.shape == (2, 2, length, 64)
 
 
@@ -270,7 +272,7 @@ def test_what_is_not_queries(q):
         ({"tail": mx.zeros((2, 2, 18, 192), mx.int32)}, "got mlx.core.int32 (2, 2, 18, 192)."),
         (
             {"fmt": "int4-srft"},
-            "A format is what mlx_kvq.format.make_format returns, got 'int4-srft'.",
+            "A format is what mlx_kvq.format.format.make_format returns, got 'int4-srft'.",
         ),
     ],
 )
@@ -330,7 +332,7 @@ def test_an_unknown_backend_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="^MLX_KVQ_BACKEND is .*'reference'.* got 'metall'.$"):
         ops.backend(FMT)
     monkeypatch.setenv("MLX_KVQ_BACKEND", "reference")
-    assert ops.backend(FMT) is reference
+    assert ops.backend(FMT) is plain
 
 
 K, V = mx.zeros((2, 2, 4, 64)), mx.zeros((2, 2, 4, 128))
@@ -363,7 +365,7 @@ TAIL = mx.zeros((2, 2, 5, 192))
             {"capacity": 8, "held": ROWS},
             "A capacity is for rows without held ones, got 8 and those.",
         ),
-        ({"fmt": None}, "A format is what mlx_kvq.format.make_format returns, got None."),
+        ({"fmt": None}, "A format is what mlx_kvq.format.format.make_format returns, got None."),
     ],
 )
 def test_what_a_tail_is_told(arguments, message):

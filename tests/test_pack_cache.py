@@ -12,10 +12,12 @@ import pytest
 from mlx_lm import utils
 from mlx_lm.models import cache as stock
 
-from mlx_kvq import cli, loading, prompt_cache, seams
-from mlx_kvq.loading import code_options
-from mlx_kvq.repository import Section
-from mlx_kvq.spec import Spec
+from mlx_kvq import cli
+from mlx_kvq.caches import seams
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.model import loading, pack
+from mlx_kvq.model.loading import code_options
+from mlx_kvq.repositories.section import Section
 from tests.converted import MODELS
 from tests.fixtures import make
 
@@ -170,7 +172,7 @@ def test_packed_already_is_noticed_before_a_model_is_loaded(kind, source, tmp_pa
         caches = [c.to_quantized() for c in caches]
     else:
         model, _ = loading.load(str(QWEN))
-        caches = prompt_cache.pack(caches, model, SPEC)
+        caches = pack.pack(caches, model, SPEC)
     stock.save_prompt_cache(str(source), caches, metadata)
     loads.clear()
     status, _, err = run(capsys, source, tmp_path / "out")

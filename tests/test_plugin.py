@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_kvq import plugin
-from mlx_kvq.attention import DECODE_QUERIES
-from mlx_kvq.seams import CacheFactory
+from mlx_kvq.caches.attention import DECODE_QUERIES
+from mlx_kvq.commands import plugin
+from mlx_kvq.stock import CacheFactory
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "examples" / "models"

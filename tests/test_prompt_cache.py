@@ -11,9 +11,11 @@ import pytest
 from mlx_lm.models import cache as stock
 
 import mlx_kvq
-from mlx_kvq import format as formats
-from mlx_kvq import prompt_cache, seams
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_kvq.caches import prompt_file, seams
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.format import format as formats
+from mlx_kvq.model import pack
 from tests.converted import made_up
 from tests.float32 import NAMES, TEXT, WINDOW, load_float32, prompts, write_float32
 
@@ -61,9 +63,9 @@ def test_a_saved_prompt_goes_on_exactly(loaded, tmp_path, spec):
     cache = saved(model, tokenizer, path, WINDOW + 44, spec)
     again, metadata = stock.load_prompt_cache(str(path), return_metadata=True)
     assert metadata == {"model": "somewhere", "note": "mine"}
-    prompt_cache.check(again, model)
+    prompt_file.check(again, model)
     mlx_kvq.disable(model)
-    prompt_cache.check(again, model)  # the file says how to read it
+    prompt_file.check(again, model)  # the file says how to read it
     for token in (5, 6):
         logits = [model(mx.array([[token]]), cache=c) for c in (cache, again)]
         assert mx.array_equal(*logits)
@@ -97,7 +99,7 @@ def test_a_file_that_was_not_finished(qwen, tmp_path, monkeypatch):
     path = tmp_path / "cache.safetensors"
     saved(*qwen, path)
     whole = path.read_bytes()
-    monkeypatch.setattr(prompt_cache, "_digest", lambda path: (_ for _ in ()).throw(OSError))
+    monkeypatch.setattr(prompt_file, "_digest", lambda path: (_ for _ in ()).throw(OSError))
     with pytest.raises(OSError):
         saved(*qwen, path, 30)
     assert path.read_bytes() == whole
@@ -117,11 +119,9 @@ def test_an_mlx_lm_that_writes_arrays_only(qwen, tmp_path, monkeypatch):
 
 
 def test_a_file_without_its_hash(qwen, tmp_path, monkeypatch):
-    path, digest = tmp_path / "cache.safetensors", prompt_cache._digest
+    path, digest = tmp_path / "cache.safetensors", prompt_file._digest
     with monkeypatch.context() as unhashed:
-        unhashed.setattr(
-            prompt_cache, "_digest", lambda path: (prompt_cache._UNSET, digest(path)[1])
-        )
+        unhashed.setattr(prompt_file, "_digest", lambda path: (prompt_file._UNSET, digest(path)[1]))
         saved(*qwen, path)
     with pytest.raises(ValueError, match="its bytes are not those that were written"):
         stock.load_prompt_cache(str(path))
@@ -161,7 +161,7 @@ def test_another_spec(qwen, tmp_path, spec, says):
     option = "," if ":" in spec else ":"
     mlx_kvq.enable(qwen[0], f"{spec}{option}calibrate=off", verbose=False)
     with pytest.raises(ValueError) as caught:
-        prompt_cache.check(stock.load_prompt_cache(str(path)), qwen[0])
+        prompt_file.check(stock.load_prompt_cache(str(path)), qwen[0])
     assert str(caught.value) == f"The prompt cache was packed with {says} (layer 0)."
 
 
@@ -182,7 +182,7 @@ def test_another_calibration(qwen, tmp_path, spec, asked, says):
     else:
         mlx_kvq.enable(qwen[0], asked, verbose=False)
     with pytest.raises(ValueError, match=f"was packed with {says}"):
-        prompt_cache.check(stock.load_prompt_cache(str(path)), qwen[0])
+        prompt_file.check(stock.load_prompt_cache(str(path)), qwen[0])
 
 
 def test_another_model(qwen, tmp_path):
@@ -190,14 +190,14 @@ def test_another_model(qwen, tmp_path):
     saved(*qwen, path)
     caches = stock.load_prompt_cache(str(path))
     with pytest.raises(ValueError, match="4 layers and this model 6: it was made with another"):
-        prompt_cache.check(caches, load_float32("tiny-gemma3-8bit")[0])
+        prompt_file.check(caches, load_float32("tiny-gemma3-8bit")[0])
     tuned, _ = load_float32("tiny-qwen2-8bit")
     norm = tuned.model.layers[1].input_layernorm
     norm.weight = norm.weight + 0.1
     for spec in (SPEC, "fp16"):
         mlx_kvq.enable(tuned, spec, verbose=False)
         with pytest.raises(ValueError, match="with another model, or with other weights"):
-            prompt_cache.check(caches, tuned)
+            prompt_file.check(caches, tuned)
 
 
 def test_unpacked_where_packed_was_asked_for(qwen, tmp_path):
@@ -205,10 +205,10 @@ def test_unpacked_where_packed_was_asked_for(qwen, tmp_path):
     path = str(tmp_path / "cache.safetensors")
     stock.save_prompt_cache(path, read(model, tokenizer, 5))
     caches = stock.load_prompt_cache(path)
-    prompt_cache.check(caches, model)  # as mlx-lm's own
+    prompt_file.check(caches, model)  # as mlx-lm's own
     mlx_kvq.enable(model, SPEC, verbose=False)
     with pytest.raises(ValueError, match="holds a KVCache where PackedKVCache.*pack-cache"):
-        prompt_cache.check(caches, model)
+        prompt_file.check(caches, model)
 
 
 def test_a_batch_cannot_hide_a_model(qwen):
@@ -227,7 +227,7 @@ def test_packing_a_cache(loaded, n, max_kv_size):
     own = read(model, tokenizer, n, max_kv_size=max_kv_size)
     for token in (7, 8, 9):  # into the ring
         model(mx.array([[token]]), cache=own)
-    packed = prompt_cache.pack(own, model, SPEC)
+    packed = pack.pack(own, model, SPEC)
     for a, b in zip(own, packed, strict=True):
         assert type(b).__name__ == "Packed" + type(a).__name__
         assert (a.offset, a.size()) == (b.offset, b.size())
@@ -247,13 +247,13 @@ def test_packing_a_cache(loaded, n, max_kv_size):
     after = model(mx.array([[11]]), cache=packed)
     assert 0 < mx.abs(before - after).max() < 3  # logits; quantized, and not something else
     assert mx.argmax(before) in mx.argsort(after[0, 0])[-5:]
-    prompt_cache.check(packed, model)
+    prompt_file.check(packed, model)
 
 
 def test_packing_first_chunks_gives_the_bytes_of_reading_packed(qwen):
     """A prompt in one chunk attends exactly, so both ways see the same keys and values."""
     model, tokenizer = qwen
-    packed = prompt_cache.pack(read(model, tokenizer, 30), model, SPEC)
+    packed = pack.pack(read(model, tokenizer, 30), model, SPEC)
     mlx_kvq.enable(model, SPEC, verbose=False)
     for a, b in zip(packed, read(model, tokenizer, 30), strict=True):
         assert mx.array_equal(a.rows[..., :30, :], b.rows[..., :30, :])
@@ -265,18 +265,18 @@ def test_what_cannot_be_packed(qwen):
     model, tokenizer = qwen
     own = read(model, tokenizer, 5)
     with pytest.raises(ValueError, match="3 layers and the model 4"):
-        prompt_cache.pack(own[:3], model, SPEC)
+        pack.pack(own[:3], model, SPEC)
     quantized = [c.to_quantized() for c in own]
     with pytest.raises(ValueError, match="Layer 0 of the prompt cache is a QuantizedKVCache"):
-        prompt_cache.pack(quantized, model, SPEC)
+        pack.pack(quantized, model, SPEC)
     with pytest.raises(ValueError, match="PackedKVCache: it is quantized already"):
-        prompt_cache.pack(prompt_cache.pack(own, model, SPEC), model, SPEC)
+        pack.pack(pack.pack(own, model, SPEC), model, SPEC)
     with pytest.raises(ValueError, match="is a ChunkedKVCache"):
-        prompt_cache.pack([stock.ChunkedKVCache(8)] * 4, model, SPEC)
-    empty = prompt_cache.pack([stock.KVCache(), *own[1:]], model, SPEC)
+        pack.pack([stock.ChunkedKVCache(8)] * 4, model, SPEC)
+    empty = pack.pack([stock.KVCache(), *own[1:]], model, SPEC)
     assert empty[0].empty()
     assert isinstance(empty[0], PackedKVCache)
-    ring = prompt_cache.pack([stock.RotatingKVCache(8, keep=2), *own[1:]], model, SPEC)[0]
+    ring = pack.pack([stock.RotatingKVCache(8, keep=2), *own[1:]], model, SPEC)[0]
     assert isinstance(ring, PackedRotatingKVCache)
     assert (ring.max_size, ring.keep) == (8, 2)
 

@@ -7,7 +7,9 @@ import pytest
 from mlx_lm.models import cache as stock
 
 import mlx_kvq
-from mlx_kvq import ops, prompt_cache, spec
+from mlx_kvq import ops
+from mlx_kvq.caches import prompt_file
+from mlx_kvq.format import spec
 from tests.float32 import load_float32, prompts
 
 # Each option at a value that is not its default.
@@ -58,7 +60,7 @@ def test_a_saved_cache_goes_on_as_if_never_saved(qwen, tmp_path, option, enabled
         if not enabled:
             mlx_kvq.disable(model)
         again = stock.load_prompt_cache(str(tmp_path / "a.safetensors"))
-        prompt_cache.check(again, model)
+        prompt_file.check(again, model)
         assert mx.array_equal(go_on(model, never), go_on(model, again))
         for a, b in zip(bytes_of(never), bytes_of(again), strict=True):
             assert mx.array_equal(a, b)
@@ -90,8 +92,8 @@ def test_the_metric_comes_back(qwen, tmp_path):
     metric = arrays[6]
     assert metric.shape == (1, 128, 128)
     with pytest.raises(ValueError, match="calibration does not belong to its signature"):
-        mlx_kvq.format.parse_signature(signature, arrays[:6])
-    again = mlx_kvq.format.parse_signature(signature, arrays)
+        mlx_kvq.format.format.parse_signature(signature, arrays[:6])
+    again = mlx_kvq.format.format.parse_signature(signature, arrays)
     assert mx.array_equal(again.feedback, caches[0].format.feedback)
     assert mx.array_equal(again.arrays[1], arrays[1])  # σ, which feedback changes, once
     k, v = mx.random.normal((2, 1, 1, 5, 128))

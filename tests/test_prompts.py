@@ -6,10 +6,11 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
 
 import mlx_kvq
-from mlx_kvq import attention, prompts
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
-from mlx_kvq.format import make_format
-from mlx_kvq.spec import Spec
+from mlx_kvq.caches import attention, prompts
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
 from tests import float32
 
 BLOCK = 16

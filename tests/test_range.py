@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kvq import fused, reference
-from mlx_kvq.format import make_format
-from mlx_kvq.spec import Spec
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.ops import plain as reference
+from mlx_kvq.ops.gpu import fused
 from tests import oracle
 from tests.emulator import emulated
 

@@ -7,9 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mlx_kvq import reference, rotation
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.spec import Spec
+from mlx_kvq.format import levels as format_levels
+from mlx_kvq.format import rotation
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.ops import plain as reference
 from tests import oracle
 
 RULES = [(4, "search"), (4, "absmax"), (4, "paper"), (8, "search"), (8, "absmax"), (8, "paper")]
@@ -28,19 +31,19 @@ def vectors(draw, group=None):
 
 def quantized(y, bits, rule):
     """Codes, scales and the values they stand for, by way of packed words."""
-    codes, scales = reference.quantize(mx.array(y), bits, y.shape[-1], rule)
-    words = reference.pack_codes(codes, bits)
-    return codes, scales, reference._values(words, scales, bits, y.shape[-1], rule)
+    codes, scales = format_levels.quantize(mx.array(y), bits, y.shape[-1], rule)
+    words = format_levels.pack_codes(codes, bits)
+    return codes, scales, format_levels.read_levels(words, scales, bits, y.shape[-1], rule)
 
 
 @given(st.data(), st.sampled_from([4, 8]), st.integers(1, 9))
 def test_pack_and_unpack(data, bits, words):
     elements = st.integers(0, 2**bits - 1)
     codes = data.draw(arrays(np.uint32, (2, words * 32 // bits), elements=elements))
-    packed = reference.pack_codes(mx.array(codes), bits)
+    packed = format_levels.pack_codes(mx.array(codes), bits)
     assert (packed.dtype, packed.shape) == (mx.uint32, (2, words))
     assert np.array_equal(packed, oracle._join(codes, bits))
-    assert np.array_equal(reference.unpack_codes(packed, bits), codes)
+    assert np.array_equal(format_levels.unpack_codes(packed, bits), codes)
 
 
 @some
@@ -83,7 +86,9 @@ def test_the_search_keeps_the_length(y):
     def cosine(levels):
         return (y * levels).sum(axis=-1) / (length * np.linalg.norm(levels, axis=-1))
 
-    steps = [np.abs(y).max(axis=-1, keepdims=True) * c / 7.5 for c in reference.tried(y.shape[-1])]
+    steps = [
+        np.abs(y).max(axis=-1, keepdims=True) * c / 7.5 for c in format_levels.tried(y.shape[-1])
+    ]
     tried = [cosine(np.clip(np.floor(y / s), -8, 7) + 0.5) for s in steps]
     assert (cosine(np.array(codes) - 7.5) >= np.max(tried, axis=0) - 1e-6).all()
 

@@ -9,9 +9,11 @@ import weakref
 import mlx.core as mx
 import pytest
 
-from mlx_kvq import fused, jit, ops, steps
-from mlx_kvq.format import Calibration, make_format
-from mlx_kvq.spec import Spec
+from mlx_kvq import ops
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.ops.gpu import fused, jit, steps
 
 
 @pytest.fixture

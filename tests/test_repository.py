@@ -16,11 +16,15 @@ from mlx_lm import convert, generate, load, utils
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
-from mlx_kvq import plugin, repository, shards
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
-from mlx_kvq.calibration import CalibrationSet
-from mlx_kvq.repository import FILE, RepositoryError, Section
-from mlx_kvq.spec import BITS, Spec
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.calibration import shards
+from mlx_kvq.calibration.set import CalibrationSet
+from mlx_kvq.commands import plugin
+from mlx_kvq.format.spec import BITS, Spec
+from mlx_kvq.repositories import repository
+from mlx_kvq.repositories.repository import FILE
+from mlx_kvq.repositories.section import RepositoryError, Section
 from tests.converted import MODELS, made_up, write
 
 QWEN = MODELS / "tiny-qwen2-8bit"

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mlx_kvq import rotation
-from mlx_kvq.rotation import KEYS, VALUES, matrix, signs, why_not
+from mlx_kvq.format import rotation
+from mlx_kvq.format.rotation import KEYS, VALUES, matrix, signs, why_not
 from tests import oracle
 
 EVEN = range(8, 257, 2)

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm import load
 
 import mlx_kvq
-from mlx_kvq.rotation import householder, matrix, quaternion, why_not
+from mlx_kvq.format.rotation import householder, matrix, quaternion, why_not
 
 QWEN = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-qwen2-8bit"
 DENSE = {"householder": householder, "quaternion": quaternion}

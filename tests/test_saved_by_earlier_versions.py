@@ -10,8 +10,9 @@ import pytest
 from mlx_lm import load
 from mlx_lm.models import cache as stock
 
-from mlx_kvq import repository, seams
-from mlx_kvq.calibration import CalibrationSet
+from mlx_kvq.caches import seams
+from mlx_kvq.calibration.set import CalibrationSet
+from mlx_kvq.repositories import repository
 from tests.fixtures import make
 
 FILES = Path(__file__).parent / "fixtures" / "v0.1.0"

@@ -16,7 +16,11 @@ from mlx_lm.models import cache as stock
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_kvq
-from mlx_kvq import automatic, plugin, prompt_cache
+from mlx_kvq import stock as kvq_stock
+from mlx_kvq.caches import prompt_file
+from mlx_kvq.calibration import automatic
+from mlx_kvq.commands import plugin
+from mlx_kvq.stock import identity
 from tests.float32 import MODELS
 
 QWEN = str(MODELS / "tiny-qwen2-8bit")
@@ -96,7 +100,7 @@ def test_a_seam_that_is_gone_is_named_and_nothing_is_changed():
     """Each name renamed in turn: the second call says the same as the first, and mlx-lm goes on."""
     code = (
         "import importlib\n"
-        "from mlx_kvq import seams, trampoline\n"
+        "from mlx_kvq.caches import seams; from mlx_kvq.caches import trampoline\n"
         "from mlx_kvq.stock_names import NotSupportedError\n"
         "import mlx_lm\n"
         "def state():\n"
@@ -213,7 +217,7 @@ def test_ctrl_c_while_a_command_enables(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_kvq.model.enable", interrupted)
+    monkeypatch.setattr("mlx_kvq.model.enable.enable", interrupted)
     monkeypatch.setattr(plugin, "_asked", "int4-srft")
     with pytest.raises(SystemExit) as stop:
         plugin._enabling(lambda: (None, None), is_server=False)()
@@ -280,16 +284,16 @@ def test_caches_belong_to_the_weights_as_they_are(model, tmp_path, capsys, spec)
     linear_to_lora_layers(model, 2, {"rank": 4, "scale": 8.0, "dropout": 0.0})
     adapted = str(tmp_path / "adapted.safetensors")
     (after,) = names(model)
-    assert after != before == automatic.identity(load(QWEN)[0])
+    assert after != before == identity(load(QWEN)[0])
     stock.save_prompt_cache(adapted, stock.make_prompt_cache(model))
     err = capsys.readouterr().err
     assert err.count("\n") == err.count("weights have changed") == 1
     assert ("calibration is of the weights before" in err) == (spec != SPEC)
-    prompt_cache.check(stock.load_prompt_cache(adapted), model)
+    prompt_file.check(stock.load_prompt_cache(adapted), model)
     with pytest.raises(ValueError, match="with other weights"):
-        prompt_cache.check(stock.load_prompt_cache(base), model)
+        prompt_file.check(stock.load_prompt_cache(base), model)
     with pytest.raises(ValueError, match="with other weights"):
-        prompt_cache.check(stock.load_prompt_cache(adapted), load(QWEN)[0])
+        prompt_file.check(stock.load_prompt_cache(adapted), load(QWEN)[0])
     model.layers[-1].self_attn.q_proj.scale = 1.0  # no parameter, and all that an adapter weighs
     assert names(model) not in ({before}, {after})
     mlx_kvq.enable(model, spec, verbose=False)
@@ -314,7 +318,7 @@ def test_other_weights_get_another_automatic_calibration(model, tmp_path, monkey
 
 def test_a_cache_of_the_same_weights_costs_no_hash(model, monkeypatch):
     mlx_kvq.enable(model, SPEC, verbose=False)
-    monkeypatch.setattr(automatic, "identity", None)
+    monkeypatch.setattr(kvq_stock, "identity", None)
     stock.make_prompt_cache(model)
 
 

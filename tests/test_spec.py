@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_kvq.spec import BITS, CALIBRATE, OFF, OPTIONS, ROTATIONS, ROUNDINGS, SCALES, Spec, names
+from mlx_kvq.format.spec import (
+    BITS,
+    CALIBRATE,
+    OFF,
+    OPTIONS,
+    ROTATIONS,
+    ROUNDINGS,
+    SCALES,
+    Spec,
+    names,
+)
 
 NAMES = [f"{bits}-{rotation}" for bits in BITS for rotation in ROTATIONS]
 # fmt: off

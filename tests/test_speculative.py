@@ -13,8 +13,9 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
-from mlx_kvq import seams
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_kvq.caches import seams
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
 from tests.float32 import MODELS, NAMES, TEXT, WINDOW, load_float32, prompts, write_float32
 from tests.stock import Pair, Tokens
 

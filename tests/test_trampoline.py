@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from mlx_kvq import trampoline
+from mlx_kvq.caches import trampoline
 
 
 def plain(a, b=2, *, c=3):

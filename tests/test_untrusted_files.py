@@ -12,10 +12,15 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import cache as stock
 
-from mlx_kvq import cli, format, inspect, repository, seams
-from mlx_kvq.cache import PackedKVCache, PackedRotatingKVCache
-from mlx_kvq.calibration import CalibrationSet
+from mlx_kvq import cli
+from mlx_kvq.caches import seams
+from mlx_kvq.caches.rotating import PackedRotatingKVCache
+from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.calibration.set import CalibrationSet
 from mlx_kvq.files import NESTING, line, parse_json, quoted
+from mlx_kvq.format import format
+from mlx_kvq.repositories import repository, summary
+from mlx_kvq.repositories import section as repositories_section
 from tests.converted import write
 from tests.fixtures import make
 
@@ -142,7 +147,7 @@ def test_a_ring_cannot_either(change, says, tmp_path):
 
 
 def test_nor_a_batch(tmp_path):
-    from mlx_kvq.batch import PackedBatchKVCache
+    from mlx_kvq.caches.batch import PackedBatchKVCache
 
     path = tmp_path / "c.safetensors"
     for padding, says in [([-5, 0], "left_padding in it is -5 to 0"), ([1, 2, 3], "not int32")]:
@@ -283,8 +288,8 @@ def test_nested_json_is_one_clear_error(depth, tmp_path):
     folder = write(tmp_path / "model")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace("{", f'{{"x": {nest(depth)},', 1))
-    with pytest.raises(repository.RepositoryError, match=deep):
-        inspect.find(str(folder))
+    with pytest.raises(repositories_section.RepositoryError, match=deep):
+        summary.find(str(folder))
 
     path = tmp_path / "c.safetensors"
     header = {"format": "mlx_kvq calibration", "version": "1", "metadata": nest(depth)}
@@ -303,12 +308,12 @@ def test_a_nested_section_is_one_clear_error(depth, field):
         "format": "mlx_kvq", "version": 1, "spec": "int4-srft:calibrate=off", "seed": 0,
         "layers": {"0": "int4"}, "calibration": None, "made": {},
     }  # fmt: skip
-    repository.Section.parse(section)
+    repositories_section.Section.parse(section)
     inner: list = []
     for _ in range(depth):
         inner = [inner]
-    with pytest.raises(repository.RepositoryError) as caught:
-        repository.Section.parse(section | {field: inner})
+    with pytest.raises(repositories_section.RepositoryError) as caught:
+        repositories_section.Section.parse(section | {field: inner})
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 200
 
@@ -340,11 +345,11 @@ def test_a_number_of_thousands_of_digits(tmp_path):
     )
     with pytest.raises(ValueError, match="unknown tensor 'layers.999"):
         CalibrationSet.load(path)
-    section = repository.Section(
+    section = repositories_section.Section(
         format.Spec.parse("int4-srft:calibrate=off"), {(0,): "int4"}, None, {}
     ).to_dict()
-    with pytest.raises(repository.RepositoryError, match="'made' is"):
-        repository.Section.parse(section | {"made": {"tokens": 10**4000}})
+    with pytest.raises(repositories_section.RepositoryError, match="'made' is"):
+        repositories_section.Section.parse(section | {"made": {"tokens": 10**4000}})
 
 
 @pytest.mark.parametrize("paint", ["\x1b[31m", "\r", "\x07", "\u202e", "\ud800"])
@@ -376,7 +381,7 @@ def test_notes_of_a_calibration_are_short_texts(field, tmp_path):
 
 
 def make_layer():
-    from mlx_kvq.calibration import LayerCalibration
+    from mlx_kvq.calibration.set import LayerCalibration
 
     return LayerCalibration(make.side(1), make.side(2))
 

@@ -8,7 +8,7 @@ from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
-from mlx_kvq.prompt_cache import check
+from mlx_kvq.caches.prompt_file import check
 from tests.families import build
 from tests.float32 import load_float32, prompts, write_float32
 

@@ -149,7 +149,7 @@ def metal_kernel(
 def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
     """Inside, ``mx.fast.metal_kernel`` is the emulator's, and mlx_kvq believes in Metal.
 
-    ``mlx_kvq.fused.language`` returns ``"metal"``. Kernels that module keeps in functools
+    ``mlx_kvq.ops.gpu.fused.language`` returns ``"metal"``. Kernels that module keeps in functools
     caches are dropped on both ways, so none built outside runs inside, nor the reverse; so is
     what ``mlx_kvq.ops`` remembers of earlier attempts.
 
@@ -163,13 +163,13 @@ def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
         return metal_kernel(*args, **keywords, mode=mode, seed=seed, seen=seen)
 
     try:
-        fused = importlib.import_module("mlx_kvq.fused")
+        fused = importlib.import_module("mlx_kvq.ops.gpu.fused")
     except ModuleNotFoundError:
         fused = None
     before, language = mx.fast.metal_kernel, getattr(fused, "language", None)
 
     def clear():
-        for module in (fused, sys.modules.get("mlx_kvq.jit")):
+        for module in (fused, sys.modules.get("mlx_kvq.ops.gpu.jit")):
             for value in vars(module).values() if module else ():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()

@@ -1,0 +1,223 @@
+"""Packed rotating caches for a batch, like mlx-lm's BatchRotatingKVCache."""
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+
+from ..arguments import integer
+from ..format.format import Format
+from .attention import remember_padding
+from .batch import PackedBatch, _ints
+from .rotating import PackedRotatingKVCache
+
+
+class PackedBatchRotatingKVCache(PackedBatch):
+    """The packed ``mlx_lm.models.cache.BatchRotatingKVCache``: the last ``max_size`` tokens.
+
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.format.make_format`.
+        max_size (int): Tokens kept of each sequence.
+        left_padding (list): For each sequence, the padding before its first token.
+    """
+
+    def __init__(self, fmt: Format, max_size: int, left_padding: list[int]):
+        super().__init__(fmt, left_padding)
+        self.max_size = max_size
+        self._offset = 0  # rows seen, padding included
+        self.rotated = False
+
+    def _reach(self) -> int:
+        return self.max_size - 1
+
+    def _drop_front(self, n: int) -> None:
+        assert self.rows is not None
+        if n > 0:
+            self.rows = self.rows[..., n:, :]
+            self.left_padding = self.left_padding - n
+
+    def _temporal_order(self) -> None:
+        if self.rotated:
+            assert self.rows is not None
+            self.rows = mx.roll(self.rows, -self._idx, 2)
+            self._idx = self.rows.shape[2]
+            self.rotated = False
+
+    def _update_concat(self, new: mx.array) -> None:
+        if self.rows is None:
+            self.rows = new
+        else:
+            self._temporal_order()
+            self.rows = self.rows[..., : self._idx, :]
+            if self._lengths is not None:
+                # Padding of an earlier chunk goes left, so that it evicts no token.
+                self._roll_right(self._excess(self._lengths))
+            # Up to max_size + L - 1 rows, so that every new token sees max_size of them.
+            self._drop_front(self._idx - self.max_size + 1)
+            self.rows = mx.concatenate([self.rows, new], axis=2)
+        self._idx = self.rows.shape[2]
+
+    def _in_place(self, L: int) -> bool:
+        # A padded prompt may end in a chunk of one token, where mlx-lm's own cache raises.
+        return super()._in_place(L) and self._lengths is None
+
+    def _update_in_place(self, new: mx.array) -> None:
+        prev, rows = self._offset, self._rows
+        if rows is None or (prev >= rows.shape[2] and rows.shape[2] < self.max_size):
+            grown = self._zeros(new, min(self.step, self.max_size - prev))
+            if self.rows is not None:
+                grown = mx.concatenate([self.rows, grown], axis=2)
+            self.rows = rows = grown
+            self._idx = prev
+        if (extra := rows.shape[2] - self.max_size) > 0:
+            self._drop_front(extra)
+            self._idx = self.max_size
+        if self._idx == self.max_size:
+            self.rotated = True
+            self._idx = 0
+        if self.rotated:
+            self.left_padding = self.left_padding - 1
+        self._write(new, self._idx, 1)
+        self._idx += 1
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
+        """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
+        kept, in ring order after a single token and in temporal order after several."""
+        L = keys.shape[2]
+        if L == 0:
+            return self._nothing(keys)
+        in_place = self._in_place(L)
+        new, more = self._pack(keys, values)
+        if in_place:
+            self._update_in_place(new)
+        else:
+            self._update_concat(new)
+        self._offset += L
+        self._add(L)
+        return self._updated(L, more, self.left_padding, self.offset)
+
+    def _length(self) -> int:
+        assert self._rows is not None
+        return min(self._offset, self._rows.shape[2])
+
+    def _ring(self) -> tuple[int, int, int] | None:
+        ordered = self._length() <= self.max_size and not self.rotated
+        return None if ordered else (0, self._idx, self.max_size)
+
+    def size(self) -> int:
+        return min(self._offset, self.max_size)
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Announce the padding of the chunks to come, one number for each sequence."""
+        self._prepare_left(left_padding)
+        if right_padding is not None and max(right_padding) > 0:
+            self._lengths = [seen + n for seen, n in zip(self._seen, lengths, strict=True)]
+
+    def finalize(self) -> None:
+        """After right-padded chunks: move the padding to the left."""
+        if self._lengths is not None:
+            self._roll_right(self._excess(self._lengths))
+            self._lengths = None
+            self._start()
+
+    def _excess(self, lengths: list[int]) -> list[int]:
+        return [max(0, seen - n) for seen, n in zip(self._seen, lengths, strict=True)]
+
+    @property
+    def state(self):
+        return (
+            self.rows,
+            self.offset,
+            self.left_padding,
+            self.max_size,
+            self._offset,
+            self._idx,
+            self.rotated,
+            *self._format_state,
+        )
+
+    @state.setter
+    def state(self, v):
+        (
+            self.rows,
+            self.offset,
+            self.left_padding,
+            self.max_size,
+            self._offset,
+            self._idx,
+            self.rotated,
+            *more,
+        ) = v
+        self._seen = _ints(self.offset)
+        self._format_state = more
+
+    def is_trimmable(self) -> bool:
+        return self._offset < self.max_size
+
+    def trim(self, n: int) -> int:
+        integer("n", n, 0)
+        n = min(self._offset, n)
+        self._offset -= n
+        self._idx -= n
+        self._forget(n)
+        self._drop_tail(n, self._idx)
+        return n
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+        starts = self.left_padding
+        window_size = window_size or self.max_size
+        offset = min(self.max_size - 1, self._offset)
+        in_place = self._in_place(N)
+        if (dropped := self._idx - self.max_size + int(not in_place)) > 0:
+            starts = starts - dropped
+        rotated = in_place and (self.rotated or self._idx >= self.max_size)
+        if rotated:
+            starts = starts - 1
+        mask = create_causal_mask(N, offset, window_size, left_padding=starts)
+        if rotated:
+            # In ring order the padding is no prefix, so this mask is used as it is.
+            idx = 0 if self._idx >= self.max_size else self._idx
+            return mx.roll(mask, idx + 1, -1)
+        remember_padding(mask, mx.maximum(starts, 0), window_size)
+        return mask
+
+    def extend(self, other: "PackedBatchRotatingKVCache") -> None:
+        """Append the sequences of ``other``."""
+        both_hold = self.rows is not None or other.rows is not None
+        if both_hold and (self.rotated != other.rotated or self._idx != other._idx):
+            self._temporal_order()
+            other._temporal_order()
+        self._append(other)
+        if both_hold:
+            self._offset = max(self._offset, other._offset)
+
+    def extract(self, idx: int) -> PackedRotatingKVCache:
+        """A copy of one sequence, as a single cache."""
+        cache = PackedRotatingKVCache(self.format, self.max_size)._made_like(self)
+        padding = max(0, _ints(self.left_padding)[idx])
+        end = self.max_size if self.rotated else self._idx
+        if self.rows is None or padding >= end:
+            return cache
+        rows = self.rows[idx : idx + 1]
+        if self.rotated:
+            rows = mx.roll(rows, -self._idx, 2)
+        cache.rows = mx.contiguous(rows[:, :, padding:end])
+        cache.offset = self._seen[idx]
+        cache._idx = cache.rows.shape[2]
+        cache._take(self, idx)
+        return cache
+
+    @classmethod
+    def merge(cls, caches: list[PackedRotatingKVCache]) -> "PackedBatchRotatingKVCache":
+        """A batch of copies of single caches, which must be of one ``max_size``."""
+        max_size = caches[0].max_size
+        if any(c.max_size != max_size for c in caches):
+            raise ValueError(
+                f"{cls.__name__} can only merge caches of one max_size, got "
+                f"{sorted({c.max_size for c in caches})}."
+            )
+        length = max(c.size() for c in caches)
+        batch = cls(caches[0].format, max_size, [length - c.size() for c in caches])
+        batch._fill(
+            caches, [c._in_order()[..., -c.size() :, :] if c.size() else None for c in caches]
+        )
+        batch._offset = length
+        return batch

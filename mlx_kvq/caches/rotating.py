@@ -1,0 +1,204 @@
+"""A packed cache that holds a window, method by method like mlx-lm's RotatingKVCache."""
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+
+from ..arguments import integer
+from ..format.format import Format
+from .attention import remember_padding
+from .packed import PackedCache, _Merge
+
+
+class PackedRotatingKVCache(PackedCache):
+    """The packed ``mlx_lm.models.cache.RotatingKVCache``: the last ``max_size`` tokens.
+
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.format.make_format`.
+        max_size (int): Tokens kept.
+        keep (int): Of these, the first tokens of the sequence that are never dropped.
+    """
+
+    def __init__(self, fmt: Format, max_size: int, keep: int = 0):
+        super().__init__(fmt)
+        self.offset = 0
+        integer("max_size", max_size)
+        integer("keep", keep, 0)
+        self.keep = min(keep, max_size - 1)  # a new token needs a place
+        self.max_size = max_size
+        self._idx = 0
+
+    def _trim(self, trim_size: int, append: mx.array | None = None) -> mx.array:
+        assert self.rows is not None
+        parts = [self.rows]
+        if trim_size > 0:
+            parts = [self.rows[..., : self.keep, :], self.rows[..., trim_size + self.keep :, :]]
+        if append is not None:
+            parts.append(append)
+        return mx.concatenate(parts, axis=2)
+
+    def _in_order(self) -> mx.array:
+        """Rows in the order of their tokens, without an unused end."""
+        assert self.rows is not None
+        v = self.rows
+        if self._idx == v.shape[2]:
+            return v
+        if self._idx < self.offset:
+            return mx.concatenate(
+                [
+                    v[..., : self.keep, :],
+                    v[..., self._idx :, :],
+                    v[..., self.keep : self._idx, :],
+                ],
+                axis=2,
+            )
+        return v[..., : self._idx, :]
+
+    def _update_concat(self, new: mx.array) -> None:
+        if self.rows is None:
+            self.rows = new
+        else:
+            self.rows = self._in_order()
+            self._idx = self.rows.shape[2]
+            # Up to max_size + L - 1 rows, so that every new token sees max_size of them.
+            self.rows = self._trim(self._idx - self.max_size + 1, new)
+        self.offset += new.shape[2]
+        self._idx = self.rows.shape[2]
+
+    def _update_in_place(self, new: mx.array) -> None:
+        prev, rows = self.offset, self._rows
+        if rows is None or (prev >= rows.shape[2] and rows.shape[2] < self.max_size):
+            grown = self._zeros(new, min(self.step, self.max_size - prev))
+            if self.rows is not None:
+                grown = mx.concatenate([self.rows, grown], axis=2)
+            self.rows = rows = grown
+            self._idx = prev
+        trim_size = rows.shape[2] - self.max_size
+        if trim_size > 0:
+            self.rows = self._trim(trim_size)
+            self._idx = self.max_size
+        if self._idx == self.max_size:
+            self._idx = self.keep
+        self._write(new, self._idx, 1)
+        self.offset += 1
+        self._idx += 1
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
+        """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of what is
+        kept, in ring order after a single token and in temporal order after several."""
+        L = keys.shape[2]
+        if L == 0:
+            return self._nothing(keys)
+        if (tail := self._one_more(keys, values, self._idx)) is not None:
+            self.offset += 1
+            self._idx += 1
+            return self._fetch(tail)
+        in_place = self._in_place(L)
+        new, more = self._pack(keys, values)
+        if in_place:
+            self._update_in_place(new)
+        else:
+            self._update_concat(new)
+        return self._updated(L, more)
+
+    def _positions(self, L: int = 0) -> list[int]:
+        return [self.offset + L]
+
+    def _length(self) -> int:
+        assert self._rows is not None
+        return min(self.offset, self._rows.shape[2])
+
+    def _ring(self) -> tuple[int, int, int] | None:
+        length = self._length()
+        keep = self.keep if self.offset > length else 0  # is there one missing after the first ones
+        ordered = length <= self.max_size and self._idx == length and keep == 0
+        return None if ordered else (keep, self._idx, self.max_size)
+
+    def _last(self, B: int, size: int, heads: int, dtype: mx.Dtype) -> mx.array:
+        tail = super()._last(B, size, heads, dtype)
+        if self.tail is None or not self.keep or self.offset == self._length():
+            return tail
+        if (after := self._after_first()) >= min(size, self.max_size):
+            return tail
+        # A batch does not know that some are missing after the first ones: these come from rows.
+        after = min(after, size)
+        first = self._as_tail(self._in_order()[:, :, : self.keep], size - after)
+        return mx.concatenate([first.astype(tail.dtype), tail[:, :, size - after :]], axis=2)
+
+    def _reach(self) -> int:
+        return self.max_size - 1
+
+    def _after_first(self) -> int:
+        """Tokens that the newest one follows without a gap, itself included."""
+        length = self._length()
+        return length - self.keep if self.offset > length else length
+
+    def _for_batch(self) -> tuple[int, int]:
+        prompt, exact = super()._for_batch()
+        return prompt, min(exact, self._after_first() if self._rows is not None else 0)
+
+    def size(self) -> int:
+        return min(self.offset, self.max_size)
+
+    @property
+    def state(self):
+        return (
+            self.rows,
+            self.offset,
+            self.keep,
+            self.max_size,
+            self._idx,
+            *self._format_state,
+        )
+
+    @state.setter
+    def state(self, v):
+        self.rows, self.offset, self.keep, self.max_size, self._idx, *self._format_state = v
+
+    def is_trimmable(self) -> bool:
+        return self.offset < self.max_size
+
+    def trim(self, n: int) -> int:
+        integer("n", n, 0)
+        n = min(self.offset, n)
+        self.offset -= n
+        self._idx -= n
+        self._drop_tail(n, self._idx if self.offset else 0)
+        return n
+
+    def can_rewind(self, n: int) -> bool:
+        """Whether the last ``n`` tokens can be taken back although the cache is full: what a
+        chunk of several tokens will drop is kept until the next update."""
+        if self.rows is None or self._idx != self.rows.shape[2]:
+            return False
+        left = self._idx - n
+        return left >= min(self.offset - n, self.max_size)
+
+    def rewind(self, n: int) -> int:
+        """Take back the last ``n`` tokens; only after :meth:`can_rewind`."""
+        assert self.rows is not None
+        self._idx -= n
+        self.offset -= n
+        self.rows = self.rows[..., : self._idx, :]
+        self._drop_tail(n, self._idx)
+        return n
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+        if not self._in_place(N):
+            window_size = window_size or self.max_size
+            offset = min(self.max_size - 1, self.offset)
+            if offset + N > window_size or return_array:
+                mask = create_causal_mask(N, offset, window_size=window_size)
+                remember_padding(mask, None, window_size)
+                return mask
+            return "causal"
+        if window_size is None:
+            return None
+        # The window may be smaller than what is kept.
+        if self.offset >= window_size and self.max_size > window_size:
+            idx = 0 if self._idx >= self.max_size else self._idx
+            mask_size = min(self.offset + 1, self.max_size)
+            mask = mx.arange(mask_size) >= (mask_size - window_size)
+            return mx.roll(mask, idx + 1)
+        return None
+
+    merge = _Merge("PackedBatchRotatingKVCache")  # as in mlx-lm, ``keep`` ends there

@@ -1,0 +1,73 @@
+"""A packed cache that grows, method by method like mlx-lm's KVCache."""
+
+import mlx.core as mx
+from mlx_lm.models.cache import create_attention_mask
+
+from ..arguments import integer
+from ..format.format import Format
+from .attention import remember_padding
+from .packed import PackedCache, _Merge
+
+
+class PackedKVCache(PackedCache):
+    """The packed ``mlx_lm.models.cache.KVCache``: grows in steps of 256 tokens.
+
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.format.make_format`.
+    """
+
+    def __init__(self, fmt: Format):
+        super().__init__(fmt)
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
+        """Append keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv]; returns views of all."""
+        prev, L = self.offset, keys.shape[2]
+        if L == 0:
+            return self._nothing(keys)
+        if (tail := self._one_more(keys, values, prev)) is not None:
+            self.offset = prev + 1
+            return self._fetch(tail)
+        rows, more = self._pack(keys, values, prev)
+        self._grow_and_write(rows, prev, L)
+        self.offset += L
+        return self._updated(L, more)
+
+    def _positions(self, L: int = 0) -> list[int]:
+        return [self.offset + L]
+
+    def _length(self) -> int:
+        return self.offset
+
+    def _in_order(self) -> mx.array:
+        assert self.rows is not None
+        return self.rows[..., : self.offset, :]
+
+    def size(self) -> int:
+        return self.offset
+
+    @property
+    def state(self):
+        return self.rows, self.offset, *self._format_state
+
+    @state.setter
+    def state(self, v):
+        self.rows, self.offset, *self._format_state = v
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        integer("n", n, 0)
+        n = min(self.offset, n)
+        self.offset -= n
+        self._drop_tail(n, self.offset)
+        return n
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        mask = create_attention_mask(N, self.offset, return_array, window_size)
+        if isinstance(mask, mx.array) and N > 1:
+            remember_padding(mask, None, window_size)
+        return mask
+
+    merge = _Merge("PackedBatchKVCache")

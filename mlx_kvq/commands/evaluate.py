@@ -1,0 +1,93 @@
+"""``mlx_kvq evaluate``: compare caches on a text."""
+
+import argparse
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..caches.attention import DECODE_QUERIES
+from ..calibration.set import CalibrationSet
+from ..files import read_text
+from ..measure import plots
+from ..measure.baselines import check_name
+from ..measure.evaluate import evaluate, load_model, read_recall
+
+DEFAULT = ("fp16", "kv8", "kv4", "int8-srft", "k8v4-srft", "int4-srft")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Local model directory or repository.")
+    parser.add_argument(
+        "--kv-cache",
+        nargs="+",
+        default=list(DEFAULT),
+        metavar="SPEC",
+        help="Caches to compare with the model's own: spec strings, fp16, and kv4 and kv8 for "
+        f"mlx-lm's --kv-bits. Default: {' '.join(DEFAULT)}.",
+    )
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="Held-out text.")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="From 'mlx_kvq calibrate'; without it specs are calibrated on a built-in text.",
+    )
+    parser.add_argument("--recall", metavar="FILE", help="Key-recall prompts, JSON lines.")
+    parser.add_argument("--recall-prompts", type=int, metavar="N", help="Only the first N.")
+    parser.add_argument("--windows", type=int, default=16, help="Windows per text. Default: 16.")
+    parser.add_argument("--tokens", type=int, default=1024, help="Per window. Default: 1024.")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=DECODE_QUERIES,
+        help="Tokens at a time. Default: %(default)s, read as in decoding; more as in a prompt.",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Compute in this dtype; float32 takes the model's own rounding out. Default: the "
+        "model's own, or float32 on a CPU, which only emulates half precision.",
+    )
+    parser.add_argument("--json", metavar="FILE", help="Write every figure there.")
+    parser.add_argument("--plot", metavar="FILE", help="Draw quality against bytes (.png, .svg).")
+    parser.add_argument("--markdown", action="store_true", help="Print a Markdown table.")
+
+
+def run(args: argparse.Namespace) -> None:
+    # Whatever can be wrong is found before the minutes of work.
+    for name in args.kv_cache:
+        check_name(name)
+    texts = [read_text(path) for path in args.text]
+    recall = read_recall(args.recall, args.recall_prompts) if args.recall else []
+    calibration = None
+    if args.calibration:
+        try:
+            calibration = CalibrationSet.load(args.calibration)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+    for path in (args.json, args.plot):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no such directory to write to.")
+    if args.plot:
+        plots.check(args.plot)
+    model, tokenizer = load_model(args.model)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if kind := args.dtype or ("float32" if on_cpu else None):
+        model.set_dtype(getattr(mx, kind))
+    evaluation = evaluate(
+        model,
+        tokenizer,
+        args.kv_cache,
+        texts,
+        windows=args.windows,
+        tokens=args.tokens,
+        chunk=args.chunk,
+        recall=recall,
+        calibration=calibration,
+    )
+    evaluation.setting.update(model=Path(args.model).name, texts=[Path(t).name for t in args.text])
+    print(evaluation.table(args.markdown))
+    if args.json:
+        evaluation.save(args.json)
+    if args.plot:
+        plots.draw_quality(evaluation, args.plot)

@@ -1,0 +1,175 @@
+"""Codes and scales: quantizing rotated vectors, packing codes into words, reading them back."""
+
+import mlx.core as mx
+
+from . import feedback
+from .layout import RowLayout
+
+HALF_MAX = 65504.0
+_LEAST = 2.0**-24  # fp16's smallest number: groups of smaller channels have a scale of 0
+_LEAST_SEARCHED = 7.5 * 2.0**-25  # up to this a searched scale rounds to 0 in fp16
+
+
+def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, mx.array]:
+    """Quantize along the last axis.
+
+    Args:
+        y (mx.array): fp32 [..., D].
+        bits (int): 4 or 8.
+        group (int): Channels that share a scale.
+        rule (str): ``"search"``, ``"absmax"`` or ``"paper"``; at 8 bits clipping never pays, so
+            ``"search"`` is ``"absmax"``.
+
+    Returns:
+        Codes uint32 [..., D] and scales fp16 [..., D / group]. A group that holds a NaN or an
+        infinity gets a NaN scale, so the damage shows as it would in fp16. A finite group whose
+        scale would overflow fp16 saturates.
+    """
+    y = y.reshape(*y.shape[:-1], -1, group)  # [..., G, g]
+    damage = (y * 0).sum(axis=-1, keepdims=True)  # 0 or NaN
+    step = _step(y, bits, rule)
+    codes = mx.where(step > 0, _codes(y, step, bits, rule), 1 << (bits - 1))
+    scale = _stored(y, codes, step, bits, rule)
+    codes = mx.where(damage == 0, codes, 0).astype(mx.uint32)
+    return codes.flatten(-2), (scale + damage).astype(mx.float16).squeeze(-1)
+
+
+def tried(group: int) -> tuple[float, float]:
+    """Fractions of the abs-max scale that are tried for groups of this size. Chosen by the angle
+    and stored with the length they are as good as three by squared error (docs/quality.md), and
+    the first of them finds the codes of what was quantized before."""
+    return (1.0, 0.94) if group <= 32 else (0.96, 0.89) if group <= 64 else (0.93, 0.86)
+
+
+def _to_half(s: mx.array) -> mx.array:
+    return mx.minimum(s, HALF_MAX).astype(mx.float16).astype(mx.float32)
+
+
+def _covering(top: mx.array, levels: float) -> mx.array:
+    """The fp16 scale of which ``levels`` reach ``top``. Up to a multiple of fp16's smallest number:
+    rounded down, the smallest scales would clip the largest channel by a third."""
+    scale = mx.ceil(top * (1 / levels / _LEAST)) * _LEAST
+    return mx.where(top >= _LEAST, _to_half(scale), 0.0)
+
+
+def _step(y: mx.array, bits: int, rule: str) -> mx.array:
+    """The scale that groups [..., g] are rounded by, fp32 [..., 1]. If it is searched, another one
+    is stored (:func:`_stored`), so it need not be a number of fp16."""
+    middle = 1 << (bits - 1)
+    top = mx.abs(y).max(axis=-1, keepdims=True)
+    if rule == "paper":
+        return _covering(top, middle - 1)
+    if rule == "absmax" or bits == 8:
+        return _covering(top, middle - 0.5)
+    steps = top * mx.array([c / (middle - 0.5) for c in tried(y.shape[-1])])  # [..., 2]
+    steps = mx.where(top > _LEAST_SEARCHED, steps, 0.0)
+    # The one whose levels point more in the direction of y.
+    x, s = y[..., None, :], steps[..., None]
+    levels = _codes(x, s, bits, rule) - zero_code(bits, rule)
+    dots = mx.square((x * levels).sum(axis=-1))
+    lengths = mx.square(levels).sum(axis=-1)
+    second = dots[..., 1:] * lengths[..., :1] > dots[..., :1] * lengths[..., 1:]
+    return mx.where(second, steps[..., 1:], steps[..., :1])
+
+
+def _codes(y: mx.array, step: mx.array, bits: int, rule: str) -> mx.array:
+    """The nearest codes, fp32."""
+    middle = 1 << (bits - 1)
+    n = y / mx.where(step > 0, step, 1.0)
+    if rule == "paper":
+        return mx.clip(mx.round(n) + middle, 1, 2 * middle - 1)
+    return mx.clip(mx.floor(n) + middle, 0, 2 * middle - 1)
+
+
+def _stored(y: mx.array, codes: mx.array, step: mx.array, bits: int, rule: str) -> mx.array:
+    """The scale that is stored with the codes of groups [..., g]: it gives them the length of y
+    back where steps were searched."""
+    if rule != "search" or bits == 8:
+        return step
+    levels = mx.square(codes - zero_code(bits, rule)).sum(axis=-1, keepdims=True)
+    length = mx.sqrt(mx.square(y).sum(axis=-1, keepdims=True) / levels)
+    return mx.where(step > 0, _to_half(length), 0.0)
+
+
+def quantize_with_feedback(
+    y: mx.array, bits: int, group: int, rule: str, G: mx.array
+) -> tuple[mx.array, mx.array]:
+    """As :func:`quantize`, but blocks of channels are rounded one after the other, the last
+    first, each making up for the errors so far (:mod:`mlx_kvq.format.feedback`).
+
+    Args:
+        y (mx.array): fp32 [B, H, L, D].
+        G (mx.array): fp32 [H, D, D].
+    """
+    D, block = y.shape[-1], feedback.BLOCK
+    middle = zero_code(bits, rule)
+    codes: list[mx.array] = []
+    scales: list[mx.array] = []
+    errors: mx.array | None = None  # y − ŷ of the channels so far, [B, H, L, D - done]
+
+    def asked(low: int, high: int) -> mx.array:
+        """Channels of y that make up for the errors so far."""
+        if errors is None:
+            return y[..., low:high]
+        return y[..., low:high] + errors @ G[:, low:high, D - errors.shape[-1] :].swapaxes(-1, -2)
+
+    for end in range(D, 0, -group):
+        # The group's step fits what is asked of it when its turn comes.
+        step = _step(asked(end - group, end), bits, rule)
+        known = errors
+        targets: list[mx.array] = []
+        rounded: list[mx.array] = []
+        for j in range(end - block, end - group - 1, -block):
+            targets.insert(0, asked(j, j + block))
+            rounded.insert(0, _codes(targets[0], step, bits, rule))
+            # A group of zeros, or a damaged one, has nothing to pass on.
+            error = y[..., j : j + block] - step * (rounded[0] - middle)
+            error = mx.where(step > 0, error, 0.0)
+            errors = error if errors is None else mx.concatenate([error, errors], axis=-1)
+        n, target = (mx.concatenate(parts, axis=-1) for parts in (rounded, targets))
+        scale = _stored(target, n, step, bits, rule)
+        error = mx.where(step > 0, y[..., end - group : end] - scale * (n - middle), 0.0)
+        errors = error if known is None else mx.concatenate([error, known], axis=-1)
+        finite = mx.isfinite((target * 0).sum(axis=-1, keepdims=True))
+        codes.insert(0, mx.where(finite, mx.where(step > 0, n, 1 << (bits - 1)), 0))
+        scales.insert(0, mx.where(finite, scale, mx.nan))
+    whole = mx.concatenate(codes, axis=-1).astype(mx.uint32)
+    return whole, mx.concatenate(scales, axis=-1).astype(mx.float16)
+
+
+def pack_codes(codes: mx.array, bits: int) -> mx.array:
+    """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first."""
+    codes = codes.astype(mx.uint8)
+    if bits == 4:
+        codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return codes.view(mx.uint32)
+
+
+def unpack_codes(words: mx.array, bits: int) -> mx.array:
+    """Words uint32 [..., n] -> codes fp32 [..., 32 * n / bits]."""
+    shifts = bits * mx.arange(32 // bits, dtype=mx.uint32)
+    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(-2).astype(mx.float32)
+
+
+def split(rows: mx.array, lay: RowLayout) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16), all views."""
+    halves, first = rows.view(mx.float16), 2 * lay.codes_words
+    return (
+        rows[..., : lay.k_words],
+        rows[..., lay.k_words : lay.codes_words],
+        halves[..., first : first + lay.k_scales],
+        halves[..., first + lay.k_scales : first + lay.k_scales + lay.v_scales],
+    )
+
+
+def zero_code(bits: int, rule: str) -> float:
+    """The level of code 0 is minus this many scales."""
+    return (1 << (bits - 1)) - (0.0 if rule == "paper" else 0.5)
+
+
+def read_levels(words: mx.array, scales: mx.array, bits: int, group: int, rule: str) -> mx.array:
+    """Codes and scales -> fp32 [..., D]."""
+    levels = unpack_codes(words, bits) - zero_code(bits, rule)
+    levels = levels.reshape(*levels.shape[:-1], -1, group)
+    return (levels * scales.astype(mx.float32)[..., None]).flatten(-2)

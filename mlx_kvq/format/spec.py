@@ -1,0 +1,204 @@
+"""Spec strings: what ``--kv-cache`` and :func:`mlx_kvq.enable` accept.
+
+``<bits>-<rotation>[:option=value,...]``, for example ``int4-srft:group_size=64,seed=7``,
+or ``fp16`` for the model's own cache.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# name -> (bits of a key, bits of a value)
+BITS = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4)}
+ROTATIONS = {
+    "srft": "randomized signs, then a real FFT; every even head size",
+    "srht": "randomized signs, then a Hadamard transform; head sizes that are powers of two",
+    "householder": "D/2 random reflections, a dense matrix; every even head size",
+    "quaternion": "random rotations of four channels each; multiples of four",
+    "none": "no rotation",
+}
+SCALES = {
+    "search": "the better of two scales by angle; the one that is stored keeps the length",
+    "absmax": "the largest magnitude maps to the outermost of the 2^bits half-step levels",
+    "paper": "arXiv 2605.05699: an odd number of levels around zero",
+}
+CALIBRATE = {
+    "auto": "with the calibration given, or one made from a built-in text when there is none",
+    "off": "never: μ = 0, σ = 1, the paper's plain path",
+}
+ROUNDINGS = {
+    "nearest": "every channel to its nearest level",
+    "feedback": "a channel makes up for the errors before it, weighted by what queries read",
+}
+OPTIONS = (
+    "group_size", "seed", "scale", "calibrate", "skip", "high", "budget", "rounding", "recent",
+)  # fmt: skip
+MAX_RECENT = 1024
+OFF = "fp16"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec string.
+
+    Args:
+        bits (str): ``"int4"``, ``"int8"`` or ``"k8v4"`` (8-bit keys, 4-bit values).
+        rotation (str): One of ``ROTATIONS``: ``"srft"``, ``"srht"``, ``"none"`` and so on.
+        group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
+            the head size. ``None`` takes 32, or the next such divisor above 32.
+        seed (int): Seed of the random signs, 0 to 2**32 - 1.
+        scale (str): ``"search"``, ``"absmax"`` or ``"paper"``.
+        calibrate (str): ``"auto"`` or ``"off"``.
+        skip (tuple): Layers that keep the model's own cache: numbers, ``"first"``, ``"last"``,
+            counted among the layers that can be packed. ``skip=first+last`` in a string.
+        high (tuple): Layers kept in 8 bits, likewise.
+        budget (float, optional): Bits per value, scales included, that may be spent on average;
+            what is left over goes to the layers whose error costs most (``mlx_kvq.model.budget``).
+        rounding (str): ``"nearest"`` or ``"feedback"`` (``format.feedback``): how codes of keys
+            are chosen when written; what is stored is read in the same way.
+        recent (int): Tokens before a query, its own included, that it reads as they are, 0 to
+            1024: an exact tail of a few tokens beside the packed rows.
+
+    Raises:
+        ValueError: If a value is unknown or out of range; the message lists what is accepted.
+    """
+
+    bits: str
+    rotation: str
+    group_size: int | None = None
+    seed: int = 0
+    scale: str = "search"
+    calibrate: str = "auto"
+    skip: tuple[int | str, ...] = ()
+    high: tuple[int | str, ...] = ()
+    budget: float | None = None
+    rounding: str = "nearest"
+    recent: int = 16
+
+    def __post_init__(self):
+        for option, known in (
+            ("bits", BITS), ("rotation", ROTATIONS), ("scale", SCALES),
+            ("calibrate", CALIBRATE), ("rounding", ROUNDINGS),
+        ):  # fmt: skip
+            if (given := getattr(self, option)) not in tuple(known):
+                raise ValueError(_unknown(option, given, known))
+        g, seed, budget = self.group_size, self.seed, self.budget
+        if g is not None and (type(g) is not int or g < 8 or g % 8):
+            raise ValueError(f"group_size is a multiple of 8, got {g!r}.")
+        if type(seed) is not int or not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed is 0 to 2**32 - 1, got {seed!r}.")
+        if type(self.recent) is not int or not 0 <= self.recent <= MAX_RECENT:
+            raise ValueError(f"recent is 0 to {MAX_RECENT} tokens, got {self.recent!r}.")
+        if budget is not None and not (isinstance(budget, int | float) and 4 <= budget <= 16):
+            raise ValueError(f"budget is 4 to 16 bits per value, got {budget!r}.")
+        for option in ("skip", "high"):
+            layers = getattr(self, option)
+            if not isinstance(layers, tuple):
+                raise ValueError(f"{option} is a tuple such as ('first', 3), got {layers!r}.")
+            for layer in layers:
+                if layer not in ("first", "last") and not (type(layer) is int and layer >= 0):
+                    raise ValueError(
+                        f"{option} lists layers as 'first', 'last' or numbers joined by '+', "
+                        f"got {layer!r}."
+                    )
+
+    @property
+    def k_bits(self) -> int:
+        return BITS[self.bits][0]
+
+    @property
+    def v_bits(self) -> int:
+        return BITS[self.bits][1]
+
+    def __str__(self) -> str:
+        options = []
+        if self.group_size is not None:
+            options.append(f"group_size={self.group_size}")
+        if self.seed != 0:
+            options.append(f"seed={self.seed}")
+        if self.scale != "search":
+            options.append(f"scale={self.scale}")
+        if self.calibrate != "auto":
+            options.append(f"calibrate={self.calibrate}")
+        for name in ("skip", "high"):
+            if layers := getattr(self, name):
+                options.append(f"{name}={'+'.join(map(str, layers))}")
+        if self.budget is not None:
+            options.append(f"budget={str(float(self.budget)).removesuffix('.0')}")
+        if self.rounding != "nearest":
+            options.append(f"rounding={self.rounding}")
+        if self.recent != 16:
+            options.append(f"recent={self.recent}")
+        name = f"{self.bits}-{self.rotation}"
+        return f"{name}:{','.join(options)}" if options else name
+
+    @classmethod
+    def parse(cls, text: "str | Spec") -> "Spec | None":
+        """Parse a spec string; ``"fp16"`` gives ``None`` (leave the model's cache alone).
+
+        Raises:
+            ValueError: If a word or an option is unknown or a value is out of range; the
+                message lists what is accepted.
+        """
+        if isinstance(text, Spec):
+            return text
+        if not isinstance(text, str):
+            raise ValueError(f"A KV cache spec is a string such as 'int4-srft', got {text!r}.")
+        try:
+            return cls._parse(text)
+        except ValueError as error:
+            raise ValueError(f"KV cache spec {text!r}: {error}") from None
+
+    @classmethod
+    def _parse(cls, text: str) -> "Spec | None":
+        name, colon, tail = text.strip().partition(":")
+        if name == OFF:
+            if colon:
+                raise ValueError(f"'{OFF}' takes no options.")
+            return None
+        bits, _, rotation = name.partition("-")
+        if bits not in BITS or rotation not in ROTATIONS:
+            raise ValueError(_unknown("cache", name, names()))
+        options: dict[str, str] = {}
+        for item in filter(None, tail.split(",")) if colon else ():
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if key not in OPTIONS:
+                raise ValueError(_unknown("option", key, OPTIONS))
+            if not equals or not value:
+                raise ValueError(f"option '{key}' needs '{key}=<value>'.")
+            if key in options:
+                raise ValueError(f"option '{key}' is given twice.")
+            options[key] = value
+        if colon and not options:
+            raise ValueError("nothing follows the colon.")
+        return cls(bits, rotation, **{key: _typed(key, options[key]) for key in options})
+
+
+def names() -> list[str]:
+    """Every cache name a spec string can start with."""
+    return [OFF] + [f"{bits}-{rotation}" for bits in BITS for rotation in ROTATIONS]
+
+
+def _typed(key: str, value: str):
+    """The value of an option; whether it is in range is for ``Spec`` to say."""
+    if key in ("group_size", "seed", "recent"):
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(f"{key} is an integer, got {value!r}.") from None
+    if key == "budget":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if key in ("skip", "high"):
+        parts = (part.strip() for part in value.split("+"))
+        return tuple(int(part) if part.isdecimal() else part for part in parts)
+    return value
+
+
+def _unknown(kind: str, given, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(str(given), known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"unknown {kind} {str(given)!r}.{hint} Known: {', '.join(known)}."

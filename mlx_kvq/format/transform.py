@@ -1,0 +1,88 @@
+"""A layer's transform between vectors and what is stored of them: μ, σ, λ and the rotation."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from . import rotation
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Per KV head and channel, fp32 [Hkv, D]; ``None`` stands for the neutral value.
+
+    y = λ ⊙ R((x − μ) ⊘ σ), separately for keys and values.
+    """
+
+    mu: mx.array | None = None
+    sigma: mx.array | None = None
+    lam: mx.array | None = None
+    # E[q qᵀ], [Hkv, D, D]: not part of the transform, used to choose codes (format.feedback).
+    metric: mx.array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """The way from an exact vector x to the vector y whose codes are kept, and back."""
+
+    rotation: str
+    seed: int
+    stream: int
+    dim: int
+    calibration: Calibration = Calibration()
+
+    @cached_property
+    def matrix(self) -> mx.array | None:
+        return rotation.matrix(self.rotation, self.seed, self.stream, self.dim)
+
+    def forward(self, x: mx.array) -> mx.array:
+        """x [B, H, L, D] in any float dtype -> y = λ ⊙ R((x − μ) ⊘ σ), fp32."""
+        c = self.calibration
+        x = x.astype(mx.float32)
+        if c.mu is not None:
+            x = x - c.mu[:, None]
+        if c.sigma is not None:
+            x = x / c.sigma[:, None]
+        x = self._rotate(x)
+        return x if c.lam is None else x * c.lam[:, None]
+
+    def query(self, q: mx.array) -> mx.array:
+        """q [B, Hq, L, D] -> q̃ = R(q ⊙ σ) ⊘ λ, fp32, so that q̃ · ŷ is the logit."""
+        c = self.calibration
+        q = q.astype(mx.float32)
+        if c.sigma is not None:
+            q = _per_kv_head(q, c.sigma, mx.multiply)
+        q = self._rotate(q)
+        return q if c.lam is None else _per_kv_head(q, c.lam, mx.divide)
+
+    def output(self, o: mx.array) -> mx.array:
+        """o [B, Hq, L, D] = Σ p ŷ -> (Rᵀ(o ⊘ λ)) ⊙ σ + μ, fp32."""
+        c = self.calibration
+        o = o.astype(mx.float32)
+        if c.lam is not None:
+            o = _per_kv_head(o, c.lam, mx.divide)
+        if self._fast:
+            o = rotation.srft_inverse(o, self.seed, self.stream)
+        elif self.matrix is not None:
+            o = o @ self.matrix
+        if c.sigma is not None:
+            o = _per_kv_head(o, c.sigma, mx.multiply)
+        return o if c.mu is None else _per_kv_head(o, c.mu, mx.add)
+
+    @property
+    def _fast(self) -> bool:
+        return self.rotation == "srft" and mx.default_device().type == mx.DeviceType.cpu
+
+    def _rotate(self, x: mx.array) -> mx.array:
+        if self._fast:
+            return rotation.srft(x, self.seed, self.stream)
+        return x if self.matrix is None else x @ self.matrix.T
+
+
+def _per_kv_head(x: mx.array, c: mx.array, op) -> mx.array:
+    """Apply ``op`` between x [B, Hq, L, D] and c [Hkv, D]; heads of a group share a row of c."""
+    B, Hq, L, D = x.shape
+    Hkv = c.shape[0]
+    x = op(x.reshape(B, Hkv, Hq // Hkv, L, D), c[:, None, None])
+    return x.reshape(B, Hq, L, D)

@@ -1,0 +1,281 @@
+"""``mlx_kvq evaluate``: what each kind of cache costs in quality, and what it takes in bytes.
+
+Text is fed in chunks, so that every token after the first chunk attends to what the cache
+remembers instead of to what was just computed. The baseline is the model's own cache.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
+
+from .. import __version__, arguments
+from ..caches.attention import BLOCK, DECODE_QUERIES
+from ..calibration.set import CalibrationSet
+from ..files import read_text, replacing
+from ..format.spec import Spec
+from ..model.loading import load
+from .baselines import KV_BITS, Candidate, bytes_per_token, candidate, check_name, own
+from .quality import Estimate, Result, measure, summarize
+
+
+@dataclass
+class Evaluation:
+    """Everything that was measured in one run; ``print`` gives the table.
+
+    Args:
+        setting (dict): Model, dtype, windows, tokens, chunk, versions.
+        results (list): One :class:`mlx_kvq.measure.quality.Result` per cache, the baseline first.
+    """
+
+    setting: dict
+    results: list[Result]
+
+    def __getitem__(self, name: str) -> Result:
+        return next(r for r in self.results if r.name == name)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, markdown: bool = False) -> str:
+        """Aligned text, or a Markdown table, with the notes below it."""
+        head = ["cache", "bytes/token", "KL", "KL 99 %", "top-1", "perplexity", "change"]
+        recall = any(r.recall is not None for r in self.results)
+        rows = [[*head, "recall"] if recall else head]
+        for r in self.results:
+            exact = r is self.results[0]
+            row = [
+                r.name,
+                f"{r.bytes_per_token:.0f}",
+                "0" if exact else f"{r.kl.mean:.4f}{_half(r.kl, '.4f')}",
+                "0" if exact else f"{r.kl_p99:.3f}",
+                f"{100 * r.top1:.1f} %",
+                f"{r.perplexity.mean:.2f}{_range(r.perplexity, '.2f')}",
+                "" if exact else f"{100 * r.change.mean:+.2f} %{_range(r.change.map(_percent))}",
+            ]
+            rows.append([*row, f"{r.recall}/{r.prompts}"] if recall else row)
+        return "\n".join([*_layout(rows, markdown), *self._notes(markdown)])
+
+    def _notes(self, markdown: bool) -> list[str]:
+        s = self.setting
+        notes = [
+            f"{s['windows']} windows of {s['tokens']} tokens in chunks of {s['chunk']}, the first "
+            f"chunk not scored; KL in nats per token, from {self.results[0].name}; "
+            "95 % intervals over windows, the change's from paired differences."
+        ]
+        notes += [f"{r.name}: {r.note}." for r in self.results if r.note]
+        return ["", "\n\n".join(notes) if markdown else "\n".join(notes)]
+
+    def to_dict(self) -> dict:
+        return {"setting": self.setting, "results": [asdict(r) for r in self.results]}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything, every window's figures included, as JSON; atomically."""
+        text = json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer,
+    specs: Sequence[str | Spec],
+    texts: Sequence[str],
+    *,
+    windows: int = 16,
+    tokens: int = 1024,
+    chunk: int = DECODE_QUERIES,
+    recall: Sequence[dict] = (),
+    calibration: CalibrationSet | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compare kinds of caches on the same model and text.
+
+    Args:
+        model (nn.Module): A model from ``mlx_lm.load``. After ``model.set_dtype(mx.float32)``
+            the model's own rounding does not blur the caches'.
+        tokenizer: Its tokenizer.
+        specs (Sequence): Spec strings, and ``"fp16"``, ``"kv8"``, ``"kv4"`` (mlx-lm's own
+            quantized cache, group size 64, from the first token on).
+        texts (Sequence): Texts that the model has not seen; ``windows`` are taken from each.
+        windows (int): Windows per text, one after the other from its beginning.
+        tokens (int): Tokens in a window, more than ``chunk``.
+        chunk (int): Tokens fed at a time; the first chunk of a window is not scored. Up to 8 are
+            read as decoded tokens are, more as a prompt is, which reads its block exactly.
+        recall (Sequence): ``{"prompt": …, "answer": …}``; the answer is exact if the model,
+            fed in chunks and then decoding greedily, writes it.
+        calibration (CalibrationSet, optional): For every spec that does not say
+            ``calibrate=off``; without one they are calibrated as :func:`mlx_kvq.enable` does.
+        progress (bool): Show progress bars, and what each spec does, on stderr.
+
+    Returns:
+        Evaluation: One result per cache, the model's own cache first.
+
+    Raises:
+        ValueError: If a spec is unknown or not possible for this model, if a text is too
+            short, or if a size makes no sense.
+    """
+    arguments.model(model)
+    for name, given in (("windows", windows), ("tokens", tokens), ("chunk", chunk)):
+        arguments.integer(name, given)
+    for name, several in (("specs", specs), ("texts", texts)):
+        if isinstance(several, str | Spec):
+            raise ValueError(f"{name} is a list, got {several!r:.60}.")
+    if tokens <= chunk:
+        raise ValueError(
+            f"{windows} windows of {tokens} tokens in chunks of {chunk}: a window needs more "
+            "tokens than a chunk, and there must be one of each at least."
+        )
+    if not texts:
+        raise ValueError("There is no text to evaluate on.")
+    for spec in specs:
+        check_name(spec)
+    data = [w for i, t in enumerate(texts) for w in _windows(tokenizer, t, windows, tokens, i)]
+    exact = own(model)
+    options = {"calibration": calibration, "tokenizer": tokenizer, "verbose": progress}
+    tried = [exact, *(candidate(model, s, **options) for s in dict.fromkeys(specs))]
+
+    sizes: dict[str, float] = {}
+    steps = len(data) * len(tried) * -(-tokens // chunk)
+    with tqdm(total=steps, desc="text", unit="chunk", disable=not progress) as bar:
+        scores = measure(
+            model,
+            {c.name: c.make for c in tried},
+            mx.array(data),
+            chunk,
+            bar.update,
+            lambda name, caches: sizes.__setitem__(name, bytes_per_token(caches)),
+        )
+    results = [summarize(c.name, scores[c.name], scores[exact.name], sizes[c.name]) for c in tried]
+    for result, c in zip(results, tried, strict=True):
+        result.note = c.note
+        asked = None if c is exact or c.name in KV_BITS else Spec.parse(c.name)
+        if asked is not None and asked.recent and chunk > DECODE_QUERIES:
+            said = f"{c.note}; " if c.note else ""
+            result.note = (
+                f"{said}read as a prompt, whose tokens read their block of {BLOCK} exactly; "
+            )
+            result.note += f"--chunk {DECODE_QUERIES} reads as decoding does"
+    if recall:
+        with tqdm(total=len(recall) * len(tried), desc="recall", disable=not progress) as bar:
+            for result, c in zip(results, tried, strict=True):
+                result.recall, result.prompts = 0, len(recall)
+                for item in recall:
+                    result.recall += answers(model, tokenizer, c, item, chunk)
+                    bar.update()
+    setting = {
+        "model": type(model).__module__.rpartition(".")[2],
+        "dtype": exact.name.partition("(")[2].rstrip(")"),
+        "texts": len(texts),
+        "windows": len(data),
+        "tokens": tokens,
+        "chunk": chunk,
+        "device": str(mx.default_device()),
+        "platform": platform.platform(),
+        "versions": {"mlx_kvq": __version__, **{p: version(p) for p in ("mlx", "mlx-lm")}},
+    }
+    return Evaluation(setting, results)
+
+
+def answers(model: nn.Module, tokenizer, cache: Candidate, item: dict, chunk: int) -> bool:
+    """Whether greedy decoding after ``item["prompt"]`` writes ``item["answer"]`` exactly."""
+    prompt = mx.array(tokenizer.encode(item["prompt"]))
+    answer = item["answer"].strip()
+    caches = cache.make()
+    for start in range(0, prompt.size, chunk):
+        logits = model(prompt[None, start : start + chunk], cache=caches)
+        mx.eval(logits)
+    written: list[int] = []
+    for _ in range(len(tokenizer.encode(item["answer"])) + 1):
+        written.append(int(logits[0, -1].argmax()))
+        text = tokenizer.decode(written).strip()
+        if len(text) >= len(answer) or not answer.startswith(text):
+            break
+        logits = model(mx.array([written[-1:]]), cache=caches)
+    return text.startswith(answer)
+
+
+def _windows(tokenizer, text: str, windows: int, tokens: int, place: int) -> list[list[int]]:
+    """``windows`` pieces of a text; where the model expects it, each begins with BOS."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
+    size = tokens - len(start)
+    need = windows * size
+    # A token is seldom longer than 16 characters; encoding all of a long text takes a while.
+    for part in dict.fromkeys((text[: 16 * need], text)):
+        ids = tokenizer.encode(part, add_special_tokens=False)
+        if len(ids) >= need:
+            return [start + ids[i * size : (i + 1) * size] for i in range(windows)]
+    raise ValueError(
+        f"Text {place + 1} has {len(ids)} tokens, and {windows} windows of {tokens} need {need}: "
+        f"{len(ids) // size} windows fit."
+    )
+
+
+def read_recall(path: str | os.PathLike, limit: int | None = None) -> list[dict]:
+    """Key-recall prompts from a JSON-lines file of ``{"prompt": …, "answer": …}``.
+
+    Raises:
+        ValueError: If the file is missing or a line is something else.
+    """
+    items: list[dict] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            items.append({key: str(item[key]) for key in ("prompt", "answer")})
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'{path}, line {number}: not {{"prompt": …, "answer": …}} in JSON.'
+            ) from None
+    if not items:
+        raise ValueError(f"{path} holds no prompts.")
+    return items[:limit]
+
+
+def load_model(name: str):
+    """``mlx_lm.load``, with whatever goes wrong in one line."""
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local and not Path(name).is_dir():
+        raise ValueError(f"There is no model directory {name}.")
+    return load(name)
+
+
+def _layout(rows: list[list[str]], markdown: bool) -> list[str]:
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return [lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))  # noqa: B905
+        for row in rows
+    ]
+
+
+def _percent(part: float) -> float:
+    return 100 * part
+
+
+def _half(e: Estimate, form: str) -> str:
+    return "" if e.low != e.low else f" ± {(e.high - e.low) / 2:{form}}"
+
+
+def _range(e: Estimate, form: str = "+.2f") -> str:
+    return "" if e.low != e.low else f" [{e.low:{form}}, {e.high:{form}}]"
+
+
+def _finite(value):
+    """JSON has no NaN: null stands for an interval's end that a single window does not give."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

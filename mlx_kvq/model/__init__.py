@@ -1,0 +1,1 @@
+"""What a spec does to a model: the plan, its report, and switching it on and off."""

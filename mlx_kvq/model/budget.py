@@ -1,0 +1,95 @@
+"""Spending a byte budget on the layers whose quantization costs most.
+
+The KL that a layer's packed cache alone causes is measured once per number of bits on a short
+text; then, greedily, the step from ``int4`` to ``k8v4`` to ``int8`` that takes most KL off per
+byte is made until the next one does not fit the budget.
+"""
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..calibration.automatic import random_tokens
+from ..calibration.fit import sample_text
+from ..calibration.moments import fast_on_cpu
+from ..format.layout import RowLayout
+
+TOKENS = 512  # read to measure, fed in chunks so that packed history is read
+CHUNK = 64
+NOISE = 1e-6  # nats a token: less is rounding of the sums in fp32
+STEPS = ("int4", "k8v4", "int8")
+Path = tuple[int, ...]
+
+
+def allocate(
+    model: nn.Module,
+    make_caches: Callable[[dict[Path, str]], list],
+    bits: Mapping[Path, str],
+    layouts: Mapping[Path, Mapping[str, RowLayout]],
+    budget: float,
+    tokenizer=None,
+) -> dict[Path, str]:
+    """Raise the bits of some caches until ``budget`` bits per value are spent.
+
+    Args:
+        model (nn.Module): A model from ``mlx_lm.load``.
+        make_caches: Makes the model's caches, packed with the bits given and otherwise its own.
+        bits: Cache -> ``"int4"``, ``"k8v4"`` or ``"int8"``, the least it gets.
+        layouts: Cache -> bits -> its packed row.
+        budget (float): Bits per value on average, scales included.
+        tokenizer (optional): As for :func:`mlx_kvq.enable`.
+
+    Raises:
+        ValueError: If the budget does not even cover ``bits``.
+    """
+    bits = dict(bits)
+    values = sum(rows[bits[p]].k_dim + rows[bits[p]].v_dim for p, rows in layouts.items())
+    size = {p: {b: 32 * rows[b].words for b in STEPS} for p, rows in layouts.items()}
+    spent = sum(size[p][b] for p, b in bits.items())
+    if spent > budget * values:
+        raise ValueError(
+            f"A budget of {budget:g} bits per value is less than the {spent / values:.2f} of the "
+            "spec: raise it, or take a larger group_size."
+        )
+    with fast_on_cpu(model):
+        cost = _measure(model, make_caches, bits, tokenizer)
+    while True:
+        steps = []
+        for p, b in bits.items():
+            for better in STEPS[STEPS.index(b) + 1 :]:
+                extra = size[p][better] - size[p][b]
+                gain = cost[p, b] - cost[p, better]
+                if gain > NOISE and spent + extra <= budget * values:
+                    steps.append((gain / extra, p, better, extra))
+        if not steps:
+            return bits
+        _, p, better, extra = max(steps)
+        bits[p] = better
+        spent += extra
+
+
+def _measure(model, make_caches, bits: dict[Path, str], tokenizer) -> dict[tuple[Path, str], float]:
+    """KL with only this cache packed, for every cache and every number of bits it may get."""
+    if tokenizer is None:
+        tokens = random_tokens(model)[:TOKENS]
+    else:
+        tokens = mx.array(tokenizer.encode(sample_text())[:TOKENS])
+
+    def log_probabilities(packed: dict[Path, str]) -> mx.array:
+        caches = make_caches(packed)
+        parts = []
+        for i in range(0, tokens.size, CHUNK):
+            logits = model(tokens[None, i : i + CHUNK], cache=caches)[0].astype(mx.float32)
+            parts.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+            mx.eval(parts[-1])
+        return mx.concatenate(parts)
+
+    exact = log_probabilities({})
+    cost = {}
+    for p, b in bits.items():
+        for step in STEPS[STEPS.index(b) :]:
+            got = log_probabilities({p: step})
+            kl = (mx.exp(exact) * (exact - got)).sum(axis=-1).mean()
+            cost[p, step] = float(kl.item())  # type: ignore[arg-type]
+    return cost

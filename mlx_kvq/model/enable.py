@@ -1,0 +1,107 @@
+"""Switch a model to a packed cache: ``enable``, ``disable`` and ``make_prompt_cache``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.nn as nn
+from mlx_lm.models import cache as stock
+
+from .. import arguments
+from ..caches import seams
+from ..calibration import automatic
+from ..calibration.set import CalibrationSet
+from ..format.spec import Spec
+from ..stock import CacheFactory, factory_of, own_caches, same_layers
+from .plan import _check_size, make_plan
+from .report import Report, log
+
+
+def enable(
+    model: nn.Module,
+    spec: str | Spec,
+    *,
+    calibration: CalibrationSet | str | Path | None = None,
+    tokenizer=None,
+    policy: Mapping[tuple[int, ...], str] | None = None,
+    verbose: bool = True,
+) -> Report | None:
+    """Make every mlx-lm entry point use a packed cache for this model.
+
+    Layers with a ``KVCache`` get a packed growing cache, sliding layers a packed rotating one;
+    caches of other kinds stay as they are. A wrapper and the language model in it are enabled
+    together. Weights that change afterwards are noticed with the next cache: one warning, and
+    what is saved from then on belongs to the new weights.
+
+    Args:
+        model (nn.Module): A model from ``mlx_lm.load``.
+        spec (str or Spec): For example ``"int4-srft"``; ``"fp16"`` is :func:`disable`.
+        calibration (CalibrationSet or path, optional): From :func:`mlx_kvq.calibrate`. Without
+            one a converted repository's own is used (``mlx_kvq.repositories``); any other model
+            is calibrated on a built-in text, once: the result is kept in the user's cache
+            directory (``mlx_kvq.calibration.automatic``). ``calibrate=off`` in the spec leaves
+            calibration out.
+        tokenizer (optional): For that text; without it random tokens are used.
+        policy (dict, optional): Path of every cache to pack -> ``"int4"``, ``"k8v4"`` or
+            ``"int8"``, in place of what ``skip``, ``high`` and ``budget`` of the spec say.
+        verbose (bool): Print one line to stderr that says what was applied.
+
+    Returns:
+        Report: What was packed and what was left; ``None`` for ``"fp16"``.
+
+    Raises:
+        ValueError: If the spec is not valid, nothing in this model can be packed, or the
+            calibration is not one of this model.
+    """
+    arguments.model(model)
+    parsed = Spec.parse(spec)
+    if parsed is None:
+        disable(model)
+        return None
+    say = log if verbose else automatic.silent
+    packing, report = make_plan(model, parsed, calibration, tokenizer, say, policy)
+    seams.install()
+    disable(model)
+    holders: list = []
+    for part in (model, *same_layers(model)):
+        part.make_cache = CacheFactory(packing, part, holders)
+    say(str(report))
+    return report
+
+
+def disable(model: nn.Module) -> None:
+    """Give the model, and the other half of a wrapper, its own cache back. Does nothing to a model
+    that is not enabled."""
+    while (factory := factory_of(model)) is not None:
+        for part in factory.holders:
+            if getattr(vars(part).get("make_cache"), "holders", None) is factory.holders:
+                del part.make_cache
+
+
+def make_prompt_cache(
+    model: nn.Module,
+    spec: str | Spec,
+    max_kv_size: int | None = None,
+    *,
+    calibration: CalibrationSet | str | Path | None = None,
+    tokenizer=None,
+) -> list[stock._BaseCache]:
+    """A packed prompt cache for one conversation, without enabling the model.
+
+    Args:
+        model (nn.Module): A model from ``mlx_lm.load``.
+        spec (str or Spec): For example ``"int4-srft"``.
+        max_kv_size (int, optional): Bounds every growing layer to so many tokens, at least 1,
+            of which the first 4 are never dropped.
+        calibration, tokenizer: As for :func:`enable`.
+
+    Raises:
+        ValueError: As :func:`enable`.
+    """
+    arguments.model(model)
+    parsed = Spec.parse(spec)
+    _check_size(max_kv_size)
+    if parsed is None:
+        return own_caches(model, max_kv_size)
+    packing, _ = make_plan(model, parsed, calibration, tokenizer, automatic.silent)
+    seams.install()
+    return packing(max_kv_size)

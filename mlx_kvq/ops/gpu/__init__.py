@@ -1,0 +1,1 @@
+"""The GPU backend: Metal kernels, or the same sources on CUDA."""

@@ -1,0 +1,185 @@
+"""Kernels from their sources, and their launches: Metal, or the same sources on CUDA."""
+
+import hashlib
+import re
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from .sources import kernel_source, kernels_path
+from .tuning import TUNING
+
+# Arrays that a launch may do without -> the constant that says whether it has them. Each costs
+# the host time at every launch.
+_OPTIONAL = {
+    "starts": "STARTS",
+    "mask": "MASK",
+    "sinks": "SINKS",
+    "tail": "TAIL",
+    "keep": "KEEPS",
+    "kept": "KEEPS",
+    "held": "HOLDS",
+    "new_k": "CHUNK",
+    "new_v": "CHUNK",
+}
+# name -> files of the header, files of the body, inputs, outputs
+_ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "tables")
+KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "quantize_pack": (
+        ("rotate", "levels", "vectors", "quantize"),
+        ("quantize_pack",),
+        ("k", "v", "tables", "keep", "tail", "held"),
+        ("rows", "kept"),
+    ),
+    "attend_finish": (
+        ("rotate", "levels", "vectors", "tile"),
+        ("attend", "attend_finish"),
+        (*_ATTEND, "sinks"),
+        ("out",),
+    ),
+    "attend_store": (
+        ("rotate", "levels", "vectors", "tile"),
+        ("attend", "attend_store"),
+        _ATTEND,
+        ("partial",),
+    ),
+    # CUDA only
+    "attend_join": (
+        ("rotate", "levels", "vectors", "tile"),
+        ("attend", "attend_store", "attend_join.cuh"),
+        (*_ATTEND, "sinks", "arrivals"),
+        ("out", "partial"),
+    ),
+    "combine": (
+        ("rotate", "levels", "vectors"),
+        ("combine",),
+        ("q", "info", "partial", "tables", "sinks"),
+        ("out",),
+    ),
+    "dequantize": (("levels",), ("dequantize",), ("rows", "info", "tail"), ("keys", "values")),
+    "restore": (
+        ("rotate", "levels", "vectors", "restore"),
+        ("restore_rows",),
+        ("rows", "info", "tail", "new_k", "new_v", "tables"),
+        ("keys", "values"),
+    ),
+    "rotate_queries": (
+        ("rotate", "levels", "vectors"),
+        ("rotate_queries",),
+        ("x", "info", "table"),
+        ("out",),
+    ),
+    "rotate_outputs": (
+        ("rotate", "levels", "vectors"),
+        ("rotate_outputs",),
+        ("x", "info", "table"),
+        ("out",),
+    ),
+}
+Constants = tuple[tuple[str, Any], ...]  # compile-time constants of a kernel
+
+
+@lru_cache(maxsize=64)
+def _source(name: str) -> str:
+    """A kernel source without comments and indentation: MLX copies and hashes the text of a
+    kernel at every launch."""
+    text = re.sub(r"//.*", "", kernel_source(name if "." in name else f"{name}.metal"))
+    return "\n".join(line for raw in text.splitlines() if (line := raw.strip())) + "\n"
+
+
+@lru_cache(maxsize=256)
+def kernel(machine: str, name: str, constants: Constants):
+    """A kernel with its compile-time constants. They stand in its source and not in ``template``,
+    which MLX would convert and format again at every call, a few microseconds of decoding."""
+    headers, bodies, inputs, outputs = KERNELS[name]
+    chosen = dict(constants)
+    absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
+    body = "".join(
+        f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
+        for key, value in constants
+    )
+    for n in absent:  # named in branches that are never taken
+        kind = "float" if n in outputs or _OPTIONAL[n] == "CHUNK" else "int"
+        body += f"{'' if n in outputs else 'const '}device {kind}* {n} = nullptr;\n"
+        if _OPTIONAL[n] in ("MASK", "TAIL", "HOLDS", "CHUNK"):
+            body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
+        if _OPTIONAL[n] in ("TAIL", "HOLDS", "CHUNK"):
+            body += f"const int {n}_shape[4] = {{0, 0, 0, 0}};\n"
+    # How many lanes of a SIMD group share a vector (kernels/rotate.metal).
+    lanes = f"enum : int {{ WIDE = {int(name.startswith(('attend', 'combine')))} }};\n"
+    if machine == "metal":
+        header = lanes + "".join(_source(h) for h in ("machine", *headers))
+        body += "".join(_source(b) for b in bodies)
+    else:
+        # Bodies declare threadgroup memory, the header's functions only point to it.
+        header = (
+            lanes
+            + _include("machine.cuh", *headers)
+            + "#undef threadgroup\n#define threadgroup __shared__\n"
+        )
+        text = "".join(_source(b) for b in bodies)
+        # MLX looks for these words to pass shapes and strides.
+        words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
+        body += f"// {' '.join(words)}\n" + _include(*bodies)
+    text = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    make: Any = mx.fast.metal_kernel if machine == "metal" else mx.fast.cuda_kernel
+    return make(
+        name=f"kvq_{name}_{digest}",
+        input_names=[n for n in inputs if n not in absent],
+        output_names=[n for n in outputs if n not in absent],
+        header=header,
+        source=body,
+        ensure_row_contiguous=False,
+    )
+
+
+def _include(*names: str) -> str:
+    """CUDA reads the files itself: MLX copies and hashes the text it is given at every launch.
+    The hash of what they say makes a changed file a new kernel."""
+    lines = []
+    for name in names:
+        path = kernels_path() / (name if "." in name else f"{name}.metal")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        lines.append(f'#include "{path.as_posix()}"  // {digest}\n')
+    return "".join(lines)
+
+
+@lru_cache(maxsize=512)
+def replayed(function, grid, threadgroup, shapes, dtypes, inputs: tuple, results: int = 1):
+    """A launch that MLX traced once and replays for the same shapes of ``inputs``; gives the first
+    of the kernel's outputs, or the first ``results`` of them.
+
+    Calling a kernel builds its source text, 1 to 2 KB, and hashes it; replaying a trace does not
+    (H100: 12 to 20 us of the host's time a launch before, see docs/performance.md). One function
+    for each set of shapes, since MLX looks through a function's traces one by one.
+    """
+
+    def launch(*arrays):
+        made = function(
+            inputs=list(arrays),
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=list(shapes),
+            output_dtypes=list(dtypes),
+        )
+        return made[0] if results == 1 else tuple(made[:results])
+
+    return mx.compile(launch)
+
+
+def run(machine, name, constants, inputs, grid, threadgroup, shapes, dtypes):
+    """Launch a kernel, or replay it where that pays; all outputs."""
+    function = kernel(machine, name, constants)
+    if TUNING[machine].replay:
+        like = tuple((a.shape, a.dtype) for a in inputs)
+        made = replayed(function, grid, threadgroup, shapes, dtypes, like, len(shapes))(*inputs)
+        return (made,) if len(shapes) == 1 else made
+    return function(
+        inputs=inputs,
+        grid=grid,
+        threadgroup=threadgroup,
+        output_shapes=list(shapes),
+        output_dtypes=list(dtypes),
+    )

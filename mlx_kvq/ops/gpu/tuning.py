@@ -1,0 +1,117 @@
+"""Launch sizes of the fused kernels: one table, and the functions that read it."""
+
+from dataclasses import dataclass, replace
+
+from ...format.layout import RowLayout
+
+THREADGROUP_MEMORY = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch sizes on one kind of GPU.
+
+    Args:
+        keys (int): Keys of a tile, 16 or 32; a SIMD group works on one tile at a time.
+        simd_groups (int): SIMD groups of an attention threadgroup, fewer where rows are long.
+        threadgroups (int): Attention threadgroups that fill the GPU.
+        single (int): Up to this many keys one split does, and spares a launch on Metal.
+        least (int): Tiles per SIMD group below which more splits do not pay.
+        most (int): Splits beyond which merging them costs more than they save.
+        busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
+            GPU is busy anyway and ``busy_sizes`` hold: keys, SIMD groups and threadgroups; where
+            values have more than 128 channels, ``busy_wide``.
+        combine_groups (int): SIMD groups of a combine threadgroup.
+        pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
+        pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
+            sets of tokens.
+        restore_threadgroups (int): Likewise for restore.
+        ahead (int): In a prompt, evaluation begins after so many layers and goes on while the host
+            builds the next ones; 0 leaves it to the caller. What MLX encodes far ahead of the GPU
+            is in memory at once: the arrays of a chunk's attention, of every layer.
+        replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
+            replayed.
+    """
+
+    keys: int
+    simd_groups: int
+    threadgroups: int
+    single: int
+    least: int
+    most: int = 256
+    busy: int = 1 << 30
+    busy_sizes: tuple[int, int, int] = (16, 8, 0)
+    busy_wide: tuple[int, int, int] = (16, 8, 0)
+    combine_groups: int = 4
+    pack_pairs: int = 4
+    pack_threadgroups: int = 256
+    restore_threadgroups: int = 512
+    ahead: int = 0
+    replay: bool = False
+
+    def when(self, parallel: int, lay: RowLayout) -> "Tuning":
+        """The launch sizes for so many threadgroups of one split."""
+        if parallel < self.busy:
+            return self
+        keys, groups, threadgroups = self.busy_wide if lay.v_dim > 128 else self.busy_sizes
+        return replace(self, keys=keys, simd_groups=groups, threadgroups=threadgroups)
+
+
+TUNING = {
+    # Not measured: no Mac at hand; by scripts/estimate_apple.py. One split of 512 keys would leave
+    # all but one core per KV head idle and take twice the time of several and a second launch.
+    "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=128, least=1),
+    # H200, mlx 0.32.4, scripts/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
+    # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
+    # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
+    # threadgroups 0.253 ms, 4 and 264 (all that fits of the sizes for D = 128) 0.280 ms.
+    "cuda": Tuning(
+        keys=16,
+        simd_groups=8,
+        threadgroups=132,
+        single=512,
+        least=2,
+        most=64,
+        busy=32,
+        busy_sizes=(32, 4, 264),
+        busy_wide=(16, 2, 528),
+        pack_threadgroups=528,
+        ahead=3,
+        replay=True,
+    ),
+}
+
+
+def _memory(lay: RowLayout, keys: int, simd_groups: int) -> int:
+    """Bytes of threadgroup memory that ``kernels/attend.metal`` declares."""
+    units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
+    sums = 64 * units * (16 // lay.v_bits)
+    words = max(simd_groups * keys * lay.words, simd_groups // 2 * sums, 8 * lay.v_dim)
+    return 4 * (words + 3) + 16 * lay.k_dim + 32 + 64 * simd_groups
+
+
+def attend_shape(lay: RowLayout, tuning: Tuning) -> tuple[int, int]:
+    """SIMD groups of a threadgroup and keys of a tile that fit threadgroup memory."""
+    keys, groups = tuning.keys, tuning.simd_groups
+    while _memory(lay, keys, groups) > THREADGROUP_MEMORY:
+        if keys > 16:
+            keys //= 2
+        else:
+            groups //= 2
+    return groups, keys
+
+
+def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int) -> int:
+    """Shares of a context of ``span`` keys.
+
+    Args:
+        tuning (Tuning): Of the GPU.
+        groups (int), keys (int): From :func:`attend_shape`.
+        span (int): Keys that any query may attend to.
+        parallel (int): Threadgroups of one split.
+    """
+    tiles = -(-span // keys)
+    if span <= tuning.single:
+        return 1
+    wanted = min(tuning.most, tuning.threadgroups // parallel)
+    return max(1, min(wanted, -(-tiles // (tuning.least * groups))))

@@ -1,0 +1,341 @@
+"""The reference backend: the three operations in plain ``mx`` ops, on any device.
+
+Everything is computed in fp32, also for half-precision models: half precision is emulated on
+CPU (``quantized_matmul`` is about 48x slower there in fp16), and a half-precision rotation
+costs accuracy on any device. Long inputs are worked on in blocks: what is in between then fits
+the processor's cache, and costs no memory to speak of.
+
+What the choices here were measured by is in ``docs/performance.md``.
+"""
+
+import mlx.core as mx
+
+from ..format.format import Format
+from ..format.layout import tail_dtype
+from ..format.levels import (
+    HALF_MAX,
+    pack_codes,
+    quantize,
+    quantize_with_feedback,
+    read_levels,
+    split,
+    zero_code,
+)
+
+_PACK_BLOCK = 1024  # vectors quantized at a time, 32 times as many on GPUs
+_KEY_BLOCK = 4096  # keys whose codes are unpacked at a time
+
+
+def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
+    """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W]."""
+    return _in_blocks(k, v, fmt, 0)[0]
+
+
+def quantize_pack_tail(
+    k: mx.array,
+    v: mx.array,
+    fmt: Format,
+    tail: mx.array | None,
+    keep: int,
+    held: mx.array | None = None,
+    capacity: int | None = None,
+) -> tuple[mx.array, mx.array]:
+    """As :func:`quantize_pack`, with the tail; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
+    B, H, L, _ = k.shape
+    rows, y = _in_blocks(k, v, fmt, min(L, keep))
+    y = y.astype(tail_dtype(k.dtype))
+    if held is not None:
+        rows = mx.concatenate([held[:, :, L:], rows], axis=2)
+    elif capacity is not None and capacity > L:
+        rows = mx.concatenate([rows, mx.zeros((B, H, capacity - L, rows.shape[3]), rows.dtype)], 2)
+    if keep <= L:
+        return rows, y
+    if tail is None:
+        tail = mx.zeros((B, H, keep - L, y.shape[3]), y.dtype)
+    older = tail[:, :, tail.shape[2] + L - keep :].astype(y.dtype)
+    return rows, mx.concatenate([older, y], axis=2)
+
+
+def _in_blocks(k: mx.array, v: mx.array, fmt: Format, keep: int) -> tuple[mx.array, mx.array]:
+    """Rows, and the rotated vectors [B, H, keep, Dk + Dv], fp32, of the last ``keep`` tokens."""
+    B, H, L, _ = k.shape
+    lay = fmt.layout
+    if not B * H * L:
+        tail = mx.zeros((B, H, min(L, keep), lay.k_dim + lay.v_dim))
+        return mx.zeros((B, H, L, lay.words), mx.uint32), tail
+    block = _PACK_BLOCK * (32 if _on_gpu() else 1)
+    step = max(1, block // (B * H))
+    rows: list[mx.array] = []
+    kept: list[mx.array] = []
+    for i in range(0, L, step):
+        y, z = fmt.keys.forward(k[:, :, i : i + step]), fmt.values.forward(v[:, :, i : i + step])
+        rows.append(_pack(y, z, fmt))
+        if (first := max(0, L - keep - i)) < y.shape[2] and keep:
+            kept.append(mx.concatenate([y[:, :, first:], z[:, :, first:]], axis=-1))
+    return _joined(rows), _joined(kept) if kept else y[:, :, :0]
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _pack(y: mx.array, z: mx.array, fmt: Format) -> mx.array:
+    """Rotated keys y and values z, fp32 -> rows."""
+    lay = fmt.layout
+    alike = (lay.k_dim, lay.k_bits, lay.k_group) == (lay.v_dim, lay.v_bits, lay.v_group)
+    if (G := fmt.feedback) is None and alike:
+        # Of a single token, most of the time is the number of operations.
+        codes, scales = quantize(mx.stack([y, z]), lay.k_bits, lay.k_group, fmt.scale)
+        words = list(pack_codes(codes, lay.k_bits))
+        halves = list(scales)
+    else:
+        if G is None:
+            k_codes, k_scales = quantize(y, lay.k_bits, lay.k_group, fmt.scale)
+        else:
+            k_codes, k_scales = quantize_with_feedback(y, lay.k_bits, lay.k_group, fmt.scale, G)
+        v_codes, v_scales = quantize(z, lay.v_bits, lay.v_group, fmt.scale)
+        words = [pack_codes(k_codes, lay.k_bits), pack_codes(v_codes, lay.v_bits)]
+        halves = [k_scales, v_scales]
+    if (lay.k_scales + lay.v_scales) % 2:
+        halves.append(mx.zeros((*y.shape[:-1], 1), mx.float16))
+    return mx.concatenate([*words, mx.concatenate(halves, axis=-1).view(mx.uint32)], axis=-1)
+
+
+def _on_gpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def dequantize(
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype = mx.float32,
+    tail: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Rows to rotated keys and values; see :func:`mlx_kvq.ops.dequantize`."""
+    lay = fmt.layout
+    packed = length if tail is None else max(0, length - tail.shape[2])
+    parts: list[tuple[mx.array, mx.array]] = []
+    if packed:
+        kc, vc, ks, vs = split(rows[..., :packed, :], lay)
+        k = read_levels(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
+        parts.append((k, read_levels(vc, vs, lay.v_bits, lay.v_group, fmt.scale)))
+    if tail is not None:
+        last = tail[:, :, tail.shape[2] - (length - packed) :]
+        parts.append((last[..., : lay.k_dim], last[..., lay.k_dim :]))
+    k, v = (_joined([saturated(x, dtype) for x in side]) for side in zip(*parts, strict=True))
+    return k, v
+
+
+def restore(
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    dtype: mx.Dtype,
+    tail: mx.array | None = None,
+    chunk: tuple[mx.array, mx.array] | None = None,
+) -> tuple[mx.array, mx.array]:
+    """As :func:`dequantize`, but out of the rotation; see :func:`mlx_kvq.ops.restore`."""
+    k, v = dequantize(rows, length, fmt, mx.float32, tail)
+    sides = [[saturated(side.output(x), dtype)] for side, x in ((fmt.keys, k), (fmt.values, v))]
+    for side, new in zip(sides, chunk or (), strict=False):
+        side.append(saturated(new, dtype))
+    return _joined(sides[0]), _joined(sides[1])
+
+
+def saturated(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """``x`` in ``dtype``: on the way to fp16, finite numbers saturate, infinities become NaN."""
+    if dtype == mx.float16 and x.dtype != mx.float16:
+        x = mx.clip(x, -HALF_MAX, HALF_MAX) + 0 * x
+    return x.astype(dtype)
+
+
+def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
+    """Queries fp32 [B, H, M, Dk] times keys -> [B, H, M, length]."""
+    lay = fmt.layout
+    middle = zero_code(lay.k_bits, fmt.scale)
+    if _on_gpu():
+        words, _, scales, _ = split(rows[..., :length, :], lay)
+        return _matmul(q, words, scales, lay.k_bits, lay.k_group, fmt.scale, transpose=True)
+    # MLX's product with a transposed quantized matrix adds up one term after the other, 1.6 ns
+    # each. With the keys' codes turned over, as bytes, it is one that adds rows: 0.2 ns.
+    B, H, M, D = q.shape
+    G, g = lay.k_scales, lay.k_group
+    q = q.reshape(B, H, M, G, g).swapaxes(2, 3)  # [B, H, G, M, g]
+    if lay.k_bits == 4:
+        q = mx.concatenate([q[..., ::2], q[..., 1::2]], axis=-1)
+    n = 4 * lay.k_words
+    blocks = []
+    for i in range(0, length, _KEY_BLOCK):
+        part = rows[:, :, i : min(length, i + _KEY_BLOCK)]
+        T = part.shape[2]
+        codes = part.view(mx.uint8)[..., :n].swapaxes(-1, -2)
+        if T % 32:
+            codes = mx.pad(codes, [(0, 0)] * 3 + [(0, -T % 32)])
+        codes = mx.contiguous(codes).reshape(B, H, G, n // G, -1)
+        if lay.k_bits == 4:
+            codes = mx.concatenate([codes & 15, codes >> 4], axis=3)
+        shape = (B, H, G, g, codes.shape[-1] // 32)
+        one, offset = mx.ones(shape), mx.full(shape, -middle)
+        dots = mx.quantized_matmul(
+            q, codes.view(mx.uint32), one, offset, False, group_size=32, bits=8
+        )
+        scales = split(part, lay)[2].swapaxes(-1, -2)[:, :, :, None]
+        blocks.append((dots[..., :T] * scales).sum(axis=2))
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=-1)
+
+
+def _mix(p: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
+    """Probabilities fp32 [B, H, M, length] times values -> [B, H, M, Dv]."""
+    lay = fmt.layout
+    _, words, _, scales = split(rows[..., :length, :], lay)
+    return _matmul(p, words, scales, lay.v_bits, lay.v_group, fmt.scale, transpose=False)
+
+
+def _matmul(
+    x: mx.array,
+    words: mx.array,
+    scales: mx.array,
+    bits: int,
+    group: int,
+    rule: str,
+    transpose: bool,
+) -> mx.array:
+    """x @ Ŷᵀ (``transpose``) or x @ Ŷ with Ŷ given by codes and scales, fp32.
+
+    ``mx.quantized_matmul`` knows groups of 32, 64 and 128; larger groups repeat their scale,
+    smaller ones are dequantized first. So is everything on CUDA, where mlx 0.32 has no
+    quantized product for most lengths.
+    """
+    if group % 32 or _on_gpu() and mx.cuda.is_available():
+        y = read_levels(words, scales, bits, group, rule)
+        return x @ (y.swapaxes(-1, -2) if transpose else y)
+    unit = next(g for g in (128, 64, 32) if group % g == 0)
+    scales = scales.astype(mx.float32)
+    if unit != group:
+        scales = mx.repeat(scales, group // unit, axis=-1)
+    return mx.quantized_matmul(
+        x,
+        words,
+        scales,
+        -zero_code(bits, rule) * scales,
+        transpose=transpose,
+        group_size=unit,
+        bits=bits,
+    )
+
+
+def visible(query: mx.array, key: mx.array, causal: bool, window: int | None) -> mx.array | None:
+    """Which keys queries may see, all given by their positions, boolean [queries, keys]."""
+    if not causal and window is None:
+        return None
+    allowed = query[:, None] >= key if causal else key >= 0
+    return allowed if window is None else allowed & (key > query[:, None] - window)
+
+
+def attend(
+    q: mx.array,
+    rows: mx.array,
+    length: int,
+    fmt: Format,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    starts: mx.array | None = None,
+    window: int | None = None,
+    tail: mx.array | None = None,
+    ring: tuple[int, int] | None = None,
+) -> mx.array:
+    """Attention over the first ``length`` rows; shapes as in :func:`mlx_kvq.ops.attend`."""
+    lay = fmt.layout
+    B, Hq, L, _ = q.shape
+    Hkv = rows.shape[1]
+    key, query = mx.arange(length), mx.arange(length - L, length)
+    n = 0  # of the last keys, which some query reads from the tail
+    packed = length  # of the first ones, which some query reads from its row
+    if tail is not None:
+        keep = 0
+        if ring is not None:
+            rows, mask = in_token_order(rows, mask, length, *ring)
+            keep = ring[0]
+        n = min(fmt.recent + L - 1, length - keep)
+        last = tail[:, :, tail.shape[2] - n :].astype(mx.float32)
+        if L == 1:  # what is left out would add zeros: the sums are the same to the last bit
+            packed = length - n
+        own = None if L == 1 else key[length - n :] > query[:, None] - fmt.recent
+    qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
+    qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
+    parts = [_scores(qr, rows, packed, fmt).reshape(B, Hq, L, packed)] if packed else []
+    if n:
+        exact = (qr @ last[..., : lay.k_dim].swapaxes(-1, -2)).reshape(B, Hq, L, n)
+        if own is not None:
+            exact = mx.where(own, exact, parts[0][..., length - n :])
+            parts[0] = parts[0][..., : length - n]
+        parts.append(exact)
+    scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    least = mx.finfo(mx.float32).min
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        # A mask of -inf alone must not make the softmax of a row NaN.
+        scores = mx.maximum(scores + mask, least)
+    elif isinstance(mask, mx.array):
+        scores = mx.where(mask, scores, least)
+    allowed = visible(query, key, mask == "causal" if isinstance(mask, str) else False, window)
+    if allowed is not None:
+        scores = mx.where(allowed, scores, least)
+    if starts is not None:
+        scores = mx.where(key >= starts.reshape(B, 1, 1, 1), scores, least)
+    if sinks is not None:
+        sink = sinks.astype(mx.float32).reshape(1, Hq, 1, 1)
+        if (mu := fmt.keys.calibration.mu) is not None:
+            # The centre was taken off every key; beside a sink it no longer cancels.
+            q32 = q.astype(mx.float32).reshape(B, Hkv, -1, lay.k_dim)
+            dot = (q32 * mu[:, None]).sum(axis=-1).reshape(B, Hq, L, 1)
+            sink = sink - scale * dot
+        scores = mx.concatenate([mx.broadcast_to(sink, (B, Hq, L, 1)), scores], axis=-1)
+    p = mx.softmax(scores, axis=-1, precise=True)
+    if sinks is not None:
+        p = p[..., 1:]
+    sums: list[mx.array] = []
+    rest = p[..., :packed]
+    if n:
+        exact = p[..., length - n :]
+        if own is not None:
+            exact = mx.where(own, exact, 0.0)
+            rest = mx.concatenate([p[..., : length - n], p[..., length - n :] - exact], axis=-1)
+        sums.append(exact.reshape(B, Hkv, -1, n) @ last[..., lay.k_dim :])
+    if packed:
+        sums.append(_mix(rest.reshape(B, Hkv, -1, packed), rows, packed, fmt))
+    o = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+    p = p.reshape(B, Hkv, -1, length)
+    return _output(o.reshape(B, Hq, L, lay.v_dim), p, fmt, q.dtype, sinks is not None)
+
+
+def in_token_order(
+    rows: mx.array, mask: mx.array | str | None, length: int, keep: int, idx: int
+) -> tuple[mx.array, mx.array | str | None]:
+    """Rows of a ring, and an array mask over them, in the order of the tokens."""
+    if idx == length:
+        return rows, mask
+
+    def ordered(a: mx.array, axis: int) -> mx.array:
+        a = a.swapaxes(axis, 0)
+        a = mx.concatenate([a[:keep], a[idx:length], a[keep:idx]])
+        return a.swapaxes(axis, 0)
+
+    rows = ordered(rows, 2)
+    if isinstance(mask, mx.array) and mask.shape[-1] == length:
+        mask = ordered(mask, mask.ndim - 1)
+    return rows, mask
+
+
+def _output(o: mx.array, p: mx.array, fmt: Format, dtype: mx.Dtype, sinks: bool) -> mx.array:
+    mu = fmt.values.calibration.mu
+    out = fmt.values.output(o)
+    if sinks and mu is not None:
+        # The sink takes part of the probability, so the values' centre counts Σp < 1 times.
+        B, Hq, L, D = out.shape
+        missing = 1.0 - p.sum(axis=-1).reshape(B, mu.shape[0], -1, L, 1)
+        out = (out.reshape(B, mu.shape[0], -1, L, D) - missing * mu[:, None, None]).reshape(
+            B, Hq, L, D
+        )
+    return saturated(out, dtype)

@@ -1,0 +1,1 @@
+"""Model repositories that bring their cache along."""
