@@ -146,9 +146,9 @@ def test_another_spec_takes_the_repositorys_calibration(folder, capsys):
 
 def test_feedback_needs_a_metric_that_only_its_own_repository_holds(tmp_path, folder):
     spec = Spec.parse("int4-srft:rounding=feedback")
-    assert repository.calibration(load_quietly(folder), spec) is None
+    assert repository.of(load_quietly(folder)).offered(spec) is None
     with_metric = load_quietly(write(tmp_path / "feedback", str(spec)))
-    assert repository.calibration(with_metric, spec).layers[0,].keys.metric is not None
+    assert repository.of(with_metric).offered(spec).layers[0,].keys.metric is not None
     assert (tmp_path / "feedback" / FILE).stat().st_size > 8 * (folder / FILE).stat().st_size
 
 
@@ -160,7 +160,7 @@ def test_of_another_program(folder, capsys):
     assert (
         line == "[mlx_kvq] the KV cache in config.json is not mlx_kvq's but 'other''s, and not used"
     )
-    assert repository.calibration(model, Spec.parse("int4-srft")) is None
+    assert repository.of(model).offered(Spec.parse("int4-srft")) is None
 
 
 @pytest.mark.parametrize("folder, revision", [("a" * 40, "a" * 40), ("model", "v2")])

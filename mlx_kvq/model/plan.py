@@ -98,10 +98,10 @@ def make_plan(
         calibration = CalibrationSet.load(calibration)
     if calibration is not None and spec.calibrate == "off":
         raise ValueError(f"{spec} says calibrate=off, but a calibration is given.")
-    if calibration is None and spec.calibrate == "auto":
-        from ..repositories import repository  # which imports this module
-
-        calibration = repository.calibration(model, spec)
+    source = vars(model).get("_mlx_kvq_repository")  # attached when the model was loaded
+    if calibration is None and spec.calibrate == "auto" and source is not None:
+        own_calibration: CalibrationSet | None = source.offered(spec)
+        calibration = own_calibration
     report = Report(spec)
     make = Packing(model)
     formats, as_arrays = make.formats, make.as_arrays

@@ -128,6 +128,19 @@ class Repository:
             raise RepositoryError(f"{FILE} is missing.")
         return path
 
+    def offered(self, spec: Spec) -> CalibrationSet | None:
+        """The calibration that a spec gets from here; ``None`` if that is nothing.
+
+        Raises:
+            RepositoryError: If the repository's cache cannot be used.
+        """
+        if self.other:
+            return None
+        found = _told(self, lambda: self.calibration)
+        if found is None or spec.rounding != "feedback":
+            return found
+        return found if all(c.keys.metric is not None for c in found.layers.values()) else None
+
 
 def attach(model: nn.Module, folder: Path, given: object) -> None:
     """Remember where ``model`` was loaded from."""
@@ -137,17 +150,6 @@ def attach(model: nn.Module, folder: Path, given: object) -> None:
 def of(model: nn.Module) -> Repository | None:
     """The repository with a section that a model was loaded from, if it was."""
     return vars(model).get("_mlx_kvq_repository")
-
-
-def calibration(model: nn.Module, spec: Spec) -> CalibrationSet | None:
-    """What the model's repository offers to a spec; ``None`` if that is nothing."""
-    repository = of(model)
-    if repository is None or repository.other:
-        return None
-    found = _told(repository, lambda: repository.calibration)
-    if found is None or spec.rounding != "feedback":
-        return found
-    return found if all(c.keys.metric is not None for c in found.layers.values()) else None
 
 
 def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
