@@ -14,7 +14,7 @@ from mlx_lm.models.cache import dynamic_roll
 from ..arguments import integer
 from ..format.format import Format
 from .attention import remember_padding
-from .packed import PackedCache
+from .packed import PackedCache, batch_of
 from .single import PackedKVCache
 
 
@@ -175,6 +175,7 @@ def _ints(a: mx.array) -> list[int]:
     return cast(list[int], a.tolist())
 
 
+@batch_of(PackedKVCache)
 class PackedBatchKVCache(PackedBatch):
     """The packed ``mlx_lm.models.cache.BatchKVCache``.
 

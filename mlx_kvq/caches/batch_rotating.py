@@ -7,9 +7,11 @@ from ..arguments import integer
 from ..format.format import Format
 from .attention import remember_padding
 from .batch import PackedBatch, _ints
+from .packed import batch_of
 from .rotating import PackedRotatingKVCache
 
 
+@batch_of(PackedRotatingKVCache)
 class PackedBatchRotatingKVCache(PackedBatch):
     """The packed ``mlx_lm.models.cache.BatchRotatingKVCache``: the last ``max_size`` tokens.
 

@@ -1,6 +1,8 @@
 """What the packed caches of one sequence share: rows, rows not yet written, the exact tail."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
@@ -14,23 +16,26 @@ HELD = 16  # rows that wait to be written
 _NAMES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 
 
-class _Merge:
-    """``merge`` of the single caches: a batch of copies of them. Caches of a model that fails in a
-    batch have none, by which mlx-lm's server knows to answer one request at a time.
+class Merge:
+    """``merge`` of a single cache: a batch of copies of such. Caches of a model that fails in a
+    batch have none, by which mlx-lm's server knows to answer one request at a time."""
 
-    Args:
-        name (str): The batch's class in ``mlx_kvq.caches.batch``.
-    """
-
-    def __init__(self, name: str):
-        self._name = name
+    batch: Any = None  # its class, set by :func:`batch_of`
 
     def __get__(self, cache, owner):
-        if cache is not None and cache.alone:
+        if self.batch is None or cache is not None and cache.alone:
             raise AttributeError("this model does not run in a batch")
-        from . import batch  # which imports this module
+        return self.batch.merge
 
-        return getattr(batch, self._name).merge
+
+def batch_of(single: Any) -> Callable[[type], type]:
+    """Declares the decorated class the batch of the class ``single``."""
+
+    def declared(batch: type) -> type:
+        vars(single)["merge"].batch = batch
+        return batch
+
+    return declared
 
 
 class PackedCache(_BaseCache, ABC):

@@ -6,7 +6,7 @@ from mlx_lm.models.base import create_causal_mask
 from ..arguments import integer
 from ..format.format import Format
 from .attention import remember_padding
-from .packed import PackedCache, _Merge
+from .packed import Merge, PackedCache
 
 
 class PackedRotatingKVCache(PackedCache):
@@ -201,4 +201,4 @@ class PackedRotatingKVCache(PackedCache):
             return mx.roll(mask, idx + 1)
         return None
 
-    merge = _Merge("PackedBatchRotatingKVCache")  # as in mlx-lm, ``keep`` ends there
+    merge = Merge()  # as in mlx-lm, ``keep`` ends there

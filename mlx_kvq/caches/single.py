@@ -6,7 +6,7 @@ from mlx_lm.models.cache import create_attention_mask
 from ..arguments import integer
 from ..format.format import Format
 from .attention import remember_padding
-from .packed import PackedCache, _Merge
+from .packed import Merge, PackedCache
 
 
 class PackedKVCache(PackedCache):
@@ -70,4 +70,4 @@ class PackedKVCache(PackedCache):
             remember_padding(mask, None, window_size)
         return mask
 
-    merge = _Merge("PackedBatchKVCache")
+    merge = Merge()
