@@ -11,6 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..divergence import kl
+
 LEVEL = 0.95
 
 
@@ -38,11 +40,11 @@ def compare(
         KL(exact || got) [..., L], whether the most likely token is the same [..., L], and the
         loss of ``got`` in nats, in the shape of ``targets``.
     """
-    kl = (p * (exact - got)).sum(axis=-1)
+    apart = kl(exact, got, p)
     same = exact.argmax(axis=-1) == got.argmax(axis=-1)
     got = got[..., : targets.shape[-1], :]
     loss = -mx.take_along_axis(got, targets[..., None], axis=-1).squeeze(-1)
-    return kl, same, loss
+    return apart, same, loss
 
 
 def measure(

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from ..calibration.automatic import random_tokens
 from ..calibration.fit import sample_text
 from ..calibration.moments import fast_on_cpu
+from ..divergence import kl
 from ..format.layout import RowLayout
 
 TOKENS = 512  # read to measure, fed in chunks so that packed history is read
@@ -90,6 +91,5 @@ def _measure(model, make_caches, bits: dict[Path, str], tokenizer) -> dict[tuple
     for p, b in bits.items():
         for step in STEPS[STEPS.index(b) :]:
             got = log_probabilities({p: step})
-            kl = (mx.exp(exact) * (exact - got)).sum(axis=-1).mean()
-            cost[p, step] = float(kl.item())  # type: ignore[arg-type]
+            cost[p, step] = float(kl(exact, got).mean().item())  # type: ignore[arg-type]
     return cost
