@@ -17,8 +17,6 @@ import mlx.core as mx
 
 from .. import ops
 from ..format.format import Format
-from ..ops import plain
-from ..ops.gpu import fused
 
 DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
 # Tokens of a block of a prompt. Measured (docs/performance.md): half of it costs prefill on GPUs
@@ -115,7 +113,7 @@ def packed_attention(
     if keys.chunk is None and queries.shape[2] <= DECODE_QUERIES:
         return _decode(queries, keys, scale, mask, sinks)
     out = _prompt(queries, keys, values, scale, mask, sinks)
-    if (every := fused.ahead()) and next(_prompts) % every == 0:
+    if (every := ops.ahead()) and next(_prompts) % every == 0:
         mx.async_eval(out)
     return out
 
@@ -148,7 +146,7 @@ def _in_token_order(q, keys: PackedView, scale, mask, sinks, starts, window) -> 
     """
     keep, idx, size = keys.ring  # type: ignore[misc]
     L, rows, tail = q.shape[2], keys.rows[..., : keys.length, :], keys.tail
-    rows, mask = plain.in_token_order(rows, mask, keys.length, keep, idx)
+    rows, mask = ops.in_token_order(rows, mask, keys.length, keep, idx)
     found = []
     for i in range(L):
         end = keys.length - L + 1 + i

@@ -14,13 +14,12 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from .. import ops
 from ..files import replacing
 from ..measure import model_speed, op_speed, plots
 from ..measure.machine import machine
 from ..measure.shapes import SHAPES
 from ..measure.timing import copy_bandwidth
-from ..ops.gpu import fused
-from ..ops.gpu.sources import kernels_path
 
 CACHES = ["fp16", "bf16", "kv4", "kv8", "int4-srft", "int8-srft", "k8v4-srft"]
 # What the paper's int4 gains over fp16 in ms per token, Apple M1 (arXiv 2605.05699).
@@ -114,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("Contexts, batch sizes, tokens and rounds are at least 1.")
     if (args.model or args.shape) and min(args.contexts) < 2:
         raise ValueError("End to end a context has at least 2 tokens.")
-    if args.cpu_time and (args.model or args.shape or fused.language()):
+    if args.cpu_time and (args.model or args.shape or ops.language()):
         raise ValueError("--cpu-time is for operations, and for a CPU.")
     if args.weight_bits and not args.shape:
         raise ValueError("--weight-bits goes with --shape.")
@@ -238,7 +237,10 @@ def _commit() -> str:
 def _digest() -> str:
     """Of the package and its kernels: what ran, also where there is no git."""
     digest = hashlib.sha256()
-    for folder, pattern in ((Path(__file__).parents[1], "**/*.py"), (kernels_path(), "*.[mc]*")):
+    for folder, pattern in (
+        (Path(__file__).parents[1], "**/*.py"),
+        (ops.kernels_path(), "*.[mc]*"),
+    ):
         for path in sorted(folder.glob(pattern)):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]

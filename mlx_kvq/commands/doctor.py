@@ -14,12 +14,13 @@ from typing import cast
 import mlx.core as mx
 from tqdm import tqdm
 
+from .. import ops
 from ..format import levels
 from ..format.format import Format, make_format
 from ..format.spec import Spec
 from ..measure.machine import machine
-from ..ops import plain
-from ..ops.gpu import fused
+
+fused, plain = ops.BACKENDS["gpu"], ops.BACKENDS["plain"]
 
 # (spec, head size, query heads, KV heads)
 CASES = [

@@ -26,7 +26,27 @@ from .check import (
     check_tail,
 )
 from .gpu import fused, steps
+from .gpu.fused import ahead, language
+from .gpu.sources import kernels_path
+from .plain import in_token_order
 
+__all__ = [
+    "BACKENDS",
+    "ahead",
+    "attend",
+    "backend",
+    "dequantize",
+    "in_token_order",
+    "kernels_path",
+    "language",
+    "quantize_pack",
+    "quantize_pack_tail",
+    "restore",
+    "rotate_outputs",
+    "rotate_queries",
+]
+
+BACKENDS: dict[str, ModuleType] = {"gpu": fused, "plain": plain}  # to compare them
 _said: set[str] = set()
 
 
