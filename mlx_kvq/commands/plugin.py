@@ -46,7 +46,6 @@ NEEDED = {
 }
 _asked: str | None = None  # --kv-cache of this process
 _option = ""  # and how it was asked for
-_unread = False  # whether load leaves a repository's own cache alone
 _unchecked: list[list] = []  # caches from a file, before the model is loaded
 _packed_file = False  # whether there was such a file, with packed caches
 _lacking = ""  # what mlx_lm.utils lacks
@@ -213,7 +212,7 @@ def _remembering(load_model):
     @functools.wraps(load_model)
     def wrapper(model_path, *args, **kwargs):
         loaded = load_model(model_path, *args, **kwargs)  # the model and its config.json
-        if "kv_cache" in loaded[1] and not _unread:
+        if "kv_cache" in loaded[1]:
             from ..repositories import repository
 
             repository.attach(loaded[0], model_path, loaded[1]["kv_cache"])
@@ -255,17 +254,6 @@ def _with_the_calibration(save):
             repository.copy(model, dst_path)
 
     return wrapper
-
-
-@contextmanager
-def unread() -> Iterator[None]:
-    """``mlx_lm.load`` without a repository's own cache, for what is about to write one."""
-    global _unread
-    before, _unread = _unread, True
-    try:
-        yield
-    finally:
-        _unread = before
 
 
 def _enabling(load, is_server: bool):

@@ -21,7 +21,6 @@ import mlx.core as mx
 from .. import __version__
 from ..caches.packed import PackedCache
 from ..calibration.fit import calibrate, sample_text
-from ..commands import plugin
 from ..files import line, size
 from ..format.spec import OFF, Spec
 from ..measure.baselines import bytes_per_token, candidate
@@ -159,7 +158,7 @@ def _defaults() -> dict:
 
 def _convert(hf_path: str, target: Path, options: dict) -> None:
     try:
-        with plugin.unread(), code_allowed(bool(options.get("trust_remote_code"))):
+        with repository.unread(), code_allowed(bool(options.get("trust_remote_code"))):
             import_module("mlx_lm.convert").convert(hf_path, str(target), **options)
     except Exception as error:
         raise ValueError(f"'{hf_path}' cannot be converted: {line(error)}") from error
@@ -176,7 +175,7 @@ def _add(
     trust: bool,
     progress: bool,
 ) -> None:
-    with plugin.unread():
+    with repository.unread():
         model, tokenizer = load(str(folder), trust=trust)
     windows = _windows(tokenizer, evaluate_on) if evaluate_on else {}
     calibration = None

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,8 +143,24 @@ class Repository:
         return found if all(c.keys.metric is not None for c in found.layers.values()) else None
 
 
+_unread = False
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """``mlx_lm.load`` without a repository's own cache, for what is about to write one."""
+    global _unread
+    before, _unread = _unread, True
+    try:
+        yield
+    finally:
+        _unread = before
+
+
 def attach(model: nn.Module, folder: Path, given: object) -> None:
     """Remember where ``model`` was loaded from."""
+    if _unread:
+        return
     model._mlx_kvq_repository = Repository(Path(folder), given, str(folder))
 
 
