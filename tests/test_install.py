@@ -132,12 +132,13 @@ def test_the_sdist_holds_the_project(archives):
     top = {
         "README.md",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
         "SECURITY.md",
         "LICENSE",
         "pyproject.toml",
         "hatch_build.py",
     }
-    wanted = top | {"mlx_kvq.pth"} | files("mlx_kvq", "kernels", "tests", "examples", "scripts")
+    wanted = top | {"mlx_kvq.pth"} | files("mlx_kvq", "kernels", "tests", "examples", "scripts", "docs")
     assert names - {"PKG-INFO", ".gitignore"} == wanted
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from ..format.format import Format
+from ..format.layout import tail_dtype
 from . import plain
 from .check import (
     _FLOATS,
@@ -44,6 +45,7 @@ __all__ = [
     "restore",
     "rotate_outputs",
     "rotate_queries",
+    "tail_dtype",
 ]
 
 BACKENDS: dict[str, ModuleType] = {"gpu": fused, "plain": plain}  # to compare them

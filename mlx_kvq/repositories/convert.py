@@ -237,7 +237,7 @@ def _bytes_per_token(model, tokenizer, spec, calibration) -> float:
 
 def upload(folder: str | Path, name: str, *, private: bool = False) -> None:
     """Create the repository ``name`` on the hub if need be and upload in one commit what the local
-    one consists of (:func:`mlx_kvq.repositories.repository.contents`), after a list of it on stderr.
+    one consists of (:func:`mlx_kvq.repositories.repository.contents`), listed on stderr first.
 
     Raises:
         ValueError: If that fails; the folder is whole all the same.
