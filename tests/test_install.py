@@ -138,7 +138,9 @@ def test_the_sdist_holds_the_project(archives):
         "pyproject.toml",
         "hatch_build.py",
     }
-    wanted = top | {"mlx_kvq.pth"} | files("mlx_kvq", "kernels", "tests", "examples", "scripts", "docs")
+    wanted = (
+        top | {"mlx_kvq.pth"} | files("mlx_kvq", "kernels", "tests", "examples", "scripts", "docs")
+    )
     assert names - {"PKG-INFO", ".gitignore"} == wanted
 
 
