@@ -200,6 +200,70 @@ def test_right_padding_without_lengths(tokens):
         pair.check()
 
 
+def test_padding_without_tokens_is_not_counted(tokens):
+    for pair in new_batches(tokens, 3):
+        cache = pair.ours
+        cache.prepare(left_padding=[2, 12, 0])
+        cache.reading = 20
+        at = 0
+        for L, read in ((12, [10, 0, 12]), (8, [18, 8, 20])):
+            ids = np.arange(at, at + L) + 300 * np.arange(3)[:, None]
+            cache.update_and_fetch(*tokens.exact(ids))
+            at += L
+            assert cache.prompt == read
+            assert cache.exact == [min(n, cache.tail.shape[2]) for n in read]
+
+
+def test_one_mask_for_sequences_without_a_common_block(tokens, monkeypatch):
+    """As a model may make it, [1, 1, L, T], [B, 1, L, T] or [L, T]."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    singles = []
+    for i, n in enumerate((5, 22, 30)):
+        single = PackedKVCache(tokens.format)
+        single.reading = n
+        single.update_and_fetch(*tokens.exact([list(range(300 * i, 300 * i + n))]))
+        singles.append(single)
+    batch = PackedKVCache.merge(singles)
+    views = batch.update_and_fetch(*tokens.exact(np.arange(9) + 300 * np.arange(1, 4)[:, None]))
+    assert len(set(views[0].places)) == 3
+    q = tokens.queries(3, 9)
+    mask = mx.tril(mx.ones((9, 39), mx.bool_), 30) & (mx.arange(39) >= 25)
+    outs = [
+        attention.packed_attention(q, *views, 0.125, m)
+        for m in (mask, mask[None, None], mx.broadcast_to(mask, (3, 1, 9, 39)))
+    ]
+    for out in outs[1:]:
+        np.testing.assert_array_equal(np.array(out), np.array(outs[0]))
+    # A sequence's own part of a mask.
+    parts = mx.stack([mask & (mx.arange(39) != 30 + i) for i in range(3)])[:, None]
+    apart = attention.packed_attention(q, *views, 0.125, parts)
+    for i in range(3):
+        alone = attention.packed_attention(q, *views, 0.125, parts[i, 0])
+        np.testing.assert_array_equal(np.array(apart[i]), np.array(alone[i]))
+
+
+@pytest.mark.parametrize("max_size", [None, 40])
+def test_what_was_read_how_goes_with_its_sequence(tokens, max_size):
+    def single(read, decoded):
+        fmt = tokens.format
+        cache = PackedKVCache(fmt) if max_size is None else PackedRotatingKVCache(fmt, max_size)
+        cache.reading = read
+        for L in (read, *[1] * decoded):
+            cache.update_and_fetch(*tokens.exact([list(range(L))]))
+        return cache
+
+    merge = PackedKVCache.merge if max_size is None else PackedRotatingKVCache.merge
+    batch = merge([single(9, 2), single(3, 0)])
+    other = merge([single(12, 0), single(5, 1)])
+    assert (batch.prompt, batch.exact) == ([9, 3], [11, 3])
+    batch.extend(other)
+    assert (batch.prompt, batch.exact) == ([9, 3, 12, 5], [11, 3, 12, 6])
+    batch.filter([3, 0, 2])
+    assert (batch.prompt, batch.exact) == ([5, 9, 12], [6, 11, 12])
+    one = batch.extract(1)
+    assert (one.prompt, one.exact, one.offset) == ([9], [11], 11)
+
+
 @pytest.mark.parametrize("L", [1, 6, 30])
 def test_a_sequence_that_joins_attends_as_it_would_alone(tokens, L):
     """Although the others have a history."""

@@ -68,6 +68,13 @@ def test_goes_on(read_as_prompt, taken_back, at, end, expected):
     assert cache.goes_on(at, end) is expected
 
 
+@pytest.mark.parametrize("n, taken_back, expected", [(50, 3, 47), (50, 2, 58)])
+def test_a_block_that_is_not_exact_ends_what_was_read_as_a_prompt(n, taken_back, expected):
+    (cache,) = read(n, growing())
+    cache.trim(taken_back)
+    assert read(10, cache)[0].prompt == [expected]
+
+
 def test_goes_on_needs_a_prompt_and_no_more_than_there_is():
     (decoded,) = read(40, growing(), decoded=1)
     assert not decoded.goes_on(41, 60)

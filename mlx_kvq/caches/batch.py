@@ -113,7 +113,6 @@ class PackedBatch(PackedCache):
         self._same_format([other])
         self._seen = self._seen + other._seen
         self.prompt, self.exact = self.prompt + other.prompt, self.exact + other.exact
-        self._filling = True
         if self.rows is None and other.rows is None:
             self.left_padding = mx.concatenate([self.left_padding, other.left_padding])
             self.offset = mx.concatenate([self.offset, other.offset])
@@ -218,7 +217,7 @@ class PackedBatchKVCache(PackedBatch):
             if self.tail is not None and self._lengths is None:
                 assert self.rows is not None
                 self.tail = self._as_tail(self.rows[:, :, : self._idx], self.format.recent)
-                self.exact, self._filling = [0] * len(self.exact), True
+                self.exact = [0] * len(self.exact)
             self._right_padding = self._lengths = None
             self._start()
 

@@ -120,7 +120,6 @@ class PackedRotatingKVCache(PackedCache):
         if (after := self._after_first()) >= min(size, self.max_size):
             return tail
         # A batch does not know that some are missing after the first ones: these come from rows.
-        after = min(after, size)
         first = self._as_tail(self._in_order()[:, :, : self.keep], size - after)
         return mx.concatenate([first.astype(tail.dtype), tail[:, :, size - after :]], axis=2)
 
