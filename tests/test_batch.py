@@ -567,3 +567,9 @@ def test_a_batch_of_sequences_without_tokens_keeps_its_state(tokens):
         assert again.offset.tolist() == [3]
         single = again.extract(0)
         tokens.check_rows(single._in_order(), np.array([[5, 6, 7]]))
+
+
+def test_a_rotating_batch_must_know_lengths(tokens):
+    cache = PackedBatchRotatingKVCache(tokens.format, 8, [0, 0])
+    with pytest.raises(ValueError, match="needs lengths, got none"):
+        cache.prepare(right_padding=[0, 3])

@@ -111,6 +111,8 @@ class PackedBatchRotatingKVCache(PackedBatch):
         """Announce the padding of the chunks to come, one number for each sequence."""
         self._prepare_left(left_padding)
         if right_padding is not None and max(right_padding) > 0:
+            if lengths is None:
+                raise ValueError("Right padding of a rotating batch needs lengths, got none.")
             self._lengths = [seen + n for seen, n in zip(self._seen, lengths, strict=True)]
 
     def finalize(self) -> None:
