@@ -72,6 +72,8 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
         [sys.executable, "-m", "mlx_kvq", "calibrate", "--model", QWEN, "--text", str(text),
          "--tokens", "100000", "--output", str(folder / "calibration.safetensors")],
         stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # A shell's background job, as CI may be, ignores it, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     said = b""
     while b"calibrating" not in said:
