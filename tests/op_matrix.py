@@ -387,8 +387,8 @@ def _check_restore(data: _Data, backend, buffer: mx.array, stored) -> None:
             )
             size = np.linalg.norm(y / lam, axis=-1, keepdims=True)
             # Twice SLACK: λ, the way back and σ round one after the other (5.02e-7 was seen). The
-            # reference's dense product adds up 256 terms in order, D · 2^-24 = 1.5e-5 at worst: of an
-            # outlier 2.05e-6 was seen.
+            # reference's dense product adds up 256 terms in order, at worst D · 2^-24 = 1.5e-5: of
+            # an outlier 2.05e-6 was seen.
             slack = (8 if rotation == "srht" else 2) * SLACK * size * sigma
             slack = slack + rounding * np.abs(want)
             slack = slack + (6e-8 if data.case.dtype == "fp16" else 1e-37) + 2e-7 * np.abs(want)
