@@ -106,18 +106,6 @@ def test_a_file_that_was_not_finished(qwen, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_an_mlx_lm_that_writes_arrays_only(qwen, tmp_path, monkeypatch):
-    """As 0.31 does; it fails on the numbers of a packed cache with "std::bad_cast"."""
-    path = tmp_path / "cache.safetensors"
-    saved(*qwen, path)
-    monkeypatch.setattr(stock._BaseCache, "meta_state", "", raising=False)
-    with pytest.raises(ValueError, match="cannot write files of packed caches: a later one can"):
-        saved(*qwen, tmp_path / "another.safetensors")
-    with pytest.raises(ValueError, match="cannot read files of packed caches: a later one can"):
-        stock.load_prompt_cache(str(path))
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_file_without_its_hash(qwen, tmp_path, monkeypatch):
     path, digest = tmp_path / "cache.safetensors", prompt_file._digest
     with monkeypatch.context() as unhashed:

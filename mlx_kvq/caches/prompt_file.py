@@ -8,7 +8,6 @@ whoever makes a file can make its hash, so what a file says is also checked befo
 import errno
 import hashlib
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +33,6 @@ def saving(save: Callable) -> Callable:
         packed = any(isinstance(c, PackedCache) for _, c in leaves(cache))
         if not packed:
             return save(file_name, cache, metadata)
-        _check_version("write")
         path = str(file_name)
         path = path if path.endswith(".safetensors") else path + ".safetensors"
         with replacing(path) as part:
@@ -59,8 +57,6 @@ def loading(load: Callable) -> Callable:
             _check_names(header)
             _check_names(names)
             said = header.get(f"0.{KEY}")
-            if said is not None:
-                _check_version("read")
             if said is not None and _digest(file_name)[0] != said:
                 raise ValueError("its bytes are not those that were written")
             cache, metadata = load(file_name, return_metadata=True)
@@ -82,14 +78,6 @@ def loading(load: Callable) -> Callable:
         return (cache, metadata) if return_metadata else cache
 
     return load_prompt_cache
-
-
-def _check_version(what: str) -> None:
-    # Beside a meta_state, which mlx-lm 0.31 has, a state is arrays and no more.
-    if hasattr(stock._BaseCache, "meta_state"):
-        raise ValueError(
-            f"mlx-lm {version('mlx-lm')} cannot {what} files of packed caches: a later one can."
-        )
 
 
 def tokenizer_options(metadata: Any) -> dict:
