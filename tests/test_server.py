@@ -151,7 +151,9 @@ def test_a_text_depends_on_its_request_alone(folder, spec):
     # 256 tokens.
     reused = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in again]
     asked = [a["usage"]["prompt_tokens"] for a in again]
-    if spec == "int4-srft":
+    if spec == "int4-srft" and folder.name == "tiny-gemma3-8bit":
+        assert max(reused) > 256  # of full windows nothing can be taken back
+    elif spec == "int4-srft":
         assert set(reused) > {0, 256}
         assert all(r >= n - 256 - 16 for r, n in zip(reused, asked, strict=True))
     else:
