@@ -11,6 +11,7 @@ from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
+from mlx_kvq.stock import leaves
 from tests import float32
 
 BLOCK = 16
@@ -37,7 +38,7 @@ def feed(cache, n):
 
 def read(n, *caches, decoded=0):
     """Caches of a prompt of n tokens, and some that were decoded after it."""
-    for cache in prompts.leaves(caches):
+    for _, cache in leaves(caches):
         cache.reading = n
         feed(cache, n)
         for _ in range(decoded):
@@ -104,7 +105,7 @@ def resumed(caches, at, end):
     """The token from which ``caches`` are to be fed, which is where all of them end."""
     found = prompts.resume(caches, at, end)
     if found:
-        assert {c.offset for c in prompts.leaves(caches)} == {found}
+        assert {c.offset for _, c in leaves(caches)} == {found}
     return found
 
 
@@ -250,7 +251,7 @@ class Told:
 
     def _look(self, caches):
         self.caches = caches
-        self.reading = caches and [c.reading for c in prompts.leaves(caches)]
+        self.reading = caches and [c.reading for _, c in leaves(caches)]
         yield self.reading
 
     def alone(self, prompt, model, *, max_kv_size=None, prompt_cache=None, input_embeddings=None):

@@ -20,24 +20,16 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
+from ..stock import leaves
 from . import attention
 from .packed import PackedCache
 
 ALL = 1 << 62  # tokens: more than any prompt
 
 
-def leaves(caches: Iterable) -> Iterator[Any]:
-    """Every single cache, those in a ``CacheList`` too."""
-    for cache in caches:
-        if isinstance(cache, stock.CacheList):
-            yield from leaves(cache.caches)
-        else:
-            yield cache
-
-
 def expect(caches: Iterable, tokens: int) -> None:
     """Tell packed caches how many tokens of a prompt are to come."""
-    for cache in leaves(caches):
+    for _, cache in leaves(caches):
         if isinstance(cache, PackedCache):
             cache.reading = tokens
 
@@ -130,7 +122,7 @@ def resume(caches: list, at: int, end: int) -> int:
         int: From which token on they are to be fed: ``at``, or an earlier one if what the others
         must read exactly is gone. With 0 the caches are of no use.
     """
-    every = list(leaves(caches))
+    every: list[Any] = [cache for _, cache in leaves(caches)]
     packed = [c for c in every if isinstance(c, PackedCache) and c.format.recent]
     if not packed or all(c.goes_on(at, end) for c in packed):
         return at
