@@ -19,17 +19,13 @@
 //   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
 //   in units of log 2. Queries are fp16 after division by their largest magnitude, so any
 //   model's range fits; probabilities and dequantized values are fp16, every sum is fp32.
-constexpr int K_WORDS = KD * KB / 32;
-constexpr int CODES = K_WORDS + VD * VB / 32;
-constexpr int SCALES = KD / KG + VD / VG;
-constexpr int W = CODES + (SCALES + 1) / 2;
 constexpr int WIDTH = W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1;  // words a load; rows are whole loads
 constexpr int TILE = TK * W;
 constexpr int STAGE = (TILE / WIDTH + 31) / 32 * WIDTH;
 constexpr int Q_TILES = kvq::key_slots(KD, KB) * kvq::per_word(KB);
 constexpr int V_TILES = kvq::value_tiles(VD, VB);
 constexpr bool WHOLE = kvq::whole_slots(KB, KG);
-constexpr int OFFSETS = WHOLE ? KD / KG : 1;
+constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
 constexpr int MEMORY_TILES = NSG * TILE;
 constexpr int MEMORY_SUMS = NSG / 2 * SUMS > 8 * VD ? NSG / 2 * SUMS : 8 * VD;
@@ -45,12 +41,12 @@ const uint lane = thread_index_in_simdgroup;
 const int group = int(simdgroup_index_in_threadgroup);
 const int split = int(threadgroup_position_in_grid.x);
 const int splits = int(threadgroups_per_grid.x);
-const int length = info[0];
-const int heads = info[1];
-const int L = info[2];
-const float scale = as_type<float>(info[3]);
-const bool causal = info[4] != 0;
-const int window = info[5];
+const int length = info[kvq::LENGTH];
+const int heads = info[kvq::HEADS];
+const int L = info[kvq::QUERIES];
+const float scale = as_type<float>(info[kvq::SCALE]);
+const bool causal = info[kvq::CAUSAL] != 0;
+const int window = info[kvq::WINDOW];
 const int query_rows = heads * L;
 const int blocks = (query_rows + 7) / 8;
 const int b = int(threadgroup_position_in_grid.z);
@@ -69,9 +65,9 @@ const int low_edge = max(start, window > 0 ? length - window : 0);
 int high_edge = causal ? offset + 1 : length;
 // Rows of tokens that are read from the tail: in a ring [hole, idx) and those from `end` on,
 // otherwise the last ones.
-const int recent = TAIL ? info[6] : 0;
-const int keep = TAIL ? info[7] : 0;
-const int idx = TAIL ? info[8] : length;
+const int recent = TAIL ? info[kvq::RECENT] : 0;
+const int keep = TAIL ? info[kvq::KEEP] : 0;
+const int idx = TAIL ? info[kvq::NEXT] : length;
 const bool is_ring = TAIL && idx < length;
 const int hole = is_ring ? max(keep, idx - recent) : length;
 const int end = is_ring ? min(length, length - recent + idx - keep) : length - recent;
@@ -115,7 +111,7 @@ for (int r = group; r < 8; r += NSG) {
     }
   }
   if (lane == 0) {
-    query_scale[r] = peak * scale * 1.44269504088896f;
+    query_scale[r] = peak * scale * kvq::log2_e();
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -176,7 +172,7 @@ if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
       if (MASK == 1) {
         s = float2(x ? s.x : masked, z ? s.y : masked);
       } else {
-        s = float2(s.x + float(x) * 1.44269504088896f, s.y + float(z) * 1.44269504088896f);
+        s = float2(s.x + float(x) * kvq::log2_e(), s.y + float(z) * kvq::log2_e());
       }
     }
     s = float2(
@@ -207,7 +203,7 @@ for (; tile < tile_end; tile += NSG) {
   }
   auto key_lift = kvq::no_lift();
   if (!WHOLE) {
-    key_lift = kvq::lift_of<TK, W, CODES, 0, KD / KG>(own, lane);
+    key_lift = kvq::lift_of<TK, W, CODES, 0, K_SCALES>(own, lane);
   }
   float2 s[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i += 2) {
@@ -229,7 +225,7 @@ for (; tile < tile_end; tile += NSG) {
           s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
         } else {
           s[i] = float2(
-              s[i].x + float(x) * 1.44269504088896f, s[i].y + float(y) * 1.44269504088896f);
+              s[i].x + float(x) * kvq::log2_e(), s[i].y + float(y) * kvq::log2_e());
         }
       }
     }
@@ -251,7 +247,7 @@ for (; tile < tile_end; tile += NSG) {
     m = top;
   }
   // Probabilities are 2^8 times as large, so that the small ones have all bits of fp16.
-  const auto lift = kvq::lift_of<TK, W, CODES, KD / KG, VD / VG>(own, lane);
+  const auto lift = kvq::lift_of<TK, W, CODES, K_SCALES, VD / VG>(own, lane);
   const float enlarge = 256.0f * lift.back;
   half2 p[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i++) {
@@ -261,7 +257,7 @@ for (; tile < tile_end; tile += NSG) {
     p[i] = kvq::right_operand(half2(half(x * enlarge), half(y * enlarge)));
   }
   UNROLL for (int i = 0; i < TK / 8; i += 2) {
-    kvq::add_values<VD, VB, VG, HALF_STEP, W, K_WORDS, CODES, KD / KG>(
+    kvq::add_values<VD, VB, VG, HALF_STEP, W, K_WORDS, CODES, K_SCALES>(
         sums, own + 8 * i * W, p[i], p[i + 1], lift.operand, at);
   }
 }

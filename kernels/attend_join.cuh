@@ -60,19 +60,17 @@ if (is_last) {
       if (c < VD) merged[r * VD + c] = row_sums[i];
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    const float sink = kvq::sink_logit<KD, ROTATION, K_CALIBRATED, K_CENTRED, SINKS>(
-        SINKS ? float(sinks[head]) : 0.0f,
-        q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
-        q_strides[3], k_table, kv_head, scale, lane);
-    const float2 normal = kvq::normalise(row_top, row_total, SINKS, sink);
-    kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
+    kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
         out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
         merged + r * VD,
-        1,
-        normal,
+        float2(row_top, row_total),
+        SINKS ? float(sinks[head]) : 0.0f,
+        q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
+        q_strides[3],
+        k_table,
         v_table,
         kv_head,
-        lane < uint(kvq::lanes_of(VD)),
+        scale,
         lane);
   }
 }

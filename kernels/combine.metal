@@ -9,9 +9,9 @@ threadgroup float merged[NSG * VD];
 
 const uint lane = thread_index_in_simdgroup;
 const int group = int(simdgroup_index_in_threadgroup);
-const int heads = info[1];
-const int L = info[2];
-const float scale = as_type<float>(info[3]);
+const int heads = info[kvq::HEADS];
+const int L = info[kvq::QUERIES];
+const float scale = as_type<float>(info[kvq::SCALE]);
 const int row = int(threadgroup_position_in_grid.x);
 const int splits = partial_shape[3] / (VD + 2);
 const int head = row / L % q_shape[1];
@@ -57,22 +57,16 @@ if (group == 0) {
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  const float sink = kvq::sink_logit<KD, ROTATION, K_CALIBRATED, K_CENTRED, SINKS>(
+  kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
+      out + int64_t(row) * VD,
+      merged,
+      float2(top, total),
       SINKS ? float(sinks[head]) : 0.0f,
       q + (row / (q_shape[1] * L) * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
       q_strides[3],
       k_table,
-      kv_head,
-      scale,
-      lane);
-  const float2 normal = kvq::normalise(top, total, SINKS, sink);
-  kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
-      out + int64_t(row) * VD,
-      merged,
-      1,
-      normal,
       v_table,
       kv_head,
-      lane < uint(kvq::lanes_of(VD)),
+      scale,
       lane);
 }

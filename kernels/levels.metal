@@ -97,11 +97,6 @@ inline void write_two(device float* out, float2 x) {
   *reinterpret_cast<device uint2*>(out) = uint2(as_type<uint>(x.x), as_type<uint>(x.y));
 }
 
-template <typename T>
-inline void write_one(device T* out, float x) {
-  *out = T(x);
-}
-
 // Eight channels, from one word of 4-bit codes or two of 8-bit codes.
 template <int BITS, bool HALF_STEP>
 inline void eight_levels(thread float* x, const thread uint* words, float scale) {

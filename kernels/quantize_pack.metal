@@ -2,10 +2,10 @@
 //
 // Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
 // Layout: k, v with any strides, read once; rows written once. If KEEPS, the newest tokens' y go to
-//   kept [B, H, keep[0], KD + VD] as well, the last one last; if it holds more than L tokens, they
+//   kept [B, H, keep[kvq::KEPT], KD + VD] as well, the last one last; if it holds more than L tokens, they
 //   come from tail [B, H, R, KD + VD], or are zeros without one (TAIL). Rows are then
-//   [B, H, keep[1], W], the new ones and zeros, or, if HOLDS, the last keep[1] of held
-//   [B, H, keep[1], W] and the new ones.
+//   [B, H, keep[kvq::ROWS], W], the new ones and zeros, or, if HOLDS, the last keep[kvq::ROWS] of held
+//   [B, H, keep[kvq::ROWS], W] and the new ones.
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even one of a pair does
 //   the keys of a head's tokens, the odd one the values: sets of as many tokens as a SIMD group
 //   holds vectors, 4 at D = 128, in turn, with the head's factors and twiddles in registers.
@@ -15,10 +15,6 @@
 //   threadgroup memory between them: 141 instructions a vector, 156 with shuffles. Figures in
 //   docs/performance.md.
 // Source: arXiv 2605.05699, section 4 (one fused pass); levels and search are the project's.
-constexpr int K_WORDS = KD * KB / 32;
-constexpr int CODES = K_WORDS + VD * VB / 32;
-constexpr int SCALES = KD / KG + VD / VG;
-constexpr int W = CODES + (SCALES + 1) / 2;
 constexpr int SET =
     kvq::vectors_of(KD) < kvq::vectors_of(VD) ? kvq::vectors_of(KD) : kvq::vectors_of(VD);
 constexpr int K_SHARED = kvq::shared_points(KD, KG, ROTATION, SET);
@@ -38,7 +34,7 @@ const int worker = int(threadgroup_position_in_grid.x) * PAIRS + pair;
 const int workers = int(threadgroups_per_grid.x) * PAIRS;
 const auto own = shared + pair * (K_SHARED + V_SHARED);
 // Rows of the new tokens follow `before` ones that are there already.
-const int count = KEEPS ? keep[1] : L;
+const int count = KEEPS ? keep[kvq::ROWS] : L;
 const int before = HOLDS ? count - L : 0;
 const auto all_rows = rows + int64_t(threadgroup_position_in_grid.y) * count * W;
 const auto head_rows = all_rows + before * W;
@@ -59,7 +55,7 @@ if (HOLDS && copier >= 0) {
 if (KEEPS && !HOLDS && copier >= 0) {
   for (int i = L * W + copier; i < count * W; i += copiers) all_rows[i] = 0;
 }
-const int older = KEEPS ? keep[0] - L : 0;  // than the new tokens; of these the first -older go
+const int older = KEEPS ? keep[kvq::KEPT] - L : 0;  // than the new tokens; of these the first -older go
 const auto head_kept =
     kept + int64_t(threadgroup_position_in_grid.y) * (older + L) * (KD + VD);
 if (KEEPS && copier >= 0) {
@@ -87,7 +83,7 @@ if ((simdgroup_index_in_threadgroup & 1u) == 0) {
       head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
       worker, workers, own, k_table, h, new_kept, drop, lane);
 } else {
-  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, CODES, KD / KG, W, KEEPS, KD + VD>(
+  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, CODES, K_SCALES, W, KEEPS, KD + VD>(
       head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
       worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, lane);
   if (SCALES % 2 == 1) {

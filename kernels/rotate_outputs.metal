@@ -18,6 +18,6 @@ kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
     x_strides[3],
     float2(1.0f, 1.0f),
     table,
-    at.head / info[0],
+    at.head / info[kvq::HEADS],
     at.valid,
     lane);

@@ -14,7 +14,7 @@ const auto at = kvq::place_of<KD>(
     first, count, Hq, L, x_strides[0], x_strides[1], x_strides[2], lane);
 float2 z[kvq::points_of(KD)];
 kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
-    z, x + at.offset, x_strides[3], at.valid, table, at.head / info[0], lane);
+    z, x + at.offset, x_strides[3], at.valid, table, at.head / info[kvq::HEADS], lane);
 if (at.valid) {
   kvq::keep_finite<kvq::points_of(KD)>(out, z);
   kvq::write_points<KD, ROTATION>(out + int64_t(at.row) * KD, z, lane);

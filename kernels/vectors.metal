@@ -136,20 +136,37 @@ inline vector_place place_of(
   return at;
 }
 
-// What a row of sums is multiplied with, and the probability that fell on keys, given the
-// maximum m of its logits and the sum l of exp2(logit - m); logits in units of log 2.
-inline float2 normalise(float m, float l, bool with_sink, float sink) {
-  if (with_sink) {
-    const float top = max(m, sink);
-    const float f = fast::exp2(m - top);
-    const float total = l * f + fast::exp2(sink - top);
-    return float2(f / total, l * f / total);
-  }
+constexpr float log2_e() {
+  return 1.44269504088896f;
+}
+
+// Logits are in units of log 2; m is their maximum, l the sum of exp2(logit - m). Returns the factor
+// of the sums and the probability of the keys (less than 1 beside a sink).
+inline float2 normalise(float m, float l) {
   // A query that may attend to nothing has l = 0 and gets 0; a NaN stays one.
   return l == 0.0f ? float2(0.0f, 0.0f) : float2(1.0f / l, 1.0f);
 }
+inline float2 normalise_with_sink(float m, float l, float sink) {
+  const float top = max(m, sink);
+  const float f = fast::exp2(m - top);
+  const float total = l * f + fast::exp2(sink - top);
+  return float2(f / total, l * f / total);
+}
 
-// q . mu: what the centre took off every logit, which a sink's logit does not have.
+// Maximum and total of query row r from those of NSG SIMD groups, 8 rows each.
+template <int NSG>
+inline float2 join_statistics(
+    const threadgroup float* maxima, const threadgroup float* totals, int r) {
+  float top = maxima[r];
+  for (int g = 1; g < NSG; g++) top = max(top, maxima[8 * g + r]);
+  float total = 0.0f;
+  for (int g = 0; g < NSG; g++) {
+    total += totals[8 * g + r] * fast::exp2(maxima[8 * g + r] - top);
+  }
+  return float2(top, total);
+}
+
+// q . mu: the centre lowers every key's logit by it, but not a sink's.
 template <int D, typename T>
 inline float centre_logit(const device T* q, int64_t stride, const device float* factors, uint lane) {
   float dot = 0.0f;
@@ -159,30 +176,8 @@ inline float centre_logit(const device T* q, int64_t stride, const device float*
   return simd_sum(dot);
 }
 
-// A sink's logit beside the keys' logits, in units of log 2.
-template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, bool SINKS, typename T>
-inline float sink_logit(
-    float sink,
-    const device T* q,
-    int64_t stride,
-    const device float* table,
-    int kv_head,
-    float scale,
-    uint lane) {
-  if (!SINKS) {
-    return 0.0f;
-  }
-  float logit = sink;
-  if (CENTRED) {
-    const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, kv_head);
-    logit -= scale * centre_logit<D>(q, stride, factors, lane);
-  }
-  return logit * 1.44269504088896f;
-}
-
-// One row of attention's output: out = R^T(sums * factor / lambda) * sigma + mu * probability.
-// The lanes of one vector do it, in a SIMD group of which every lane is here; those that only
-// repeat another's work do not `write`.
+// One row of attention's output: out = R^T(sums * normal.x / lambda) * sigma + mu * normal.y.
+// All lanes of a SIMD group call it; lanes that repeat another lane's work do not `write`.
 template <int D, int ROTATION, bool CALIBRATED, typename T, typename P>
 inline void finish_row(
     device T* out,
@@ -222,14 +217,42 @@ inline void finish_row(
       }
     }
     keep_finite<points_of(D)>(out, z);
-    UNROLL for (int a = 0; a < points_of(D); a++) {
-      out[first + a * STEP] = T(z[a].x);
-      out[first + a * STEP + 1] = T(z[a].y);
-    }
+    UNROLL for (int a = 0; a < points_of(D); a++) write_two(out + first + a * STEP, z[a]);
   }
 }
 
-// A lane's rotated channels of one vector, as they are.
+// The output of one query, from unnormalised sums and their statistics (`normalise`). `sink` is the
+// head's logit, used if SINKS.
+template <
+    int KD, int VD, int ROTATION, bool K_CALIBRATED, bool K_CENTRED, bool V_CALIBRATED, bool SINKS,
+    typename T, typename P>
+inline void finish_query(
+    device T* out,
+    P sums,
+    float2 statistics,
+    float sink,
+    const device T* q,
+    int64_t q_stride,
+    const device float* k_table,
+    const device float* v_table,
+    int kv_head,
+    float scale,
+    uint lane) {
+  float2 normal;
+  if (SINKS) {
+    if (K_CENTRED) {
+      const device float* factors = factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
+      sink -= scale * centre_logit<KD>(q, q_stride, factors, lane);
+    }
+    normal = normalise_with_sink(statistics.x, statistics.y, sink * log2_e());
+  } else {
+    normal = normalise(statistics.x, statistics.y);
+  }
+  finish_row<VD, ROTATION, V_CALIBRATED>(
+      out, sums, 1, normal, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
+}
+
+// Writes a lane's rotated channels of one vector.
 template <int D, int ROTATION, typename T>
 inline void write_points(device T* out, const thread float2* z, uint lane) {
   out += 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
@@ -243,10 +266,7 @@ inline void write_points(device T* out, const thread float2* z, uint lane) {
       write_eight(out + 8 * i, y);
     }
   } else {
-    UNROLL for (int a = 0; a < points_of(D); a++) {
-      write_one(out + 2 * a, z[a].x);
-      write_one(out + 2 * a + 1, z[a].y);
-    }
+    UNROLL for (int a = 0; a < points_of(D); a++) write_two(out + 2 * a, z[a]);
   }
 }
 

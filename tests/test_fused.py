@@ -16,7 +16,7 @@ from mlx_kvq.format.rotation import real_fft
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import plain
-from mlx_kvq.ops.gpu import fused, jit, tables, tuning
+from mlx_kvq.ops.gpu import arguments, fused, jit, tables, tuning
 from mlx_kvq.ops.gpu.sources import kernel_source, kernels_path
 from tests import op_matrix
 from tests.emulator import emulated
@@ -507,6 +507,28 @@ def test_the_cuda_prelude_has_the_kernels_vocabulary():
     assert used == VOCABULARY
     prelude = kernel_source("machine.cuh")
     assert [word for word in VOCABULARY if word not in prelude] == []
+
+
+@pytest.mark.parametrize("name", jit.KERNELS)
+def test_kernels_read_their_integers_by_name(name):
+    """Each name of the host's list is read, and nothing else, least of all by number."""
+    _, bodies, inputs, _ = jit.KERNELS[name]
+    files = [b if "." in b else f"{b}.metal" for b in bodies]
+    text = re.sub(r"//.*", "", "".join(map(kernel_source, files)))
+    array = "keep" if "keep" in inputs else "info"
+    read = set(re.findall(rf"\b{array}\[(.*?)\]", text))
+    given = {f"kvq::{n}" for n in arguments.ARGUMENTS[name]}
+    assert read == given if name != "combine" else read < given
+
+
+def test_integers_by_name():
+    given = arguments.integers("quantize_pack", rows=7, kept=3)
+    assert given.tolist() == [3, 7] and given.dtype == mx.int32
+    assert arguments.enumeration("quantize_pack") == "namespace kvq { enum : int { KEPT, ROWS }; }\n"
+    with pytest.raises(ValueError, match="quantize_pack takes kept, rows, not length"):
+        arguments.integers("quantize_pack", kept=3, rows=7, length=1)
+    with pytest.raises(KeyError, match="rows"):
+        arguments.integers("quantize_pack", kept=3)
 
 
 def test_bodies_use_threadgroup_only_to_declare():
