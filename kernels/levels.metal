@@ -1,4 +1,4 @@
-// Codes to values, one thread at a time, in fp32; and values in memory, eight at a time.
+// Codes to fp32 values, and vectors of eight or two channels in memory, of any float type.
 namespace kvq {
 
 inline float row_scale(const device uint* scales, int index) {
@@ -6,7 +6,7 @@ inline float row_scale(const device uint* scales, int index) {
   return float(as_type<half>(ushort(index % 2 == 0 ? word & 0xffffu : word >> 16)));
 }
 
-// On the way to fp16: finite numbers saturate, infinities and NaN become NaN, so that damage shows.
+// Before a conversion to fp16: finite numbers saturate; infinities become NaN, so damage shows.
 template <int N>
 inline void keep_finite(const device half*, thread float2* x) {
   UNROLL for (int i = 0; i < N; i++) {
@@ -73,7 +73,7 @@ inline void read_eight(thread float* x, const device float* in) {
     x[4 * i + 3] = as_type<float>(w.w);
   }
 }
-template <typename T>  // what stands for a tail that is not there
+template <typename T>  // compiled, never called, in a launch without a tail
 inline void read_eight(thread float* x, const device T* in) {
   UNROLL for (int i = 0; i < 8; i++) x[i] = float(in[i]);
 }
@@ -86,7 +86,7 @@ inline void convert_eight(device T* out, const device S* in) {
   write_eight(out, x);
 }
 
-// Two neighbouring channels in one store; not more than fp16 holds (`keep_finite`).
+// Two neighbouring channels in one store. For fp16, call `keep_finite` first.
 inline void write_two(device half* out, float2 x) {
   *reinterpret_cast<device uint*>(out) = two_halves(x);
 }

@@ -1,5 +1,5 @@
-// What differs between machines, Apple's side: vocabulary for loops and the 8x8 matrix tile.
-// machine.cuh is NVIDIA's side; every other source is the same bytes on both.
+// What differs between machines, Apple's side. machine.cuh is NVIDIA's side; all other sources are
+// the same on both.
 //
 // A tile is spread over the 32 lanes of a SIMD group: each lane holds two neighbouring elements,
 // (row, 2 * pair) and (row, 2 * pair + 1). The layout is that of simdgroup_matrix's
@@ -8,8 +8,8 @@
 
 namespace kvq {
 
-// Whether a product of tiles costs little more than one of numbers: 20 cycles here, so that 128 of
-// them before the first key were half of attend's time at 1K keys (scripts/estimate_apple.py).
+// Whether a matrix product costs little more than a scalar one: here it is 20 cycles, and 128 of them
+// before the first key were half of attend's time at 1K keys (scripts/estimate_apple.py).
 enum : int { PRODUCTS_ARE_CHEAP = 0 };
 
 struct tile_lane {
@@ -29,7 +29,7 @@ inline uint masked_or(uint word, uint mask, uint bits) {
   return (word & mask) | bits;
 }
 
-// Two neighbouring channels in one load, where the address is known to allow it: it is not here.
+// Two neighbouring channels in one load, if the address is known to be aligned: it is not here.
 template <typename T>
 inline bool reads_pairs(const device T*) {
   return false;
@@ -58,8 +58,8 @@ inline float floor_code(float a, float b) {  // floor(a * b) + 8, which is not n
 inline float level_of(float code) {
   return code - 7.5f;
 }
-// Codes of a word, the first one lowest. Sums of fp32 hold 16 bits exactly, and adding 2^23 puts
-// them where integers have theirs: shifts and conversions take longer.
+// A word of codes, the first one lowest. Sums in fp32 hold 16 bits exactly, and adding 2^23 puts
+// these bits in place: faster than shifts and conversions.
 template <int BITS>
 inline uint word_of(const thread float* codes) {
   constexpr int HALF = 16 / BITS;

@@ -1,9 +1,8 @@
-// Packed vectors back in the registers of a SIMD group, and out of the rotation: what
-// restore_rows.metal does for keys and for values.
+// Packed vectors into the registers of a SIMD group, out of the rotation, and to memory, for
+// restore_rows.metal.
 namespace kvq {
 
-// A lane's factors on the way back, from a table of outputs: before the transpose of the rotation,
-// after it, and the centre.
+// A lane's factors of the way back, from an output table.
 template <int D, int ROTATION, bool CALIBRATED>
 inline void read_output_factors(
     thread lane_factors<D>& f, const device float* table, int head, uint lane) {
@@ -20,8 +19,7 @@ inline void read_output_factors(
   }
 }
 
-// A lane's channels of one row: codes begin at word FIRST, scales with half SCALE of those from
-// word CODES on.
+// Reads a lane's channels of one row: codes from word FIRST, scales from half SCALE after word CODES.
 template <int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int CODES, int SCALE>
 inline void read_levels(thread float2* z, const device uint* row, uint lane) {
   const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
@@ -47,9 +45,9 @@ inline void read_levels(thread float2* z, const device uint* row, uint lane) {
   }
 }
 
-// One side of a head's rows, by one SIMD group, which does every `workers`-th set of as many rows
-// as it holds vectors, from number `worker` on. Rows from `exact` on are those of `tail`, whose
-// number 0 would be row `exact`, `by_token` channels apart.
+// Restores the keys or the values of a head's rows by one SIMD group: every `workers`-th set of as
+// many rows as it holds vectors, from set `worker` on. Rows from `exact` on come from `tail`, whose
+// first token is row `exact`; its tokens are `by_token` channels apart.
 template <
     int D, int BITS, int GROUP, int ROTATION, bool CALIBRATED, bool HALF_STEP, int FIRST, int CODES,
     int SCALE, int W, bool TAIL, typename T, typename S>
@@ -105,7 +103,7 @@ inline void restore_vectors(
   }
 }
 
-// L tokens as the model made them, `by_token` and `stride` apart, to where they come out.
+// Copies L tokens of a chunk, `by_token` apart, channels `stride` apart, to the output.
 template <int D, int ROTATION, typename T, typename S>
 inline void copy_tokens(
     device T* out,

@@ -6,9 +6,9 @@
 // An in-lane DFT of size R, one twiddle, M-point butterflies by simd_shuffle_xor (decimation in
 // frequency, so lane l ends with the bit-reversed index), then the split that pairs k with N - k.
 // A lane ends with 2 R channels in a row. The transpose runs the same steps backwards with
-// conjugate twiddles. Both are sqrt(2 D) times as long as they should be.
-// srht: Hadamard butterflies, sqrt(D) times as long; lane l holds n = R * l + a. none: the same
-// placement, and nothing. The channels' factors (vectors.metal) make up for the lengths.
+// conjugate twiddles. Results are sqrt(2 D) times too long.
+// srht: Hadamard butterflies, sqrt(D) times too long; lane l holds n = R * l + a. none: the same
+// placement, no arithmetic. The channel factors (vectors.metal) divide by these lengths.
 //
 // Twiddles come from the host in float64, rounded once (`rotation_table` in mlx_kvq/ops/gpu/tables.py,
 // which this file's offsets must match); half precision or fast sines here would cost quality.
@@ -19,10 +19,9 @@ constexpr bool is_none(int ROTATION) {
   return ROTATION == 2;
 }
 
-// The lanes of a vector. WIDE, an enumerator that precedes this file (see mlx_kvq/ops/gpu/jit.py): as many as
-// divide it, for one vector whose result others wait for. Otherwise few, because shuffles cost more
-// than arithmetic and a lane's points share them, but no more than eight points a lane where D
-// allows it.
+// Lanes that share a vector. WIDE (an enumerator of mlx_kvq/ops/gpu/jit.py): as many as divide D / 2,
+// for a single vector that others wait for. Otherwise few, because shuffles cost more than
+// arithmetic, but at most eight points a lane if D allows it.
 constexpr int lanes_of(int D) {
   int m = 1;
   while ((WIDE != 0 || D / 2 / m > 8) && D / 2 / m % 2 == 0 && m < 32) m *= 2;
@@ -41,7 +40,7 @@ constexpr bool is_power(int n) {
   return (n & (n - 1)) == 0;
 }
 
-// Where the parts of a table are, in floats: stage twiddles [m - 2][M], lane twiddles [R - 1][M],
+// Parts of a table, in floats: stage twiddles [m - 2][M], lane twiddles [R - 1][M],
 // split twiddles [R][M], roots [R], all complex; then the channels' factors.
 constexpr int lane_twiddles(int D) {
   return 2 * lanes_of(D) * (lanes_of(D) > 4 ? log2_of(lanes_of(D)) - 2 : 0);
@@ -68,7 +67,7 @@ inline float2 conjugated(float2 w) {
 // A lane's twiddles, in registers: a SIMD group that rotates many vectors reads them once.
 template <int D>
 struct lane_table {
-  float2 stage[5];  // the last two, of two lanes and of four, are not used
+  float2 stage[5];  // stages over two and four lanes need none
   float2 turn[points_of(D)];
   float2 split[points_of(D)];
 };
@@ -97,8 +96,7 @@ inline uint reverse_lane(uint lane) {
   return out;
 }
 
-// Before the rotation, the channels of a lane's point a are first_channel + point_step * a and the
-// next one ...
+// Before the rotation a lane's point a is channels first_channel + point_step * a and the next ...
 template <int D, int ROTATION>
 inline int first_channel(uint lane) {
   constexpr int M = lanes_of(D);
@@ -108,7 +106,7 @@ constexpr int point_step(int D, int ROTATION) {
   return ROTATION == SRFT ? 2 * lanes_of(D) : 2;
 }
 
-// ... and after it, 2 * a and 2 * a + 1 of this block of 2 * points_of(D) channels.
+// ... after it, channels 2 * a and 2 * a + 1 of this block of 2 * points_of(D).
 template <int D, int ROTATION>
 inline int rotated_block(uint lane) {
   constexpr int M = lanes_of(D);
@@ -168,7 +166,7 @@ inline void dft(thread float2* z, const device float* table) {
         }
       }
     }
-    // Products that are a whole turn, for R that is not prime.
+    // R that is not prime: products a * k that are whole turns.
     UNROLL for (int k = 1; k < R; k++) {
       UNROLL for (int a = 1; a < R; a++) {
         if (a * k % R == 0) {
@@ -186,8 +184,8 @@ inline void lane_turn(thread float2* z, const thread lane_table<D>& w) {
   }
 }
 
-// One butterfly stage over lanes that differ in bit h, the upper one of which is then turned: by an
-// eighth and more where h > 2, by none or a quarter where it is 2, not at all where it is 1.
+// One butterfly over lanes that differ in bit h. The upper lane's result is then turned: by a
+// twiddle if h > 2, by none or a quarter if h is 2, not if h is 1.
 template <int D, bool INVERSE>
 inline void stage(thread float2* z, float2 turn, uint lane, int h) {
   constexpr int R = points_of(D);
@@ -298,8 +296,8 @@ inline void rotate(
   }
 }
 
-// The same for vectors of as many lanes as a lane has points: these swap roles through threadgroup
-// memory, so that both DFTs are in-lane. Rows of R + 1 points keep lanes on banks of their own.
+// The same if a vector has as many lanes as a lane has points: lanes and points swap places through
+// threadgroup memory, so that both DFTs are in-lane. Rows of R + 1 points avoid bank conflicts.
 constexpr bool swaps(int D, int ROTATION) {
   return ROTATION == SRFT && WIDE == 0 && lanes_of(D) == points_of(D);
 }
@@ -336,7 +334,7 @@ inline void rotate_swapping(
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// z, placed as after the rotation, becomes the transpose's product, placed as before it.
+// z, placed as after the rotation, becomes F^T z, placed as before it.
 template <int D, int ROTATION>
 inline void rotate_back(
     thread float2* z, const thread lane_table<D>& w, const device float* table, uint lane) {

@@ -1,8 +1,9 @@
-// Vectors on their way through a table's channel factors (mlx_kvq/ops/gpu/tables.py): a SIMD group reads,
-// centres and scales a vector before the rotation, and finishes an output row after it.
+// Vectors in the registers of a SIMD group: read, centred, scaled and rotated; an output row
+// rotated back, scaled, centred and written.
 //
-// Factors of a calibrated head: D before the rotation, D after it, D of the centre; uncalibrated:
-// D signs, shared by all heads, on the unrotated side.
+// A table (mlx_kvq/ops/gpu/tables.py) holds the FFT's twiddles and then channel factors. Of each
+// calibrated head: D before the rotation, D after it, D of the centre. Uncalibrated: D signs for all
+// heads, on the unrotated side.
 namespace kvq {
 
 template <int D, int ROTATION, bool CALIBRATED>
@@ -23,7 +24,7 @@ inline float2 factor_pair(const device float* factors, int c) {
   return reinterpret_cast<const device float2*>(factors)[c / 2];
 }
 
-// A lane's channels of a vector of any type and stride, as the rotation wants them.
+// Reads a lane's channels of a vector of any type and stride, placed as before the rotation.
 template <int D, int ROTATION, typename T>
 inline void read_points(thread float2* z, const device T* x, int64_t stride, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
@@ -43,12 +44,12 @@ inline void read_points(thread float2* z, const device T* x, int64_t stride, uin
   }
 }
 
-// A lane's factors of one head, in registers: before the rotation, after it, and the centre.
+// A lane's factors of one head, in registers.
 template <int D>
 struct lane_factors {
   float2 before[points_of(D)];
   float2 after[points_of(D)];
-  float2 mu[points_of(D)];  // the centre; before the rotation what it is there, -mu * before
+  float2 mu[points_of(D)];  // -mu * before in `rotate_points`, mu on the way back
 };
 
 template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, bool SCALED>
@@ -68,8 +69,8 @@ inline void read_factors(
   }
 }
 
-// z -> after * R((z - mu) * before), in the order of channels that the rotation leaves; without
-// mu unless CENTRED, without the factors after it unless SCALED. SWAPS: `swap` is there.
+// z -> after * R((z - mu) * before), placed as after the rotation. Without mu unless CENTRED,
+// without `after` unless SCALED. SWAPS: `swap` is threadgroup memory for `rotate_swapping`.
 template <int D, int ROTATION, bool CENTRED, bool SCALED, bool SWAPS>
 inline void rotate_points(
     thread float2* z,
@@ -94,7 +95,7 @@ inline void rotate_points(
   }
 }
 
-// The same of a query or another single vector; zeros where not `valid`.
+// Reads a query and rotates it; zeros if not `valid`.
 template <int D, int ROTATION, bool CALIBRATED, typename T>
 inline void rotate_vector(
     thread float2* z,
@@ -115,7 +116,7 @@ inline void rotate_vector(
   rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, nullptr, lane);
 }
 
-// Where a lane's vector is: vector v of the SIMD group is row number first + v of [B, H, L].
+// Place of a lane's vector: vector v of the SIMD group is row first + v of [B, H, L].
 struct vector_place {
   bool valid;
   int row;
