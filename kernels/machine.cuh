@@ -8,6 +8,8 @@
 #define thread
 #define threadgroup
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
+#define INLINE inline  // nvcc inlines all of it by itself
 
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)

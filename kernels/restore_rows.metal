@@ -7,7 +7,7 @@
 // Grid: (any number, B * H) threadgroups of two pairs of SIMD groups. The even one of a pair does
 //   keys, the odd one values, as in quantize_pack.metal.
 // Limits: head sizes as quantize_pack. fp32 arithmetic, rounded once.
-constexpr int PAIRS = 2;  // fused.py knows
+constexpr int PAIRS = 2;  // as in mlx_kvq/ops/gpu
 
 const uint lane = thread_index_in_simdgroup;
 const int length = info[kvq::LENGTH];

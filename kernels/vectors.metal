@@ -7,26 +7,26 @@
 namespace kvq {
 
 template <int D, int ROTATION, bool CALIBRATED>
-inline const device float* factors_of(const device float* table, int head) {
+INLINE const device float* factors_of(const device float* table, int head) {
   constexpr int FIRST = channel_factors(D, ROTATION);
   return table + FIRST + (CALIBRATED ? head * 3 * D : 0);
 }
 
 // The values' table follows the keys', of H heads, in one array.
 template <int D, int ROTATION, bool CALIBRATED>
-inline const device float* values_table(const device float* tables, int H) {
+INLINE const device float* values_table(const device float* tables, int H) {
   constexpr int FIRST = channel_factors(D, ROTATION);
   return tables + FIRST + (CALIBRATED ? H * 3 * D : D);
 }
 
 // Two neighbouring factors; c is even, and so is every offset in a table.
-inline float2 factor_pair(const device float* factors, int c) {
+INLINE float2 factor_pair(const device float* factors, int c) {
   return reinterpret_cast<const device float2*>(factors)[c / 2];
 }
 
 // Reads a lane's channels of a vector of any type and stride, placed as before the rotation.
 template <int D, int ROTATION, typename T>
-inline void read_points(thread float2* z, const device T* x, int64_t stride, uint lane) {
+INLINE void read_points(thread float2* z, const device T* x, int64_t stride, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
   x += first_channel<D, ROTATION>(lane) * stride;
   if (stride == 1) {  // the offsets are constants
@@ -52,35 +52,51 @@ struct lane_factors {
   float2 mu[points_of(D)];  // -mu * before in `rotate_points`, mu on the way back
 };
 
-template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, bool SCALED>
-inline void read_factors(
-    thread lane_factors<D>& f, const device float* table, int head, uint lane) {
+template <int D, int ROTATION, bool CENTRED>
+INLINE void read_before(thread lane_factors<D>& f, const device float* factors, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
-  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
   const int first = first_channel<D, ROTATION>(lane);
-  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
     f.before[a] = factor_pair(factors, first + a * STEP);
-    if (SCALED) f.after[a] = factor_pair(factors + D, rotated + 2 * a);
     if (CENTRED) {
       const float2 mu = factor_pair(factors + 2 * D, first + a * STEP);
       f.mu[a] = float2(-mu.x * f.before[a].x, -mu.y * f.before[a].y);
     }
   }
 }
+template <int D, int ROTATION>
+INLINE void read_after(thread lane_factors<D>& f, const device float* factors, uint lane) {
+  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  UNROLL for (int a = 0; a < points_of(D); a++) {
+    f.after[a] = factor_pair(factors + D, rotated + 2 * a);
+  }
+}
+
+// Before a loop over vectors, as `read_table`.
+template <int D, int ROTATION, bool CENTRED, bool SCALED>
+INLINE void read_factors(thread lane_factors<D>& f, const device float* factors, uint lane) {
+  if (HOLD_TABLES != 0) {
+    read_before<D, ROTATION, CENTRED>(f, factors, lane);
+    if (SCALED) read_after<D, ROTATION>(f, factors, lane);
+  }
+}
 
 // z -> after * R((z - mu) * before), placed as after the rotation. Without mu unless CENTRED,
 // without `after` unless SCALED. SWAPS: `swap` is threadgroup memory for `rotate_swapping`.
 template <int D, int ROTATION, bool CENTRED, bool SCALED, bool SWAPS>
-inline void rotate_points(
+INLINE void rotate_points(
     thread float2* z,
     const thread lane_factors<D>& f,
     const thread lane_table<D>& w,
     const device float* table,
+    const device float* factors,
     threadgroup float2* swap,
     uint lane) {
+  lane_factors<D> own;
+  if (HOLD_TABLES == 0) read_before<D, ROTATION, CENTRED>(own, factors, lane);
+  const thread lane_factors<D>& g = HOLD_TABLES != 0 ? f : own;
   UNROLL for (int a = 0; a < points_of(D); a++) {
-    const float2 b = f.before[a], c = CENTRED ? f.mu[a] : float2(0.0f, 0.0f);
+    const float2 b = g.before[a], c = CENTRED ? g.mu[a] : float2(0.0f, 0.0f);
     z[a] = float2(fma(z[a].x, b.x, c.x), fma(z[a].y, b.y, c.y));
   }
   if (SWAPS) {
@@ -89,15 +105,16 @@ inline void rotate_points(
     rotate<D, ROTATION>(z, w, table, lane);
   }
   if (SCALED) {
+    if (HOLD_TABLES == 0) read_after<D, ROTATION>(own, factors, lane);
     UNROLL for (int a = 0; a < points_of(D); a++) {
-      z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
+      z[a] = float2(z[a].x * g.after[a].x, z[a].y * g.after[a].y);
     }
   }
 }
 
 // Reads a query and rotates it; zeros if not `valid`.
 template <int D, int ROTATION, bool CALIBRATED, typename T>
-inline void rotate_vector(
+INLINE void rotate_vector(
     thread float2* z,
     const device T* x,
     int64_t stride,
@@ -112,8 +129,9 @@ inline void rotate_vector(
     read_points<D, ROTATION>(z, x, stride, lane);
   }
   read_table<D, ROTATION>(w, table, lane);
-  read_factors<D, ROTATION, CALIBRATED, false, CALIBRATED>(f, table, head, lane);
-  rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, nullptr, lane);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  read_factors<D, ROTATION, false, CALIBRATED>(f, factors, lane);
+  rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, factors, nullptr, lane);
 }
 
 // Place of a lane's vector: vector v of the SIMD group is row first + v of [B, H, L].
@@ -125,7 +143,7 @@ struct vector_place {
 };
 
 template <int D>
-inline vector_place place_of(
+INLINE vector_place place_of(
     int first, int count, int H, int L, int64_t by_batch, int64_t by_head, int64_t by_token,
     uint lane) {
   vector_place at;
@@ -143,11 +161,11 @@ constexpr float log2_e() {
 
 // Logits are in units of log 2; m is their maximum, l the sum of exp2(logit - m). Returns the factor
 // of the sums and the probability of the keys (less than 1 beside a sink).
-inline float2 normalise(float m, float l) {
+INLINE float2 normalise(float m, float l) {
   // A query that may attend to nothing has l = 0 and gets 0; a NaN stays one.
   return l == 0.0f ? float2(0.0f, 0.0f) : float2(1.0f / l, 1.0f);
 }
-inline float2 normalise_with_sink(float m, float l, float sink) {
+INLINE float2 normalise_with_sink(float m, float l, float sink) {
   const float top = max(m, sink);
   const float f = fast::exp2(m - top);
   const float total = l * f + fast::exp2(sink - top);
@@ -156,7 +174,7 @@ inline float2 normalise_with_sink(float m, float l, float sink) {
 
 // Maximum and total of query row r from those of NSG SIMD groups, 8 rows each.
 template <int NSG>
-inline float2 join_statistics(
+INLINE float2 join_statistics(
     const threadgroup float* maxima, const threadgroup float* totals, int r) {
   float top = maxima[r];
   for (int g = 1; g < NSG; g++) top = max(top, maxima[8 * g + r]);
@@ -169,7 +187,7 @@ inline float2 join_statistics(
 
 // q . mu: the centre lowers every key's logit by it, but not a sink's.
 template <int D, typename T>
-inline float centre_logit(const device T* q, int64_t stride, const device float* factors, uint lane) {
+INLINE float centre_logit(const device T* q, int64_t stride, const device float* factors, uint lane) {
   float dot = 0.0f;
   for (int c = int(lane); c < D; c += 32) {
     dot += float(q[c * stride]) * factors[2 * D + c];
@@ -180,7 +198,7 @@ inline float centre_logit(const device T* q, int64_t stride, const device float*
 // One row of attention's output: out = R^T(sums * normal.x / lambda) * sigma + mu * normal.y.
 // All lanes of a SIMD group call it; lanes that repeat another lane's work do not `write`.
 template <int D, int ROTATION, bool CALIBRATED, typename T, typename P>
-inline void finish_row(
+INLINE void finish_row(
     device T* out,
     P sums,
     int64_t stride,
@@ -227,7 +245,7 @@ inline void finish_row(
 template <
     int KD, int VD, int ROTATION, bool K_CALIBRATED, bool K_CENTRED, bool V_CALIBRATED, bool SINKS,
     typename T, typename P>
-inline void finish_query(
+INLINE void finish_query(
     device T* out,
     P sums,
     float2 statistics,
@@ -255,7 +273,7 @@ inline void finish_query(
 
 // Writes a lane's rotated channels of one vector.
 template <int D, int ROTATION, typename T>
-inline void write_points(device T* out, const thread float2* z, uint lane) {
+INLINE void write_points(device T* out, const thread float2* z, uint lane) {
   out += 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   if (points_of(D) % 4 == 0) {
     UNROLL for (int i = 0; i < points_of(D) / 4; i++) {

@@ -114,9 +114,9 @@ def assert_attends(q, rows, length, fmt, **arguments):
 
 
 # ---- rotation ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide, hold", [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("D", [32, 40, 64, 72, 80, 112, 128, 144, 192, 256])
-def test_fft_in_a_simd_group(emulator, D, wide):
+def test_fft_in_a_simd_group(emulator, D, wide, hold):
     """One vector each way, against the matrix in float64."""
     body = """
       const uint lane = thread_index_in_simdgroup;
@@ -139,7 +139,7 @@ def test_fft_in_a_simd_group(emulator, D, wide):
         }
       }
     """
-    header = f"enum : int {{ WIDE = {int(wide)} }};\n"
+    header = f"enum : int {{ WIDE = {int(wide)}, HOLD_TABLES = {int(hold)} }};\n"
     header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
     kernel = mx.fast.metal_kernel(
         name="fft", input_names=["x", "table"], output_names=["y"], source=body, header=header
@@ -158,7 +158,8 @@ def test_fft_in_a_simd_group(emulator, D, wide):
         assert np.abs(np.array(got) - want).max() < 1e-6 * tables.stretch("srft", D)
 
 
-def test_fft_by_swapping(emulator):
+@pytest.mark.parametrize("hold", [False, True])
+def test_fft_by_swapping(emulator, hold):
     """Four vectors of a SIMD group, whose lanes are as many as a lane's points."""
     body = """
       const uint lane = thread_index_in_simdgroup;
@@ -178,7 +179,7 @@ def test_fft_by_swapping(emulator):
         y[c + 1] = z[a].y;
       }
     """
-    header = "enum : int { WIDE = 0 };\n"
+    header = f"enum : int {{ WIDE = 0, HOLD_TABLES = {int(hold)} }};\n"
     header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
     kernel = mx.fast.metal_kernel(
         name="swap", input_names=["x", "table"], output_names=["y"], source=body, header=header
@@ -283,6 +284,29 @@ def test_attend(emulator, launches, spec, Dk, Dv, what):
     parts = assert_attends(q, rows, 150, fmt, mask="causal")
     assert emulator.counters[-1].kernel.startswith("custom_kernel_kvq_combine")
     assert np.abs(whole - parts).max() <= TOLERANCE[dtype] * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+def test_what_cuda_holds_in_registers(emulator, launches, spec, Dk, Dv, what):
+    """The same results as by the choices for Metal, on which all other tests run."""
+    fmt = format_of(spec, Dk, Dv, what)
+    lay = fmt.layout
+    k, v = normal(1, 2, 60, Dk, seed=1), normal(1, 2, 60, Dv, seed=2)
+    q, tail = transposed(1, 4, 2, Dk), normal(1, 2, 20, Dk + Dv, seed=3)
+    tables = "hold_tables", "hold_queries", "prefetch"
+
+    def results(hold):
+        launches(single=0, **dict.fromkeys(tables, hold))
+        jit.kernel.cache_clear()
+        rows, kept = fused.quantize_pack_tail(k, v, fmt, None, 20)
+        assert rows.shape == (1, 2, 60, lay.words)
+        out = fused.attend(q, rows, 60, fmt, Dk**-0.5, "causal")
+        with_tail = fused.attend(q, rows, 60, fmt, Dk**-0.5, "causal", tail=tail)
+        return [rows, kept, out, with_tail, *fused.restore(rows, 60, fmt, mx.float32)]
+
+    for a, b in zip(results(True), results(False), strict=True):
+        exact = a.dtype == mx.uint32
+        assert mx.allclose(a, b, rtol=0, atol=0 if exact else 2e-6 * mx.abs(b).max().item()).item()
 
 
 @pytest.mark.parametrize("gqa", [1, 2, 4, 6, 8, 16])

@@ -112,8 +112,15 @@ def kernel(machine: str, name: str, constants: Constants):
             body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
         if _OPTIONAL[n] in ("TAIL", "HOLDS", "CHUNK"):
             body += f"const int {n}_shape[4] = {{0, 0, 0, 0}};\n"
-    # How many lanes of a SIMD group share a vector (kernels/rotate.metal).
-    lanes = f"enum : int {{ WIDE = {int(name.startswith(('attend', 'combine')))} }};\n"
+    # Choices that kernels read: how many lanes share a vector, and what stays in registers.
+    wide, tuning = name.startswith(("attend", "combine")), TUNING[machine]
+    choices = {
+        "WIDE": wide,
+        "HOLD_TABLES": wide or tuning.hold_tables,
+        "HOLD_QUERIES": tuning.hold_queries,
+        "PREFETCH": tuning.prefetch,
+    }
+    lanes = f"enum : int {{ {', '.join(f'{k} = {int(v)}' for k, v in choices.items())} }};\n"
     lanes += arguments.enumeration(name)
     if machine == "metal":
         header = lanes + "".join(_source(h) for h in ("machine", *headers))

@@ -31,6 +31,12 @@ class Tuning:
             is in memory at once: the arrays of a chunk's attention, of every layer.
         replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
             replayed.
+        hold_tables (bool): A SIMD group keeps twiddles and channel factors in registers while it
+            packs or restores vectors; otherwise it reads them again for each set.
+        hold_queries (bool): attend keeps the queries' operands and offsets in registers, otherwise
+            in threadgroup memory.
+        prefetch (bool): attend loads its next tile, and an exact token's value, into registers
+            ahead of their use.
     """
 
     keys: int
@@ -48,6 +54,9 @@ class Tuning:
     restore_threadgroups: int = 512
     ahead: int = 0
     replay: bool = False
+    hold_tables: bool = False
+    hold_queries: bool = False
+    prefetch: bool = False
 
     def when(self, parallel: int, lay: RowLayout) -> "Tuning":
         """The launch sizes for so many threadgroups of one split."""
@@ -78,6 +87,9 @@ TUNING = {
         pack_threadgroups=528,
         ahead=3,
         replay=True,
+        hold_tables=True,
+        hold_queries=True,
+        prefetch=True,
     ),
 }
 
@@ -87,7 +99,9 @@ def _memory(lay: RowLayout, keys: int, simd_groups: int) -> int:
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
     sums = 64 * units * (16 // lay.v_bits)
     words = max(simd_groups * keys * lay.words, simd_groups // 2 * sums, 8 * lay.v_dim)
-    return 4 * (words + 3) + 16 * lay.k_dim + 32 + 64 * simd_groups
+    operands = -(-lay.k_words // 4) * (16 // lay.k_bits)
+    offsets = lay.k_dim // lay.k_group  # not there if a kernel keeps them in registers
+    return 4 * (words + 3) + 16 * (8 * operands + 1) + 32 * offsets + 32 + 64 * simd_groups
 
 
 def attend_shape(lay: RowLayout, tuning: Tuning) -> tuple[int, int]:
