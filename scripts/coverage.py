@@ -3,7 +3,7 @@
 PYTHONPATH=. python scripts/coverage.py [--check]
 
 ``--check`` writes nothing and fails if the table is another; so does, family by family,
-``tests/test_families.py``, but for the errors, which depend on the machine.
+``tests/model/test_families.py``, but for the errors, which depend on the machine.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mlx_kvq.model.report import layer_ranges
-from tests.families import LAYERS, Coverage, examine, families
-from tests.family_settings import NO_BATCH, NOT_TRIED
+from tests.support.families import LAYERS, Coverage, examine, families
+from tests.support.family_settings import NO_BATCH, NOT_TRIED
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 HEAD = """\

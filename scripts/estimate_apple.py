@@ -40,7 +40,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.ops import plain
 from mlx_kvq.ops.gpu import fused
 from tests.emulator import Counters, arithmetic, emulated, run, toolchain
-from tests.test_emulator_mlx_kernels import mlx_source
+from tests.emulator.test_emulator_mlx_kernels import mlx_source
 
 # cycles in the four main pipelines, and in the one for the rest (metal-benchmarks, "Instruction
 # Throughputs" and "ALU Layout"). A class that is not here is free: modifiers, and conversions

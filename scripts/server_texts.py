@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.float32 import MODELS, NAMES, write_float32
-from tests.test_server import REQUESTS, Server, most_at_once, requests
+from tests.commands.test_server import REQUESTS, Server, most_at_once, requests
+from tests.support.float32 import MODELS, NAMES, write_float32
 
 
 def texts(folder: Path, spec: str, everyone: list, callers: int) -> list[dict]:
