@@ -5,7 +5,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
-from scripts import coverage
+from tests.support import coverage
 from tests.support.families import _module, build, error, examine, families, logits
 from tests.support.family_settings import INEXACT, NO_BATCH, NOT_TRIED, REFUSED
 
@@ -42,7 +42,7 @@ def test_says_why_not(name):
 def documents(name, found):
     """The row in docs/coverage.md, but for the two errors, which depend on the machine."""
     row, made = coverage.documented()[name], coverage.cells(name, found)
-    assert row[:3] + row[5:] == made[:3] + made[5:], "run scripts/coverage.py"
+    assert row[:3] + row[5:] == made[:3] + made[5:], "run python -m tests.support.coverage"
 
 
 def test_the_table_names_every_family():

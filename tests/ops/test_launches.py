@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts import count_launches as count
+from tests.support import launches as count
 
 MODELS = list(count.MODELS)
 QWEN, GEMMA, SLIDING = MODELS

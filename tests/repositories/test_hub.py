@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from mlx_kvq.repositories.repository import FILE
-from tests.commands.test_server import Server
 from tests.support.converted import MODELS, write
 from tests.support.hub_server import Hub
+from tests.support.server import BIN, Server
 
-BIN = Path(sys.executable).parent
 QWEN = MODELS / "tiny-qwen2-8bit"
 LINE = (
     "[mlx_kvq] int4-srft: packed 4 of 4 layers, 4.50 bits per value, 3.56x smaller than fp16, "

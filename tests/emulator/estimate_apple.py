@@ -1,9 +1,9 @@
 """An ESTIMATE of the kernels' time on Apple GPUs, where nothing has been measured yet.
 
-    python -m scripts.estimate_apple            # the tables of docs/performance.md, a minute
-    python -m scripts.estimate_apple --sweep    # numbers of splits, and where the cycles go
+    python -m tests.emulator.estimate_apple            # the tables of docs/performance.md, a minute
+    python -m tests.emulator.estimate_apple --sweep    # numbers of splits, and where the cycles go
 
-The emulator (tests/emulator) runs the Metal kernels and counts what their threads do; MLX's own
+The emulator runs the Metal kernels and counts what their threads do; MLX's own
 attention, from the headers in its wheel, is run and counted likewise. Counts become time by the
 instruction throughputs that philipturner/metal-benchmarks measured on M1:
 
@@ -20,7 +20,7 @@ instruction throughputs that philipturner/metal-benchmarks measured on M1:
 
 - A load or store is one instruction for 8 bytes of device memory, or 4 of threadgroup memory.
 
-Not in it: the price of a launch (about the same number of them, scripts/count_launches.py), caches,
+Not in it: the price of a launch (about the same number of them, tests.support.launches), caches,
 threadgroup memory but for its instructions, spilled registers, address arithmetic beyond one
 instruction each, and what newer chips do better than M1. An error of a factor of two is to be
 expected; the ratio of two kernels under the same model is worth more than either.
@@ -40,7 +40,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.ops import plain
 from mlx_kvq.ops.gpu import fused
 from tests.emulator import Counters, arithmetic, emulated, run, toolchain
-from tests.emulator.test_emulator_mlx_kernels import mlx_source
+from tests.emulator.mlx_kernels import mlx_source
 
 # cycles in the four main pipelines, and in the one for the rest (metal-benchmarks, "Instruction
 # Throughputs" and "ALU Layout"). A class that is not here is free: modifiers, and conversions

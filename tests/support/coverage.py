@@ -1,6 +1,6 @@
 """Writes docs/coverage.md: what int4 packs in every family of mlx-lm, on tiny random models.
 
-PYTHONPATH=. python scripts/coverage.py [--check]
+    python -m tests.support.coverage [--check]
 
 ``--check`` writes nothing and fails if the table is another; so does, family by family,
 ``tests/model/test_families.py``, but for the errors, which depend on the machine.
@@ -17,14 +17,14 @@ from mlx_kvq.model.report import layer_ranges
 from tests.support.families import LAYERS, Coverage, examine, families
 from tests.support.family_settings import NO_BATCH, NOT_TRIED
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 HEAD = """\
 # Model families of mlx-lm {version}
 
-Written by `scripts/coverage.py`: every model class of `mlx_lm.models` (a family's name is its
-`model_type`), built small ({layers} layers) with random weights and run in fp32 on CPU through a
-prompt, a second chunk and single tokens, past the sliding windows, then in a batch of three
-prompts of different lengths.
+Written by `python -m tests.support.coverage`: every model class of `mlx_lm.models` (a family's
+name is its `model_type`), built small ({layers} layers) with random weights and run in fp32 on CPU
+through a prompt, a second chunk and single tokens, past the sliding windows, then in a batch of
+three prompts of different lengths.
 
 - *caches*: what mlx-lm makes for the family; `KVCache` grows, `RotatingKVCache` is a sliding
   window, both are packed. A `CacheList` is packed where its parts are.
@@ -94,7 +94,7 @@ def main() -> None:
         TARGET.parent.mkdir(exist_ok=True)
         TARGET.write_text(made)
     elif made != TARGET.read_text():
-        sys.exit(f"docs/{TARGET.name} is not what scripts/coverage.py writes: run it")
+        sys.exit(f"docs/{TARGET.name} is not what python -m tests.support.coverage writes: run it")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kernels that one decode step evaluates per layer on Metal, from the traced graph.
 
-    python scripts/count_launches.py            # the tables of docs/performance.md
+    python -m tests.support.launches            # the tables of docs/performance.md
 
 No GPU is needed: MLX records the calls of Metal kernels on any system while a function is traced
 by ``mx.export_function``. What counts is a primitive that runs a kernel; one that only describes

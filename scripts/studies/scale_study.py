@@ -3,7 +3,8 @@
 Variants of ``mlx_kvq.ops.plain`` write the rows, the package reads them. Prints the KL of each and
 its ratio to the first, with the standard error of the windows' paired differences:
 
-    python scripts/scale_study.py --model tiny-qwen2 --text novel.txt --calibration c.safetensors
+    python scripts/studies/scale_study.py --model tiny-qwen2 --text novel.txt \\
+        --calibration c.safetensors
 """
 
 import argparse

@@ -2,28 +2,25 @@
 
 import json
 import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from mlx_kvq.measure.shapes import SHAPES
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a script by name; ``run`` is its main with these arguments."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    """Imports a script by name; its ``main`` gets these arguments."""
 
     def load(name: str, *arguments: str):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        return __import__(name)
+        return import_module(name)
 
     return load
 
 
 def test_a_run_keeps_its_rows_and_they_become_tables(script, tmp_path, monkeypatch, capsys):
-    from mlx_kvq.measure.shapes import SHAPES
-
     monkeypatch.setitem(SHAPES, "tiny", None)  # taken out again
     bench = script("bench_gpu", str(tmp_path), "--tiny")
     with pytest.raises(SystemExit) as exit_:
@@ -63,8 +60,6 @@ def test_a_run_keeps_its_rows_and_they_become_tables(script, tmp_path, monkeypat
 
 
 def test_no_row_is_begun_without_time(script, tmp_path, monkeypatch, capsys):
-    from mlx_kvq.measure.shapes import SHAPES
-
     monkeypatch.setitem(SHAPES, "tiny", None)
     bench = script("bench_gpu", str(tmp_path), "--tiny", "--budget", "0")
     with pytest.raises(SystemExit) as exit_:

@@ -4,8 +4,9 @@ Every query sees the last ``--recent`` tokens, itself included, and the first ``
 exactly, and the others as the package writes and reads them; the keys and values of both kinds are
 kept unpacked. One line per setting, the spec alone first:
 
-    python scripts/tail_study.py --model tiny-qwen2 --text novel.txt --calibration c.safetensors \\
-        --recent 1 4 16 64 --sink 4 --other int4-srft:group_size=32 k8v4-srft:group_size=64
+    python scripts/studies/tail_study.py --model tiny-qwen2 --text novel.txt \\
+        --calibration c.safetensors --recent 1 4 16 64 --sink 4 \\
+        --other int4-srft:group_size=32 k8v4-srft:group_size=64
 """
 
 import argparse

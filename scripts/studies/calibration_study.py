@@ -5,9 +5,9 @@ what the cache remembers; all windows of a text are one batch. Figures are added
 text by text and model by model, calibrations are kept beside it, and what is there already is not
 made again:
 
-    python scripts/calibration_study.py --model tiny-qwen2 --model tiny-llama \\
+    python scripts/studies/calibration_study.py --model tiny-qwen2 --model tiny-llama \\
         --calibration-text novels.txt --text heldout.txt --text wiki.txt --json study.json
-    python scripts/calibration_study.py --json study.json --report   # the tables, in Markdown
+    python scripts/studies/calibration_study.py --json study.json --report  # tables, in Markdown
 
 ``kv4`` and ``kv8`` are mlx-lm's affine quantization on every layer, groups of 64, rounded when
 written and kept unpacked: mlx-lm itself has no such cache for sliding layers.

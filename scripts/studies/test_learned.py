@@ -1,11 +1,11 @@
 """Fitted rotations: orthogonal, better on vectors they have not seen, and reproducible."""
 
+import learned
 import mlx.core as mx
 import numpy as np
 import pytest
+from learned import Samples, choose_seed, choose_signs, errors, learn_rotation
 
-from mlx_kvq.calibration import learned
-from mlx_kvq.calibration.learned import Samples, choose_seed, choose_signs, errors, learn_rotation
 from mlx_kvq.format import levels, rotation
 from mlx_kvq.format.spec import Spec
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..format import levels, rotation
-from ..format.layout import choose_group
-from ..format.spec import Spec
+from mlx_kvq.format import levels, rotation
+from mlx_kvq.format.layout import choose_group
+from mlx_kvq.format.spec import Spec
 
 BATCH, RATE = 1024, 0.01
 ROUNDS = 3  # over all channels, when signs are chosen

@@ -1,9 +1,10 @@
-"""scripts/calibration_study.py: what is in its file is not measured again, and makes the tables."""
+"""``calibration_study``: what is in its file is not measured again, and makes the tables."""
 
 import json
 import sys
 from pathlib import Path
 
+import calibration_study
 import mlx.core as mx
 import pytest
 from mlx_lm import load
@@ -15,9 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import calibration_study
-
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["calibration_study.py", *map(str, arguments)])
         calibration_study.main()

@@ -4,7 +4,7 @@ For every rotation, with and without centring and balanced scales (μ, σ): the 
 calibration text that it was learned or chosen on, and KL and perplexity on held-out text, fed in
 chunks. `docs/quality.md` is written from its output. Usage:
 
-    python scripts/rotation_study.py --model tiny-qwen2 --outlier scale \\
+    python scripts/studies/rotation_study.py --model tiny-qwen2 --outlier scale \\
         --text novel.txt --calibration-text other-novels.txt --json study.json
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from learned import Samples, choose_signs, errors, learn_rotation
 from mlx_lm import load
 from outliers import make_outlier
 from texts import windows_of
@@ -24,7 +25,6 @@ from tqdm import tqdm
 
 from mlx_kvq.caches import seams
 from mlx_kvq.calibration.fit import balanced_scale
-from mlx_kvq.calibration.learned import Samples, choose_signs, errors, learn_rotation
 from mlx_kvq.format import rotation
 from mlx_kvq.format.feedback import whitened
 from mlx_kvq.format.format import make_format

@@ -1,8 +1,8 @@
 """How many texts of 32 concurrent requests to mlx_lm.server differ from those of the same requests
 alone; a Markdown table.
 
-PYTHONPATH=. python scripts/server_texts.py [--models NAME …] [--dtypes float32 bfloat16]
-    [--kv-cache fp16 int4-srft]
+    python -m tests.support.server_texts [--models NAME …] [--dtypes float32 bfloat16]
+        [--kv-cache fp16 int4-srft]
 """
 
 import argparse
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.commands.test_server import REQUESTS, Server, most_at_once, requests
 from tests.support.float32 import MODELS, NAMES, write_float32
+from tests.support.server import REQUESTS, Server, most_at_once, requests
 
 
 def texts(folder: Path, spec: str, everyone: list, callers: int) -> list[dict]:

@@ -1,9 +1,9 @@
-"""The arithmetic of scripts/estimate_apple.py; its counts are the emulator's."""
+"""The arithmetic of ``estimate_apple``; its counts are the emulator's."""
 
 import pytest
 
-from scripts import estimate_apple as e
 from tests.emulator import Counters
+from tests.emulator import estimate_apple as e
 
 CHIP = e.Chip("test", "g", cores=4, clock=1.0, bandwidth=100)
 

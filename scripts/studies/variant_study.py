@@ -5,7 +5,7 @@ on calibration text; λ and σ of values are the closed forms of `docs/mathemati
 in Markdown, a column for the model as it is and for each key outlier: the KL and its ratio to what
 the package does, with the standard error of the windows' paired differences.
 
-    python scripts/variant_study.py --model tiny-qwen2 --text heldout-novel.txt \\
+    python scripts/studies/variant_study.py --model tiny-qwen2 --text heldout-novel.txt \\
         --calibration-text calibration-novels.txt
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from learned import choose_seed, choose_signs
 from mlx_lm import load
 from outliers import make_outlier
 from rotation_study import collect
@@ -24,7 +25,6 @@ from tqdm import tqdm
 import mlx_kvq
 from mlx_kvq.caches import seams
 from mlx_kvq.calibration.fit import balanced_scale
-from mlx_kvq.calibration.learned import choose_seed, choose_signs
 from mlx_kvq.format import rotation
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
