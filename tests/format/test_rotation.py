@@ -125,8 +125,8 @@ def test_rotations_that_do_not_exist():
     for call in (
         lambda: rotation.real_fft(7),
         lambda: rotation.hadamard(12),
-        lambda: rotation.householder(0, 0, 5),
-        lambda: rotation.quaternion(0, 0, 6),
+        lambda: matrix("householder", 0, 0, 5),
+        lambda: matrix("quaternion", 0, 0, 6),
     ):
         with pytest.raises(ValueError, match="needs a head size that|needs an even head size"):
             call()

@@ -8,10 +8,34 @@ import pytest
 from mlx_lm import load
 
 import mlx_kvq
-from mlx_kvq.format.rotation import householder, matrix, quaternion, why_not
+from mlx_kvq.format import dense
+from mlx_kvq.format.rotation import matrix, splitmix64, why_not
+from mlx_kvq.format.spec import DENSE as NAMES
+from mlx_kvq.format.spec import Spec, names
 
 QWEN = Path(__file__).resolve().parents[2] / "examples" / "models" / "tiny-qwen2-8bit"
+
+
+def householder(seed, stream, D):
+    return dense.householder(splitmix64(seed, stream), D)
+
+
+def quaternion(seed, stream, D):
+    return dense.quaternion(splitmix64(seed, stream), D)
+
+
 DENSE = {"householder": householder, "quaternion": quaternion}
+
+
+def test_they_are_specs_that_no_list_shows():
+    assert set(NAMES) == set(DENSE)
+    for rotation in DENSE:
+        assert str(Spec.parse(f"int4-{rotation}:seed=1")) == f"int4-{rotation}:seed=1"
+        with pytest.raises(ValueError) as error:
+            Spec.parse(f"int4-{rotation}s")
+        assert not any(
+            rotation in name for name in (*names(), str(error.value).partition("Known")[2])
+        )
 
 
 @pytest.mark.parametrize("name", DENSE)
