@@ -2,8 +2,9 @@
 //
 // Layout: partial [B, Hq, L, splits * (VD + 2)] from attend_store; out [B, Hq, L, VD] in the query's
 //   dtype. info, tables and sinks as in attend.
-// Grid: one threadgroup of NSG SIMD groups per output row. SIMD groups take splits in turn; their
-//   sums meet in threadgroup memory and the first SIMD group inverts the rotation.
+// Grid: one threadgroup of NSG SIMD groups per output row. SIMD groups take splits in turn, AHEAD of
+//   them in flight; their sums are added in threadgroup memory and the first SIMD group inverts the
+//   rotation.
 // Limits: as attend.
 threadgroup float merged[NSG * VD];
 
@@ -30,33 +31,43 @@ for (int s = int(lane); s < splits; s += 32) {
 }
 total = simd_sum(total);
 
-constexpr int CHANNELS = (VD + 31) / 32;
-float sums[CHANNELS];
-UNROLL for (int i = 0; i < CHANNELS; i++) sums[i] = 0.0f;
-for (int s = group; s < splits; s += NSG) {
-  const float f = fast::exp2(row_statistics[2 * s] - top);
-  UNROLL for (int i = 0; i < CHANNELS; i++) {
-    const int c = 32 * i + int(lane);
-    sums[i] += f * (c < VD ? row_partial[int64_t(s) * VD + c] : 0.0f);
+constexpr int PAIRS = (VD / 2 + 31) / 32;  // of channels, of a lane
+float2 sums[PAIRS];
+UNROLL for (int i = 0; i < PAIRS; i++) sums[i] = float2(0.0f, 0.0f);
+for (int s = group; s < splits; s += NSG * AHEAD) {
+  float2 ahead[AHEAD][PAIRS];
+  float factors[AHEAD];
+  UNROLL for (int j = 0; j < AHEAD; j++) {
+    const int from = min(s + j * NSG, splits - 1);
+    const float f = fast::exp2(row_statistics[2 * from] - top);
+    factors[j] = s + j * NSG < splits ? f : 0.0f;
+    UNROLL for (int i = 0; i < PAIRS; i++) {
+      const int c = min(2 * (32 * i + int(lane)), VD - 2);
+      ahead[j][i] = kvq::pair_at(row_partial + int64_t(from) * VD + c);
+    }
+  }
+  UNROLL for (int j = 0; j < AHEAD; j++) {
+    UNROLL for (int i = 0; i < PAIRS; i++) {
+      sums[i] = float2(
+          sums[i].x + factors[j] * ahead[j][i].x, sums[i].y + factors[j] * ahead[j][i].y);
+    }
   }
 }
-UNROLL for (int i = 0; i < CHANNELS; i++) {
-  const int c = 32 * i + int(lane);
+UNROLL for (int i = 0; i < PAIRS; i++) {
+  const int c = 2 * (32 * i + int(lane));
   if (c < VD) {
-    merged[group * VD + c] = sums[i];
+    merged[group * VD + c] = sums[i].x;
+    merged[group * VD + c + 1] = sums[i].y;
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
+for (int c = int(thread_position_in_threadgroup.x); c < VD; c += 32 * NSG) {
+  float x = merged[c];
+  UNROLL for (int g = 1; g < NSG; g++) x += merged[g * VD + c];
+  merged[c] = x;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
 if (group == 0) {
-  UNROLL for (int i = 0; i < CHANNELS; i++) {
-    const int c = 32 * i + int(lane);
-    if (c < VD) {
-      float x = merged[c];
-      UNROLL for (int g = 1; g < NSG; g++) x += merged[g * VD + c];
-      merged[c] = x;
-    }
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
   kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
       out + int64_t(row) * VD,
       merged,

@@ -43,11 +43,14 @@ INLINE float2 read_pair(const device T* x) {
   return float2(float(x[0]), float(x[1]));
 }
 
+// Within a few units of the last place: enough for codes, which are whole numbers, and for scales,
+// which are rounded to fp16. Divisions that all backends must agree about (`code_channels`, EXACT)
+// and the softmax's, one a row, are exact ones.
 INLINE float reciprocal(float x) {
-  return 1.0f / x;
+  return fast::divide(1.0f, x);
 }
 INLINE float square_root(float x) {
-  return sqrt(x);
+  return fast::sqrt(x);
 }
 INLINE float saturated(float x) {
   return clamp(x, 0.0f, 1.0f);

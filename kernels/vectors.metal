@@ -19,9 +19,13 @@ INLINE const device float* values_table(const device float* tables, int H) {
   return tables + FIRST + (CALIBRATED ? H * 3 * D : D);
 }
 
+// Two neighbouring numbers at an address that is aligned to both.
+INLINE float2 pair_at(const device float* x) {
+  return *reinterpret_cast<const device float2*>(x);
+}
 // Two neighbouring factors; c is even, and so is every offset in a table.
 INLINE float2 factor_pair(const device float* factors, int c) {
-  return reinterpret_cast<const device float2*>(factors)[c / 2];
+  return pair_at(factors + c);
 }
 
 // Reads a lane's channels of a vector of any type and stride, placed as before the rotation.

@@ -119,6 +119,7 @@ def kernel(machine: str, name: str, constants: Constants):
         "HOLD_TABLES": wide or tuning.hold_tables,
         "HOLD_QUERIES": tuning.hold_queries,
         "PREFETCH": tuning.prefetch,
+        "AHEAD": tuning.combine_ahead,
     }
     lanes = f"enum : int {{ {', '.join(f'{k} = {int(v)}' for k, v in choices.items())} }};\n"
     lanes += arguments.enumeration(name)

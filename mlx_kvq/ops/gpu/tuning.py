@@ -21,7 +21,8 @@ class Tuning:
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
             GPU is busy anyway and ``busy_sizes`` hold: keys, SIMD groups and threadgroups; where
             values have more than 128 channels, ``busy_wide``.
-        combine_groups (int): SIMD groups of a combine threadgroup.
+        combine_groups (int): SIMD groups of a combine threadgroup, at most 16.
+        combine_ahead (int): Splits that each of them loads at once.
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
         pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
             sets of tokens.
@@ -49,6 +50,7 @@ class Tuning:
     busy_sizes: tuple[int, int, int] = (16, 8, 0)
     busy_wide: tuple[int, int, int] = (16, 8, 0)
     combine_groups: int = 4
+    combine_ahead: int = 1
     pack_pairs: int = 4
     pack_threadgroups: int = 256
     restore_threadgroups: int = 512
@@ -69,7 +71,15 @@ class Tuning:
 TUNING = {
     # Not measured: no Mac at hand; by scripts/estimate_apple.py. One split of 512 keys would leave
     # all but one core per KV head idle and take twice the time of several and a second launch.
-    "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=128, least=1),
+    "metal": Tuning(
+        keys=16,
+        simd_groups=8,
+        threadgroups=160,
+        single=128,
+        least=1,
+        combine_groups=16,
+        combine_ahead=4,
+    ),
     # H200, mlx 0.32.4, scripts/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
     # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
