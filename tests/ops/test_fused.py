@@ -548,7 +548,9 @@ def test_kernels_read_their_integers_by_name(name):
 def test_integers_by_name():
     given = arguments.integers("quantize_pack", rows=7, kept=3)
     assert given.tolist() == [3, 7] and given.dtype == mx.int32
-    assert arguments.enumeration("quantize_pack") == "namespace kvq { enum : int { KEPT, ROWS }; }\n"
+    assert (
+        arguments.enumeration("quantize_pack") == "namespace kvq { enum : int { KEPT, ROWS }; }\n"
+    )
     with pytest.raises(ValueError, match="quantize_pack takes kept, rows, not length"):
         arguments.integers("quantize_pack", kept=3, rows=7, length=1)
     with pytest.raises(KeyError, match="rows"):
