@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,36 @@ from .transform import Calibration, Transform
 
 VERSION = 1  # of the packed row; a saved cache of another version is refused
 MAX_HEAD_SIZE = 4096  # of a saved cache; models have 64 to 576
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What formats have in common that differ in the numbers of a calibration alone: what kernels
+    are compiled for. One object for all of them.
+
+    Args:
+        layout (RowLayout), rotation (str), scale (str), recent (int): Of the format.
+        heads (int, optional): KV heads that it is calibrated for.
+        feedback (bool): Whether keys are rounded with feedback.
+        keys (tuple), values (tuple): Whether there are μ, σ and λ.
+    """
+
+    layout: RowLayout
+    rotation: str
+    scale: str
+    recent: int
+    heads: int | None
+    feedback: bool
+    keys: tuple[bool, bool, bool]
+    values: tuple[bool, bool, bool]
+
+
+_kind = lru_cache(maxsize=None)(Kind)
+
+
+def _present(side: Transform) -> tuple[bool, bool, bool]:
+    c = side.calibration
+    return c.mu is not None, c.sigma is not None, c.lam is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +73,15 @@ class Format:
         sides = (self.keys.calibration, self.values.calibration)
         given = (a for c in sides for a in (c.mu, c.sigma, c.lam, c.metric) if a is not None)
         return next((a.shape[0] for a in given), None)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What kernels are compiled for."""
+        sides = _present(self.keys), _present(self.values)
+        spec = self.spec
+        return _kind(
+            self.layout, spec.rotation, spec.scale, spec.recent, self.heads, self._weighted, *sides
+        )
 
     @cached_property
     def signature(self) -> str:

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from .. import ops
 from ..caches import seams
-from ..caches.packed import HELD
+from ..caches.packed import PENDING
 from ..caches.single import PackedKVCache
 from ..format.format import make_format
 from ..format.spec import Spec
@@ -140,17 +140,17 @@ def contender(name: str, heads: Heads, dtype: mx.Dtype) -> Contender:
             return ops.quantize_pack_tail(k, v, fmt, None, recent)[0]
         if (B := k.shape[0]) not in before:
             tail = random(heads.kv, B, recent, 2 * heads.dim, dtype)
-            rows = mx.zeros((B, heads.kv, min(recent, HELD), fmt.layout.words), mx.uint32)
+            rows = mx.zeros((B, heads.kv, min(recent, PENDING), fmt.layout.words), mx.uint32)
             mx.eval(tail, rows)
             before[B] = tail, rows
         tail, rows = before[B]
-        held = rows if rows.shape[2] > 1 else None
-        return ops.quantize_pack_tail(k, v, fmt, tail, recent, held)
+        pending = rows if rows.shape[2] > 1 else None
+        return ops.quantize_pack_tail(k, v, fmt, tail, recent, pending)
 
     def unpack(held, after):
         rows = held.cache.rows
         rows = mx.depends(rows, after) if after else rows
-        return list(ops.restore(rows, held.keys.shape[2], fmt, dtype))
+        return list(ops.restore(ops.Packed(rows, held.keys.shape[2], fmt), dtype))
 
     return Contender(dtype, lambda: PackedKVCache(fmt), pack, unpack)
 

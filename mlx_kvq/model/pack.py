@@ -65,6 +65,6 @@ def _pack(cache, template, layer: int):
             held = [a[..., : cache.offset, :] for a in (cache.keys, cache.values)]
         size = packed.tail_after_prompt()
         k, v = (a[..., -size:, :] for a in held)
-        packed.tail = ops.quantize_pack_tail(k, v, fmt, None, size)[1]
-        packed.exact = [k.shape[2]]
+        packed.newest.array = ops.quantize_pack_tail(k, v, fmt, None, size)[1]
+        packed.newest.got(size, [k.shape[2]])
     return packed
