@@ -187,7 +187,7 @@ class PackedBatchKVCache(PackedBatch):
         if L == 0:
             return self._nothing(keys)
         rows, more = self._pack(keys, values, prev)
-        self.stored.append(rows, prev, L)
+        self.stored.append(rows, prev, L, self.step)
         self._idx += L
         self._add(L)
         return self._updated(L, more, self.offset)

@@ -57,7 +57,7 @@ class PackedBatchRotatingKVCache(PackedBatch):
         return super()._in_place(L) and self._lengths is None
 
     def _update_in_place(self, new: mx.array) -> None:
-        if self.stored.grow_to(self._offset, self.max_size, new):
+        if self.stored.grow_to(self._offset, self.max_size, new, self.step):
             self._idx = self._offset
         if (extra := self.stored.filled().shape[2] - self.max_size) > 0:
             self._drop_front(extra)

@@ -11,7 +11,7 @@ from .. import ops
 from ..format.format import Format, parse_signature
 from . import attention
 from .attention import DECODE_QUERIES
-from .rows import PENDING, STEP, Rows
+from .rows import PENDING, Rows
 from .tail import Tail
 from .view import PackedView
 
@@ -58,7 +58,7 @@ class PackedCache(_BaseCache, ABC):
         model (str): Identity of the model it was made for, if known.
     """
 
-    step = STEP
+    step = 256  # rows by which it grows, as in mlx-lm
     alone = False
     reading = 0
     _prompted = False  # whether the last update was a chunk of a prompt
@@ -153,7 +153,7 @@ class PackedCache(_BaseCache, ABC):
         if tail.dtype != ops.tail_dtype(keys.dtype):
             return False
         recent = self.format.spec.recent
-        rows.pending, self.newest.array = ops.quantize_pack_tail(
+        rows.pending, self.newest.array = ops.quantize_pack(
             keys, values, self.format, tail, recent, rows.pending
         )
         rows.count += 1
@@ -172,24 +172,25 @@ class PackedCache(_BaseCache, ABC):
         self._prompted = L > DECODE_QUERIES or self.reading > 0
         self._dtype = _NAMES.get(keys.dtype, self._dtype)
         if not fmt.recent:
-            return ops.quantize_pack(keys, values, fmt), {}  # which checks them
+            return ops.quantize_pack(keys, values, fmt)[0], {}  # which checks them
         if tail.array is not None and tail.array.dtype != (dtype := ops.tail_dtype(keys.dtype)):
             tail.array = tail.array.astype(dtype)
         old, new = tail.array, self._counts(L)
         before = fmt.recent if old is None else tail.size
         pending, capacity = self._pending(keys), None
         if pending is None and tokens is not None:
-            capacity = self.stored.growth(tokens, L)
+            capacity = self.stored.growth(tokens, L, self.step)
         size = self._tail_size(L)
         if old is not None:
             size = min(size, before + L)
         made = size if self._lengths is None else before + L
-        rows, tail.array = ops.quantize_pack_tail(keys, values, fmt, old, made, pending, capacity)
+        rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, pending, capacity)
+        tail.array = all_new
         if self._lengths is not None:
             tail.without_padding(L, size, new)
         if not self._prompted or self.as_arrays:
             tail.got(size, new)
-            return rows, {"tail": tail.array}
+            return rows, {"tail": all_new}
         places = self._places(new)
         tail.got(size, new)
         return rows, {"tail": old, "chunk": (keys, values), "places": places}
@@ -365,8 +366,8 @@ class PackedCache(_BaseCache, ABC):
             )
         self.newest = tail = Tail(self.format)
         # Files of version 0.1.0 do not say what was read how.
-        counts, (tail.array, *_) = (more[:2], more[2:]) if len(more) > 1 else ([], [*more, None])
-        tail.prompt, tail.exact = counts or ([], [])
+        more = [*more, None] if len(more) > 1 else [[], [], *more, None]
+        tail.prompt, tail.exact, tail.array = more[:3]
         # Whoever loads a file says what is wrong with its numbers.
         known = not isinstance(getattr(self, "offset", 0), str | float)
         held = rows if rows is not None and self._length() > 0 else None

@@ -58,7 +58,7 @@ class PackedRotatingKVCache(PackedCache):
         self.rows, self._idx = rows, rows.shape[2]
 
     def _update_in_place(self, new: mx.array) -> None:
-        if self.stored.grow_to(self.offset, self.max_size, new):
+        if self.stored.grow_to(self.offset, self.max_size, new, self.step):
             self._idx = self.offset
         trim_size = self.stored.filled().shape[2] - self.max_size
         if trim_size > 0:

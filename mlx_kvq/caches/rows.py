@@ -3,7 +3,6 @@
 import mlx.core as mx
 
 PENDING = 16  # rows that wait to be written
-STEP = 256  # rows by which an array grows, as in mlx-lm
 
 
 class Rows:
@@ -66,20 +65,21 @@ class Rows:
         """Whether L rows after ``tokens`` do not fit."""
         return self.array is None or tokens + L > self.array.shape[2]
 
-    def growth(self, tokens: int, L: int) -> int | None:
+    def growth(self, tokens: int, L: int, step: int) -> int | None:
         """Rows by which the array grows for L more, if new ones can be made with them."""
-        return _step_for(L) if self.is_full(tokens, L) and self._end(tokens) == tokens else None
+        grows = self.is_full(tokens, L) and self._end(tokens, step) == tokens
+        return _rounded(L, step) if grows else None
 
-    def _end(self, tokens: int) -> int:
+    def _end(self, tokens: int, step: int) -> int:
         """Where an array grows that holds so many tokens, as in mlx-lm."""
-        return tokens if self.array is None or tokens % STEP else self.array.shape[2]
+        return tokens if self.array is None or tokens % step else self.array.shape[2]
 
-    def append(self, new: mx.array, tokens: int, L: int) -> None:
+    def append(self, new: mx.array, tokens: int, L: int, step: int) -> None:
         """Write L rows after ``tokens``, in an array that grows in steps; ``new`` may be a step."""
         if self.is_full(tokens, L):
-            step, rows, end = _step_for(L), self.whole(), self._end(tokens)
-            whole = new.shape[2] == step and end == tokens
-            grown = new if whole else zeros(new, step)
+            rows, end, more = self.whole(), self._end(tokens, step), _rounded(L, step)
+            whole = new.shape[2] == more and end == tokens
+            grown = new if whole else zeros(new, more)
             if rows is not None:
                 grown = mx.concatenate([rows[..., :end, :], grown], axis=2)
             self.array, self.pending = grown, None
@@ -87,12 +87,12 @@ class Rows:
                 return
         self.write(new, tokens, L)
 
-    def grow_to(self, tokens: int, most: int, like: mx.array) -> bool:
+    def grow_to(self, tokens: int, most: int, like: mx.array, step: int) -> bool:
         """Make room for a token after ``tokens``, up to ``most`` rows; whether it had to grow."""
         rows = self.array
         if rows is not None and (tokens < rows.shape[2] or rows.shape[2] >= most):
             return False
-        grown = zeros(like, min(STEP, most - tokens))
+        grown = zeros(like, min(step, most - tokens))
         if rows is not None:
             grown = mx.concatenate([self.written(), grown], axis=2)
         self.array, self.pending = grown, None
@@ -103,8 +103,8 @@ class Rows:
         return sum(a.nbytes for a in (self.array, self.pending) if a is not None)
 
 
-def _step_for(L: int) -> int:
-    return (STEP + L - 1) // STEP * STEP
+def _rounded(L: int, step: int) -> int:
+    return (step + L - 1) // step * step
 
 
 def zeros(like: mx.array, tokens: int) -> mx.array:

@@ -29,7 +29,7 @@ class PackedKVCache(PackedCache):
             self.offset = prev + 1
             return self._fetch(self.tail)
         rows, more = self._pack(keys, values, prev)
-        self.stored.append(rows, prev, L)
+        self.stored.append(rows, prev, L, self.step)
         self.offset += L
         return self._updated(L, more)
 

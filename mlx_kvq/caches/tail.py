@@ -15,7 +15,7 @@ class Tail:
         sequences (int): Of the batch.
 
     Attributes:
-        array (mx.array, optional): [B, Hkv, R, Dk + Dv] (``ops.quantize_pack_tail``).
+        array (mx.array, optional): [B, Hkv, R, Dk + Dv] (``ops.quantize_pack``).
         prompt (list): For each sequence, its first tokens that were read as a prompt.
         exact (list): For each sequence, its newest tokens that ``array`` has as they are.
         filling (bool): Whether a sequence has fewer of these than decoding reads.

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     seed = time.time_ns() % 2**32 if args.seed is None else args.seed
     for name, value in machine().items():
         print(f"{name:10} {value}")
-    language = fused.language()
+    language = ops.language()
     if language is None:
         print("backend    reference (no GPU that MLX can use)")
         print("\nNo kernels run on this machine: packed caches work, in plain mx operations.")

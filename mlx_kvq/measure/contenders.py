@@ -135,9 +135,9 @@ def contender(name: str, heads: Heads, dtype: mx.Dtype) -> Contender:
 
     def pack(k, v):
         if not recent:
-            return ops.quantize_pack(k, v, fmt)
+            return ops.quantize_pack(k, v, fmt)[0]
         if k.shape[2] > 1:
-            return ops.quantize_pack_tail(k, v, fmt, None, recent)[0]
+            return ops.quantize_pack(k, v, fmt, None, recent)[0]
         if (B := k.shape[0]) not in before:
             tail = random(heads.kv, B, recent, 2 * heads.dim, dtype)
             rows = mx.zeros((B, heads.kv, min(recent, PENDING), fmt.layout.words), mx.uint32)
@@ -145,7 +145,7 @@ def contender(name: str, heads: Heads, dtype: mx.Dtype) -> Contender:
             before[B] = tail, rows
         tail, rows = before[B]
         pending = rows if rows.shape[2] > 1 else None
-        return ops.quantize_pack_tail(k, v, fmt, tail, recent, pending)
+        return ops.quantize_pack(k, v, fmt, tail, recent, pending)
 
     def unpack(held, after):
         rows = held.cache.rows

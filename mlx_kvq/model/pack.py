@@ -57,7 +57,7 @@ def _pack(cache, template, layer: int):
     packed.offset = cache.offset
     if cache.keys is not None:
         packed._dtype = str(cache.keys.dtype).rpartition(".")[2]
-        packed.rows = ops.quantize_pack(cache.keys, cache.values, fmt)
+        packed.rows = ops.quantize_pack(cache.keys, cache.values, fmt)[0]
     if cache.offset and fmt.recent:
         if isinstance(cache, stock.RotatingKVCache):
             held = [cache._temporal_order(a) for a in (cache.keys, cache.values)]
@@ -65,6 +65,6 @@ def _pack(cache, template, layer: int):
             held = [a[..., : cache.offset, :] for a in (cache.keys, cache.values)]
         size = packed.tail_after_prompt()
         k, v = (a[..., -size:, :] for a in held)
-        packed.newest.array = ops.quantize_pack_tail(k, v, fmt, None, size)[1]
+        packed.newest.array = ops.quantize_pack(k, v, fmt, None, size)[1]
         packed.newest.got(size, [k.shape[2]])
     return packed

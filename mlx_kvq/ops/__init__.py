@@ -16,8 +16,8 @@ import mlx.core as mx
 from ..format.format import Format
 from ..format.layout import tail_dtype
 from . import check, gpu, memo, plain, trial
-from .gpu import attention, quantize, unpack
-from .gpu.machine import ahead, language
+from .gpu import attention, machine, quantize, unpack
+from .gpu.machine import ahead
 from .gpu.sources import kernels_path
 from .memo import forget
 from .packed import CAUSAL, EVERY, Mask, Packed
@@ -39,13 +39,17 @@ __all__ = [
     "kernels_path",
     "language",
     "quantize_pack",
-    "quantize_pack_tail",
     "restore",
     "tail_dtype",
 ]
 
 _CPU = mx.Device(mx.cpu, 0)
 BACKENDS: dict[str, ModuleType] = {"gpu": gpu, "plain": plain}  # to compare them
+
+
+def language() -> str | None:
+    """``"metal"`` or ``"cuda"`` if the default device is such a GPU, else ``None``."""
+    return machine.language()
 
 
 def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
@@ -71,61 +75,44 @@ def is_reference(fmt: Format, dtype: mx.Dtype) -> bool:
     return memo.kernel(key, lambda: backend(fmt, dtype)) is plain
 
 
-def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
-    """Rotate, quantize and pack new keys and values.
+def quantize_pack(
+    k: mx.array,
+    v: mx.array,
+    fmt: Format,
+    tail: mx.array | None = None,
+    size: int = 0,
+    pending: mx.array | None = None,
+    capacity: int | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """Rotate, quantize and pack new keys and values; with ``size`` also the exact tail, rotated
+    vectors of the newest tokens.
 
     Args:
         k (mx.array): Post-RoPE keys [B, Hkv, L, Dk], fp16, bf16 or fp32.
         v (mx.array): Values [B, Hkv, L, Dv], likewise.
         fmt (Format): The layer's format.
-
-    Returns:
-        mx.array: Rows, uint32 [B, Hkv, L, W]. B, Hkv and L may be 0.
-
-    Raises:
-        ValueError: If the shapes do not fit each other or ``fmt``, or a dtype is another.
-    """
-    key = ("pack", _kind(fmt), mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype)
-    if (run := memo.launches.get(key)) is None:
-        check.check_vectors(k, v, fmt)
-        run = memo.remember(key, _pack(k, v, fmt, None, 0, None, None))
-    return run(k, v, fmt)[0]
-
-
-def quantize_pack_tail(
-    k: mx.array,
-    v: mx.array,
-    fmt: Format,
-    tail: mx.array | None,
-    size: int,
-    pending: mx.array | None = None,
-    capacity: int | None = None,
-) -> tuple[mx.array, mx.array]:
-    """:func:`quantize_pack`, and the exact tail: rotated vectors of the newest tokens.
-
-    Args:
-        k (mx.array), v (mx.array), fmt (Format): As there.
         tail (mx.array, optional): The tail before these tokens, [B, Hkv, R, Dk + Dv] in any float
             dtype, the newest token last. ``None`` where there was no token.
         size (int): Tokens of the new tail, 1 to R + L; up to L + 65536 where ``tail`` is ``None``:
-            it then begins with zeros.
+            it then begins with zeros. 0 for none, with nothing of what is next either.
         pending (mx.array, optional): Rows uint32 [B, Hkv, N, W], row contiguous, N >= L, that the
             new ones are to follow.
         capacity (int, optional): Rows to make, at least L, where none are pending: zeros follow.
 
     Returns:
-        Rows as :func:`quantize_pack`, or the last N of ``pending`` and them; and the new tail
+        Rows, uint32 [B, Hkv, L, W], or the last N of ``pending`` and them; and the new tail
         [B, Hkv, size, Dk + Dv] in :func:`tail_dtype` of the dtype of ``k``: what codes are made of,
-        λ ⊙ R((x − μ) ⊘ σ), of keys and then of values.
+        λ ⊙ R((x − μ) ⊘ σ), of keys and then of values; or ``None``. B, Hkv and L may be 0.
 
     Raises:
-        ValueError: As there, or if the tail or the pending rows are of another shape or dtype, or
-            a number is out of its range.
+        ValueError: If the shapes do not fit each other or ``fmt``, a dtype is another, or a number
+            is out of its range.
     """
     key = (
-        "pack", _kind(fmt), mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype, size,
+        "pack", _kind(fmt), mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype,
+        size, type(size), capacity, type(capacity),
         None if tail is None else (tail.shape, tail.dtype),
-        None if pending is None else pending.shape, capacity,
+        None if pending is None else (pending.shape, pending.dtype),
     )  # fmt: skip
     if (run := memo.launches.get(key)) is None:
         check.check_pack(k, v, fmt, tail, size, pending, capacity)
@@ -164,7 +151,8 @@ def attend(
     tail = packed.tail
     key = (
         "attend", _kind(packed.format), mx.default_device() == _CPU, q.shape, q.dtype,
-        packed.rows.shape, packed.length, packed.ring, scale, mask.key,
+        packed.rows.shape, packed.length, type(packed.length), packed.ring, scale, type(scale),
+        mask.key,
         None if tail is None else (tail.shape, tail.dtype),
         None if sinks is None else (sinks.shape, sinks.dtype),
     )  # fmt: skip
@@ -217,7 +205,7 @@ def _pack(k, v, fmt, tail, size, pending, capacity) -> Callable:
         if trial.pack(run.launch, k, v, fmt, tail, size, pending):
             return run
 
-    def packed(k, v, fmt, tail=None, pending=None):
+    def packed(k, v, fmt, tail, pending):
         return plain.quantize_pack(k, v, fmt, tail, size, pending, capacity)
 
     return packed
@@ -239,7 +227,7 @@ def _unpacked(op: str, packed: Packed, dtype: mx.Dtype, chunk) -> tuple[mx.array
     try:
         key = (
             op, _kind(packed.format), mx.default_device() == _CPU, packed.rows.shape, packed.length,
-            dtype, None if tail is None else (tail.shape, tail.dtype),
+            type(packed.length), dtype, None if tail is None else (tail.shape, tail.dtype),
             tuple((x.shape, x.dtype) for x in chunk or ()),
         )  # fmt: skip
         run = memo.launches.get(key)

@@ -70,10 +70,11 @@ def check_mask_parts(causal, window, starts, array) -> None:
         raise ValueError(f"A mask is causal or not, got {causal!r}.")
     if window is not None:
         _check_whole("A window", window, 1)
-    if starts is not None and not (
-        isinstance(starts, mx.array) and mx.issubdtype(starts.dtype, mx.integer)
-    ):
-        _check_each("Starts", starts, 0, "sequences", mx.integer)
+    if starts is not None:
+        whole = isinstance(starts, mx.array) and mx.issubdtype(starts.dtype, mx.integer)
+        if not whole or starts.ndim != 1:
+            found = f"{starts.dtype} {starts.shape}" if isinstance(starts, mx.array) else starts
+            raise ValueError(f"Starts are one integer for each sequence, got {found}.")
     if array is None:
         return
     if not isinstance(array, mx.array):
@@ -127,8 +128,10 @@ _MOST_BEFORE = 1 << 16  # zeros that a first tail may begin with
 
 
 def check_pack(k, v, fmt, tail, size, pending, capacity) -> None:
-    """Arguments of ``quantize_pack_tail``."""
+    """Arguments of ``quantize_pack``."""
     check_vectors(k, v, fmt)
+    if size == 0 and type(size) is int and tail is pending is capacity is None:
+        return
     L = k.shape[2]
     _check_whole("A tail's number of tokens to keep", size, 1, L + _MOST_BEFORE)
     if tail is not None:

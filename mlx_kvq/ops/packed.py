@@ -18,7 +18,7 @@ class Packed:
         length (int): Rows that hold tokens, 1 to capacity.
         format (Format): The layer's format.
         tail (mx.array, optional): The newest tokens as they are, rotated, [B, Hkv, R, Dk + Dv] in a
-            float dtype (``ops.quantize_pack_tail``), the newest last.
+            float dtype (``ops.quantize_pack``), the newest last.
         ring (tuple, optional): ``(keep, idx)`` where rows are not in the order of their tokens,
             which is [:keep], [idx:length], [keep:idx].
     """

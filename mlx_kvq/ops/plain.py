@@ -37,7 +37,7 @@ def quantize_pack(
     capacity: int | None = None,
 ) -> tuple[mx.array, mx.array | None]:
     """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W], and the new tail
-    [B, H, size, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
+    [B, H, size, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack`."""
     B, H, L, _ = k.shape
     rows, y = _in_blocks(k, v, fmt, min(L, size))
     if pending is not None:

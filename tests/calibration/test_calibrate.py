@@ -24,6 +24,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import plain as reference
 from mlx_kvq.stock import identity
+from tests.support import calls
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 B, Hkv, G, D = 1, 2, 3, 16
@@ -548,8 +549,8 @@ def test_feedback_lowers_the_cost_it_is_weighted_by():
         spec = mlx_kvq.Spec.parse(f"int4-srft:group_size=8,rounding={rounding}")
         fmt = make_format(spec, D, keys=keys)
         assert (fmt.feedback is None) == (rounding == "nearest")
-        rows = reference.quantize_pack(k, k, fmt)
-        got = fmt.keys.output(reference.dequantize(rows, k.shape[2], fmt)[0])
+        rows = calls.quantize_pack(reference, k, k, fmt)
+        got = fmt.keys.output(calls.dequantize(reference, rows, k.shape[2], fmt)[0])
         e = np.array(got - k, dtype=np.float64)[0]
         cost[rounding] = np.einsum("hnd,hde,hne->", e, np.array(keys.metric), e)
     assert cost["feedback"] < 0.8 * cost["nearest"]

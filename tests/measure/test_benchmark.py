@@ -14,6 +14,7 @@ from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.commands import benchmark
 from mlx_kvq.measure import contenders, model_speed, op_speed, shapes, timing
 from mlx_kvq.measure.contenders import Heads, contender
+from tests.support import calls
 
 MODEL = "examples/models/tiny-qwen2-8bit"
 TINY = {
@@ -195,7 +196,7 @@ def test_packed_caches_are_those_of_decoding(B, T):
     assert held.keys.shape == (B, 2, T, 64) and held.cache.tail.shape[2] >= 16
     q = contenders.random(4, B, 1, 64, c.dtype)
     out = c.attend(q, held)
-    ordinary = ops.attend(
+    ordinary = calls.attend(ops,
         q, held.cache.rows, T, held.cache.format, 64**-0.5, tail=held.cache.tail,
         starts=None if B == 1 else held.cache.left_padding,
     )  # fmt: skip

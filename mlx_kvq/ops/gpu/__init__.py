@@ -5,8 +5,8 @@ numbers of heads and of splits are run-time values.
 """
 
 from .attention import attend
-from .machine import ahead, language, why_not
+from .machine import why_not
 from .quantize import quantize_pack
 from .unpack import dequantize, restore
 
-__all__ = ["ahead", "attend", "dequantize", "language", "quantize_pack", "restore", "why_not"]
+__all__ = ["attend", "dequantize", "quantize_pack", "restore", "why_not"]

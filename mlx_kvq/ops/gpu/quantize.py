@@ -83,5 +83,5 @@ def quantize_pack(
     capacity: int | None = None,
 ) -> tuple[mx.array, mx.array | None]:
     """k [B, H, L, Dk], v [B, H, L, Dv], any strides -> rows uint32 [B, H, L, W], and the new tail
-    [B, H, size, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
+    [B, H, size, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack`."""
     return prepare(k, v, fmt.kind, tail, size, pending, capacity)(k, v, fmt, tail, pending)
