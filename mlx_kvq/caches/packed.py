@@ -259,11 +259,13 @@ class PackedCache(_BaseCache, ABC):
         if chunk is not None and self.tail is not None:
             # Attention on the chunk reads neither its rows nor the new tail.
             keys, values = mx.depends([*chunk], [rows, self.tail])
-        shared = rows, self._length(), self.format, tail, self._ring(), self._dtype
-        first = PackedView(*shared, lay.k_dim, self._limit(), keys, places)
+        ring = self._ring()
+        most = 0 if ring is None else self._limit()
+        shared = rows, self._length(), self.format, tail, ring, self._dtype
+        first = PackedView(*shared, lay.k_dim, most, keys, places)
         if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
             return first, first
-        return first, PackedView(*shared, lay.v_dim, self._limit(), values, places)
+        return first, PackedView(*shared, lay.v_dim, most, values, places)
 
     def _arrays(self, tail: mx.array | None) -> tuple[mx.array, mx.array]:
         """What the views stand for, in the model's own domain. Of a prompt all comes from rows: one

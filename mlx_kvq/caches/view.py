@@ -17,7 +17,7 @@ class PackedView(ops.Packed):
             that before it.
         dtype (str): Of the model's keys and values, a name.
         dim (int): Head size.
-        max_size (int): Tokens that a rotating cache keeps; 0 of a growing one.
+        max_size (int): Tokens that a rotating cache keeps, where rows are a ring.
         chunk (mx.array, optional): The keys or values of a chunk of a prompt, which are the last
             rows; ``None`` while decoding, and for layers that read another layer's cache.
         places (tuple): Of a chunk, for each sequence, or once for all: the position of its first

@@ -9,7 +9,6 @@ A call's shapes and dtypes are checked once: what runs it is then in ``memo.laun
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import mlx.core as mx
 
@@ -108,13 +107,15 @@ def quantize_pack(
         ValueError: If the shapes do not fit each other or ``fmt``, a dtype is another, or a number
             is out of its range.
     """
+    kind = fmt.kind if isinstance(fmt, Format) else None
     key = (
-        "pack", _kind(fmt), mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype,
-        size, type(size), capacity, type(capacity),
+        "pack", kind, mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype, size, capacity,
         None if tail is None else (tail.shape, tail.dtype),
         None if pending is None else (pending.shape, pending.dtype),
     )  # fmt: skip
-    if (run := memo.launches.get(key)) is None:
+    whole = type(size) is int and (capacity is None or type(capacity) is int)
+    run = memo.launches.get(key) if whole else None
+    if run is None:
         check.check_pack(k, v, fmt, tail, size, pending, capacity)
         run = memo.remember(key, _pack(k, v, fmt, tail, size, pending, capacity))
     return run(k, v, fmt, tail, pending)
@@ -148,21 +149,17 @@ def attend(
     Raises:
         ValueError: If shapes or dtypes do not fit, or a number is out of its range.
     """
-    tail = packed.tail
+    fmt, tail, length, ring = packed.format, packed.tail, packed.length, packed.ring
+    kind = fmt.kind if isinstance(fmt, Format) else None
     key = (
-        "attend", _kind(packed.format), mx.default_device() == _CPU, q.shape, q.dtype,
-        packed.rows.shape, packed.length, type(packed.length), packed.ring, scale, type(scale),
-        mask.key,
-        None if tail is None else (tail.shape, tail.dtype),
+        "attend", kind, mx.default_device() == _CPU, q.shape, q.dtype, packed.rows.shape, scale,
+        mask.key, None if tail is None else (tail.shape, tail.dtype),
         None if sinks is None else (sinks.shape, sinks.dtype),
     )  # fmt: skip
-    try:
-        run = memo.launches.get(key)
-    except TypeError:  # a number that is none: the checks say which
-        run = None
+    found = memo.launches.get(key) if type(scale) is float else None
+    run = None if found is None or type(length) is not int else found.get((length, ring))
     if run is None:
-        check.check_attend(q, packed, scale, mask, sinks)
-        run = memo.remember(key, _attend(q, packed, scale, mask, sinks))
+        run = _attend(key, q, packed, scale, mask, sinks)
     return run(q, packed, mask, sinks)
 
 
@@ -193,11 +190,6 @@ def restore(
     return _unpacked("restore", packed, dtype, chunk)
 
 
-def _kind(fmt: Format) -> Any:
-    """Of a format; of something else what the checks refuse."""
-    return fmt.kind if isinstance(fmt, Format) else None
-
-
 def _pack(k, v, fmt, tail, size, pending, capacity) -> Callable:
     # The kernel has no rounding with feedback.
     if k.size and not fmt.kind.feedback and backend(fmt, k.dtype) is gpu:
@@ -211,22 +203,46 @@ def _pack(k, v, fmt, tail, size, pending, capacity) -> Callable:
     return packed
 
 
-def _attend(q, packed: Packed, scale: float, mask: Mask, sinks) -> Callable:
-    if not q.size:
-        shape = (*q.shape[:3], packed.format.layout.v_dim)
-        return lambda q, *_: mx.zeros(shape, q.dtype)
-    if backend(packed.format, q.dtype) is gpu:
-        run = attention.prepare(q, packed, scale, mask, sinks)
-        if trial.attend(run.launches, run.parts, q, packed, scale, mask, sinks):
-            return run
-    return lambda q, packed, mask, sinks: plain.attend(q, packed, scale, mask, sinks)
+def _attend(key: tuple, q, packed: Packed, scale: float, mask: Mask, sinks) -> Callable:
+    """What runs this length: shapes are checked once, then the length of each step."""
+    if not isinstance(scale, float) or (lengths := memo.launches.get(key)) is None:
+        check.check_attend(q, packed, scale, mask, sinks)
+        lengths = memo.remember(key, _Lengths(q, packed, scale, mask, sinks))
+    else:
+        check.check_length(packed, q.shape[2])
+    return lengths.at(q, packed, scale, mask, sinks)
+
+
+class _Lengths(dict):
+    """(length, ring) -> what runs attention, for one shape of the other arguments."""
+
+    def __init__(self, q, packed: Packed, scale: float, mask: Mask, sinks):
+        self.shape = None
+        if q.size and backend(packed.format, q.dtype) is gpu:
+            self.shape = attention.Attend(q, packed, scale, mask, sinks)
+
+    def at(self, q, packed: Packed, scale: float, mask: Mask, sinks) -> Callable:
+        def run(q, packed, mask, sinks):
+            return plain.attend(q, packed, scale, mask, sinks)
+
+        if not q.size:
+            out = (*q.shape[:3], packed.format.layout.v_dim)
+            return lambda q, *_: mx.zeros(out, q.dtype)
+        if self.shape is not None:
+            parts = self.shape.parts(packed.length)
+            if trial.attend(self.shape, parts, q, packed, scale, mask, sinks):
+                run = self.shape.at(packed.length, packed.ring, parts)
+        if len(self) >= 256:  # lengths far behind
+            self.clear()
+        self[packed.length, packed.ring] = run
+        return run
 
 
 def _unpacked(op: str, packed: Packed, dtype: mx.Dtype, chunk) -> tuple[mx.array, mx.array]:
-    tail = packed.tail
+    fmt, tail = packed.format, packed.tail
     try:
         key = (
-            op, _kind(packed.format), mx.default_device() == _CPU, packed.rows.shape, packed.length,
+            op, fmt.kind, mx.default_device() == _CPU, packed.rows.shape, packed.length,
             type(packed.length), dtype, None if tail is None else (tail.shape, tail.dtype),
             tuple((x.shape, x.dtype) for x in chunk or ()),
         )  # fmt: skip

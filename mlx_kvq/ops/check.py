@@ -146,19 +146,27 @@ def check_pack(k, v, fmt, tail, size, pending, capacity) -> None:
             )
 
 
+def check_length(packed, L: int) -> None:
+    """The length, and where a ring of ``packed`` begins for L queries."""
+    length = packed.length
+    if type(length) is not int:
+        _check_whole("A length", length, 1)
+    if not 0 < length <= packed.rows.shape[2]:
+        raise ValueError(f"Length {length} is not 1 to the capacity {packed.rows.shape[2]}.")
+    if packed.ring is not None and packed.tail is not None:
+        _check_ring(packed.ring, length, L)
+
+
 def check_rows(packed) -> None:
     """Rows, length and format of a ``Packed``."""
-    rows, length, fmt = packed.rows, packed.length, packed.format
+    rows, fmt = packed.rows, packed.format
     check_format(fmt)
     if rows.ndim != 4 or rows.shape[3] != fmt.layout.words or rows.dtype != mx.uint32:
         raise ValueError(
             f"Rows are uint32 [B, Hkv, capacity, {fmt.layout.words}] for {fmt.signature}, "
             f"got {rows.dtype} {rows.shape}."
         )
-    if type(length) is not int:
-        _check_whole("A length", length, 1)
-    if not 0 < length <= rows.shape[2]:
-        raise ValueError(f"Length {length} is not 1 to the capacity {rows.shape[2]}.")
+    check_length(packed, 1)
     _check_kv_heads(rows.shape[1], fmt)
 
 
@@ -199,8 +207,7 @@ def check_attend(q, packed, scale, mask, sinks) -> None:
         _check_each("Starts", mask.starts, B, "sequences", mx.integer)
     if packed.tail is not None:
         check_tail(packed.tail, rows.shape[:2], fmt.recent + L - 1, fmt)
-        if packed.ring is not None:
-            _check_ring(packed.ring, packed.length, L)
+    check_length(packed, L)
 
 
 def _check_ring(ring: tuple[int, int], length: int, L: int) -> None:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..format.format import Format
 from . import gpu, memo, plain
+from .gpu.attention import Attend
 from .gpu.launch import Launch
 from .packed import Mask, Packed
 
@@ -98,10 +99,10 @@ def unpack(launch: Launch, packed: Packed, dtype: mx.Dtype, chunk) -> bool:
     return works(launch.name, [launch], dtypes, run)
 
 
-def attend(
-    launches: Sequence[Launch], parts: int, q, packed: Packed, scale: float, mask: Mask, sinks
-) -> bool:
+def attend(shape: Attend, parts: int, q, packed: Packed, scale: float, mask: Mask, sinks) -> bool:
     fmt, (B, Hkv), L = packed.format, packed.rows.shape[:2], q.shape[2]
+    if parts in shape.tried:
+        return shape.tried[parts]
 
     def run(backend):
         tail = packed.tail
@@ -117,4 +118,6 @@ def attend(
         return [backend.attend(*args, min(2, parts)) if backend is gpu else backend.attend(*args)]
 
     arrays = (q, packed.tail, mask.array, mask.starts, sinks)
-    return works("attend", launches, tuple(None if a is None else a.dtype for a in arrays), run)
+    dtypes = tuple(None if a is None else a.dtype for a in arrays)
+    shape.tried[parts] = works("attend", shape.launches(parts), dtypes, run)
+    return shape.tried[parts]

@@ -227,7 +227,7 @@ class Ours:
         with emulated():  # the launch sizes of Metal
             q = mx.zeros((1, self.Hq, 1, self.D))
             rows = mx.zeros((1, self.Hkv, T, self.fmt.layout.words), mx.uint32)
-            return attention.grid(q, ops.Packed(rows, T, self.fmt), None).parts
+            return attention.grid(q, ops.Packed(rows, T, self.fmt)).parts(T, 1, None)
 
     def vectors(self, op: str, L: int) -> Work:
         """quantize_pack or dequantize of L tokens."""

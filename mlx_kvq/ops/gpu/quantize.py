@@ -21,7 +21,7 @@ def pairs(kind: Kind, L: int, tail: bool) -> int:
     return 1 if not tail and -(-L // plan(kind).pack_set) < most else most
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Pack:
     """The launch for one shape of its arguments; ``sizes`` are those of the tail and the rows."""
 
@@ -30,12 +30,13 @@ class Pack:
     sizes: mx.array | None
 
     def __call__(self, k, v, fmt: Format, tail=None, pending=None):
-        inputs = [k, v, tables.of(fmt).packs]
+        table = tables.of(fmt).packs
         if self.sizes is None:
-            return self.run(*inputs), None
-        inputs.append(self.sizes)
-        inputs += [a for a in (tail, pending) if a is not None]
-        return self.run(*inputs)
+            return self.run(k, v, table), None
+        if tail is not None and pending is not None:  # a decode step
+            return self.run(k, v, table, self.sizes, tail, pending)
+        given = [a for a in (tail, pending) if a is not None]
+        return self.run(k, v, table, self.sizes, *given)
 
 
 def prepare(

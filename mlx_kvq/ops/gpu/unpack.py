@@ -17,7 +17,7 @@ _PAIRS = 2  # of SIMD groups of a threadgroup of restore
 Chunk = tuple[mx.array, mx.array] | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Restore:
     """The launch for one shape of its arguments."""
 
