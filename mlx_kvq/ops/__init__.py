@@ -109,7 +109,8 @@ def quantize_pack(
     """
     kind = fmt.kind if isinstance(fmt, Format) else None
     key = (
-        "pack", kind, mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype, size, capacity,
+        "pack", kind, mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype,
+        size, capacity,
         None if tail is None else (tail.shape, tail.dtype),
         None if pending is None else (pending.shape, pending.dtype),
     )  # fmt: skip

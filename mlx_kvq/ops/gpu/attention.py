@@ -123,7 +123,8 @@ class Attend:
         sizes = (parts * work.groups * 32, self.Hkv * work.blocks, B), (work.groups * 32, 1, 1)
 
         def launch(kernel, constants, sizes, shapes, dtypes):
-            return Launch(self.machine, kernel, constants, *sizes, shapes, dtypes)
+            grid, threadgroup = sizes
+            return Launch(self.machine, kernel, constants, grid, threadgroup, shapes, dtypes)
 
         whole = (*constants, with_sinks)
         if parts == 1:
