@@ -370,10 +370,9 @@ class PackedCache(_BaseCache, ABC):
         # Files of version 0.1.0 do not say what was read how.
         more = [*more, None] if len(more) > 1 else [[], [], *more, None]
         tail.prompt, tail.exact, tail.array = more[:3]
-        # Whoever loads a file says what is wrong with its numbers.
-        known = not isinstance(getattr(self, "offset", 0), str | float)
-        held = rows if rows is not None and self._length() > 0 else None
-        tail.check(held, self.dtype, [max(0, p) for p in self._positions()] if known else None)
+        if not isinstance(getattr(self, "offset", 0), str | float):  # which the loader refuses
+            held = rows if rows is not None and self._length() > 0 else None
+            tail.check(held, self.dtype, [max(0, p) for p in self._positions()])
         mx.async_eval([a for a in arrays or () if a is not None])
         self._start()  # a file is read when its arrays are evaluated
 

@@ -107,9 +107,9 @@ class Tail:
         self.prompt = [self.prompt[i] for i in which]
         self.exact = [self.exact[i] for i in which]
 
-    def check(self, rows: mx.array | None, dtype: mx.Dtype, positions: list[int] | None) -> None:
+    def check(self, rows: mx.array | None, dtype: mx.Dtype, positions: list[int]) -> None:
         """Raise ValueError unless a file's numbers fit ``rows``, ``None`` without a token, of a
-        model in ``dtype``, and sequences of so many tokens, if they are known."""
+        model in ``dtype``, and sequences of so many tokens."""
         fmt, tail = self.format, self.array
         if not fmt.recent or rows is None:
             fits = tail is None
@@ -127,8 +127,6 @@ class Tail:
             raise ValueError(f"The cache's tail, {found}, is not what {fmt.signature!r} describes.")
         if tail is not None:  # version 0.1.0 kept it in the keys' dtype
             self.array = tail.astype(ops.tail_dtype(dtype))
-        if positions is None:
-            return
         for name, most in (("prompt", positions), ("exact", [self.size] * len(positions))):
             counts = getattr(self, name) or [0] * len(positions)
             setattr(self, name, counts)

@@ -148,13 +148,17 @@ def check_pack(k, v, fmt, tail, size, pending, capacity) -> None:
 
 def check_length(packed, L: int) -> None:
     """The length, and where a ring of ``packed`` begins for L queries."""
+    _check_span(packed)
+    if packed.ring is not None and packed.tail is not None:
+        _check_ring(packed.ring, packed.length, L)
+
+
+def _check_span(packed) -> None:
     length = packed.length
     if type(length) is not int:
         _check_whole("A length", length, 1)
     if not 0 < length <= packed.rows.shape[2]:
         raise ValueError(f"Length {length} is not 1 to the capacity {packed.rows.shape[2]}.")
-    if packed.ring is not None and packed.tail is not None:
-        _check_ring(packed.ring, length, L)
 
 
 def check_rows(packed) -> None:
@@ -166,7 +170,7 @@ def check_rows(packed) -> None:
             f"Rows are uint32 [B, Hkv, capacity, {fmt.layout.words}] for {fmt.signature}, "
             f"got {rows.dtype} {rows.shape}."
         )
-    check_length(packed, 1)
+    _check_span(packed)
     _check_kv_heads(rows.shape[1], fmt)
 
 

@@ -139,8 +139,8 @@ def test_dequantize(emulator, dtype, length):
     fmt = format_of("k8v4-srft:recent=9", 64, 128)
     rows, tail = packed(fmt, 2, 2, 40), tail_of(fmt, 2, 2, 12, mx.bfloat16)
     for op in ("dequantize", "restore"):
-        got = getattr(fused, op)(rows, length, fmt, dtype, tail)
-        want = getattr(reference, op)(rows, length, fmt, dtype, tail)
+        got = getattr(calls, op)(fused, rows, length, fmt, dtype, tail)
+        want = getattr(calls, op)(reference, rows, length, fmt, dtype, tail)
         for a, b in zip(got, want, strict=True):
             assert (a.dtype, a.shape) == (dtype, b.shape)
             if op == "dequantize":
