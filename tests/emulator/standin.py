@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -162,6 +163,7 @@ def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
     def stand_in(*args, **keywords):
         return metal_kernel(*args, **keywords, mode=mode, seed=seed, seen=seen)
 
+    fused: Any
     try:
         fused = importlib.import_module("mlx_kvq.ops.gpu.fused")
     except ModuleNotFoundError:

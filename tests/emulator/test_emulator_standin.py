@@ -6,6 +6,7 @@ import sys
 import types
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -43,7 +44,7 @@ def test_emulated_replaces_and_restores():
 
 
 def test_emulated_makes_the_package_believe_in_metal(monkeypatch):
-    fused = types.ModuleType("mlx_kvq.ops.gpu.fused")
+    fused: Any = types.ModuleType("mlx_kvq.ops.gpu.fused")
     fused.language = lambda: None
     fused.built = cache(lambda: mx.fast.metal_kernel)
     monkeypatch.setitem(sys.modules, "mlx_kvq.ops.gpu.fused", fused)
