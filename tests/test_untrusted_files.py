@@ -64,7 +64,7 @@ class Forged(PackedKVCache):
     @property
     def state(self):
         names = ("rows", "offset", "as_arrays", "model", "dtype", "signature", "arrays", "tail")
-        state = dict(zip(names, PackedKVCache.state.fget(self), strict=False)) | self.said
+        state = dict(zip(names, super().state, strict=False)) | self.said
         return tuple(state.values())
 
 

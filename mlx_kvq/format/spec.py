@@ -105,10 +105,12 @@ class Spec:
 
     @property
     def k_bits(self) -> int:
+        """Bits of a key's codes."""
         return BITS[self.bits][0]
 
     @property
     def v_bits(self) -> int:
+        """Bits of a value's codes."""
         return BITS[self.bits][1]
 
     def __str__(self) -> str:

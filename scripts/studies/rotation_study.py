@@ -64,7 +64,7 @@ PER_TOKEN = [
 @contextmanager
 def recorded(caches):
     """Collects (q, k, v) of every attention while the block runs, per layer."""
-    found = [([], [], []) for _ in caches]
+    found: list[tuple[list, list, list]] = [([], [], []) for _ in caches]
     last = [0]
     attention = mx.fast.scaled_dot_product_attention
 
@@ -90,7 +90,7 @@ def recorded(caches):
 
 def collect(model, windows, chunk):
     """Samples of keys and of values for every layer."""
-    parts = [([], [], []) for _ in model.layers]
+    parts: list[tuple[list, list, list]] = [([], [], []) for _ in model.layers]
     for window in windows:
         caches = own(model).make()
         with recorded(caches) as found:
@@ -105,8 +105,7 @@ def collect(model, windows, chunk):
         H, D = k.shape[0], k.shape[2]
         q = q.reshape(H, -1, D)  # the query heads of a group together
         out = layer.self_attn.o_proj.weight.reshape(-1, H, q.shape[1] // k.shape[1], D)
-        gram = sum(mx.einsum("ohd,ohe->hde", out[:, :, i], out[:, :, i]) for i in range(
-            out.shape[2]))  # fmt: skip
+        gram = mx.einsum("ohid,ohie->hde", out, out)
         centred = k - k.mean(axis=1, keepdims=True)
         square = [np.array(mx.square(a).mean(axis=1), dtype=np.float64) for a in (centred, q)]
         sigma = mx.array(balanced_scale(*square).astype(np.float32))
@@ -187,7 +186,7 @@ def study(samples, group, steps, wanted):
         for name, (start, objective, with_lambda) in learned.items():
             if wanted is not None and name not in wanted:
                 continue
-            layers = []
+            layers: list[list] = []
             for sides in tqdm(data, desc=name + suffix, leave=False):
                 layers.append([])
                 for t, s in enumerate(sides):
@@ -250,7 +249,7 @@ def main():
     args = parser.parse_args()
 
     seams.install()
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model)[:2]
     model.set_dtype(mx.float32)
     make_outlier(model, args.outlier)
     text = windows_of(tokenizer, args.text, args.windows, args.tokens)
@@ -269,7 +268,7 @@ def main():
     steps = args.windows * len(makers) * -(-args.tokens // args.chunk)
     with tqdm(total=steps, desc="text") as bar:
         scores = measure(model, makers, text, args.chunk, bar.update)
-    rows = []
+    rows: list[dict] = []
     for name in makers:
         r = summarize(name, scores[name], scores["own"], 0)
         rows.append({"name": name, "kl": r.kl.mean, "kl_windows": r.windows["kl"],

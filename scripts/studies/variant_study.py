@@ -90,6 +90,7 @@ def part(s, names, stream, spec):
     )
     R = rotation.matrix(spec.rotation, spec.seed, stream, s.mu.shape[1])
     if "signs" in names:
+        assert R is not None, "no rotation, no signs"
         s = replace(s, sigma=s.sigma * choose_signs(s, R, group=spec.group_size))
     return Calibration(s.mu, s.sigma, balanced_lambda(s, R) if "lam" in names else None)
 
@@ -130,8 +131,8 @@ def column(model, tokenizer, args):
     seeds = {0: kl[SHIPPED]} | {n: kl.pop(f"seed {n}") for n in range(1, args.seeds)}
     kl[f"the seed of {args.seeds} with the least error on calibration text"] = seeds[chosen]
     means = {n: x.mean() for n, x in seeds.items()}
-    kl["the best seed in hindsight"] = seeds[min(means, key=means.get)]
-    kl["the worst"] = seeds[max(means, key=means.get)]
+    kl["the best seed in hindsight"] = seeds[min(means, key=lambda n: means[n])]
+    kl["the worst"] = seeds[max(means, key=lambda n: means[n])]
     return kl
 
 
@@ -159,7 +160,7 @@ def main():
     seams.install()
     columns = {}
     for outlier in tqdm(args.outliers, desc=Path(args.model).name):
-        model, tokenizer = load(args.model)
+        model, tokenizer = load(args.model)[:2]
         model.set_dtype(mx.float32)
         columns[outlier] = column(make_outlier(model, outlier), tokenizer, args)
     title = Path(args.model).name

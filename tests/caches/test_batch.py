@@ -343,10 +343,10 @@ def test_a_padded_prompt_may_end_in_a_chunk_of_one_token(tokens):
         cache.finalize()
         caches.append(cache)
     singles = [[c.extract(i) for c in caches] for i in (0, 1)]
-    for a, b in singles:
-        assert a.offset == b.offset
-        kept = min(a.rows.shape[2], b.rows.shape[2], 5)
-        assert mx.array_equal(a.rows[:, :, -kept:], b.rows[:, :, -kept:])
+    for one, other in singles:
+        assert one.offset == other.offset
+        kept = min(one.rows.shape[2], other.rows.shape[2], 5)
+        assert mx.array_equal(one.rows[:, :, -kept:], other.rows[:, :, -kept:])
     assert [pair[0].offset for pair in singles] == [3, 9]
 
 

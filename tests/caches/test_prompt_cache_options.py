@@ -86,7 +86,7 @@ def test_every_option_changes_something(qwen, option):
 def test_the_metric_comes_back(qwen, tmp_path):
     """With the rounding; version 0.1.0 wrote neither and goes on with the nearest level."""
     model, _ = qwen
-    caches = mlx_kvq.make_prompt_cache(model, "int4-srft:rounding=feedback")
+    caches: list = mlx_kvq.make_prompt_cache(model, "int4-srft:rounding=feedback")
     signature, arrays = caches[0].format.signature, caches[0].format.arrays
     assert ";rounding=feedback;" in signature
     metric = arrays[6]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -152,6 +153,7 @@ def test_lambda_serves_one_rotation_and_seed(tmp_path):
         model, [some_tokens(40)], spec=Spec.parse("int4-srft:seed=3"), progress=False
     ).save(tmp_path / "c.safetensors")
     for spec in ("int4-srft:seed=3,group_size=16", "int8-srft:seed=3"):
+        cache: Any
         (cache,) = mlx_kvq.make_prompt_cache(model, spec, calibration=tmp_path / "c.safetensors")
         assert cache.format.keys.calibration.lam is not None
     with pytest.raises(ValueError, match="holds λ for srft, seed 3, but int4-srft is srft, seed 0"):
@@ -210,11 +212,12 @@ def test_the_pass_leaves_everything_as_it_was():
     model = Model(Attention())
     model.set_dtype(mx.bfloat16)
     attention = base.quantized_scaled_dot_product_attention
-    random = [a.tolist() for a in mx.random.state]
+    state: list = mx.random.state
+    random = [a.tolist() for a in state]
     calibrate_tokens(model, [some_tokens(20)], progress=False)
     assert base.quantized_scaled_dot_product_attention is attention
     assert model.embed.weight.dtype == mx.bfloat16
-    assert [a.tolist() for a in mx.random.state] == random
+    assert [a.tolist() for a in state] == random
     with pytest.raises(AttributeError):
         calibrate_tokens(model, [None], progress=False)
     assert base.quantized_scaled_dot_product_attention is attention

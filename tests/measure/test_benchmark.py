@@ -172,6 +172,7 @@ def test_batches_are_in_the_cache_of_mlx_lms_batch_generator(name):
     held = contenders.fill(c, HEADS, 3, 300)
     want, mask = decoded(BatchKVCache([0] * 3), 3, 300, c.dtype)
     assert type(held.cache) is BatchKVCache
+    assert held.cache.keys is not None
     assert [layout(x) for x in (held.keys, held.values)] == [layout(x) for x in want]
     assert held.cache.keys.shape[2] == 512
     assert held.cache.left_padding.tolist() == [0, 1, 2]

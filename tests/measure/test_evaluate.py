@@ -178,7 +178,7 @@ def test_only_a_chunk_of_logits_is_kept():
     assert mx.get_peak_memory() - before < 4 * vocabulary * T  # all logits of one cache
 
 
-SIZES = {
+SIZES: dict = {
     # Over 4 layers of 1 KV head with D = 128: keys and values, 1024 values.
     "qwen": {"own": 4 * 1024, "fp16": 2 * 1024, "kv8": 1088, "kv4": 576, "int8-srft": 1088,
              "int4-srft": 576, "int4-srft:group_size=64,recent=0": 544, "k8v4-none": 832,

@@ -80,7 +80,7 @@ class _Data:
         at = np.arange(T)
         order = np.concatenate([at[:keep], at[idx:], at[keep:idx]])
         rotation, seed = self.spec.rotation, self.spec.seed
-        y = [
+        sides = [
             np.nan_to_num(
                 oracle.forward(x, rotation, seed, stream, *params), posinf=0.0, neginf=0.0
             )
@@ -88,7 +88,7 @@ class _Data:
                 ((self.k64, self.k_params), (self.v64, self.v_params))
             )
         ]
-        y = np.concatenate(y, axis=-1)
+        y = np.concatenate(sides, axis=-1)
         R = case.recent + L - 1 + int(rng.integers(3))
         newest = y[:, :, order][:, :, -R:]
         before = rng.standard_normal((B, H, R - newest.shape[2], y.shape[3]))  # of no row

@@ -107,7 +107,8 @@ class Tokens:
 
     def exact(self, ids) -> tuple[mx.array, mx.array]:
         """What a model computes: ids [B, L] -> [B, H, L, Dk] and [B, H, L, Dv]."""
-        return tuple(_take(t, ids).astype(self.dtype) for t in (self.exact_k, self.exact_v))
+        k, v = (_take(t, ids).astype(self.dtype) for t in (self.exact_k, self.exact_v))
+        return k, v
 
     def kept(self, ids) -> tuple[mx.array, mx.array]:
         """What the cache should remember of it, in the original domain, fp32."""
@@ -388,7 +389,7 @@ class Pair:
 
     def trim(self, n: int) -> int:
         """Trim as mlx-lm does, which asks ``is_trimmable`` first."""
-        trimmed = trim_prompt_cache([self.ours], n)
+        trimmed: int = trim_prompt_cache([self.ours], n)
         assert trimmed == trim_prompt_cache([self.stock], n)
         self._take_off_tails(trimmed)
         self.check()
