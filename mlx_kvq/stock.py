@@ -2,8 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -15,51 +14,53 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
 PACKABLE = (stock.KVCache, stock.RotatingKVCache)
+KEEP = 4  # first tokens kept when max_kv_size bounds a cache, as in mlx-lm, whatever the bound
+
+CachePath = tuple[int, ...]  # (layer,) or (layer, place in a CacheList)
+Shapes = Mapping[CachePath, tuple[int, int, int]]  # path -> (Hkv, Dk, Dv)
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What tells layers apart that run different code: the sizes of their caches."""
+class LayerKind:
+    """The (Hkv, Dk, Dv) of a layer's caches. Layers of one kind run the same code."""
 
-    sizes: tuple[tuple[int, int, int], ...]
+    shapes: tuple[tuple[int, int, int], ...]
 
     @property
     def latent(self) -> bool:
         """Whether keys and values are one latent vector and a position, in a single head."""
-        heads, keys, values = self.sizes[0]
+        heads, keys, values = self.shapes[0]
         return heads == 1 and keys != values
 
     @property
     def indexed(self) -> bool:
-        """Whether a second cache, of a single head, says which tokens are read."""
-        return len(self.sizes) > 1 and self.sizes[1][0] == 1 and self.sizes[1] != self.sizes[0]
+        """Whether a second cache, of a single head, selects the tokens to read."""
+        return len(self.shapes) > 1 and self.shapes[1][0] == 1 and self.shapes[1] != self.shapes[0]
 
 
-def is_packable(cache: object, kind: _Kind) -> bool:
-    return type(cache) in PACKABLE and not kind.indexed
-
-
-def kinds_of(shapes: Mapping[tuple[int, ...], tuple[int, int, int]]) -> dict[int, _Kind]:
+def kinds_of(shapes: Shapes) -> dict[int, LayerKind]:
     """Layer -> its kind."""
-    sizes: dict[int, list[tuple[int, int, int]]] = {}
+    by_layer: dict[int, list[tuple[int, int, int]]] = {}
     for path in sorted(shapes):
-        sizes.setdefault(path[0], []).append(shapes[path])
-    return {layer: _Kind(tuple(s)) for layer, s in sizes.items()}
+        by_layer.setdefault(path[0], []).append(shapes[path])
+    return {layer: LayerKind(tuple(s)) for layer, s in by_layer.items()}
 
 
-def packable(
-    model: nn.Module,
-) -> tuple[Callable[[], list], dict[tuple[int, ...], tuple[int, int, int]]]:
-    """What makes the model's own caches, and (Hkv, Dk, Dv) of each that a spec could pack."""
+def packable_shapes(own: Mapping[CachePath, Any], shapes: Shapes) -> Shapes:
+    """The shapes of the own caches that a spec could pack."""
+    kinds = kinds_of(shapes)
+    could = [p for p in shapes if type(own[p]) in PACKABLE and not kinds[p[0]].indexed]
+    return {path: shapes[path] for path in could}
+
+
+def packable(model: nn.Module) -> tuple[Callable[[], list], Shapes]:
+    """A function that makes the model's own caches, and :func:`packable_shapes`."""
     own = dict(leaves(own_caches(model)))
-    sizes = head_sizes(model, own_caches(model))
-    kinds = kinds_of(sizes)
-    could = {p: s for p, s in sizes.items() if is_packable(own[p], kinds[p[0]])}
-    return lambda: own_caches(model), could
+    return lambda: own_caches(model), packable_shapes(own, head_sizes(model))
 
 
-def leaves(caches, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], object]]:
-    """Every single cache with its path: (layer,) or (layer, place in a CacheList)."""
+def leaves(caches: Iterable, path: CachePath = ()) -> Iterator[tuple[CachePath, Any]]:
+    """Every single cache with its path."""
     for i, cache in enumerate(caches):
         if isinstance(cache, stock.CacheList):
             yield from leaves(cache.caches, (*path, i))
@@ -67,7 +68,18 @@ def leaves(caches, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...]
             yield (*path, i), cache
 
 
-def watch(caches, seen: Callable) -> None:
+def map_leaves(function: Callable[[CachePath, Any], Any], caches: Iterable, path: CachePath = ()):
+    """A list of the same form with ``function(path, cache)`` in place of every single cache."""
+    made = []
+    for i, cache in enumerate(caches):
+        if isinstance(cache, stock.CacheList):
+            made.append(stock.CacheList(*map_leaves(function, cache.caches, (*path, i))))
+        else:
+            made.append(function((*path, i), cache))
+    return made
+
+
+def watch(caches: Iterable, seen: Callable) -> None:
     """Call ``seen(path, keys, values)`` before each update of a cache."""
     for path, cache in leaves(caches):
         if (update := getattr(cache, "update_and_fetch", None)) is None:
@@ -77,31 +89,33 @@ def watch(caches, seen: Callable) -> None:
             seen(path, keys, values)
             return update(keys, values)
 
-        cache.update_and_fetch = watched  # type: ignore[attr-defined]
+        cache.update_and_fetch = watched
 
 
-def head_sizes(model: nn.Module, caches: list) -> dict[tuple[int, ...], tuple[int, int, int]]:
-    """(Hkv, Dk, Dv) of every cache that one token reaches; builds the graph, evaluates nothing."""
-    sizes: dict[tuple[int, ...], tuple[int, int, int]] = {}
+def head_sizes(model: nn.Module) -> dict[CachePath, tuple[int, int, int]]:
+    """(Hkv, Dk, Dv) of every own cache that one token reaches. Builds the graph, evaluates
+    nothing."""
+    shapes: dict[CachePath, tuple[int, int, int]] = {}
 
     def seen(path, keys, values):
-        sizes[path] = (keys.shape[1], keys.shape[-1], values.shape[-1])
+        shapes[path] = (keys.shape[1], keys.shape[-1], values.shape[-1])
 
+    caches = own_caches(model)
     watch(caches, seen)
     model(mx.array([[0]]), cache=caches)
-    return sizes
+    return shapes
 
 
-_own = threading.local()  # .model: whose own caches this thread is making
+_own = threading.local()  # .making: this thread makes a model's own caches
 
 
 class CacheFactory:
-    """``model.make_cache`` of an enabled model, and of what has the same layers.
+    """``model.make_cache`` of an enabled model and of modules with the same layers.
 
     Args:
         make: Called with ``max_kv_size`` (int or None); returns the list of caches.
         model (nn.Module, optional): Has this as its ``make_cache``.
-        holders (list): All that have one with the same ``make``.
+        holders (list): All modules whose factory has the same ``make``.
     """
 
     def __init__(
@@ -112,37 +126,27 @@ class CacheFactory:
         self.holders.append(model)
 
     def __call__(self, max_kv_size: int | None = None) -> list:
-        if getattr(_own, "making", False):  # for a wrapper, which asks its language model
+        if getattr(_own, "making", False):  # a wrapper asks its language model
             return own_caches(self.model, max_kv_size)
         return self.make(max_kv_size)
 
 
 def own_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
-    """What mlx-lm makes for a model that is not enabled."""
+    """The caches that mlx-lm makes for a model that is not enabled."""
     make = getattr(type(model), "make_cache", None)
     if make is not None:
-        with _making_own():
+        before, _own.making = getattr(_own, "making", False), True
+        try:
             return make(model)
+        finally:
+            _own.making = before
     if max_kv_size is not None:
         return [stock.RotatingKVCache(max_kv_size, KEEP) for _ in model.layers]
     return [stock.KVCache() for _ in model.layers]
 
 
-KEEP = 4  # first tokens kept when max_kv_size bounds a cache, as in mlx-lm, whatever the bound
-
-
-@contextmanager
-def _making_own() -> Iterator[None]:
-    before = getattr(_own, "making", False)
-    _own.making = True
-    try:
-        yield
-    finally:
-        _own.making = before
-
-
 def factory_of(model: Any) -> CacheFactory | None:
-    """What makes the caches of an enabled model; None if neither it nor what it wraps is."""
+    """The factory of an enabled model; None if neither it nor its language model is enabled."""
     for part in (model, *same_layers(model)):
         factory = getattr(part, "__dict__", {}).get("make_cache")
         if isinstance(factory, CacheFactory):
@@ -151,8 +155,8 @@ def factory_of(model: Any) -> CacheFactory | None:
 
 
 def same_layers(model: Any) -> Iterator[nn.Module]:
-    """The modules in ``model`` whose ``layers`` are the model's: the language model in a wrapper,
-    and the stack of layers in that."""
+    """The modules in ``model`` with the same ``layers``: the language model in a wrapper, and the
+    stack of layers in that."""
     layers = _layers(model)
     if layers is None or not isinstance(model, nn.Module):
         return
@@ -170,25 +174,23 @@ def _layers(model: Any) -> list[int] | None:
 
 
 SAMPLES = 16  # values of a tensor that go into the hash
-VERSION = 2  # of what is done here; another one does not read our files
-Sizes = Mapping[tuple[int, ...], tuple[int, int, int]]  # path of a cache -> (Hkv, Dk, Dv)
+VERSION = 2  # of the hash; files with another one do not fit
 
 
-def identity(model: nn.Module, sizes: Sizes | None = None) -> str:
-    """Hash of a model's weights by names, shapes and a few values of each, and of the caches it
-    makes; 24 hex digits.
+def identity(model: nn.Module, shapes: Shapes | None = None) -> str:
+    """Hash of names, shapes and a few values of a model's weights, and of its caches' shapes; 24
+    hex digits.
 
-    The same for a model in fp16, bf16 or fp32 as long as the values are the same, and for either
-    half of a wrapper whose other half is enabled.
+    Equal values in fp16, bf16 and fp32 give the same hash, and so do the two halves of a wrapper.
 
     Args:
         model (nn.Module): A model from ``mlx_lm.load``.
-        sizes (dict, optional): Of its caches, if they are known.
+        shapes (dict, optional): Those of :func:`packable`, if they are known.
     """
     if (factory := factory_of(model)) is not None:
-        model = factory.holders[0] or model  # what enable() was called with
-    sizes = packable(model)[1] if sizes is None else sizes
-    digest = hashlib.sha256(f"{VERSION}{sizes}".encode())
+        model = factory.holders[0] or model  # the model that enable() was called with
+    shapes = packable(model)[1] if shapes is None else shapes
+    digest = hashlib.sha256(f"{VERSION}{shapes}".encode())
     weights: list[tuple[str, mx.array]] = sorted(tree_flatten(model.parameters()))  # type: ignore
     picks = []
     for _, w in weights:
@@ -199,17 +201,17 @@ def identity(model: nn.Module, sizes: Sizes | None = None) -> str:
     for (name, w), values in zip(weights, picks, strict=True):
         digest.update(f"{name}{w.shape}".encode() + np.array(values).tobytes())
     for name, module in sorted(model.named_modules()):
-        if "lora_a" in module:  # multiplied with the weights, and no parameter
+        if "lora_a" in module:  # its scale acts like a weight, but is no parameter
             digest.update(f"{name} {getattr(module, 'scale', None)}".encode())
     return digest.hexdigest()[:24]
 
 
 class Identity:
-    """The identity of a model as it is now, hashed again if arrays were exchanged meanwhile, as
-    all of mlx does: 1 ms for 700 parameters. Not seen: an array that is written into."""
+    """The identity of a model as it is now. Hashed again if a weight is another array than last
+    time (1 ms for 700 parameters); writing into an array goes unnoticed."""
 
-    def __init__(self, model: nn.Module, sizes: Sizes):
-        self.model, self.sizes = model, sizes
+    def __init__(self, model: nn.Module, shapes: Shapes):
+        self.model, self.shapes = model, shapes
         self._seen: list = []
         self._name = ""
 
@@ -223,7 +225,7 @@ class Identity:
             (old() if isinstance(old, ref) else old) is not new
             for old, new in zip(self._seen, held, strict=True)
         ):
-            self._name = identity(self.model, self.sizes)
+            self._name = identity(self.model, self.shapes)
             self._seen = [ref(a) if isinstance(a, mx.array) else a for a in held]
         return self._name
 

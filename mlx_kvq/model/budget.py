@@ -1,8 +1,8 @@
 """Spending a byte budget on the layers whose quantization costs most.
 
-The KL that a layer's packed cache alone causes is measured once per number of bits on a short
-text; then, greedily, the step from ``int4`` to ``k8v4`` to ``int8`` that takes most KL off per
-byte is made until the next one does not fit the budget.
+The KL of each packed cache alone is measured once per number of bits on a short text. Then the
+step from ``int4`` to ``k8v4`` to ``int8`` with the largest drop of KL per byte is taken, again and
+again, until the next one does not fit the budget.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,22 +15,22 @@ from ..calibration.fit import sample_text
 from ..calibration.moments import fast_on_cpu
 from ..divergence import kl
 from ..format.layout import RowLayout
+from ..stock import CachePath
 
 TOKENS = 512  # read to measure, fed in chunks so that packed history is read
 CHUNK = 64
-NOISE = 1e-6  # nats a token: less is rounding of the sums in fp32
+NOISE = 1e-6  # nats a token; a smaller difference is rounding of fp32 sums
 STEPS = ("int4", "k8v4", "int8")
-Path = tuple[int, ...]
 
 
 def allocate(
     model: nn.Module,
-    make_caches: Callable[[dict[Path, str]], list],
-    bits: Mapping[Path, str],
-    layouts: Mapping[Path, Mapping[str, RowLayout]],
+    make_caches: Callable[[dict[CachePath, str]], list],
+    bits: Mapping[CachePath, str],
+    layouts: Mapping[CachePath, Mapping[str, RowLayout]],
     budget: float,
     tokenizer=None,
-) -> dict[Path, str]:
+) -> dict[CachePath, str]:
     """Raise the bits of some caches until ``budget`` bits per value are spent.
 
     Args:
@@ -70,26 +70,25 @@ def allocate(
         spent += extra
 
 
-def _measure(model, make_caches, bits: dict[Path, str], tokenizer) -> dict[tuple[Path, str], float]:
-    """KL with only this cache packed, for every cache and every number of bits it may get."""
+def _measure(model, make_caches, bits, tokenizer) -> dict[tuple[CachePath, str], float]:
+    """Mean KL with one cache packed, for every cache and every number of bits it may get."""
     if tokenizer is None:
         tokens = random_tokens(model)[:TOKENS]
     else:
         tokens = mx.array(tokenizer.encode(sample_text())[:TOKENS])
 
-    def log_probabilities(packed: dict[Path, str]) -> mx.array:
+    def log_probabilities(packed: dict[CachePath, str]) -> mx.array:
         caches = make_caches(packed)
         parts = []
         for i in range(0, tokens.size, CHUNK):
-            logits = model(tokens[None, i : i + CHUNK], cache=caches)[0].astype(mx.float32)
-            parts.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+            logits = model(tokens[None, i : i + CHUNK], cache=caches)[0]
+            parts.append(nn.log_softmax(logits.astype(mx.float32), axis=-1))
             mx.eval(parts[-1])
         return mx.concatenate(parts)
 
     exact = log_probabilities({})
-    cost = {}
-    for p, b in bits.items():
-        for step in STEPS[STEPS.index(b) :]:
-            got = log_probabilities({p: step})
-            cost[p, step] = float(kl(exact, got).mean().item())  # type: ignore[arg-type]
-    return cost
+    return {
+        (p, step): kl(exact, log_probabilities({p: step})).mean().item()  # type: ignore[misc]
+        for p, b in bits.items()
+        for step in STEPS[STEPS.index(b) :]
+    }

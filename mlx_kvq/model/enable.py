@@ -12,7 +12,7 @@ from ..calibration import automatic
 from ..calibration.set import CalibrationSet
 from ..format.spec import Spec
 from ..stock import CacheFactory, factory_of, own_caches, same_layers
-from .plan import _check_size, make_plan
+from .plan import make_plan
 from .report import Report, log
 
 
@@ -99,7 +99,7 @@ def make_prompt_cache(
     """
     arguments.model(model)
     parsed = Spec.parse(spec)
-    _check_size(max_kv_size)
+    arguments.integer("max_kv_size", max_kv_size, optional=True)
     if parsed is None:
         return own_caches(model, max_kv_size)
     packing, _ = make_plan(model, parsed, calibration, tokenizer, automatic.silent)

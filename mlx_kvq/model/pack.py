@@ -1,7 +1,7 @@
 """Packing a prompt that was read with the model's own caches, or its file."""
 
 import mlx.nn as nn
-from mlx_lm.models import cache as stock
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .. import ops
 from ..caches.packed import PackedCache
@@ -9,6 +9,7 @@ from ..caches.prompt_file import check_unpacked
 from ..caches.rotating import PackedRotatingKVCache
 from ..caches.single import PackedKVCache
 from ..format.spec import Spec
+from ..stock import leaves, map_leaves
 from .enable import make_prompt_cache
 
 
@@ -32,21 +33,22 @@ def pack(caches: list, model: nn.Module, spec: str | Spec, **calibration) -> lis
             f"The prompt cache has {len(caches)} layers and the model {len(templates)}: it was "
             "made with another model."
         )
-    return [_pack(c, t, i) for i, (c, t) in enumerate(zip(caches, templates, strict=True))]
+    filled = dict(leaves(caches))
+
+    def packed(path, template):
+        cache = filled.get(path, caches[path[0]])
+        return _packed(cache, template, path[0]) if isinstance(template, PackedCache) else cache
+
+    return map_leaves(packed, templates)
 
 
-def _pack(cache, template, layer: int):
-    if isinstance(cache, stock.CacheList) and isinstance(template, stock.CacheList):
-        parts = zip(cache.caches, template.caches, strict=True)
-        return stock.CacheList(*(_pack(c, t, layer) for c, t in parts))
-    if not isinstance(template, PackedCache):
-        return cache
+def _packed(cache, template: PackedCache, layer: int) -> PackedCache:
     fmt = template.format
     packed: PackedKVCache | PackedRotatingKVCache
-    if isinstance(cache, stock.RotatingKVCache):
+    if isinstance(cache, RotatingKVCache):
         packed = PackedRotatingKVCache(fmt, cache.max_size, cache.keep)
         packed._idx = cache._idx
-    elif isinstance(cache, stock.KVCache):
+    elif isinstance(cache, KVCache):
         packed = PackedKVCache(fmt)
     else:
         raise ValueError(
@@ -59,7 +61,7 @@ def _pack(cache, template, layer: int):
         packed._dtype = str(cache.keys.dtype).rpartition(".")[2]
         packed.rows = ops.quantize_pack(cache.keys, cache.values, fmt)
     if cache.offset and fmt.recent:
-        if isinstance(cache, stock.RotatingKVCache):
+        if isinstance(cache, RotatingKVCache):
             held = [cache._temporal_order(a) for a in (cache.keys, cache.values)]
         else:
             held = [a[..., : cache.offset, :] for a in (cache.keys, cache.values)]

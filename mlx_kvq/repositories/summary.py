@@ -13,6 +13,7 @@ from ..calibration.set import NAMES, CalibrationSet
 from ..files import line, quoted, size
 from ..model.loading import code_allowed, code_options
 from ..model.report import Report, layer_ranges
+from ..stock import Shapes
 from . import repository
 from . import section as repositories_section
 from .repository import FILE, Repository
@@ -65,7 +66,7 @@ def build(source: Repository, trust: bool = False):
     return model
 
 
-def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str, str]]:
+def describe(source: Repository, report: Report, shapes: Shapes) -> list[tuple[str, str]]:
     """(label, text) of every line above the table of ranges."""
     section = source.section
     made, recent = dict(section.made), section.spec.recent
