@@ -52,12 +52,12 @@ class Spec:
         skip (tuple): Layers that keep the model's own cache: numbers, ``"first"``, ``"last"``,
             counted among the layers that can be packed. ``skip=first+last`` in a string.
         high (tuple): Layers kept in 8 bits, likewise.
-        budget (float, optional): Bits per value, scales included, that may be spent on average;
-            what is left over goes to the layers whose error costs most (``mlx_kvq.model.budget``).
+        budget (float, optional): Bits per value on average, scales included; the layers with the
+            largest error get more than the others (``mlx_kvq.model.budget``).
         rounding (str): ``"nearest"`` or ``"feedback"`` (``format.feedback``): how codes of keys
-            are chosen when written; what is stored is read in the same way.
-        recent (int): Tokens before a query, its own included, that it reads as they are, 0 to
-            1024: an exact tail of a few tokens beside the packed rows.
+            are chosen when written; reading is the same.
+        recent (int): Newest tokens of a query, its own included, that are also kept unrounded and
+            read from there, 0 to 1024.
 
     Raises:
         ValueError: If a value is unknown or out of range; the message lists what is accepted.
@@ -111,26 +111,10 @@ class Spec:
         return BITS[self.bits][1]
 
     def __str__(self) -> str:
-        options = []
-        if self.group_size is not None:
-            options.append(f"group_size={self.group_size}")
-        if self.seed != 0:
-            options.append(f"seed={self.seed}")
-        if self.scale != "search":
-            options.append(f"scale={self.scale}")
-        if self.calibrate != "auto":
-            options.append(f"calibrate={self.calibrate}")
-        for name in ("skip", "high"):
-            if layers := getattr(self, name):
-                options.append(f"{name}={'+'.join(map(str, layers))}")
-        if self.budget is not None:
-            options.append(f"budget={str(float(self.budget)).removesuffix('.0')}")
-        if self.rounding != "nearest":
-            options.append(f"rounding={self.rounding}")
-        if self.recent != 16:
-            options.append(f"recent={self.recent}")
+        values = {option: getattr(self, option) for option in OPTIONS}
+        given = [f"{o}={_text(v)}" for o, v in values.items() if v != getattr(Spec, o)]
         name = f"{self.bits}-{self.rotation}"
-        return f"{name}:{','.join(options)}" if options else name
+        return f"{name}:{','.join(given)}" if given else name
 
     @classmethod
     def parse(cls, text: "str | Spec") -> "Spec | None":
@@ -195,6 +179,12 @@ def _typed(key: str, value: str):
         parts = (part.strip() for part in value.split("+"))
         return tuple(int(part) if part.isdecimal() else part for part in parts)
     return value
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
+    return str(value).removesuffix(".0")
 
 
 def _unknown(kind: str, given, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """A layer's transform between vectors and what is stored of them: μ, σ, λ and the rotation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import mlx.core as mx
@@ -20,6 +20,11 @@ class Calibration:
     lam: mx.array | None = None
     # E[q qᵀ], [Hkv, D, D]: not part of the transform, used to choose codes (format.feedback).
     metric: mx.array | None = None
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The arrays that are not None, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: a for name, a in named.items() if a is not None}
 
 
 @dataclass(frozen=True, eq=False)
