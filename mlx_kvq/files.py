@@ -138,6 +138,11 @@ def line(said: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def failure(error: BaseException, most: int = 2 * TEXT) -> str:
+    """An error and its type as one printable line."""
+    return line(f"{type(error).__name__}: {error}")[:most]
+
+
 def printable(given: object) -> bool:
     """Whether this is a short text without control characters, which may be shown as it is."""
     return isinstance(given, str) and given.isprintable() and len(given) <= TEXT

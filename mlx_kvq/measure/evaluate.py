@@ -1,10 +1,11 @@
-"""``mlx_kvq evaluate``: what each kind of cache costs in quality, and what it takes in bytes.
+"""``mlx_kvq evaluate``: the quality and the size of each kind of cache.
 
-Text is fed in chunks, so that every token after the first chunk attends to what the cache
-remembers instead of to what was just computed. The baseline is the model's own cache.
+Text is fed in chunks: every token after the first chunk attends to stored tokens. The baseline is
+the model's own cache.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -22,13 +23,13 @@ from ..calibration.set import CalibrationSet
 from ..files import read_text, replacing
 from ..format.spec import Spec
 from ..model.loading import load
-from .baselines import KV_BITS, Candidate, bytes_per_token, candidate, check_name, own
+from .baselines import Contender, bytes_per_token, candidate, check_name, own
 from .quality import Estimate, Result, measure, summarize
 
 
 @dataclass
 class Evaluation:
-    """Everything that was measured in one run; ``print`` gives the table.
+    """The figures of one run; ``print`` gives the table.
 
     Args:
         setting (dict): Model, dtype, windows, tokens, chunk, versions.
@@ -50,16 +51,18 @@ class Evaluation:
         recall = any(r.recall is not None for r in self.results)
         rows = [[*head, "recall"] if recall else head]
         for r in self.results:
-            exact = r is self.results[0]
+            percent = r.change.map(lambda part: 100 * part)
             row = [
                 r.name,
                 f"{r.bytes_per_token:.0f}",
-                "0" if exact else f"{r.kl.mean:.4f}{_half(r.kl, '.4f')}",
-                "0" if exact else f"{r.kl_p99:.3f}",
+                f"{r.kl.mean:.4f}{_half(r.kl, '.4f')}",
+                f"{r.kl_p99:.3f}",
                 f"{100 * r.top1:.1f} %",
                 f"{r.perplexity.mean:.2f}{_range(r.perplexity, '.2f')}",
-                "" if exact else f"{100 * r.change.mean:+.2f} %{_range(r.change.map(_percent))}",
+                f"{percent.mean:+.2f} %{_range(percent, '+.2f')}",
             ]
+            if r is self.results[0]:  # the baseline itself
+                row[2], row[3], row[6] = "0", "0", ""
             rows.append([*row, f"{r.recall}/{r.prompts}"] if recall else row)
         return "\n".join([*_layout(rows, markdown), *self._notes(markdown)])
 
@@ -77,7 +80,7 @@ class Evaluation:
         return {"setting": self.setting, "results": [asdict(r) for r in self.results]}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything, every window's figures included, as JSON; atomically."""
+        """Write everything, every window's figures included, as JSON, whole or not at all."""
         text = json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
         with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
@@ -99,16 +102,16 @@ def evaluate(
     """Compare kinds of caches on the same model and text.
 
     Args:
-        model (nn.Module): A model from ``mlx_lm.load``. After ``model.set_dtype(mx.float32)``
-            the model's own rounding does not blur the caches'.
+        model (nn.Module): A model from ``mlx_lm.load``; in fp32 its own rounding does not add to
+            that of the caches.
         tokenizer: Its tokenizer.
         specs (Sequence): Spec strings, and ``"fp16"``, ``"kv8"``, ``"kv4"`` (mlx-lm's own
             quantized cache, group size 64, from the first token on).
-        texts (Sequence): Texts that the model has not seen; ``windows`` are taken from each.
+        texts (Sequence): Texts that the model has not seen.
         windows (int): Windows per text, one after the other from its beginning.
         tokens (int): Tokens in a window, more than ``chunk``.
         chunk (int): Tokens fed at a time; the first chunk of a window is not scored. Up to 8 are
-            read as decoded tokens are, more as a prompt is, which reads its block exactly.
+            read like decoded tokens, more like a prompt, which reads its block exactly.
         recall (Sequence): ``{"prompt": …, "answer": …}``; the answer is exact if the model,
             fed in chunks and then decoding greedily, writes it.
         calibration (CalibrationSet, optional): For every spec that does not say
@@ -123,20 +126,7 @@ def evaluate(
             short, or if a size makes no sense.
     """
     arguments.model(model)
-    for name, given in (("windows", windows), ("tokens", tokens), ("chunk", chunk)):
-        arguments.integer(name, given)
-    for name, several in (("specs", specs), ("texts", texts)):
-        if isinstance(several, str | Spec):
-            raise ValueError(f"{name} is a list, got {several!r:.60}.")
-    if tokens <= chunk:
-        raise ValueError(
-            f"{windows} windows of {tokens} tokens in chunks of {chunk}: a window needs more "
-            "tokens than a chunk, and there must be one of each at least."
-        )
-    if not texts:
-        raise ValueError("There is no text to evaluate on.")
-    for spec in specs:
-        check_name(spec)
+    _check(specs, texts, windows, tokens, chunk)
     data = [w for i, t in enumerate(texts) for w in _windows(tokenizer, t, windows, tokens, i)]
     exact = own(model)
     options = {"calibration": calibration, "tokenizer": tokenizer, "verbose": progress}
@@ -155,14 +145,7 @@ def evaluate(
         )
     results = [summarize(c.name, scores[c.name], scores[exact.name], sizes[c.name]) for c in tried]
     for result, c in zip(results, tried, strict=True):
-        result.note = c.note
-        asked = None if c is exact or c.name in KV_BITS else Spec.parse(c.name)
-        if asked is not None and asked.recent and chunk > DECODE_QUERIES:
-            said = f"{c.note}; " if c.note else ""
-            result.note = (
-                f"{said}read as a prompt, whose tokens read their block of {BLOCK} exactly; "
-            )
-            result.note += f"--chunk {DECODE_QUERIES} reads as decoding does"
+        result.note = "; ".join(filter(None, [c.note, _note(c, chunk)]))
     if recall:
         with tqdm(total=len(recall) * len(tried), desc="recall", disable=not progress) as bar:
             for result, c in zip(results, tried, strict=True):
@@ -184,7 +167,35 @@ def evaluate(
     return Evaluation(setting, results)
 
 
-def answers(model: nn.Module, tokenizer, cache: Candidate, item: dict, chunk: int) -> bool:
+def _check(specs, texts, windows: int, tokens: int, chunk: int) -> None:
+    for name, given in (("windows", windows), ("tokens", tokens), ("chunk", chunk)):
+        arguments.integer(name, given)
+    for name, several in (("specs", specs), ("texts", texts)):
+        if isinstance(several, str | Spec):
+            raise ValueError(f"{name} is a list, got {several!r:.60}.")
+    if tokens <= chunk:
+        raise ValueError(
+            f"{windows} windows of {tokens} tokens in chunks of {chunk}: a window needs more "
+            "tokens than a chunk, and there must be one of each at least."
+        )
+    if not texts:
+        raise ValueError("There is no text to evaluate on.")
+    for spec in specs:
+        check_name(spec)
+
+
+def _note(cache: Contender, chunk: int) -> str:
+    """Chunks of a prompt read more tokens exactly than decoding does."""
+    spec = Spec.parse(cache.name) if "-" in cache.name else None
+    if spec is None or not spec.recent or chunk <= DECODE_QUERIES:
+        return ""
+    return (
+        f"read as a prompt, whose tokens read their block of {BLOCK} exactly; --chunk "
+        f"{DECODE_QUERIES} reads as decoding does"
+    )
+
+
+def answers(model: nn.Module, tokenizer, cache: Contender, item: dict, chunk: int) -> bool:
     """Whether greedy decoding after ``item["prompt"]`` writes ``item["answer"]`` exactly."""
     prompt = mx.array(tokenizer.encode(item["prompt"]))
     answer = item["answer"].strip()
@@ -255,21 +266,16 @@ def _layout(rows: list[list[str]], markdown: bool) -> list[str]:
         return [lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))  # noqa: B905
-        for row in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
 
 
-def _percent(part: float) -> float:
-    return 100 * part
-
-
 def _half(e: Estimate, form: str) -> str:
-    return "" if e.low != e.low else f" ± {(e.high - e.low) / 2:{form}}"
+    return "" if math.isnan(e.low) else f" ± {(e.high - e.low) / 2:{form}}"
 
 
-def _range(e: Estimate, form: str = "+.2f") -> str:
-    return "" if e.low != e.low else f" [{e.low:{form}}, {e.high:{form}}]"
+def _range(e: Estimate, form: str) -> str:
+    return "" if math.isnan(e.low) else f" [{e.low:{form}}, {e.high:{form}}]"
 
 
 def _finite(value):
@@ -278,4 +284,4 @@ def _finite(value):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value - value != 0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

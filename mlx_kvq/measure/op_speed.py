@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
+from ..files import failure
 from .contenders import (
     EVEN,
-    Contender,
     Heads,
+    LayerContender,
     contender,
     fill,
     leaves,
-    make_cache,
     nbytes,
     random,
+    random_pair,
     token_bytes,
 )
-from .timing import interleave, memory_limit, speedup, spread
+from .timing import interleave, memory_limit, speedups, spread
 
 HEADS = ["12,2,128", "4,1,256"]
-OPS = ("attend", "quantize", "dequantize")
 BASES = ("fp16", EVEN, "bf16", "kv4")  # what others are compared with
 MOST_BUFFERS = 4096
 Chain = Callable[[int], None]
@@ -35,61 +35,38 @@ def measure(args, copy: float) -> Iterator[list[dict]]:
         args: Of ``mlx_kvq benchmark``.
         copy (float): Bytes per second that a copy reads and writes.
     """
-    dtype = getattr(mx, args.dtype)
     for text in args.heads:
         heads = Heads.parse(text)
-        ways = {}
+        contenders = {}
         for name in args.kv_cache:
             try:
-                ways[name] = contender(name, heads, dtype)
+                contenders[name] = contender(name, heads, getattr(mx, args.dtype))
             except ValueError as error:
                 print(f"{name}, {heads}: left out: {error}", file=sys.stderr)
-        if "attend" in args.ops:
-            for B, T in itertools.product(args.batch_size, args.contexts):
-                yield _compare("attend", heads, B, T, ways, _attend, args, copy)
-        if "quantize" in args.ops:
-            for B, L in [
-                *((B, 1) for B in args.batch_size),
-                (1, max(1, args.vectors // 2 // heads.kv)),
-            ]:
-                yield _compare("quantize", heads, B, L, ways, _quantize, args, copy)
-        if "dequantize" in args.ops:
-            for B, T in itertools.product(args.batch_size, args.contexts):
-                yield _compare("dequantize", heads, B, T, ways, _dequantize, args, copy)
+        sizes = list(itertools.product(args.batch_size, args.contexts))
+        prompt = (1, max(1, args.vectors // 2 // heads.kv))
+        stored = [*((B, 1) for B in args.batch_size), prompt]
+        for op in OPS:
+            for B, T in stored if op == "quantize" else sizes:
+                if op in args.ops:
+                    yield _compare(op, heads, B, T, contenders, args, copy)
 
 
-def _compare(op, heads, B: int, T: int, ways: dict[str, Contender], make, args, copy) -> list[dict]:
+def _compare(op, heads, B: int, T: int, contenders, args, copy: float) -> list[dict]:
     """Rows of all contenders; one that fails gets a row that says why."""
-    chains: dict[str, Chain] = {}
-    sizes, notes = {}, {}
-    held = 0
-    for name, c in ways.items():
-        if op != "attend" and c.dequantize is None:
-            continue  # plain arrays: nothing to compute
-        try:
-            size = B * T * token_bytes(c, heads)
-            copies = max(1, min(MOST_BUFFERS, -(-(args.beyond << 20) // size)))
-            held += size * copies
-            if held > memory_limit():
-                notes[name] = f"left out: the buffers would take {held / 1e9:.1f} GB"
-                continue
-            chain, sizes[name] = make(c, heads, B, T, copies)
-            chain(1)
-        except Exception as error:  # this contender has no such operation here
-            notes[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            continue
-        chains[name] = chain
+    if op != "attend":  # nothing to compute for plain arrays
+        contenders = {name: c for name, c in contenders.items() if c.dequantize is not None}
+    chains, sizes, notes = _chains(OPS[op], heads, B, T, contenders, args.beyond << 20)
     clock = time.process_time if args.cpu_time else time.perf_counter
     times = interleave(chains, steps=args.tokens, rounds=args.rounds, clock=clock)
     del chains
     mx.clear_cache()
     rows = []
-    for name in ways:
+    for name, c in contenders.items():
         row = {"op": op, "heads": str(heads), "cache": name, "batch": B, "tokens": T}
-        row["class"] = type(make_cache(ways[name], B)).__name__
+        row["class"] = type(c.batch(B)[0]).__name__
         if name in notes:
             rows.append({**row, "note": notes[name]})
-        if name not in times:
             continue
         t = spread(times[name])
         row |= {
@@ -98,17 +75,34 @@ def _compare(op, heads, B: int, T: int, ways: dict[str, Contender], make, args, 
         }  # fmt: skip
         if op != "attend":
             row["ns_per_vector"] = 1e9 * t.median / (2 * B * heads.kv * T)
-        for base in BASES:
-            if base in times:
-                x = speedup(times[base], times[name])
-                row[f"x_{base}"] = [x.median, x.low, x.high]
-        rows.append(row)
+        rows.append(row | speedups("x", times, name, BASES))
     return rows
 
 
-def _attend(c: Contender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
-    """The output of a call is the query of the next; a call never finds its tokens in a cache
-    of the processor, as little as between the layers of a model."""
+def _chains(make, heads: Heads, B: int, T: int, contenders: dict[str, LayerContender], beyond: int):
+    """By contender: the chain to time and the bytes of a call, or why there is none."""
+    chains: dict[str, Chain] = {}
+    sizes, notes = {}, {}
+    total = 0
+    for name, c in contenders.items():
+        try:
+            size = B * T * token_bytes(c, heads)
+            copies = max(1, min(MOST_BUFFERS, -(-beyond // size)))
+            total += size * copies
+            if total > memory_limit():
+                notes[name] = f"left out: the buffers would take {total / 1e9:.1f} GB"
+                continue
+            chain, sizes[name] = make(c, heads, B, T, copies)
+            chain(1)
+            chains[name] = chain
+        except Exception as error:  # this contender has no such operation here
+            notes[name] = failure(error, 120)
+    return chains, sizes, notes
+
+
+def _attend(c: LayerContender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
+    """The output of a call is the query of the next. A call never finds its tokens in a cache of
+    the processor, as between the layers of a model."""
     turn = itertools.cycle([fill(c, heads, B, T) for _ in range(copies)])
     q = random(heads.queries, B, 1, heads.dim, c.dtype)
     mx.eval(q)
@@ -122,13 +116,12 @@ def _attend(c: Contender, heads: Heads, B: int, T: int, copies: int) -> tuple[Ch
     return chain, B * T * token_bytes(c, heads) + 2 * q.nbytes
 
 
-def _quantize(c: Contender, heads: Heads, B: int, L: int, copies: int) -> tuple[Chain, int]:
+def _quantize(c: LayerContender, heads: Heads, B: int, L: int, copies: int) -> tuple[Chain, int]:
     """One token's keys and values were just computed, a prompt's come from memory."""
     few = 1 if L == 1 else copies
-    new = [[random(heads.kv, B, L, heads.dim, c.dtype) for _ in "kv"] for _ in range(few)]
+    new = [random_pair(heads, B, L, c.dtype) for _ in range(few)]
     mx.eval(new)
     turn = itertools.cycle(new)
-    size = nbytes(new[0]) + B * L * token_bytes(c, heads)
 
     def chain(steps: int) -> None:
         after: list = []
@@ -137,10 +130,10 @@ def _quantize(c: Contender, heads: Heads, B: int, L: int, copies: int) -> tuple[
             after = leaves(c.store(mx.depends(k, after) if after else k, v))
         mx.eval(after)
 
-    return chain, size
+    return chain, nbytes(new[0]) + B * L * token_bytes(c, heads)
 
 
-def _dequantize(c: Contender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
+def _dequantize(c: LayerContender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
     assert c.dequantize is not None
     dequantize = c.dequantize
     turn = itertools.cycle([fill(c, heads, B, T) for _ in range(copies)])
@@ -153,3 +146,6 @@ def _dequantize(c: Contender, heads: Heads, B: int, T: int, copies: int) -> tupl
         mx.eval(after)
 
     return chain, size
+
+
+OPS = {"attend": _attend, "quantize": _quantize, "dequantize": _dequantize}

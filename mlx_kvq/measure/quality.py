@@ -18,7 +18,7 @@ LEVEL = 0.95
 
 @dataclass
 class Scores:
-    """What one cache did, one array per window."""
+    """The scores of one cache, one array per window."""
 
     kl: list[np.ndarray] = field(default_factory=list)  # nats, per token
     same: list[np.ndarray] = field(default_factory=list)  # the baseline's top token, per token
@@ -58,9 +58,8 @@ def measure(
 ) -> dict[str, Scores]:
     """Feed windows through the same model with each kind of cache, a chunk at a time.
 
-    The first chunk of a window is context and is not scored: a packed cache attends to it
-    exactly, so it would say nothing about what is read back. Only one chunk's logits per cache
-    are in memory at a time.
+    The first chunk of a window is context and is not scored: a packed cache attends to it exactly.
+    Only one chunk's logits per cache are in memory at a time.
 
     Args:
         model (nn.Module): The model.
@@ -164,7 +163,7 @@ class Result:
 
 
 def summarize(name: str, scores: Scores, baseline: Scores, bytes_per_token: float) -> Result:
-    """The figures of ``scores``; perplexity is also paired, window by window, with ``baseline``."""
+    """The figures of ``scores``; the change of perplexity is paired with ``baseline`` by window."""
     loss = np.array([x.mean() for x in scores.loss])
     difference = loss - np.array([x.mean() for x in baseline.loss])
     kl = [float(x.mean()) for x in scores.kl]

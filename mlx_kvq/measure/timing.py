@@ -4,13 +4,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
 
-@dataclass
-class Spread:
+class Spread(NamedTuple):
     """A median and the quartiles around it."""
 
     median: float
@@ -26,9 +25,16 @@ def spread(values: list[float]) -> Spread:
 
 
 def speedup(base: list[float], own: list[float]) -> Spread:
-    """How many times faster ``own`` is than ``base``: quotients round by round, because what
-    disturbs the machine for a while disturbs both."""
+    """How many times faster ``own`` is than ``base``: quotients round by round, because a machine
+    that is slow for a while is slow for both."""
     return spread([b / o for b, o in zip(base, own, strict=False)])
+
+
+def speedups(key: str, times: dict[str, list[float]], name: str, bases) -> dict[str, list[float]]:
+    """``f"{key}_{base}"`` -> median and quartiles of the speedup of ``name``, for the ``bases``
+    that were timed."""
+    timed = [base for base in bases if base in times]
+    return {f"{key}_{base}": list(speedup(times[base], times[name])) for base in timed}
 
 
 def interleave(
