@@ -110,13 +110,8 @@ _own = threading.local()  # .making: this thread makes a model's own caches
 
 
 class CacheFactory:
-    """``model.make_cache`` of an enabled model and of modules with the same layers.
-
-    Args:
-        make: Called with ``max_kv_size`` (int or None); returns the list of caches.
-        model (nn.Module, optional): Has this as its ``make_cache``.
-        holders (list): All modules whose factory has the same ``make``.
-    """
+    """``model.make_cache`` of an enabled model and of modules with the same layers: all
+    ``holders`` have a factory with the same ``make``, which takes ``max_kv_size``."""
 
     def __init__(
         self, make: Callable[[int | None], list], model: Any = None, holders: list | None = None
@@ -178,15 +173,9 @@ VERSION = 2  # of the hash; files with another one do not fit
 
 
 def identity(model: nn.Module, shapes: Shapes | None = None) -> str:
-    """Hash of names, shapes and a few values of a model's weights, and of its caches' shapes; 24
-    hex digits.
-
-    Equal values in fp16, bf16 and fp32 give the same hash, and so do the two halves of a wrapper.
-
-    Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
-        shapes (dict, optional): Those of :func:`packable`, if they are known.
-    """
+    """Hash of names, shapes and a few values of a model's weights, and of ``shapes``, those of
+    :func:`packable`; 24 hex digits. Equal values in fp16, bf16 and fp32 give the same hash, and so
+    do the two halves of a wrapper."""
     if (factory := factory_of(model)) is not None:
         model = factory.holders[0] or model  # the model that enable() was called with
     shapes = packable(model)[1] if shapes is None else shapes
@@ -216,17 +205,15 @@ class Identity:
         self._name = ""
 
     def __call__(self) -> str:
-        held: list = []
+        now: list = []
         for _, module in self.model.named_modules():
-            held.extend(v for v in module.values() if isinstance(v, mx.array))
+            now.extend(v for v in module.values() if isinstance(v, mx.array))
             if "lora_a" in module:
-                held.append(getattr(module, "scale", None))
-        if len(held) != len(self._seen) or any(
-            (old() if isinstance(old, ref) else old) is not new
-            for old, new in zip(self._seen, held, strict=True)
-        ):
+                now.append(getattr(module, "scale", None))
+        seen = [old() if isinstance(old, ref) else old for old in self._seen]
+        if len(now) != len(seen) or any(old is not new for old, new in zip(seen, now, strict=True)):
             self._name = identity(self.model, self.shapes)
-            self._seen = [ref(a) if isinstance(a, mx.array) else a for a in held]
+            self._seen = [ref(a) if isinstance(a, mx.array) else a for a in now]
         return self._name
 
     def __getstate__(self) -> dict:
