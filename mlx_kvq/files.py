@@ -75,11 +75,7 @@ def size(path: Path) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The content of JSON text.
-
-    Raises:
-        ValueError: If it is not JSON, or nested deeper than ``NESTING``.
-    """
+    """The content of JSON text. ValueError if it is not JSON, or nested deeper than ``NESTING``."""
     try:
         found = json.loads(text)
     except RecursionError:

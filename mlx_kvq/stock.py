@@ -3,7 +3,6 @@
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -17,39 +16,34 @@ PACKABLE = (stock.KVCache, stock.RotatingKVCache)
 KEEP = 4  # first tokens kept when max_kv_size bounds a cache, as in mlx-lm, whatever the bound
 
 CachePath = tuple[int, ...]  # (layer,) or (layer, place in a CacheList)
-Shapes = Mapping[CachePath, tuple[int, int, int]]  # path -> (Hkv, Dk, Dv)
+Shape = tuple[int, int, int]  # (Hkv, Dk, Dv)
+Shapes = Mapping[CachePath, Shape]
+Kind = tuple[Shape, ...]  # of a layer's caches; layers of one kind run the same code
 
 
-@dataclass(frozen=True)
-class LayerKind:
-    """The (Hkv, Dk, Dv) of a layer's caches. Layers of one kind run the same code."""
-
-    shapes: tuple[tuple[int, int, int], ...]
-
-    @property
-    def latent(self) -> bool:
-        """Whether keys and values are one latent vector and a position, in a single head."""
-        heads, keys, values = self.shapes[0]
-        return heads == 1 and keys != values
-
-    @property
-    def indexed(self) -> bool:
-        """Whether a second cache, of a single head, selects the tokens to read."""
-        return len(self.shapes) > 1 and self.shapes[1][0] == 1 and self.shapes[1] != self.shapes[0]
-
-
-def kinds_of(shapes: Shapes) -> dict[int, LayerKind]:
+def kinds_of(shapes: Shapes) -> dict[int, Kind]:
     """Layer -> its kind."""
-    by_layer: dict[int, list[tuple[int, int, int]]] = {}
+    kinds: dict[int, Kind] = {}
     for path in sorted(shapes):
-        by_layer.setdefault(path[0], []).append(shapes[path])
-    return {layer: LayerKind(tuple(s)) for layer, s in by_layer.items()}
+        kinds[path[0]] = (*kinds.get(path[0], ()), shapes[path])
+    return kinds
+
+
+def is_latent(kind: Kind) -> bool:
+    """Whether keys and values are one latent vector and a position, in a single head."""
+    heads, keys, values = kind[0]
+    return heads == 1 and keys != values
+
+
+def is_indexed(kind: Kind) -> bool:
+    """Whether a second cache, of a single head, selects the tokens to read."""
+    return len(kind) > 1 and kind[1][0] == 1 and kind[1] != kind[0]
 
 
 def packable_shapes(own: Mapping[CachePath, Any], shapes: Shapes) -> Shapes:
     """The shapes of the own caches that a spec could pack."""
     kinds = kinds_of(shapes)
-    could = [p for p in shapes if type(own[p]) in PACKABLE and not kinds[p[0]].indexed]
+    could = [p for p in shapes if type(own[p]) in PACKABLE and not is_indexed(kinds[p[0]])]
     return {path: shapes[path] for path in could}
 
 
@@ -92,10 +86,9 @@ def watch(caches: Iterable, seen: Callable) -> None:
         cache.update_and_fetch = watched
 
 
-def head_sizes(model: nn.Module) -> dict[CachePath, tuple[int, int, int]]:
-    """(Hkv, Dk, Dv) of every own cache that one token reaches. Builds the graph, evaluates
-    nothing."""
-    shapes: dict[CachePath, tuple[int, int, int]] = {}
+def head_sizes(model: nn.Module) -> dict[CachePath, Shape]:
+    """The shape of every own cache that one token reaches. Evaluates nothing."""
+    shapes: dict[CachePath, Shape] = {}
 
     def seen(path, keys, values):
         shapes[path] = (keys.shape[1], keys.shape[-1], values.shape[-1])

@@ -28,10 +28,7 @@ def missing(name: str) -> NotSupportedError:
 
 
 def check() -> None:
-    """
-    Raises:
-        NotSupportedError: If one of ``NAMES`` is missing.
-    """
+    """Raise NotSupportedError if one of ``NAMES`` is missing."""
     for module, names in NAMES.items():
         try:
             found = import_module(f"mlx_lm.{module}")

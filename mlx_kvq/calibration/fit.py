@@ -82,13 +82,8 @@ def calibrate_tokens(
     spec: Spec | None = None,
     progress: bool = True,
 ) -> CalibrationSet:
-    """:func:`calibrate` with tokens in place of text.
-
-    Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
-        windows (list): Token ids, [n] each; each starts at position 0.
-        text (str): Their name in the file's metadata.
-    """
+    """:func:`calibrate` with windows of tokens, [n] each, in place of text; ``text`` is their name
+    in the metadata."""
     arguments.model(model)
     if not windows:
         raise ValueError("windows are arrays [n] of tokens, at least one, got none.")

@@ -153,15 +153,8 @@ def collect(
     windows: Iterable[mx.array],
     covariance: bool = False,
 ) -> dict[CachePath, LayerMoments]:
-    """Run ``model`` over token windows and gather the moments of some of its caches.
-
-    Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
-        make_caches: Makes the model's own caches.
-        paths: Which of them to record; ``KVCache`` or ``RotatingKVCache``.
-        windows: Arrays [n] of tokens.
-        covariance (bool): All second moments of the keys, not just each channel's.
-    """
+    """Run ``model`` over windows of tokens, [n] each, and gather the moments of its own caches at
+    ``paths``; with ``covariance`` all second moments of the keys."""
     moments = {path: LayerMoments(covariance) for path in paths}
 
     def recorder(path: CachePath, cache):

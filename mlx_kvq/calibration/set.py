@@ -155,11 +155,7 @@ class CalibrationSet:
         return cls(layers, metadata)
 
     def check(self, shapes: Shapes) -> None:
-        """Raise ValueError unless this fits a model's caches.
-
-        Args:
-            shapes: Path -> (Hkv, Dk, Dv) of every cache that is to be packed.
-        """
+        """Raise ValueError unless this fits the caches of ``shapes``."""
         if missing := sorted(set(shapes) - set(self.layers)):
             raise ValueError(f"it has nothing for layer {missing[0][0]}, which is to be packed.")
         for path, (Hkv, *dims) in shapes.items():

@@ -23,14 +23,8 @@ def _first_layer(model: nn.Module) -> int:
 
 
 def local(calibration: CalibrationSet, model: nn.Module, shapes: Shapes) -> CalibrationSet:
-    """The layers of a pipeline's rank, numbered from 0, and the KV heads of a tensor-parallel
-    rank.
-
-    Args:
-        calibration (CalibrationSet): Of the whole model.
-        model (nn.Module): The part of this rank.
-        shapes: Path -> (Hkv, Dk, Dv) of its caches.
-    """
+    """The part of a model's calibration for this rank: the layers of a pipeline's rank, numbered
+    from 0, and the KV heads of a tensor-parallel rank."""
     if not is_sharded(model):
         return calibration
     rank, first = mx.distributed.init().rank(), _first_layer(model)

@@ -1,4 +1,4 @@
-"""Rounding that makes up for its own errors, weighted by what the queries read.
+"""Rounding that makes up for its own errors, weighted by the queries.
 
 An error e of the stored key y costs ``E[(q̃ · e)²] = eᵀ M e`` with ``M = E[q̃ q̃ᵀ]``. With the
 Cholesky factor ``M = Uᵀ U`` (U upper) the cost is the sum over blocks J of channels of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .transform import Calibration, Transform
 
 
-BLOCK = 8  # channels rounded at once: 1 is best, 16 keeps two thirds of the gain of 8
+BLOCK = 8  # channels rounded at once; 16 keeps two thirds of the gain
 DAMPING = 0.01  # of the mean of M's diagonal
 WHITENING = 0.5
 
@@ -45,8 +45,8 @@ def matrix(keys: "Transform") -> mx.array:
 
 
 def whitened(keys: "Calibration") -> "Calibration":
-    """With feedback the error follows the keys' spread less: σ half-way (geometrically) between
-    the balanced scale and the keys' standard deviation, √E[x²] = σ² √E[q²]."""
+    """With feedback errors follow the keys' spread less: σ is the geometric mean of the balanced
+    scale and the keys' standard deviation, √E[x²] = σ² √E[q²]."""
     if keys.metric is None or keys.sigma is None:
         return keys
     q2 = np.einsum("hdd->hd", np.array(keys.metric, dtype=np.float64))

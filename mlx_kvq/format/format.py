@@ -46,21 +46,13 @@ class Format:
         """Identifies the content of a cache, how new rows are made and the length of the tail. Only
         caches with equal signatures may be mixed."""
         lay, spec = self.layout, self.spec
-        parts = [
-            f"mlx_kvq/{VERSION}",
-            f"{spec.bits}-{spec.rotation}",
-            f"scale={spec.scale}",
-            f"seed={spec.seed}",
-            f"dims={lay.k_dim},{lay.v_dim}",
-            f"groups={lay.k_group},{lay.v_group}",
-        ]
-        if self.recent:
-            parts.append(f"recent={self.recent}")
-        if self._weighted:
-            parts.append(f"rounding={spec.rounding}")
-        if self._digest:
-            parts.append(f"calibration={self._digest}")
-        return ";".join(parts)
+        text = (
+            f"mlx_kvq/{VERSION};{spec.bits}-{spec.rotation};scale={spec.scale};seed={spec.seed};"
+            f"dims={lay.k_dim},{lay.v_dim};groups={lay.k_group},{lay.v_group}"
+        )
+        rounding = spec.rounding if self._weighted else ""
+        more = {"recent": self.recent, "rounding": rounding, "calibration": self._digest}
+        return text + "".join(f";{name}={value}" for name, value in more.items() if value)
 
     @cached_property
     def arrays(self) -> tuple[mx.array | None, ...] | None:
@@ -99,16 +91,12 @@ class Format:
         """The content of the signature, in a user's words."""
         lay, spec = self.layout, self.spec
         return {
-            "bits": spec.bits,
-            "rotation": spec.rotation,
-            "scale": spec.scale,
-            "seed": spec.seed,
+            "bits": spec.bits, "rotation": spec.rotation, "scale": spec.scale, "seed": spec.seed,
             "head size": _one_or_two(lay.k_dim, lay.v_dim),
-            "group_size": _one_or_two(lay.k_group, lay.v_group),
-            "recent": self.recent,
+            "group_size": _one_or_two(lay.k_group, lay.v_group), "recent": self.recent,
             "rounding": spec.rounding if self._weighted else "nearest",
             "calibration": "on" if self._digest else "off",
-        }
+        }  # fmt: skip
 
     @cached_property
     def _digest(self) -> str:
@@ -159,15 +147,9 @@ def make_format(
     keys: Calibration | None = None,
     values: Calibration | None = None,
 ) -> Format:
-    """The :class:`Format` of ``spec`` for a layer with these head sizes.
-
-    ``k_group`` and ``v_group`` default to the spec's. ``keys`` and ``values`` are taken in fp32
-    whatever their dtype. Formats without a calibration are shared.
-
-    Raises:
-        ValueError: If the head sizes cannot be packed with this spec, or a calibration is not of
-            this head size, or the two are of different numbers of heads; the message says why.
-    """
+    """The :class:`Format` of ``spec`` for a layer with these head sizes. Groups default to the
+    spec's, calibrations are taken in fp32, and formats without one are shared. ValueError if this
+    spec cannot pack the head sizes, or a calibration does not fit them or the other one."""
     if not isinstance(spec, Spec):
         raise ValueError(f"A spec is a Spec, as Spec.parse returns, got {spec!r}.")
     v_dim = k_dim if v_dim is None else v_dim
@@ -209,12 +191,9 @@ _SIGNATURE = re.compile(
 
 
 def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = None) -> Format:
-    """The format that a saved cache's signature and calibration describe.
-
-    Raises:
-        ValueError: If the signature is not one, is of another version, names a number out of
-            range, or does not fit ``arrays``.
-    """
+    """The format that a saved cache's signature and calibration describe. ValueError if the
+    signature is not one, is of another version, names a number out of range, or does not fit
+    ``arrays``."""
     match = None
     if isinstance(signature, str) and len(signature) <= _LONGEST:
         match = _SIGNATURE.fullmatch(signature)

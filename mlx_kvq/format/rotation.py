@@ -32,11 +32,8 @@ def splitmix64(seed: int, stream: int) -> Iterator[int]:
 
 
 def signs(seed: int, stream: int, D: int) -> np.ndarray:
-    """D random signs (float64, ±1).
-
-    Raises:
-        ValueError: If the seed, the stream or D is no number of its range.
-    """
+    """D random signs (float64, ±1). ValueError if the seed, the stream or D is no number of its
+    range."""
     _check_number("A seed", seed, 0, _MASK)
     _check_number("A stream", stream, 0, 1)
     _check_number("A head size", D, 0, _MOST)
@@ -103,11 +100,8 @@ NAMES = ("srft", "srht", "none")  # what errors list; dense ones are for evaluat
 
 @lru_cache(maxsize=64)
 def matrix(rotation: str, seed: int, stream: int, D: int) -> mx.array | None:
-    """R as an fp32 array [D, D] with ``y = x @ R.T``; ``None`` for the identity.
-
-    Raises:
-        ValueError: If there is no such rotation of head size D.
-    """
+    """R as an fp32 array [D, D] with ``y = x @ R.T``; ``None`` for the identity. ValueError if
+    there is no such rotation of head size D."""
     _check(rotation, D)
     if rotation == "none":
         return None

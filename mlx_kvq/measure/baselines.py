@@ -27,21 +27,13 @@ PADDING = 8  # sequences of a batch are up to so many tokens shorter than the lo
 
 @dataclass
 class Contender:
-    """A kind of cache.
+    """A kind of cache."""
 
-    Args:
-        name (str): ``"fp16"``, ``"kv4"``, ``"kv8"`` or a spec string.
-        make: Makes the empty caches of one sequence.
-        note (str): What should be said beside its figures; may be empty.
-        merges (bool): Whether a batch is in merged caches.
-        model (optional): The model that the caches are of.
-    """
-
-    name: str
-    make: Callable[[], list]
-    note: str = ""
-    merges: bool = True
-    model: Any = None
+    name: str  # "fp16", "kv4", "kv8" or a spec string
+    make: Callable[[], list]  # empty caches of one sequence
+    note: str = ""  # to be printed beside its figures
+    merges: bool = True  # a batch is in merged caches
+    model: Any = None  # of these caches
 
     def batch(self, B: int) -> list:
         """Empty caches of ``B`` sequences: those of mlx-lm's ``BatchGenerator``. Caches that mlx-lm
@@ -74,10 +66,7 @@ def affine(cache: stock.KVCache, name: str) -> stock.QuantizedKVCache:
 
 
 def check_name(name: str | Spec) -> None:
-    """
-    Raises:
-        ValueError: If ``name`` is neither a baseline's nor a spec; the message lists both.
-    """
+    """Raise ValueError if ``name`` is neither a baseline's nor a spec; the message lists both."""
     if name in KV_BITS:
         return
     try:
@@ -94,13 +83,10 @@ def candidate(
     tokenizer=None,
     verbose: bool = False,
 ) -> Contender:
-    """The cache of this name for this model; the rest is as for :func:`mlx_kvq.enable`, but a
-    spec with ``calibrate=off`` goes without ``calibration``. Layers that are not packed keep 16
-    bits, also in a model that computes in fp32.
-
-    Raises:
-        ValueError: If the name is unknown or the model cannot have this cache.
-    """
+    """The cache of this name for this model; the rest is as for :func:`mlx_kvq.enable`, but a spec
+    with ``calibrate=off`` goes without ``calibration``. Layers that are not packed keep 16 bits,
+    also in a model that computes in fp32. ValueError if the name is unknown or the model cannot
+    have this cache."""
     check_name(name)
     kept = dtype(model)
     if name in KV_BITS:

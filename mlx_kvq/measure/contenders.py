@@ -57,33 +57,22 @@ class Heads:
 
 @dataclass
 class Held:
-    """A cache that holds tokens, and what a decode step's attention is given of it.
+    """A cache that holds tokens, and the operands of a decode step's attention."""
 
-    Args:
-        cache: Of the class that users get.
-        keys, values: What the last ``update_and_fetch`` returned.
-        mask: The mask of that decode step: ``None``, or an array [B, 1, 1, T] of a batch.
-    """
-
-    cache: Any
-    keys: Any
+    cache: Any  # of the class that users get
+    keys: Any  # from the last ``update_and_fetch``
     values: Any
-    mask: mx.array | None
+    mask: mx.array | None  # of that step; [B, 1, 1, T] of a batch
 
 
 @dataclass(kw_only=True)
 class LayerContender(Contender):
-    """A contender in one layer.
+    """A contender in one layer."""
 
-    Args:
-        dtype: Of queries, keys and values.
-        store: (k, v) [B, Hkv, L, D] -> arrays; what the cache computes of new tokens.
-        dequantize: (held, after) -> keys and values as arrays, once ``after`` is computed;
-            ``None`` where they are arrays already.
-    """
-
-    dtype: mx.Dtype
+    dtype: mx.Dtype  # of queries, keys and values
+    # (k, v) [B, Hkv, L, D] -> the arrays that the cache computes of new tokens.
     store: Callable[[mx.array, mx.array], Any]
+    # (held, after) -> keys and values, once ``after`` is computed; None where they are arrays.
     dequantize: Callable[[Held, list], list] | None = None
 
     def attend(self, q: mx.array, held: Held) -> mx.array:
@@ -96,11 +85,8 @@ class LayerContender(Contender):
 def contender(name: str, heads: Heads, dtype: mx.Dtype) -> LayerContender:
     """``fp16``, ``bf16`` or ``fp32`` (plain arrays), ``fp16-even`` (sequences of one length without
     a mask), ``kv4`` or ``kv8`` (mlx-lm's, group 64), or a spec; the last two kinds with queries,
-    keys and values of ``dtype``.
-
-    Raises:
-        ValueError: If ``name`` is none of these or cannot pack this head size.
-    """
+    keys and values of ``dtype``. ValueError if ``name`` is none of these or cannot pack this head
+    size."""
     if name in PLAIN or name == EVEN:
         own = PLAIN.get(name, mx.float16)
         made = LayerContender(name, lambda: [KVCache()], dtype=own, store=lambda k, v: (k, v))

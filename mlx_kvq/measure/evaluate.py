@@ -29,15 +29,10 @@ from .quality import Estimate, Result, measure, summarize
 
 @dataclass
 class Evaluation:
-    """The figures of one run; ``print`` gives the table.
+    """The figures of one run; ``print`` gives the table."""
 
-    Args:
-        setting (dict): Model, dtype, windows, tokens, chunk, versions.
-        results (list): One :class:`mlx_kvq.measure.quality.Result` per cache, the baseline first.
-    """
-
-    setting: dict
-    results: list[Result]
+    setting: dict  # model, dtype, windows, tokens, chunk, versions
+    results: list[Result]  # the baseline first
 
     def __getitem__(self, name: str) -> Result:
         return next(r for r in self.results if r.name == name)
@@ -67,13 +62,12 @@ class Evaluation:
         return "\n".join([*_layout(rows, markdown), *self._notes(markdown)])
 
     def _notes(self, markdown: bool) -> list[str]:
-        s = self.setting
         notes = [
-            f"{s['windows']} windows of {s['tokens']} tokens in chunks of {s['chunk']}, the first "
-            f"chunk not scored; KL in nats per token, from {self.results[0].name}; "
-            "95 % intervals over windows, the change's from paired differences."
+            "{windows} windows of {tokens} tokens in chunks of {chunk}, the first chunk not "
+            "scored; KL in nats per token, from {}; 95 % intervals over windows, the change's from "
+            "paired differences.".format(self.results[0].name, **self.setting),
+            *(f"{r.name}: {r.note}." for r in self.results if r.note),
         ]
-        notes += [f"{r.name}: {r.note}." for r in self.results if r.note]
         return ["", "\n\n".join(notes) if markdown else "\n".join(notes)]
 
     def to_dict(self) -> dict:
@@ -81,9 +75,10 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything, every window's figures included, as JSON, whole or not at all."""
-        text = json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
+        # JSON has no NaN: null stands for the ends of an interval of a single window.
+        found = json.loads(json.dumps(self.to_dict()), parse_constant=lambda name: None)
         with replacing(path) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def evaluate(
@@ -156,14 +151,10 @@ def evaluate(
     setting = {
         "model": type(model).__module__.rpartition(".")[2],
         "dtype": exact.name.partition("(")[2].rstrip(")"),
-        "texts": len(texts),
-        "windows": len(data),
-        "tokens": tokens,
-        "chunk": chunk,
-        "device": str(mx.default_device()),
-        "platform": platform.platform(),
+        "texts": len(texts), "windows": len(data), "tokens": tokens, "chunk": chunk,
+        "device": str(mx.default_device()), "platform": platform.platform(),
         "versions": {"mlx_kvq": __version__, **{p: version(p) for p in ("mlx", "mlx-lm")}},
-    }
+    }  # fmt: skip
     return Evaluation(setting, results)
 
 
@@ -231,11 +222,8 @@ def _windows(tokenizer, text: str, windows: int, tokens: int, place: int) -> lis
 
 
 def read_recall(path: str | os.PathLike, limit: int | None = None) -> list[dict]:
-    """Key-recall prompts from a JSON-lines file of ``{"prompt": …, "answer": …}``.
-
-    Raises:
-        ValueError: If the file is missing or a line is something else.
-    """
+    """Key-recall prompts from a JSON-lines file of ``{"prompt": …, "answer": …}``. ValueError if
+    the file is missing or a line is something else."""
     items: list[dict] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -253,7 +241,7 @@ def read_recall(path: str | os.PathLike, limit: int | None = None) -> list[dict]
 
 
 def load_model(name: str):
-    """``mlx_lm.load``, with whatever goes wrong in one line."""
+    """:func:`mlx_kvq.model.loading.load`, with a clear error for a missing directory."""
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if local and not Path(name).is_dir():
         raise ValueError(f"There is no model directory {name}.")
@@ -276,12 +264,3 @@ def _half(e: Estimate, form: str) -> str:
 
 def _range(e: Estimate, form: str) -> str:
     return "" if math.isnan(e.low) else f" [{e.low:{form}}, {e.high:{form}}]"
-
-
-def _finite(value):
-    """JSON has no NaN: null stands for an interval's end that a single window does not give."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,12 +27,8 @@ PREFILLING, DECODING = 30.0, 3.0  # seconds that one cache's prefills, and a cha
 
 
 def entries(args) -> dict[str, Contender]:
-    """The models and caches to compare, by name; one that is not possible is left out, with a line
-    on stderr.
-
-    Args:
-        args: Of ``mlx_kvq benchmark``.
-    """
+    """The models and caches to compare, by name; ``args`` of ``mlx_kvq benchmark``. A line on
+    stderr says which one is not possible."""
     models: dict[mx.Dtype, Any] = {}
     found: dict[str, Contender] = {}
     for name in args.kv_cache:
@@ -47,12 +43,7 @@ def entries(args) -> dict[str, Contender]:
 
 
 def measure(args, made: dict[str, Contender] | None = None) -> Iterator[list[dict]]:
-    """The rows of one batch size and context, after the other.
-
-    Args:
-        args: Of ``mlx_kvq benchmark``.
-        made (dict, optional): From :func:`entries`, to use them again.
-    """
+    """The rows of one batch size and context, after the other; ``made`` from :func:`entries`."""
     label = args.shape or Path(args.model).name
     if args.weight_bits:
         label += f", {args.weight_bits}-bit"

@@ -29,12 +29,8 @@ Chain = Callable[[int], None]
 
 
 def measure(args, copy: float) -> Iterator[list[dict]]:
-    """The rows of one operation at one shape, after the other.
-
-    Args:
-        args: Of ``mlx_kvq benchmark``.
-        copy (float): Bytes per second that a copy reads and writes.
-    """
+    """The rows of one operation at one shape, after the other; ``args`` of ``mlx_kvq benchmark``,
+    ``copy`` in bytes per second that a copy reads and writes."""
     for text in args.heads:
         heads = Heads.parse(text)
         contenders = {}

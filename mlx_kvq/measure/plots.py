@@ -20,10 +20,7 @@ APART = 1.008  # factor between results of the same size, so that they are besid
 
 
 def check(path: str) -> None:
-    """
-    Raises:
-        ValueError: If matplotlib is missing or does not write files like ``path``.
-    """
+    """Raise ValueError if matplotlib is missing or does not write files like ``path``."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:

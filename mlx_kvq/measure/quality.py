@@ -28,23 +28,21 @@ class Scores:
 def compare(
     p: mx.array, exact: mx.array, got: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Per-token figures of a chunk.
+    """Per-token figures of a chunk of L tokens.
 
     Args:
-        p (mx.array): The baseline's probabilities, fp32 [..., L, vocabulary].
-        exact (mx.array): Their logarithms.
-        got (mx.array): Log-probabilities with the cache under test, the same shape.
+        p, exact (mx.array): Probabilities of the baseline and their logarithms, fp32 [..., L, V].
+        got (mx.array): Log-probabilities with the cache under test.
         targets (mx.array): The next tokens, [..., L] or [..., L - 1] at the end of a text.
 
     Returns:
         KL(exact || got) [..., L], whether the most likely token is the same [..., L], and the
         loss of ``got`` in nats, in the shape of ``targets``.
     """
-    apart = kl(exact, got, p)
     same = exact.argmax(axis=-1) == got.argmax(axis=-1)
-    got = got[..., : targets.shape[-1], :]
-    loss = -mx.take_along_axis(got, targets[..., None], axis=-1).squeeze(-1)
-    return apart, same, loss
+    scored = got[..., : targets.shape[-1], :]
+    loss = -mx.take_along_axis(scored, targets[..., None], axis=-1).squeeze(-1)
+    return kl(exact, got, p), same, loss
 
 
 def measure(
@@ -118,11 +116,11 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
+    def of(cls, values: Sequence[float] | np.ndarray) -> "Estimate":
         x = np.asarray(values, dtype=np.float64)
-        if len(x) < 2:
-            return cls(float(x.mean()), np.nan, np.nan)
-        half = t_quantile(len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+        half = np.nan
+        if len(x) > 1:
+            half = t_quantile(len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
         return cls(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
     def map(self, function: Callable) -> "Estimate":
@@ -132,34 +130,19 @@ class Estimate:
 
 @dataclass
 class Result:
-    """The figures of one cache.
-
-    Args:
-        name (str): As it was asked for.
-        bytes_per_token (float): Over all layers, where a token is kept.
-        kl (Estimate): Mean KL from the baseline, nats per token.
-        kl_p99 (float): Its 99th percentile over all tokens.
-        top1 (float): Part of the tokens whose most likely next token is the baseline's.
-        perplexity (Estimate): exp of the mean loss.
-        change (Estimate): Perplexity over the baseline's, minus 1, from the windows' paired
-            differences.
-        recall (int, optional): Prompts answered exactly.
-        prompts (int): Of so many.
-        note (str): What was left out, if anything.
-        windows (dict): Mean KL and loss of every window.
-    """
+    """The figures of one cache."""
 
     name: str
-    bytes_per_token: float
-    kl: Estimate
-    kl_p99: float
-    top1: float
-    perplexity: Estimate
-    change: Estimate
-    recall: int | None = None
-    prompts: int = 0
+    bytes_per_token: float  # in all layers, where a token is kept
+    kl: Estimate  # from the baseline, nats per token
+    kl_p99: float  # 99th percentile over all tokens
+    top1: float  # part of the tokens with the baseline's most likely next token
+    perplexity: Estimate  # exp of the mean loss
+    change: Estimate  # perplexity over the baseline's, minus 1, paired by window
+    recall: int | None = None  # prompts answered exactly,
+    prompts: int = 0  # of so many
     note: str = ""
-    windows: dict[str, list[float]] = field(default_factory=dict)
+    windows: dict[str, list[float]] = field(default_factory=dict)  # mean KL and loss of each
 
 
 def summarize(name: str, scores: Scores, baseline: Scores, bytes_per_token: float) -> Result:
@@ -173,7 +156,7 @@ def summarize(name: str, scores: Scores, baseline: Scores, bytes_per_token: floa
         Estimate.of(kl),
         float(np.quantile(np.concatenate(scores.kl), 0.99)),
         float(np.concatenate(scores.same).mean()),
-        Estimate.of(list(loss)).map(np.exp),
-        Estimate.of(list(difference)).map(np.expm1),
-        windows={"kl": kl, "loss": [float(x) for x in loss]},
+        Estimate.of(loss).map(np.exp),
+        Estimate.of(difference).map(np.expm1),
+        windows={"kl": kl, "loss": loss.tolist()},
     )

@@ -52,10 +52,10 @@ def interleave(
     Args:
         chains (dict): Name -> a function that runs and evaluates a chain of so many calls, each
             of which depends on the one before, as the steps of decoding do.
-        steps (int): Calls in a chain; fewer where a chain would take more than ``longest``.
-        rounds (int): Timed passes; a contender leaves, after three, once it has had ``seconds``.
-        warm_up (float): Seconds of untimed calls first (at least two each): compilation, clocks.
-        clock: ``time.process_time`` leaves out what others do to a shared CPU.
+        steps (int): Calls in a chain; fewer where a chain would take more than ``longest`` seconds.
+        rounds (int): Timed passes; a contender stops after three once it has had ``seconds``.
+        warm_up (float): Seconds of untimed calls first, at least two each.
+        clock: ``time.process_time`` leaves out other processes on a shared CPU.
 
     Returns:
         Seconds per call, by contender and round.

@@ -31,15 +31,12 @@ def allocate(
     budget: float,
     tokenizer=None,
 ) -> dict[CachePath, str]:
-    """Raise the bits of some caches until ``budget`` bits per value are spent.
+    """Raise the bits of some caches until ``budget`` bits per value, scales included, are spent.
 
     Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
         make_caches: Makes the model's caches, packed with the bits given and otherwise its own.
         bits: Cache -> ``"int4"``, ``"k8v4"`` or ``"int8"``, the least it gets.
         layouts: Cache -> bits -> its packed row.
-        budget (float): Bits per value on average, scales included.
-        tokenizer (optional): As for :func:`mlx_kvq.enable`.
 
     Raises:
         ValueError: If the budget does not even cover ``bits``.

@@ -14,14 +14,9 @@ from .enable import make_prompt_cache
 
 
 def pack(caches: list, model: nn.Module, spec: str | Spec, **calibration) -> list:
-    """The packed caches of a prompt that was read with the model's own.
-
-    Args:
-        caches (list): ``KVCache`` and ``RotatingKVCache``, alone or in a ``CacheList``; other
-            kinds stay as they are.
-        model (nn.Module): The model they are of.
-        spec (str or Spec): For example ``"int4-srft"``.
-        calibration: As for :func:`mlx_kvq.enable`.
+    """The packed caches of a prompt that was read with the model's own. A ``KVCache`` or
+    ``RotatingKVCache`` is packed, others stay as they are; ``calibration`` as for
+    :func:`mlx_kvq.enable`.
 
     Raises:
         ValueError: If the caches are not of this model, or already quantized.

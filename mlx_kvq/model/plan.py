@@ -29,25 +29,16 @@ SPARSE = "sparse attention, which reads the arrays of its caches"
 
 @dataclass
 class Packing:
-    """Makes the caches of a model, packed where they can be.
-
-    Args:
-        model (nn.Module): The enabled model.
-        formats (dict): Path of a packed cache -> its format.
-        as_arrays (set): Paths of layers that attend without mlx-lm's shared function.
-        alone (bool): The model itself fails in a batch.
-        calibrated (bool): The formats hold a calibration.
-        identity (Identity, optional): Of the model, for the caches' files.
-        made_for (str): What ``identity`` was when the formats were made.
-    """
+    """Makes the caches of an enabled model, packed where they can be."""
 
     model: nn.Module
     formats: dict[CachePath, Format] = field(default_factory=dict)
+    # Layers that attend without mlx-lm's shared function.
     as_arrays: set[CachePath] = field(default_factory=set)
-    alone: bool = False
+    alone: bool = False  # the model itself fails in a batch
     calibrated: bool = False
-    identity: Identity | None = None
-    made_for: str = ""
+    identity: Identity | None = None  # of the model, for the caches' files
+    made_for: str = ""  # ``identity()`` when the formats were made
     _warned: bool = False
 
     def __setstate__(self, state: dict) -> None:
@@ -149,8 +140,8 @@ class _Plan:
                 reason = f"{type(cache).__name__} is not a plain key/value cache"
             elif path not in self.shapes:
                 reason = "not reached by a forward pass"
-            elif (kind := self.kinds[path[0]]).indexed:  # prompts of the trial run are too short
-                reason = LATENT if kind.latent else SPARSE
+            elif stock.is_indexed(kind := self.kinds[path[0]]):  # the trial prompts are too short
+                reason = LATENT if stock.is_latent(kind) else SPARSE
             else:
                 try:
                     fmt = make_format(self.spec, *self.shapes[path][1:])
@@ -168,7 +159,7 @@ class _Plan:
         formats, as_arrays = self.packing.formats, self.packing.as_arrays
         while formats and (failed := first_failure(self.model, self.packing())):
             path, error = failed
-            latent = [p for p in formats if self.kinds[p[0]].latent]
+            latent = [p for p in formats if stock.is_latent(self.kinds[p[0]])]
             if latent:
                 self._leave(latent, LATENT)
             elif not (alike := self._alike(path)):

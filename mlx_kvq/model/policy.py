@@ -12,11 +12,8 @@ from .report import Report, layer_ranges
 
 
 def bits_by_spec(spec: Spec, paths: list[CachePath]) -> dict[CachePath, str]:
-    """The bits of every cache that the spec does not skip.
-
-    Raises:
-        ValueError: If the spec names a layer that is not in ``paths``, or skips all.
-    """
+    """The bits of every cache that the spec does not skip. ValueError if the spec names a layer
+    that is not in ``paths``, or skips all."""
     layers = sorted({path[0] for path in paths})
     names: dict[int | str, int] = {"first": layers[0], "last": layers[-1]}
     chosen = {}
@@ -41,10 +38,7 @@ def bits_by_policy(
     policy: Mapping[CachePath, str], paths: list[CachePath], report: Report, model: nn.Module
 ) -> dict[CachePath, str]:
     """The bits of every cache in ``paths`` that the policy names; ``policy`` is of the whole model.
-
-    Raises:
-        ValueError: If the policy is not valid, or names a cache that cannot be packed.
-    """
+    ValueError if the policy is not valid, or names a cache that cannot be packed."""
     for path, bits in policy.items():
         if not isinstance(path, tuple) or not all(type(n) is int and n >= 0 for n in path):
             raise ValueError(f"policy names caches by paths such as (0,), got {path!r}.")

@@ -47,19 +47,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class Repository:
-    """A repository with a section.
+    """A repository with a section."""
 
-    Args:
-        folder (Path): Holds ``config.json``; a snapshot if the model is from a hub.
-        given (object): The section as JSON gave it, unchecked.
-        name (str): The folder, or the repository of the hub.
-        revision (str, optional): Of the hub's repository.
-    """
-
-    folder: Path
-    given: object
-    name: str
-    revision: str | None = None
+    folder: Path  # holds config.json; a snapshot if the model is from a hub
+    given: object  # the section as JSON gave it, unchecked
+    name: str  # the folder, or the repository of the hub
+    revision: str | None = None  # of the hub's repository
 
     @property
     def said(self) -> str:
@@ -79,11 +72,8 @@ class Repository:
 
     @cached_property
     def calibration(self) -> CalibrationSet | None:
-        """From the file, which is fetched if need be.
-
-        Raises:
-            RepositoryError: If it is missing, damaged, or not the one of the section.
-        """
+        """From the file, which is fetched if need be. RepositoryError if it is missing, damaged, or
+        not the one of the section."""
         if self.section.sha256 is None:
             return None
         path = self.path
@@ -102,11 +92,7 @@ class Repository:
     @property
     def path(self) -> Path:
         """The calibration file, from the hub if need be: mlx-lm fetches only
-        ``model*.safetensors``.
-
-        Raises:
-            RepositoryError: If there is none.
-        """
+        ``model*.safetensors``. RepositoryError if there is none."""
         path = self.folder / FILE
         if os.path.lexists(path):
             try:
@@ -127,11 +113,8 @@ class Repository:
         return path
 
     def offered(self, spec: Spec) -> CalibrationSet | None:
-        """The calibration, if there is one with all that ``spec`` needs.
-
-        Raises:
-            RepositoryError: If the repository's cache cannot be used.
-        """
+        """The calibration, if there is one with all that ``spec`` needs. RepositoryError if the
+        repository's cache cannot be used."""
         if self.other:
             return None
         with _told(self):
@@ -167,11 +150,8 @@ def of(model: nn.Module) -> Repository | None:
 
 
 def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
-    """Enable the cache of the model's repository, if it has one.
-
-    Raises:
-        RepositoryError: If it cannot be used for this model.
-    """
+    """Enable the cache of the model's repository, if it has one. RepositoryError if it cannot be
+    used for this model."""
     repository = of(model)
     if repository is None:
         return None
@@ -212,10 +192,7 @@ def copy(model: nn.Module, folder: str | Path) -> None:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict:
-    """
-    Raises:
-        RepositoryError: If there is no readable ``config.json``, or no other of that name.
-    """
+    """Raise RepositoryError if there is no readable ``config.json``, or no other of that name."""
     path = folder / name
     try:
         if (size := regular(path).st_size) > LARGEST_CONFIG:
@@ -237,12 +214,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
 
 
 def contents(folder: Path) -> list[Path]:
-    """The files of a repository, and nothing else in its folder.
-
-    Raises:
-        RepositoryError: If one of them is no file, or a link out of the hub's own cache, which may
-            publish a private file.
-    """
+    """The files of a repository, and nothing else in its folder. RepositoryError if one of them is
+    no file, or a link out of the hub's own cache, which may publish a private file."""
     found = {path for pattern in CONTENTS for path in folder.glob(pattern)}
     # A glob without a star passes over a link to nothing.
     found |= {folder / name for name in CONTENTS if os.path.lexists(folder / name)}
