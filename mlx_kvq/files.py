@@ -39,12 +39,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def regular(path: str | os.PathLike) -> os.stat_result:
-    """``os.stat`` of a regular file, or of a link to one.
-
-    Raises:
-        OSError: If there is none.
-        ValueError: If it is something else: a pipe or a device may block, or never end.
-    """
+    """``os.stat`` of a regular file, or of a link to one. OSError if there is none, ValueError if
+    it is something else: a pipe or a device may block, or never end."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         kind = _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
@@ -54,12 +50,8 @@ def regular(path: str | os.PathLike) -> os.stat_result:
 
 def safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], list[str]]:
     """Metadata and names of the tensors of a safetensors file, after a check that every shape,
-    dtype and offset in the header fits the file's size.
-
-    Raises:
-        OSError: If the file cannot be opened.
-        ValueError: If it is no file, or no complete safetensors file.
-    """
+    dtype and offset in the header fits the file's size. OSError if it cannot be opened, ValueError
+    if it is no file, or no complete safetensors file."""
     regular(path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
@@ -90,17 +82,14 @@ def parse_json(text: str | bytes) -> Any:
 
 def nested(given: object) -> bool:
     """Whether lists and dicts lie in each other more than ``NESTING`` deep."""
-    level = [given]
-    for _ in range(NESTING):
-        level = [inner for outer in level for inner in _containers(outer)]
+    level: list[Any] = [given]
+    for _ in range(NESTING + 1):
+        level = [outer for outer in level if isinstance(outer, dict | list)]
         if not level:
             return False
+        members = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        level = [inner for part in members for inner in part]
     return True
-
-
-def _containers(given: object) -> list:
-    members = given.values() if isinstance(given, dict) else given if type(given) is list else ()
-    return [m for m in members if isinstance(m, dict | list)]
 
 
 class _Repr(reprlib.Repr):

@@ -158,13 +158,12 @@ def make_format(
             raise ValueError(reason)
     k_group = choose_group(k_dim, spec.group_size if k_group is None else k_group)
     v_group = choose_group(v_dim, spec.group_size if v_group is None else v_group)
-    key = (spec, k_dim, v_dim, k_group, v_group)
-    shared = keys is None and values is None
-    if shared and key in _shared:
+    keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
+    heads, key = _heads(keys, values), (spec, k_dim, v_dim, k_group, v_group)
+    if not heads and key in _shared:
         return _shared[key]
     layout = RowLayout(k_dim, v_dim, spec.k_bits, spec.v_bits, k_group, v_group)
-    keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
-    if len(heads := _heads(keys, values)) > 1:
+    if len(heads) > 1:
         raise ValueError(
             f"The calibrations of keys and values are of {' and '.join(map(str, sorted(heads)))} "
             "KV heads; a layer has one number of them."
@@ -177,7 +176,7 @@ def make_format(
         Transform(spec.rotation, spec.seed, rotation.KEYS, k_dim, keys),
         Transform(spec.rotation, spec.seed, rotation.VALUES, v_dim, values),
     )
-    if shared:
+    if not heads:
         _shared[key] = fmt
     return fmt
 
@@ -225,8 +224,8 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
         raise damaged from error
     # With `nearest`: the saved σ is the one that `feedback` has changed, once.
     nearest = replace(spec, rounding="nearest")
-    sides = {} if arrays is None else {"keys": keys, "values": values}
-    fmt = make_format(nearest, k_dim, v_dim, k_group=k_group, v_group=v_group, **sides)
+    groups = {"k_group": k_group, "v_group": v_group}
+    fmt = make_format(nearest, k_dim, v_dim, **groups, keys=keys, values=values)
     if rounding is not None:
         fmt = replace(fmt, spec=spec)
     if fmt.signature != signature:

@@ -4,6 +4,7 @@ affine ``kv_bits`` and packed ones; and the bytes of a token in each."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -99,7 +100,7 @@ def candidate(
         contender = packed(model, spec, calibration, tokenizer, verbose)
         contender.name = str(name)
     if kept == mx.float32:
-        contender.make = _with_rest_rounded(contender.make)
+        contender.make = partial(_with_rest_rounded, contender.make)
     return contender
 
 
@@ -131,24 +132,18 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _with_rest_rounded(make: Callable[[], list]) -> Callable[[], list]:
-    """Plain caches round to fp16."""
+def _with_rest_rounded(make: Callable[[], list]) -> list:
+    """Caches of which plain ones round to fp16."""
+    caches = make()
+    for _, cache in leaves(caches):
+        if type(cache) in PACKABLE:
+            cache.update_and_fetch = partial(_round, cache.update_and_fetch)
+    return caches
 
-    def rounded(update: Callable) -> Callable:
-        def update_and_fetch(keys, values):
-            kept = update(keys.astype(mx.float16), values.astype(mx.float16))
-            return tuple(a.astype(keys.dtype) for a in kept)
 
-        return update_and_fetch
-
-    def made() -> list:
-        caches = make()
-        for _, cache in leaves(caches):
-            if type(cache) in PACKABLE:
-                cache.update_and_fetch = rounded(cache.update_and_fetch)
-        return caches
-
-    return made
+def _round(update: Callable, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+    kept = update(keys.astype(mx.float16), values.astype(mx.float16))
+    return tuple(a.astype(keys.dtype) for a in kept)
 
 
 def _affine(model: nn.Module, name: str) -> Contender:
@@ -177,12 +172,9 @@ def _token_arrays(cache) -> list[mx.array]:
 
 
 def bytes_per_token(caches: list, tail: bool = True) -> float:
-    """Bytes of one token in all caches together, where it is kept.
-
-    An exact tail is shared out over all tokens, or left out. The scales and biases of mlx-lm's
-    quantized cache follow the model's dtype, and so does the tail: they count 2 bytes also in a
-    model that computes in fp32.
-    """
+    """Bytes of one token in all caches together, where it is kept. An exact tail is shared out over
+    all tokens, or left out. It follows the model's dtype, as scales and biases of mlx-lm's
+    quantized cache do: these count 2 bytes also in a model that computes in fp32."""
     total = 0.0
     for _, cache in leaves(caches):
         exact = getattr(cache, "tail", None)

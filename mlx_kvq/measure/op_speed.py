@@ -119,14 +119,11 @@ def _quantize(c: LayerContender, heads: Heads, B: int, L: int, copies: int) -> t
     mx.eval(new)
     turn = itertools.cycle(new)
 
-    def chain(steps: int) -> None:
-        after: list = []
-        for _ in range(steps):
-            k, v = next(turn)
-            after = leaves(c.store(mx.depends(k, after) if after else k, v))
-        mx.eval(after)
+    def store(after: list) -> list:
+        k, v = next(turn)
+        return leaves(c.store(mx.depends(k, after) if after else k, v))
 
-    return chain, nbytes(new[0]) + B * L * token_bytes(c, heads)
+    return _dependent(store), nbytes(new[0]) + B * L * token_bytes(c, heads)
 
 
 def _dequantize(c: LayerContender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
@@ -134,14 +131,19 @@ def _dequantize(c: LayerContender, heads: Heads, B: int, T: int, copies: int) ->
     dequantize = c.dequantize
     turn = itertools.cycle([fill(c, heads, B, T) for _ in range(copies)])
     size = B * T * (token_bytes(c, heads) + 2 * heads.kv * heads.dim * c.dtype.size)
+    return _dependent(lambda after: dequantize(next(turn), after)), size
+
+
+def _dependent(call: Callable[[list], list]) -> Chain:
+    """A chain of calls that each wait for the arrays of the one before."""
 
     def chain(steps: int) -> None:
         after: list = []
         for _ in range(steps):
-            after = dequantize(next(turn), after)
+            after = call(after)
         mx.eval(after)
 
-    return chain, size
+    return chain
 
 
 OPS = {"attend": _attend, "quantize": _quantize, "dequantize": _dequantize}

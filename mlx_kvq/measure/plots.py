@@ -88,16 +88,8 @@ def _apart(sizes: Sequence[float]) -> list[float]:
 
 
 def draw_speed(results: list[dict], path: str, paper: list[dict]) -> None:
-    """Draw ms per token (or µs per attention) against fp16's, after Figure 1 of the paper.
-
-    Args:
-        results (list): What ``--json`` writes, of one or several runs.
-        path (str): Where to; the suffix says which kind of file.
-        paper (list): The paper's own range of a model, drawn as a band.
-
-    Raises:
-        ValueError: If there is nothing to draw.
-    """
+    """Draw ms per token (or µs per attention) against fp16's, after Figure 1 of the paper, with its
+    ranges as bands. ``results`` as ``--json`` writes them; ValueError without a row of fp16."""
     from matplotlib.figure import Figure
 
     panels = _panels(results)

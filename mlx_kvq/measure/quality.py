@@ -28,17 +28,9 @@ class Scores:
 def compare(
     p: mx.array, exact: mx.array, got: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Per-token figures of a chunk of L tokens.
-
-    Args:
-        p, exact (mx.array): Probabilities of the baseline and their logarithms, fp32 [..., L, V].
-        got (mx.array): Log-probabilities with the cache under test.
-        targets (mx.array): The next tokens, [..., L] or [..., L - 1] at the end of a text.
-
-    Returns:
-        KL(exact || got) [..., L], whether the most likely token is the same [..., L], and the
-        loss of ``got`` in nats, in the shape of ``targets``.
-    """
+    """Per token: KL(exact || got), whether the most likely token is the same, and the loss of
+    ``got`` in nats. ``exact`` and ``got`` are log-probabilities, fp32 [..., L, V], ``p`` is
+    exp(exact), ``targets`` the next tokens, [..., L] or [..., L - 1] at the end of a text."""
     same = exact.argmax(axis=-1) == got.argmax(axis=-1)
     scored = got[..., : targets.shape[-1], :]
     loss = -mx.take_along_axis(scored, targets[..., None], axis=-1).squeeze(-1)
@@ -60,13 +52,10 @@ def measure(
     Only one chunk's logits per cache are in memory at a time.
 
     Args:
-        model (nn.Module): The model.
         makers (dict): Name -> makes caches; the first one is the baseline.
-        windows (mx.array): Tokens [N, T], T > ``chunk``.
-        chunk (int): Tokens fed at a time.
+        windows (mx.array): Tokens [N, T], T > ``chunk``; ``batch`` of them are fed side by side.
         advance: Called with 1 after each chunk of each cache and batch.
         finished: Called with a name and its caches at the end of the last window.
-        batch (int): Windows fed side by side.
     """
     scores = {name: Scores() for name in makers}
     N, T = windows.shape

@@ -1,12 +1,12 @@
 """Side-by-side timing: dependent chains, warm-up, interleaved rounds, medians."""
 
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 
 class Spread(NamedTuple):
@@ -18,10 +18,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: list[float]) -> Spread:
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
+    return Spread(*np.quantile(values, (0.5, 0.25, 0.75)).tolist())
 
 
 def speedup(base: list[float], own: list[float]) -> Spread:
@@ -47,18 +44,16 @@ def interleave(
     seconds: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Time several contenders in turn, so that a drifting clock meets all of them.
+    """Seconds per call, by contender and round. Contenders are timed in turn, so that a drifting
+    clock meets all of them.
 
     Args:
-        chains (dict): Name -> a function that runs and evaluates a chain of so many calls, each
-            of which depends on the one before, as the steps of decoding do.
+        chains (dict): Name -> runs and evaluates so many calls, each of which depends on the one
+            before, as the steps of decoding do.
         steps (int): Calls in a chain; fewer where a chain would take more than ``longest`` seconds.
         rounds (int): Timed passes; a contender stops after three once it has had ``seconds``.
         warm_up (float): Seconds of untimed calls first, at least two each.
         clock: ``time.process_time`` leaves out other processes on a shared CPU.
-
-    Returns:
-        Seconds per call, by contender and round.
     """
     lengths, turns = {}, {}
     start = clock()

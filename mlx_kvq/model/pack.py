@@ -1,5 +1,7 @@
 """Packing a prompt that was read with the model's own caches, or its file."""
 
+from typing import Any
+
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
@@ -31,25 +33,25 @@ def pack(caches: list, model: nn.Module, spec: str | Spec, **calibration) -> lis
     filled = dict(leaves(caches))
 
     def packed(path, template):
-        cache = filled.get(path, caches[path[0]])
-        return _packed(cache, template, path[0]) if isinstance(template, PackedCache) else cache
+        cache = filled.get(path)
+        own = KVCache | RotatingKVCache if isinstance(template, PackedCache) else object
+        if path not in filled or not isinstance(cache, own):
+            found = type(caches[path[0]] if cache is None else cache).__name__
+            raise ValueError(
+                f"Layer {path[0]} of the prompt cache is a {found}, which is not what this model "
+                "makes there."
+            )
+        return _packed(cache, template) if isinstance(template, PackedCache) else cache
 
     return map_leaves(packed, templates)
 
 
-def _packed(cache, template: PackedCache, layer: int) -> PackedCache:
+def _packed(cache: Any, template: PackedCache) -> PackedCache:
     fmt = template.format
-    packed: PackedKVCache | PackedRotatingKVCache
+    packed: PackedKVCache | PackedRotatingKVCache = PackedKVCache(fmt)
     if isinstance(cache, RotatingKVCache):
         packed = PackedRotatingKVCache(fmt, cache.max_size, cache.keep)
         packed._idx = cache._idx
-    elif isinstance(cache, KVCache):
-        packed = PackedKVCache(fmt)
-    else:
-        raise ValueError(
-            f"Layer {layer} of the prompt cache is a {type(cache).__name__}, which is not what "
-            "this model makes there."
-        )
     packed.model = template.model
     packed.offset = cache.offset
     if cache.keys is not None:

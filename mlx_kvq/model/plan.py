@@ -18,8 +18,7 @@ from ..calibration.set import CalibrationSet, LayerCalibration
 from ..format.format import Format, make_format
 from ..format.spec import Spec
 from ..stock import PACKABLE, CachePath, Identity, Shapes, leaves, own_caches
-from .budget import STEPS, allocate
-from .policy import bits_by_policy, bits_by_spec
+from .bits import STEPS, allocate, bits_by_policy, bits_by_spec
 from .report import Report, log
 from .trial import batch_failure, first_failure
 
@@ -237,13 +236,9 @@ class _Plan:
         calibrated = {} if self.calibration is None else self.calibration.layers
         formats = {}
         for path, name in bits.items():
-            layer = calibrated.get(path, LayerCalibration())
-            formats[path] = make_format(
-                replace(self.spec, bits=name, **changes),
-                *self.shapes[path][1:],
-                keys=layer.keys,
-                values=layer.values,
-            )
+            spec = replace(self.spec, bits=name, **changes)
+            c = calibrated.get(path, LayerCalibration())
+            formats[path] = make_format(spec, *self.shapes[path][1:], keys=c.keys, values=c.values)
         return formats
 
     def spend_budget(self, tokenizer) -> None:

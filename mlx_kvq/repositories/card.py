@@ -73,20 +73,9 @@ def make(
     texts: list[str],
     note: str = "",
 ) -> ModelCard:
-    """The card of the repository in ``folder``, with a block about the cache.
-
-    Args:
-        folder (Path): The repository; its README.md is read, not written.
-        name (str): The repository's name for users.
-        report (Report): From ``enable``.
-        sizes (list): Bytes per token, measured: in fp16 and packed.
-        evaluation (Evaluation, optional): fp16 and the cache on ``texts``.
-        texts (list): Their names.
-        note (str): A sentence about the evaluation.
-
-    Raises:
-        ValueError: As :func:`load`.
-    """
+    """The card of the repository in ``folder``, which users call ``name``, with a block about the
+    cache: ``sizes`` are bytes per token in fp16 and packed, ``evaluation`` has both on ``texts``,
+    ``note`` is a sentence about it. Errors as in :func:`load`."""
     card = load(folder)
     data: Any = card.data
     data.library_name = data.library_name or "mlx"
