@@ -1,4 +1,4 @@
-"""Checks of what public functions are given: one error that names the argument."""
+"""Checks of the arguments of public functions: one error that names the argument."""
 
 from typing import Any
 

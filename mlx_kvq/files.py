@@ -39,8 +39,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def regular(path: str | os.PathLike) -> os.stat_result:
-    """``os.stat`` of a regular file, or of a link to one. OSError if there is none, ValueError if
-    it is something else: a pipe or a device may block, or never end."""
+    """``os.stat`` of a regular file, or of a link to one. Raises OSError if there is none, and
+    ValueError if it is something else: a pipe or a device may block, or never end."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         kind = _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
@@ -50,8 +50,8 @@ def regular(path: str | os.PathLike) -> os.stat_result:
 
 def safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], list[str]]:
     """Metadata and names of the tensors of a safetensors file, after a check that every shape,
-    dtype and offset in the header fits the file's size. OSError if it cannot be opened, ValueError
-    if it is no file, or no complete safetensors file."""
+    dtype and offset in the header fits the file's size. Raises OSError if it cannot be opened, and
+    ValueError if it is no file, or no complete safetensors file."""
     regular(path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
@@ -67,7 +67,8 @@ def size(path: Path) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The content of JSON text. ValueError if it is not JSON, or nested deeper than ``NESTING``."""
+    """The content of JSON text. Raises ValueError if it is not JSON, or nested deeper than
+    ``NESTING``."""
     try:
         found = json.loads(text)
     except RecursionError:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
 PACKABLE = (stock.KVCache, stock.RotatingKVCache)
-KEEP = 4  # first tokens kept when max_kv_size bounds a cache, as in mlx-lm, whatever the bound
+KEEP = 4  # first tokens that a cache with max_kv_size never drops, as in mlx-lm
 
 CachePath = tuple[int, ...]  # (layer,) or (layer, place in a CacheList)
 Shape = tuple[int, int, int]  # (Hkv, Dk, Dv)
@@ -40,17 +40,21 @@ def is_indexed(kind: Kind) -> bool:
     return len(kind) > 1 and kind[1][0] == 1 and kind[1] != kind[0]
 
 
+def is_packable(cache: object, kind: Kind) -> bool:
+    return type(cache) in PACKABLE and not is_indexed(kind)
+
+
 def packable_shapes(own: Mapping[CachePath, Any], shapes: Shapes) -> Shapes:
     """The shapes of the own caches that a spec could pack."""
     kinds = kinds_of(shapes)
-    could = [p for p in shapes if type(own[p]) in PACKABLE and not is_indexed(kinds[p[0]])]
-    return {path: shapes[path] for path in could}
+    return {p: shape for p, shape in shapes.items() if is_packable(own[p], kinds[p[0]])}
 
 
 def packable(model: nn.Module) -> tuple[Callable[[], list], Shapes]:
     """A function that makes the model's own caches, and :func:`packable_shapes`."""
     own = dict(leaves(own_caches(model)))
-    return lambda: own_caches(model), packable_shapes(own, head_sizes(model))
+    shapes = head_sizes(model, own_caches(model))
+    return lambda: own_caches(model), packable_shapes(own, shapes)
 
 
 def leaves(caches: Iterable, path: CachePath = ()) -> Iterator[tuple[CachePath, Any]]:
@@ -86,14 +90,13 @@ def watch(caches: Iterable, seen: Callable) -> None:
         cache.update_and_fetch = watched
 
 
-def head_sizes(model: nn.Module) -> dict[CachePath, Shape]:
-    """The shape of every own cache that one token reaches. Evaluates nothing."""
+def head_sizes(model: nn.Module, caches: Iterable) -> dict[CachePath, Shape]:
+    """The shape of every cache that one token reaches. Evaluates nothing."""
     shapes: dict[CachePath, Shape] = {}
 
     def seen(path, keys, values):
         shapes[path] = (keys.shape[1], keys.shape[-1], values.shape[-1])
 
-    caches = own_caches(model)
     watch(caches, seen)
     model(mx.array([[0]]), cache=caches)
     return shapes

@@ -1,4 +1,4 @@
-"""What the package's modules take from mlx-lm when they are imported, checked beforehand."""
+"""The names that the package's modules import from mlx-lm, checked beforehand."""
 
 from importlib import import_module
 
@@ -17,7 +17,7 @@ NAMES = {
 
 
 class NotSupportedError(ValueError):
-    """This mlx-lm lacks what a seam needs."""
+    """This mlx-lm lacks a name that a seam needs."""
 
 
 def missing(name: str) -> NotSupportedError:

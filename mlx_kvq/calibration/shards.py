@@ -1,4 +1,4 @@
-"""A calibration of the whole model, cut down to what one rank of a distributed run holds."""
+"""The part of a model's calibration for one rank of a distributed run."""
 
 from collections.abc import Mapping
 from dataclasses import replace

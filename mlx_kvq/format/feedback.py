@@ -6,8 +6,7 @@ Cholesky factor ``M = Uᵀ U`` (U upper) the cost is the sum over blocks J of ch
     | U_JJ (e_J + U_JJ⁻¹ U_JP e_P) |²,        P: the channels after J.
 
 So blocks are rounded from the last to the first, each towards ``y_J + G_JP e_P`` with
-``e = y − ŷ`` and ``G_JP = U_JJ⁻¹ U_JP``. Codes and scales mean what they always mean: nothing
-changes for whoever reads them.
+``e = y − ŷ`` and ``G_JP = U_JJ⁻¹ U_JP``. The meaning of codes and scales stays the same.
 
 The rule is that of GPTQ and LDLQ (Chee et al., arXiv 2307.13304), for a vector at a time.
 """
@@ -28,7 +27,7 @@ WHITENING = 0.5
 
 
 def matrix(keys: "Transform") -> mx.array:
-    """G of one layer's keys, fp32 [Hkv, D, D]; zero but for what lies right of a diagonal block."""
+    """G of one layer's keys, fp32 [Hkv, D, D]; zero but right of the diagonal blocks."""
     c, D = keys.calibration, keys.dim
     # q̃ = A q with A = diag(1/λ) R diag(σ), the transform of the query.
     eye = mx.broadcast_to(mx.eye(D), (1, c.metric.shape[0], D, D))  # type: ignore[union-attr]

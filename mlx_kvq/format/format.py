@@ -148,8 +148,8 @@ def make_format(
     values: Calibration | None = None,
 ) -> Format:
     """The :class:`Format` of ``spec`` for a layer with these head sizes. Groups default to the
-    spec's, calibrations are taken in fp32, and formats without one are shared. ValueError if this
-    spec cannot pack the head sizes, or a calibration does not fit them or the other one."""
+    spec's, calibrations are taken in fp32, and formats without one are shared. Raises ValueError if
+    this spec cannot pack the head sizes, or a calibration does not fit them or the other one."""
     if not isinstance(spec, Spec):
         raise ValueError(f"A spec is a Spec, as Spec.parse returns, got {spec!r}.")
     v_dim = k_dim if v_dim is None else v_dim
@@ -190,7 +190,7 @@ _SIGNATURE = re.compile(
 
 
 def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = None) -> Format:
-    """The format that a saved cache's signature and calibration describe. ValueError if the
+    """The format that a saved cache's signature and calibration describe. Raises ValueError if the
     signature is not one, is of another version, names a number out of range, or does not fit
     ``arrays``."""
     match = None

@@ -19,7 +19,7 @@ MAX_DIM = 4096  # of a head: ten times the largest of a known model
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The parts of a row, in uint32 words. ValueError if a row cannot be laid out so."""
+    """The parts of a row, in uint32 words. Raises ValueError if a row cannot be laid out so."""
 
     k_dim: int  # head size, a multiple of 8
     v_dim: int
@@ -81,8 +81,8 @@ def check_dim(D: int) -> None:
 
 
 def choose_group(D: int, group_size: int | None) -> int:
-    """The group size for head size D: as asked, or 32, or the next divisor above 32. ValueError if
-    D cannot be packed, or the asked group size does not divide it."""
+    """The group size for head size D: as asked, or 32, or the next divisor above 32. Raises
+    ValueError if D cannot be packed, or the asked group size does not divide it."""
     check_dim(D)
     if group_size is None:
         return next((g for g in range(32, D, 8) if D % g == 0), D)

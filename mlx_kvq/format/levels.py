@@ -36,7 +36,9 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
 def tried(group: int) -> tuple[float, float]:
     """Fractions of the abs-max scale that are tried for groups of this size (docs/quality.md). The
     first of them finds the codes of vectors that were quantized before."""
-    return (1.0, 0.94) if group <= 32 else (0.96, 0.89) if group <= 64 else (0.93, 0.86)
+    if group <= 32:
+        return 1.0, 0.94
+    return (0.96, 0.89) if group <= 64 else (0.93, 0.86)
 
 
 def _to_half(s: mx.array) -> mx.array:

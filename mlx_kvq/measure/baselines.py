@@ -86,8 +86,8 @@ def candidate(
 ) -> Contender:
     """The cache of this name for this model; the rest is as for :func:`mlx_kvq.enable`, but a spec
     with ``calibrate=off`` goes without ``calibration``. Layers that are not packed keep 16 bits,
-    also in a model that computes in fp32. ValueError if the name is unknown or the model cannot
-    have this cache."""
+    also in a model that computes in fp32. Raises ValueError if the name is unknown or the model
+    cannot have this cache."""
     check_name(name)
     kept = dtype(model)
     if name in KV_BITS:
@@ -105,7 +105,7 @@ def candidate(
 
 
 def own(model: nn.Module) -> Contender:
-    """The model's own cache in the model's own dtype, whatever is enabled."""
+    """The own cache of a model, enabled or not, in the model's own dtype."""
     return Contender(f"own ({_name(dtype(model))})", lambda: own_caches(model), model=model)
 
 

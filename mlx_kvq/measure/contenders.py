@@ -6,9 +6,9 @@ cuDNN only where K and V are slices of buffers with a capacity that is a multipl
 filling one buffer, and where there is no array mask.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -85,8 +85,8 @@ class LayerContender(Contender):
 def contender(name: str, heads: Heads, dtype: mx.Dtype) -> LayerContender:
     """``fp16``, ``bf16`` or ``fp32`` (plain arrays), ``fp16-even`` (sequences of one length without
     a mask), ``kv4`` or ``kv8`` (mlx-lm's, group 64), or a spec; the last two kinds with queries,
-    keys and values of ``dtype``. ValueError if ``name`` is none of these or cannot pack this head
-    size."""
+    keys and values of ``dtype``. Raises ValueError if ``name`` is none of these or cannot pack this
+    head size."""
     if name in PLAIN or name == EVEN:
         own = PLAIN.get(name, mx.float16)
         made = LayerContender(name, lambda: [KVCache()], dtype=own, store=lambda k, v: (k, v))
@@ -111,8 +111,9 @@ def _affine(name: str, dtype: mx.Dtype) -> LayerContender:
             k = (mx.depends(k[0], after), *k[1:])
         return [mx.dequantize(w, s, b, group_size=KV_GROUP, bits=bits) for w, s, b in (k, v)]
 
-    make = lambda: [affine(KVCache(), name)]  # noqa: E731
-    return LayerContender(name, make, dtype=dtype, store=store, dequantize=dequantize)
+    return LayerContender(
+        name, lambda: [affine(KVCache(), name)], dtype=dtype, store=store, dequantize=dequantize
+    )
 
 
 def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerContender:
@@ -120,7 +121,7 @@ def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerConten
     fmt = make_format(spec, heads.dim)
     recent = fmt.recent
 
-    @cache
+    @functools.cache
     def before(B: int) -> tuple[mx.array, mx.array | None]:
         """Tail and pending rows of a cache before a decode step."""
         tail = random(heads.kv, B, recent, 2 * heads.dim, dtype)
@@ -141,8 +142,9 @@ def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerConten
         rows = mx.depends(rows, after) if after else rows
         return list(ops.restore(rows, held.keys.shape[2], fmt, dtype))
 
-    make = lambda: [PackedKVCache(fmt)]  # noqa: E731
-    return LayerContender(name, make, dtype=dtype, store=store, dequantize=dequantize)
+    return LayerContender(
+        name, lambda: [PackedKVCache(fmt)], dtype=dtype, store=store, dequantize=dequantize
+    )
 
 
 def token_bytes(c: LayerContender, heads: Heads) -> int:

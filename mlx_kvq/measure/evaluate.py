@@ -111,7 +111,7 @@ def evaluate(
             fed in chunks and then decoding greedily, writes it.
         calibration (CalibrationSet, optional): For every spec that does not say
             ``calibrate=off``; without one they are calibrated as :func:`mlx_kvq.enable` does.
-        progress (bool): Show progress bars, and what each spec does, on stderr.
+        progress (bool): Show progress bars, and a line on each spec, on stderr.
 
     Returns:
         Evaluation: One result per cache, the model's own cache first.
@@ -222,8 +222,8 @@ def _windows(tokenizer, text: str, windows: int, tokens: int, place: int) -> lis
 
 
 def read_recall(path: str | os.PathLike, limit: int | None = None) -> list[dict]:
-    """Key-recall prompts from a JSON-lines file of ``{"prompt": …, "answer": …}``. ValueError if
-    the file is missing or a line is something else."""
+    """Key-recall prompts from a JSON-lines file of ``{"prompt": …, "answer": …}``. Raises
+    ValueError if the file is missing or a line is something else."""
     items: list[dict] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():

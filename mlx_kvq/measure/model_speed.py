@@ -107,7 +107,7 @@ def _contender(name: str, model, tokenizer) -> Contender:
 
 
 class _Peak:
-    """Peak memory since this was made, above what was in use then."""
+    """Peak memory above the memory in use when this was made."""
 
     highest = 0  # of all that came before, as MLX has one counter
 

@@ -8,22 +8,12 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from ..files import failure
-from .contenders import (
-    EVEN,
-    Heads,
-    LayerContender,
-    contender,
-    fill,
-    leaves,
-    nbytes,
-    random,
-    random_pair,
-    token_bytes,
-)
+from . import contenders
+from .contenders import EVEN, Heads, LayerContender
 from .timing import interleave, memory_limit, speedups, spread
 
 HEADS = ["12,2,128", "4,1,256"]
-BASES = ("fp16", EVEN, "bf16", "kv4")  # what others are compared with
+BASES = ("fp16", EVEN, "bf16", "kv4")  # the others are compared with these
 MOST_BUFFERS = 4096
 Chain = Callable[[int], None]
 
@@ -33,10 +23,10 @@ def measure(args, copy: float) -> Iterator[list[dict]]:
     ``copy`` in bytes per second that a copy reads and writes."""
     for text in args.heads:
         heads = Heads.parse(text)
-        contenders = {}
+        compared = {}
         for name in args.kv_cache:
             try:
-                contenders[name] = contender(name, heads, getattr(mx, args.dtype))
+                compared[name] = contenders.contender(name, heads, getattr(mx, args.dtype))
             except ValueError as error:
                 print(f"{name}, {heads}: left out: {error}", file=sys.stderr)
         sizes = list(itertools.product(args.batch_size, args.contexts))
@@ -45,20 +35,20 @@ def measure(args, copy: float) -> Iterator[list[dict]]:
         for op in OPS:
             for B, T in stored if op == "quantize" else sizes:
                 if op in args.ops:
-                    yield _compare(op, heads, B, T, contenders, args, copy)
+                    yield _compare(op, heads, B, T, compared, args, copy)
 
 
-def _compare(op, heads, B: int, T: int, contenders, args, copy: float) -> list[dict]:
+def _compare(op, heads, B: int, T: int, compared, args, copy: float) -> list[dict]:
     """Rows of all contenders; one that fails gets a row that says why."""
     if op != "attend":  # nothing to compute for plain arrays
-        contenders = {name: c for name, c in contenders.items() if c.dequantize is not None}
-    chains, sizes, notes = _chains(OPS[op], heads, B, T, contenders, args.beyond << 20)
+        compared = {name: c for name, c in compared.items() if c.dequantize is not None}
+    chains, sizes, notes = _chains(OPS[op], heads, B, T, compared, args.beyond << 20)
     clock = time.process_time if args.cpu_time else time.perf_counter
     times = interleave(chains, steps=args.tokens, rounds=args.rounds, clock=clock)
     del chains
     mx.clear_cache()
     rows = []
-    for name, c in contenders.items():
+    for name, c in compared.items():
         row = {"op": op, "heads": str(heads), "cache": name, "batch": B, "tokens": T}
         row["class"] = type(c.batch(B)[0]).__name__
         if name in notes:
@@ -75,14 +65,14 @@ def _compare(op, heads, B: int, T: int, contenders, args, copy: float) -> list[d
     return rows
 
 
-def _chains(make, heads: Heads, B: int, T: int, contenders: dict[str, LayerContender], beyond: int):
+def _chains(make, heads: Heads, B: int, T: int, compared: dict[str, LayerContender], beyond: int):
     """By contender: the chain to time and the bytes of a call, or why there is none."""
     chains: dict[str, Chain] = {}
     sizes, notes = {}, {}
     total = 0
-    for name, c in contenders.items():
+    for name, c in compared.items():
         try:
-            size = B * T * token_bytes(c, heads)
+            size = B * T * contenders.token_bytes(c, heads)
             copies = max(1, min(MOST_BUFFERS, -(-beyond // size)))
             total += size * copies
             if total > memory_limit():
@@ -99,8 +89,8 @@ def _chains(make, heads: Heads, B: int, T: int, contenders: dict[str, LayerConte
 def _attend(c: LayerContender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
     """The output of a call is the query of the next. A call never finds its tokens in a cache of
     the processor, as between the layers of a model."""
-    turn = itertools.cycle([fill(c, heads, B, T) for _ in range(copies)])
-    q = random(heads.queries, B, 1, heads.dim, c.dtype)
+    turn = itertools.cycle([contenders.fill(c, heads, B, T) for _ in range(copies)])
+    q = contenders.random(heads.queries, B, 1, heads.dim, c.dtype)
     mx.eval(q)
 
     def chain(steps: int) -> None:
@@ -109,28 +99,28 @@ def _attend(c: LayerContender, heads: Heads, B: int, T: int, copies: int) -> tup
             x = c.attend(x, next(turn))
         mx.eval(x)
 
-    return chain, B * T * token_bytes(c, heads) + 2 * q.nbytes
+    return chain, B * T * contenders.token_bytes(c, heads) + 2 * q.nbytes
 
 
 def _quantize(c: LayerContender, heads: Heads, B: int, L: int, copies: int) -> tuple[Chain, int]:
     """One token's keys and values were just computed, a prompt's come from memory."""
     few = 1 if L == 1 else copies
-    new = [random_pair(heads, B, L, c.dtype) for _ in range(few)]
+    new = [contenders.random_pair(heads, B, L, c.dtype) for _ in range(few)]
     mx.eval(new)
     turn = itertools.cycle(new)
 
     def store(after: list) -> list:
         k, v = next(turn)
-        return leaves(c.store(mx.depends(k, after) if after else k, v))
+        return contenders.leaves(c.store(mx.depends(k, after) if after else k, v))
 
-    return _dependent(store), nbytes(new[0]) + B * L * token_bytes(c, heads)
+    return _dependent(store), contenders.nbytes(new[0]) + B * L * contenders.token_bytes(c, heads)
 
 
 def _dequantize(c: LayerContender, heads: Heads, B: int, T: int, copies: int) -> tuple[Chain, int]:
     assert c.dequantize is not None
     dequantize = c.dequantize
-    turn = itertools.cycle([fill(c, heads, B, T) for _ in range(copies)])
-    size = B * T * (token_bytes(c, heads) + 2 * heads.kv * heads.dim * c.dtype.size)
+    turn = itertools.cycle([contenders.fill(c, heads, B, T) for _ in range(copies)])
+    size = B * T * (contenders.token_bytes(c, heads) + 2 * heads.kv * heads.dim * c.dtype.size)
     return _dependent(lambda after: dequantize(next(turn), after)), size
 
 

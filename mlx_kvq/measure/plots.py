@@ -88,8 +88,9 @@ def _apart(sizes: Sequence[float]) -> list[float]:
 
 
 def draw_speed(results: list[dict], path: str, paper: list[dict]) -> None:
-    """Draw ms per token (or µs per attention) against fp16's, after Figure 1 of the paper, with its
-    ranges as bands. ``results`` as ``--json`` writes them; ValueError without a row of fp16."""
+    """Draw ms per token (or µs per attention) against fp16's, after Figure 1 of the paper, with
+    its ranges as bands. ``results`` as ``--json`` writes them. Raises ValueError without a row
+    of fp16."""
     from matplotlib.figure import Figure
 
     panels = _panels(results)

@@ -25,16 +25,14 @@ class Scores:
     loss: list[np.ndarray] = field(default_factory=list)  # nats, per token with a next one
 
 
-def compare(
-    p: mx.array, exact: mx.array, got: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
+def compare(exact: mx.array, got: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
     """Per token: KL(exact || got), whether the most likely token is the same, and the loss of
-    ``got`` in nats. ``exact`` and ``got`` are log-probabilities, fp32 [..., L, V], ``p`` is
-    exp(exact), ``targets`` the next tokens, [..., L] or [..., L - 1] at the end of a text."""
+    ``got`` in nats. ``exact`` and ``got`` are log-probabilities, fp32 [..., L, V], ``targets`` the
+    next tokens, [..., L] or [..., L - 1] at the end of a text."""
     same = exact.argmax(axis=-1) == got.argmax(axis=-1)
     scored = got[..., : targets.shape[-1], :]
     loss = -mx.take_along_axis(scored, targets[..., None], axis=-1).squeeze(-1)
-    return kl(exact, got, p), same, loss
+    return kl(exact, got), same, loss
 
 
 def measure(
@@ -65,17 +63,16 @@ def measure(
         parts: dict[str, list] = {name: [] for name in makers}
         for start in range(0, T, chunk):
             tokens, targets = some[:, start : start + chunk], some[:, start + 1 : start + chunk + 1]
-            p: mx.array | None = None
+            exact: mx.array | None = None
             for name, cache in caches.items():
                 logits = model(tokens, cache=cache)
                 if start == 0:
                     mx.eval([c.state for c in cache])
                 else:
                     got = nn.log_softmax(logits.astype(mx.float32), axis=-1)
-                    if p is None:
-                        p, exact = mx.exp(got), got
-                    figures = compare(p, exact, got, targets)
-                    mx.eval(p, exact, figures)
+                    exact = got if exact is None else exact
+                    figures = compare(exact, got, targets)
+                    mx.eval(exact, figures)
                     parts[name].append([np.array(f) for f in figures])
                 advance(1)
         for name, part in parts.items():
@@ -113,7 +110,7 @@ class Estimate:
         return cls(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
     def map(self, function: Callable) -> "Estimate":
-        """The estimate of an increasing function of what was estimated."""
+        """The estimate of an increasing function of this quantity."""
         return Estimate(*(float(function(v)) for v in (self.mean, self.low, self.high)))
 
 

@@ -29,8 +29,8 @@ SHAPES: dict[str, tuple[Any, dict]] = {
 
 
 def random_model(shape: str, dtype: mx.Dtype = mx.float16, bits: int | None = None) -> nn.Module:
-    """A model of ``shape`` with random weights, quantized to ``bits`` if given. ValueError if the
-    shape is unknown; the message lists what there is."""
+    """A model of ``shape`` with random weights, quantized to ``bits`` if given. Raises ValueError
+    if the shape is unknown; the message lists what there is."""
     if shape not in SHAPES:
         raise ValueError(f"Unknown shape {shape!r}. Known: {', '.join(SHAPES)}.")
     module, args = SHAPES[shape]

@@ -27,8 +27,8 @@ STEPS = ("int4", "k8v4", "int8")
 
 
 def bits_by_spec(spec: Spec, paths: list[CachePath]) -> dict[CachePath, str]:
-    """The bits of every cache that the spec does not skip. ValueError if the spec names a layer
-    that is not in ``paths``, or skips all."""
+    """The bits of every cache that the spec does not skip. Raises ValueError if the spec names a
+    layer that is not in ``paths``, or skips all."""
     layers = sorted({path[0] for path in paths})
     names: dict[int | str, int] = {"first": layers[0], "last": layers[-1]}
     chosen = {}
@@ -53,7 +53,7 @@ def bits_by_policy(
     policy: Mapping[CachePath, str], paths: list[CachePath], report: Report, model: nn.Module
 ) -> dict[CachePath, str]:
     """The bits of every cache in ``paths`` that the policy names; ``policy`` is of the whole model.
-    ValueError if the policy is not valid, or names a cache that cannot be packed."""
+    Raises ValueError if the policy is not valid, or names a cache that cannot be packed."""
     for path, bits in policy.items():
         if not isinstance(path, tuple) or not all(type(n) is int and n >= 0 for n in path):
             raise ValueError(f"policy names caches by paths such as (0,), got {path!r}.")
@@ -80,7 +80,7 @@ def allocate(
 ) -> dict[CachePath, str]:
     """Raise ``bits``, cache by cache, until ``budget`` bits per value, scales included, are spent.
     ``make_caches`` packs the caches whose bits it is given, ``layouts`` are their rows for all
-    ``STEPS``. ValueError if the budget does not even cover ``bits``."""
+    ``STEPS``. Raises ValueError if the budget does not even cover ``bits``."""
     bits = dict(bits)
     values = sum(rows[bits[p]].k_dim + rows[bits[p]].v_dim for p, rows in layouts.items())
     size = {p: {b: 32 * rows[b].words for b in STEPS} for p, rows in layouts.items()}

@@ -17,7 +17,7 @@ from ..files import line, quoted
 
 def load(name: str, *, trust: bool = False) -> tuple[Any, Any]:
     """The model and tokenizer of a repository, local or of the hub; with ``trust`` its own code may
-    run. ValueError if they cannot be loaded; one line says why."""
+    run. Raises ValueError if they cannot be loaded; one line says why."""
     tokenizer = {"trust_remote_code": trust}
     try:
         with code_allowed(trust):

@@ -122,12 +122,13 @@ def _given_calibration(model, spec: Spec, calibration) -> CalibrationSet | None:
 
 
 class _Plan:
-    """The steps of :func:`make_plan`, and what they find."""
+    """The steps of :func:`make_plan` and their results."""
 
     def __init__(self, model: nn.Module, spec: Spec):
         self.model, self.spec = model, spec
         self.report, self.packing = Report(spec), Packing(model)
-        self.own, self.shapes = dict(leaves(own_caches(model))), stock.head_sizes(model)
+        self.own = dict(leaves(own_caches(model)))
+        self.shapes = stock.head_sizes(model, own_caches(model))
         self.kinds = stock.kinds_of(self.shapes)
         self.bits: dict[CachePath, str] = {}
         self.calibration: CalibrationSet | None = None
@@ -135,21 +136,24 @@ class _Plan:
     def find_packable(self) -> None:
         """A first format for every cache whose class and head sizes allow one."""
         for path, cache in self.own.items():
-            if type(cache) not in PACKABLE:
-                reason = f"{type(cache).__name__} is not a plain key/value cache"
-            elif path not in self.shapes:
-                reason = "not reached by a forward pass"
-            elif stock.is_indexed(kind := self.kinds[path[0]]):  # the trial prompts are too short
-                reason = LATENT if stock.is_latent(kind) else SPARSE
-            else:
+            reason = self._why_not(path, cache)
+            if not reason:
                 try:
-                    fmt = make_format(self.spec, *self.shapes[path][1:])
+                    self.packing.formats[path] = make_format(self.spec, *self.shapes[path][1:])
                 except ValueError as error:
                     reason = str(error)
-                else:
-                    self.packing.formats[path] = fmt
-                    continue
-            self.report.left[path[0]] = reason
+            if reason:
+                self.report.left[path[0]] = reason
+
+    def _why_not(self, path: CachePath, cache) -> str:
+        if type(cache) not in PACKABLE:
+            return f"{type(cache).__name__} is not a plain key/value cache"
+        if path not in self.shapes:
+            return "not reached by a forward pass"
+        kind = self.kinds[path[0]]
+        if stock.is_indexed(kind):  # only prompts longer than those of the trial run show it
+            return LATENT if stock.is_latent(kind) else SPARSE
+        return ""
 
     def leave_failing(self) -> None:
         """Try the model on packed caches. Layers that fail are given arrays to attend to, and keep

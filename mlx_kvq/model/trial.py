@@ -1,4 +1,4 @@
-"""Trial runs of a model on packed caches, to find what it cannot run on."""
+"""Trial runs of a model on packed caches, which not every model can attend to."""
 
 from collections.abc import Callable
 

@@ -55,8 +55,8 @@ _MEASURED = """\
 
 
 def load(folder: Path) -> ModelCard:
-    """The card of the repository in ``folder``, an empty one if there is none. ValueError if the
-    metadata of its README.md cannot be read."""
+    """The card of the repository in ``folder``, an empty one if there is none. Raises ValueError if
+    the metadata of its README.md cannot be read."""
     path = folder / "README.md"
     try:
         return ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n")

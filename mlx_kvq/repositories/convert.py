@@ -34,7 +34,7 @@ from . import repository
 
 WINDOW, WINDOWS = 1024, 16  # tokens and windows of an evaluation, at most
 LEAST = 512  # tokens of a text to evaluate on
-SAMPLE, HELD_OUT = "built-in sample", "held-out text"  # what a card calls them
+SAMPLE, HELD_OUT = "built-in sample", "held-out text"  # names of texts in a card
 
 
 def convert(
@@ -105,7 +105,7 @@ def convert(
 
 
 def _check_in_place(target: Path, options: dict) -> None:
-    """Find what can be wrong before the minutes of work."""
+    """Errors before the minutes of work."""
     defaults = _defaults()
     for name, value in options.items():
         if value != defaults[name] and name != "trust_remote_code":
@@ -201,8 +201,8 @@ def _bytes_per_token(model, tokenizer, spec, calibration) -> float:
 
 def upload(folder: str | Path, name: str, *, private: bool = False) -> None:
     """Upload the files of a repository (:func:`mlx_kvq.repositories.repository.contents`) to the
-    hub's repository ``name`` in one commit; lists them on stderr first. ValueError if that fails;
-    the folder stays whole."""
+    hub's repository ``name`` in one commit; lists them on stderr first. Raises ValueError if that
+    fails; the folder stays whole."""
     folder = Path(folder)
     files = repository.contents(folder)
     log(f"uploading to {name}:")

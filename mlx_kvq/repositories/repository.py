@@ -72,8 +72,8 @@ class Repository:
 
     @cached_property
     def calibration(self) -> CalibrationSet | None:
-        """From the file, which is fetched if need be. RepositoryError if it is missing, damaged, or
-        not the one of the section."""
+        """From the file, which is fetched if need be. Raises RepositoryError if it is missing,
+        damaged, or not the one of the section."""
         if self.section.sha256 is None:
             return None
         path = self.path
@@ -92,7 +92,7 @@ class Repository:
     @property
     def path(self) -> Path:
         """The calibration file, from the hub if need be: mlx-lm fetches only
-        ``model*.safetensors``. RepositoryError if there is none."""
+        ``model*.safetensors``. Raises RepositoryError if there is none."""
         path = self.folder / FILE
         if os.path.lexists(path):
             try:
@@ -113,8 +113,8 @@ class Repository:
         return path
 
     def offered(self, spec: Spec) -> CalibrationSet | None:
-        """The calibration, if there is one with all that ``spec`` needs. RepositoryError if the
-        repository's cache cannot be used."""
+        """The calibration, if there is one with all that ``spec`` needs. Raises RepositoryError if
+        the repository's cache cannot be used."""
         if self.other:
             return None
         with _told(self):
@@ -150,8 +150,8 @@ def of(model: nn.Module) -> Repository | None:
 
 
 def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
-    """Enable the cache of the model's repository, if it has one. RepositoryError if it cannot be
-    used for this model."""
+    """Enable the cache of the model's repository, if it has one. Raises RepositoryError if it
+    cannot be used for this model."""
     repository = of(model)
     if repository is None:
         return None
@@ -214,8 +214,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
 
 
 def contents(folder: Path) -> list[Path]:
-    """The files of a repository, and nothing else in its folder. RepositoryError if one of them is
-    no file, or a link out of the hub's own cache, which may publish a private file."""
+    """The files of a repository, and nothing else in its folder. Raises RepositoryError if one of
+    them is no file, or a link out of the hub's own cache, which may publish a private file."""
     found = {path for pattern in CONTENTS for path in folder.glob(pattern)}
     # A glob without a star passes over a link to nothing.
     found |= {folder / name for name in CONTENTS if os.path.lexists(folder / name)}

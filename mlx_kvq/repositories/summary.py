@@ -19,8 +19,8 @@ LAYERS = 10_000  # of a model, at most: each is made, before any weight
 
 
 def find(name: str, revision: str | None = None) -> Repository:
-    """The repository of a local folder or of the hub, whose small files are fetched. ValueError if
-    there is none, or it has no section."""
+    """The repository of a local folder or of the hub, whose small files are fetched. Raises
+    ValueError if there is none, or it has no section."""
     try:
         folder = utils._download(name, revision=revision, allow_patterns=["*.json", FILE])
     except Exception as error:
@@ -44,8 +44,8 @@ def find(name: str, revision: str | None = None) -> Repository:
 
 
 def build(source: Repository, trust: bool = False):
-    """The model of ``config.json``, with weights that are not computed. ValueError if mlx-lm cannot
-    build it."""
+    """The model of ``config.json``, with weights that are not computed. Raises ValueError if mlx-lm
+    cannot build it."""
     try:
         code = code_options(utils.load_model, trust)
         with code_allowed(trust):

@@ -279,7 +279,7 @@ def test_operations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_contender_that_fails_is_a_row(monkeypatch):
-    original = op_speed.contender
+    original = contenders.contender
 
     def broken(name, heads, dtype):
         c = original(name, heads, dtype)
@@ -287,7 +287,7 @@ def test_a_contender_that_fails_is_a_row(monkeypatch):
             c.attend = lambda q, buffer: mx.zeros((2, 3)) @ mx.zeros((2, 3))
         return c
 
-    monkeypatch.setattr(op_speed, "contender", broken)
+    monkeypatch.setattr(contenders, "contender", broken)
     args = _arguments("--heads", "4,2,64", "--contexts", "16", "--kv-cache", "kv8", "fp16",
                       "--rounds", "2", "--ops", "attend", "--beyond", "0")  # fmt: skip
     ((failed, ran),) = op_speed.measure(args, 1e9)
