@@ -18,30 +18,33 @@ KEEP = 4  # first tokens that a cache with max_kv_size never drops, as in mlx-lm
 CachePath = tuple[int, ...]  # (layer,) or (layer, place in a CacheList)
 Shape = tuple[int, int, int]  # (Hkv, Dk, Dv)
 Shapes = Mapping[CachePath, Shape]
-Kind = tuple[Shape, ...]  # of a layer's caches; layers of one kind run the same code
+
+
+class Kind(tuple[Shape, ...]):
+    """The shapes of a layer's caches. Layers of one kind run the same code."""
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are one latent vector and a position, in a single head."""
+        heads, keys, values = self[0]
+        return heads == 1 and keys != values
+
+    @property
+    def indexed(self) -> bool:
+        """Whether a second cache, of a single head, selects the tokens to read."""
+        return len(self) > 1 and self[1][0] == 1 and self[1] != self[0]
 
 
 def kinds_of(shapes: Shapes) -> dict[int, Kind]:
     """Layer -> its kind."""
     kinds: dict[int, Kind] = {}
     for path in sorted(shapes):
-        kinds[path[0]] = (*kinds.get(path[0], ()), shapes[path])
+        kinds[path[0]] = Kind((*kinds.get(path[0], ()), shapes[path]))
     return kinds
 
 
-def is_latent(kind: Kind) -> bool:
-    """Whether keys and values are one latent vector and a position, in a single head."""
-    heads, keys, values = kind[0]
-    return heads == 1 and keys != values
-
-
-def is_indexed(kind: Kind) -> bool:
-    """Whether a second cache, of a single head, selects the tokens to read."""
-    return len(kind) > 1 and kind[1][0] == 1 and kind[1] != kind[0]
-
-
 def is_packable(cache: object, kind: Kind) -> bool:
-    return type(cache) in PACKABLE and not is_indexed(kind)
+    return type(cache) in PACKABLE and not kind.indexed
 
 
 def packable_shapes(own: Mapping[CachePath, Any], shapes: Shapes) -> Shapes:

@@ -151,8 +151,8 @@ class _Plan:
         if path not in self.shapes:
             return "not reached by a forward pass"
         kind = self.kinds[path[0]]
-        if stock.is_indexed(kind):  # only prompts longer than those of the trial run show it
-            return LATENT if stock.is_latent(kind) else SPARSE
+        if kind.indexed:  # only prompts longer than those of the trial run show it
+            return LATENT if kind.latent else SPARSE
         return ""
 
     def leave_failing(self) -> None:
@@ -162,7 +162,7 @@ class _Plan:
         formats, as_arrays = self.packing.formats, self.packing.as_arrays
         while formats and (failed := first_failure(self.model, self.packing())):
             path, error = failed
-            latent = [p for p in formats if stock.is_latent(self.kinds[p[0]])]
+            latent = [p for p in formats if self.kinds[p[0]].latent]
             if latent:
                 self._leave(latent, LATENT)
             elif not (alike := self._alike(path)):
