@@ -41,16 +41,7 @@ ordinary mlx-lm model.
 | fp16 | {fp16:.0f} |
 | {spec} | {packed:.0f} ({times:.2f} times fewer) |
 
-{exact}{measured}<!-- /mlx_kvq -->
-"""
-_EXACT = "To them come, for each sequence, the newest {} tokens as in fp16.\n\n"
-_MEASURED = """\
-### Measured on {texts}
-
-{table}
-
-{note}Computed in {dtype} on the {unit} of a machine with {machine}; {versions}.
-
+{more}<!-- /mlx_kvq -->
 """
 
 
@@ -107,28 +98,21 @@ def write(folder: Path, card: ModelCard) -> None:
 
 
 def _block(name, report, sizes, evaluation, texts, note) -> str:
-    spec, (fp16, packed), measured = report.spec, sizes, ""
+    spec, (fp16, packed), more = report.spec, sizes, ""
+    if spec.recent:
+        more = f"To them come, for each sequence, the newest {spec.recent} tokens as in fp16.\n\n"
     if evaluation is not None:
         s = evaluation.setting
-        measured = _MEASURED.format(
-            texts=", ".join(texts),
-            table=evaluation.table(markdown=True),
-            note=note,
-            dtype=s["dtype"],
-            unit="GPU" if "gpu" in s["device"] else "CPU",
-            machine=f"{platform.system()} {platform.machine()}",
-            versions=", ".join(f"{k} {v}" for k, v in s["versions"].items()),
+        unit = "GPU" if "gpu" in s["device"] else "CPU"
+        versions = ", ".join(f"{k} {v}" for k, v in s["versions"].items())
+        more += (
+            f"### Measured on {', '.join(texts)}\n\n{evaluation.table(markdown=True)}\n\n"
+            f"{note}Computed in {s['dtype']} on the {unit} of a machine with {platform.system()} "
+            f"{platform.machine()}; {versions}.\n\n"
         )
-    return _TEXT.format(
-        spec=spec,
-        what=str(report).removeprefix(f"{spec}: "),
-        name=name,
-        fp16=fp16,
-        packed=packed,
-        times=fp16 / packed,
-        exact=_EXACT.format(spec.recent) if spec.recent else "",
-        measured=measured,
-    )
+    values = {"spec": spec, "what": str(report).removeprefix(f"{spec}: "), "name": name}
+    times = fp16 / packed
+    return _TEXT.format(fp16=fp16, packed=packed, times=times, more=more, **values)
 
 
 def _results(evaluation: "Evaluation", texts: list[str]) -> list[EvalResult]:
