@@ -32,7 +32,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure, summarize
-from mlx_kvq.model.plan import _pack
+from mlx_kvq.model.plan import pack_caches
 
 RANDOM = ("none", "srft", "srht", "householder", "quaternion")
 # name -> (base, objective, λ too)
@@ -145,7 +145,7 @@ def maker(model, spec, layers):
             transform.__dict__["matrix"] = R  # in place of the cached property
         formats[(i,)] = fmt
     make = own(model).make
-    return lambda: [_pack(c, (i,), formats, None) for i, c in enumerate(make())]
+    return lambda: pack_caches(make(), formats)
 
 
 def mean_errors(layers, spec):

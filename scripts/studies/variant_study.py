@@ -31,7 +31,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure
-from mlx_kvq.model.plan import _pack
+from mlx_kvq.model.plan import pack_caches
 
 SHIPPED = "**μ and σ on keys, μ on values**"
 # name -> what keys get, what values get
@@ -106,7 +106,7 @@ def maker(model, samples, names, spec):
         dims = (s.mu.shape[1] for s in sides)
         formats[(i,)] = make_format(spec, *dims, keys=keys, values=values)
     make = own(model).make
-    return lambda: [_pack(c, (i,), formats, None) for i, c in enumerate(make())]
+    return lambda: pack_caches(make(), formats)
 
 
 def column(model, tokenizer, args):
