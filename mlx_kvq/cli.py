@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__, stock_names
-from .format import spec
+from .commands.options import NAMES, length
 
 # name -> what --help says. Module commands.<name>, with _ for -, has `add_arguments(parser)` and
 # `run(args)`, which returns the exit status or None; a ValueError or OSError from it becomes one
@@ -50,13 +50,15 @@ def _run(arguments: list[str]) -> Any:
     parser = argparse.ArgumentParser(
         prog="mlx_kvq",
         description="A rotated int4 key/value cache for mlx-lm. Use it as "
-        "'mlx_lm.generate --kv-cache int4-srft'.",
-        epilog=f"Caches: {', '.join(spec.names())}.",
+        "'mlx_lm.generate --kv-cache int4'.",
+        epilog=f"Caches:\n{NAMES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mlx_kvq {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=bool(COMMANDS))
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
+        sub.register("type", int, length)
         if name in arguments:  # the others need not be imported
             if name != "doctor":
                 stock_names.check()
