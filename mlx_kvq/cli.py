@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "convert": "Convert a model repository and add a calibrated KV cache, or add it in place.",
     "doctor": "Check every kernel on this machine against the reference; first timings.",
     "evaluate": "Compare caches on your text: perplexity, KL, exact recall, bytes per token.",
+    "fit": "Say how much context fits into a machine's memory, from a config.json alone.",
     "inspect": "Say what a converted repository, local or on the hub, brings along.",
     "pack-cache": "Pack a prompt-cache file that was written without --kv-cache.",
 }
