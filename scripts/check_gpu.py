@@ -36,7 +36,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.timing import interleave
 from mlx_kvq.ops.gpu import fused, tuning
-from tests import op_matrix
+from tests.support import op_matrix
 
 # Specs, head sizes, calibrated or not: each way through each kernel at least once.
 LAUNCHES = [
