@@ -10,7 +10,7 @@ import mlx_kvq
 from mlx_kvq import cli
 from mlx_kvq.commands import fit
 from mlx_kvq.stock import leaves
-from tests.float32 import MODELS
+from tests.support.float32 import MODELS
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,

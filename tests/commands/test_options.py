@@ -11,9 +11,9 @@ from mlx_kvq.format.spec import OPTIONS, names
 KNOWN = """
 Known:
 fp16
-int4-srft int4-srht int4-householder int4-quaternion int4-none
-int8-srft int8-srht int8-householder int8-quaternion int8-none
-k8v4-srft k8v4-srht k8v4-householder k8v4-quaternion k8v4-none"""
+int4-srft int4-srht int4-none
+int8-srft int8-srht int8-none
+k8v4-srft k8v4-srht k8v4-none"""
 
 
 @pytest.mark.parametrize(
