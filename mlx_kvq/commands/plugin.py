@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -222,17 +223,30 @@ def _remembering(load_model):
     return wrapper
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """How a model was loaded; copies of the model do without."""
+
+    name: str
+    tokenizer: Any
+
+    def __reduce__(self):
+        return Loaded, ("", None)
+
+
 def _as_the_repository_says(load):
     signature = inspect.signature(load)
 
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
         loaded = load(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        name = str(next(iter(given.values())))
+        loaded[0]._mlx_kvq_loaded = Loaded(name, loaded[1])
         if (source := vars(loaded[0]).get("_mlx_kvq_repository")) is not None:
             from ..repositories import repository
 
-            given = signature.bind(*args, **kwargs).arguments
-            source.name, source.revision = str(next(iter(given.values()))), given.get("revision")
+            source.name, source.revision = name, given.get("revision")
             if _asked is None:
                 repository.apply(loaded[0], verbose=not _quiet())
             else:
