@@ -205,6 +205,7 @@ def test_bytes_per_token(which, request):
 
 def test_a_sixteen_bit_models_cache_is_fp16():
     model, _ = load(str(QWEN))
+    model.set_dtype(mx.bfloat16)
     assert baselines.own(model).name == "own (bfloat16)"
     fp16 = baselines.candidate(model, "fp16")
     assert fp16.note == "the model's own bfloat16"
