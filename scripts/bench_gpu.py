@@ -2,6 +2,7 @@
 
     python scripts/bench_gpu.py OUT               # OUT/ops.json, OUT/models.json
     python scripts/bench_gpu.py OUT --budget 540  # seconds; what no longer fits is left out
+    python scripts/bench_gpu.py OUT --match 'gemma.*batch 16'   # some rows, by their names
     python scripts/bench_gpu.py OUT --tiny        # the same way with tiny sizes, on any machine
     python scripts/tables.py OUT/*.json           # the tables, as markdown
 
@@ -13,6 +14,7 @@ once (3 to 5 s on CUDA), before its first row is timed.
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -57,6 +59,7 @@ class Item:
     """One row of measurements: arguments of ``mlx_kvq benchmark``, and the file it goes to."""
 
     file: str
+    name: str
     arguments: list[str]
 
 
@@ -65,6 +68,7 @@ def items(args: argparse.Namespace) -> list[Item]:
     attend = [
         Item(
             "ops.json",
+            f"{heads}, batch {B}, {T} tokens",
             ["--ops", "attend", "--heads", heads, "--batch-size", str(B), "--contexts", str(T)]
             + ["--kv-cache", *OPS_CACHES, *(["fp16-even"] if B > 1 else []), *rounds],
         )
@@ -73,6 +77,7 @@ def items(args: argparse.Namespace) -> list[Item]:
     models = [
         Item(
             "models.json",
+            f"{shape}, batch {B}, {T} tokens",
             ["--shape", shape, "--batch-size", str(B), "--contexts", str(T)]
             + ["--kv-cache", *MODEL_CACHES, *rounds]
             + ["--tokens", str(args.tokens), "--prefill-rounds", str(args.prefill_rounds)],
@@ -105,6 +110,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decode steps in a chain")
     parser.add_argument("--beyond", type=int, default=160, metavar="MB", help="above the L2 cache")
     parser.add_argument("--only", choices=["ops", "models"], help="one of the two files")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only rows with such names")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on any machine")
     args = parser.parse_args()
     if min(args.rounds, args.prefill_rounds, args.tokens) < 1 or args.beyond < 0:
@@ -133,12 +139,12 @@ def run(args: argparse.Namespace) -> int:
     models = Models()
     left, longest = 0, {"ops.json": 0.0, "models.json": 0.0}
     for item in items(args):
-        if args.only and item.file != f"{args.only}.json":
+        if args.only and item.file != f"{args.only}.json" or not re.search(args.match, item.name):
             continue
         begun = time.perf_counter()
         # One more takes about as long as the longest of its kind so far.
         if begun - started + longest[item.file] > args.budget:
-            print(f"left out, no time: {' '.join(item.arguments[:8])}", flush=True)
+            print(f"left out, no time: {item.name}", flush=True)
             left += 1
             continue
         given = parser.parse_args(item.arguments)
