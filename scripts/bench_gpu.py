@@ -41,17 +41,15 @@ ATTEND = [
 ]  # fmt: skip
 # Shape, batch, context: prefill and decoding.
 MODELS = [
-    *(("qwen2.5-1.5b", 1, T) for T in (256, 1024, 4096, 8192, 32768)),
-    ("qwen2.5-1.5b", 16, 8192),
-    *(("gemma-3-1b", 1, T) for T in (256, 1024, 4096, 8192, 32768)),
-    ("gemma-3-1b", 16, 8192),
+    (shape, B, T)
+    for shape in ("gemma-3-1b", "qwen2.5-1.5b")
+    for B, T in ((16, 8192), (1, 256), (1, 1024), (1, 4096), (1, 8192), (1, 32768))
 ]
 TINY = {
     "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 2, "rms_norm_eps": 1e-6,
     "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1000,
 }  # fmt: skip
 TINY_ATTEND = [("4,2,64", 1, 40), ("4,2,64", 2, 300)]
-FIRST = 7  # rows of ATTEND before the models, the rest after them
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def items(args: argparse.Namespace) -> list[Item]:
         )
         for shape, B, T in args.models
     ]
-    return [*attend[:FIRST], *models, *attend[FIRST:]]
+    return [*attend, *models]
 
 
 class Models:
