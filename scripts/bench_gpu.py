@@ -1,4 +1,4 @@
-"""Everything that docs/performance.md says of a GPU, in one run of a few minutes.
+"""What docs/performance.md says of a GPU: operations in three minutes, models in about eight.
 
     python scripts/bench_gpu.py OUT               # OUT/ops.json, OUT/models.json
     python scripts/bench_gpu.py OUT --budget 540  # seconds; what no longer fits is left out
@@ -34,11 +34,14 @@ OPS_CACHES = ["fp16", "int4-srft", "kv4", "kv8"]
 MODEL_CACHES = ["fp16", "int4-srft"]
 # Heads, batch, tokens: attention of one token.
 ATTEND = [
-    ("12,2,128", 1, 4000), ("12,2,128", 1, 32000), ("12,2,128", 32, 32000), ("12,2,128", 1, 512),
-    ("12,2,128", 1, 130000), ("4,1,256", 1, 4000), ("4,1,256", 1, 32000), ("4,1,256", 32, 32000),
-    ("32,8,128", 1, 4000), ("32,8,128", 1, 32000), ("32,8,128", 32, 32000), ("12,2,128", 16, 8192),
-    ("14,2,64", 1, 4000), ("14,2,64", 1, 32000), ("14,2,64", 32, 32000),
-]  # fmt: skip
+    *(("12,2,128", B, T) for B, T in ((1, 512), (1, 4000), (1, 32000), (1, 130000))),
+    *(("12,2,128", B, T) for B, T in ((16, 8192), (32, 32000))),
+    *(
+        (heads, B, T)
+        for heads in ("4,1,256", "32,8,128", "14,2,64")
+        for B, T in ((1, 4000), (1, 32000), (32, 32000))
+    ),
+]
 # Shape, batch, context: prefill and decoding.
 MODELS = [
     (shape, B, T)
