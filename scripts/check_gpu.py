@@ -47,7 +47,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.timing import interleave
 from mlx_kvq.ops.gpu import fused, tuning
-from tests import op_matrix
+from tests.support import op_matrix
 
 CHUNK = 4  # cases that a process takes at a time
 STEPS = "decode steps"  # the name of check_steps among the cases

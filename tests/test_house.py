@@ -111,6 +111,32 @@ def test_the_house():
     assert complaints(files) == []
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def outsiders(folder: str, forbidden: set[str]) -> list[str]:
+    """Imports of ``forbidden`` modules by the files of a folder of the checkout."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            first = {name.partition(".")[0] for name in names}
+            found += [f"{path.relative_to(ROOT)} imports {name}" for name in first & forbidden]
+    return found
+
+
+def test_tests_and_scripts_leave_each_other_alone():
+    """What both need is in the package, or a program of the tests (python -m tests.support.…)."""
+    scripts = {path.stem for path in (ROOT / "scripts").rglob("*.py")}
+    assert len(scripts) > 10
+    assert outsiders("tests", {"scripts", *scripts}) == []
+    assert outsiders("scripts", {"tests"}) == ["scripts/check_gpu.py imports tests"]
+    assert outsiders("mlx_kvq", {"tests", "scripts", *scripts}) == []
+    assert outsiders("tests", {"tests"})  # it sees imports
+
+
 def test_there_is_no_circle():
     graph: dict[str, set[str]] = {}
     paths = {

@@ -21,8 +21,8 @@ from mlx_kvq.files import NESTING, line, parse_json, quoted
 from mlx_kvq.format import format
 from mlx_kvq.repositories import repository, summary
 from mlx_kvq.repositories import section as repositories_section
-from tests.converted import write
 from tests.fixtures import make
+from tests.support.converted import write
 
 PLAIN = "mlx_kvq/1;int4-srft;scale=search;seed=0;dims=64,64;groups=32,32"
 

@@ -1,8 +1,8 @@
 """The rotations, orthonormal and the same from one seed on every platform.
 
 ``srft`` and ``srht`` are R = F · diag(s) with random signs s and a fast F: the real FFT
-(Bergach, arXiv 2605.05699, §3) or the Hadamard matrix. ``householder`` and ``quaternion`` are
-random too but dense matrices: nothing about them is fast. ``docs/quality.md`` compares them.
+(Bergach, arXiv 2605.05699, §3) or the Hadamard matrix. ``docs/quality.md`` compares them with
+others.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,14 @@ from numbers import Integral
 import mlx.core as mx
 import numpy as np
 
+from . import dense
+
 KEYS, VALUES = 0, 1  # streams of random signs
 _MOST = 1 << 16  # channels
 _MASK = (1 << 64) - 1
 
 
-def _splitmix64(seed: int, stream: int) -> Iterator[int]:
+def splitmix64(seed: int, stream: int) -> Iterator[int]:
     """Random words of 64 bits, started at ``2 * seed + stream``."""
     state = 2 * seed + stream
     while True:
@@ -38,18 +40,8 @@ def signs(seed: int, stream: int, D: int) -> np.ndarray:
     _check_number("A seed", seed, 0, _MASK)
     _check_number("A stream", stream, 0, 1)
     _check_number("A head size", D, 0, _MOST)
-    words = islice(_splitmix64(seed, stream), D)
+    words = islice(splitmix64(seed, stream), D)
     return np.array([-1.0 if word >> 63 else 1.0 for word in words])
-
-
-def _near_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers (float64) around zero, each the sum of a word's four 16-bit parts.
-
-    Sums of integers instead of logarithms and cosines: those differ between platforms.
-    """
-    words = islice(_splitmix64(seed, stream), int(np.prod(shape)))
-    parts = [sum(word >> 16 * i & 0xFFFF for i in range(4)) for word in words]
-    return np.array(parts, dtype=np.float64).reshape(shape) - 2 * 0xFFFF
 
 
 def real_fft(D: int) -> np.ndarray:
@@ -75,45 +67,9 @@ def hadamard(D: int) -> np.ndarray:
     return H / np.sqrt(D)
 
 
-def householder(seed: int, stream: int, D: int) -> np.ndarray:
-    """The product of D/2 random reflections I − 2vvᵀ / vᵀv, [D, D].
-
-    It leaves half of all directions alone and a third of every channel in its place, so it
-    spreads an outlier less than ``srft`` does.
-    """
-    _check("householder", D)
-    R = np.eye(D)
-    for v in _near_normal(seed, stream, (D // 2, D)):
-        R -= np.outer(2 / (v @ v) * v, v @ R)
-    return R
-
-
-def quaternion(seed: int, stream: int, D: int) -> np.ndarray:
-    """Random rotations of every four channels, z -> a z b̄ with unit quaternions: [D, D], in
-    blocks of 4 x 4.
-
-    Every rotation of four dimensions is of this form (SO(4); IsoQuant).
-    """
-    _check("quaternion", D)
-    R = np.zeros((D, D))
-    for i, (a, b) in enumerate(_near_normal(seed, stream, (D // 4, 2, 4))):
-        left, right = _left(a / np.sqrt(a @ a)), _left(b / np.sqrt(b @ b))
-        # z b̄ as a matrix: conjugate, multiply by b from the left, conjugate.
-        conjugate = np.array([1.0, -1.0, -1.0, -1.0])
-        right = conjugate[:, None] * right * conjugate
-        R[4 * i : 4 * i + 4, 4 * i : 4 * i + 4] = left @ right
-    return R
-
-
-def _left(a: np.ndarray) -> np.ndarray:
-    """The 4 x 4 matrix of z -> a z for quaternions."""
-    w, x, y, z = a
-    return np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])
-
-
 def why_not(rotation: str, D: int) -> str | None:
     """Why ``rotation`` does not exist for head size D, or ``None`` if it does."""
-    if rotation not in NAMES:
+    if rotation != "none" and rotation not in _MATRICES:
         return f"a rotation is one of {', '.join(NAMES)}, not {rotation!r}"
     if type(D) is not int or not 1 <= D <= _MOST:
         return f"a head size is a whole number from 1 to {_MOST}, not {D!r}"
@@ -136,13 +92,13 @@ def _check_number(what: str, x: int, least: int, most: int) -> None:
         raise ValueError(f"{what} is a whole number from {least} to {most}, got {x!r}.")
 
 
-_DENSE: dict[str, Callable[[int, int, int], np.ndarray]] = {
+_MATRICES: dict[str, Callable[[int, int, int], np.ndarray]] = {
     "srft": lambda seed, stream, D: real_fft(D) * signs(seed, stream, D),
     "srht": lambda seed, stream, D: hadamard(D) * signs(seed, stream, D),
-    "householder": householder,
-    "quaternion": quaternion,
+    "householder": lambda seed, stream, D: dense.householder(splitmix64(seed, stream), D),
+    "quaternion": lambda seed, stream, D: dense.quaternion(splitmix64(seed, stream), D),
 }
-NAMES = (*_DENSE, "none")
+NAMES = ("srft", "srht", "none")  # what errors list; dense ones are for evaluation
 
 
 @lru_cache(maxsize=64)
@@ -155,7 +111,7 @@ def matrix(rotation: str, seed: int, stream: int, D: int) -> mx.array | None:
     _check(rotation, D)
     if rotation == "none":
         return None
-    R = mx.array(_DENSE[rotation](seed, stream, D).astype(np.float32))
+    R = mx.array(_MATRICES[rotation](seed, stream, D).astype(np.float32))
     mx.eval(R)  # made once, shared by threads and streams
     return R
 

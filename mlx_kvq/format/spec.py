@@ -13,10 +13,10 @@ BITS = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4)}
 ROTATIONS = {
     "srft": "randomized signs, then a real FFT; every even head size",
     "srht": "randomized signs, then a Hadamard transform; head sizes that are powers of two",
-    "householder": "D/2 random reflections, a dense matrix; every even head size",
-    "quaternion": "random rotations of four channels each; multiples of four",
     "none": "no rotation",
 }
+# Accepted, but in no list of caches: slow, and no better (``format.dense``).
+DENSE = ("householder", "quaternion")
 SCALES = {
     "search": "the better of two scales by angle; the one that is stored keeps the length",
     "absmax": "the largest magnitude maps to the outermost of the 2^bits half-step levels",
@@ -43,7 +43,7 @@ class Spec:
 
     Args:
         bits (str): ``"int4"``, ``"int8"`` or ``"k8v4"`` (8-bit keys, 4-bit values).
-        rotation (str): One of ``ROTATIONS``: ``"srft"``, ``"srht"``, ``"none"`` and so on.
+        rotation (str): One of ``ROTATIONS``: ``"srft"``, ``"srht"`` or ``"none"``; or of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
             the head size. ``None`` takes 32, or the next such divisor above 32.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
@@ -76,9 +76,10 @@ class Spec:
     recent: int = 16
 
     def __post_init__(self):
+        if self.rotation not in (*ROTATIONS, *DENSE):
+            raise ValueError(_unknown("rotation", self.rotation, ROTATIONS))
         for option, known in (
-            ("bits", BITS), ("rotation", ROTATIONS), ("scale", SCALES),
-            ("calibrate", CALIBRATE), ("rounding", ROUNDINGS),
+            ("bits", BITS), ("scale", SCALES), ("calibrate", CALIBRATE), ("rounding", ROUNDINGS),
         ):  # fmt: skip
             if (given := getattr(self, option)) not in tuple(known):
                 raise ValueError(_unknown(option, given, known))
@@ -157,7 +158,7 @@ class Spec:
                 raise ValueError(f"'{OFF}' takes no options.")
             return None
         bits, _, rotation = name.partition("-")
-        if bits not in BITS or rotation not in ROTATIONS:
+        if bits not in BITS or rotation not in (*ROTATIONS, *DENSE):
             raise ValueError(_unknown("cache", name, names()))
         options: dict[str, str] = {}
         for item in filter(None, tail.split(",")) if colon else ():
@@ -175,7 +176,7 @@ class Spec:
 
 
 def names() -> list[str]:
-    """Every cache name a spec string can start with."""
+    """The cache names that help texts and errors list."""
     return [OFF] + [f"{bits}-{rotation}" for bits in BITS for rotation in ROTATIONS]
 
 

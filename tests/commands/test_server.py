@@ -1,0 +1,136 @@
+"""mlx_lm.server with --kv-cache: batching stays on, and nobody's text depends on the others."""
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import batch_generate
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+
+import mlx_kvq
+from tests.support.float32 import load_float32, prompts, write_float32
+from tests.support.server import BIN, REQUESTS, Server, most_at_once, requests
+
+LAYERS = {"tiny-qwen2-8bit": 4, "tiny-gemma3-8bit": 6}
+FULL = os.environ.get("MLX_KVQ_FULL", "0") not in ("", "0")
+
+
+@pytest.fixture(scope="module", params=list(LAYERS)[: 2 if FULL else 1])
+def folder(request, tmp_path_factory):
+    return write_float32(request.param, tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("spec", ["int4-srft", "int4-srft:recent=0"])
+def test_a_text_depends_on_its_request_alone(folder, spec):
+    """Among others and alone; cold, warm, after a prompt that shares a part, after eviction, in
+    another process and in another order."""
+    everyone = requests(folder)
+    with (
+        Server(folder, "--kv-cache", spec, "--prompt-cache-size", "64") as server,
+        ThreadPoolExecutor(REQUESTS) as pool,
+    ):
+        together = list(pool.map(server.complete, everyone))
+        again = [server.complete(r) for r in everyone]
+        log = server.log.read_text()
+    with Server(folder, "--kv-cache", spec, "--prompt-cache-size", "3") as server:
+        alone = [server.complete(r) for r in reversed(everyone)][::-1]
+    texts = [a["text"] for a in alone]
+    assert [a["text"] for a in together] == texts
+    assert [a["text"] for a in again] == texts
+    assert len(set(texts)) > REQUESTS // 2
+    assert most_at_once(together) > 8 > most_at_once(alone) == 1
+    # The second round found its prompts in the prompt cache; with an exact tail from a multiple of
+    # 256 tokens.
+    reused = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in again]
+    asked = [a["usage"]["prompt_tokens"] for a in again]
+    if spec == "int4-srft" and folder.name == "tiny-gemma3-8bit":
+        assert max(reused) > 256  # of full windows nothing can be taken back
+    elif spec == "int4-srft":
+        assert set(reused) > {0, 256}
+        assert all(r >= n - 256 - 16 for r, n in zip(reused, asked, strict=True))
+    else:
+        assert sum(reused) > 0.8 * sum(asked)
+    n = LAYERS[folder.name]
+    assert f"[mlx_kvq] {spec}: packed {n} of {n} layers" in log
+    assert "Traceback" not in log
+
+
+def test_a_spec_that_the_model_cannot_have_ends_the_server(folder):
+    process = subprocess.run(
+        [BIN / "mlx_lm.server", "--model", folder, "--port", "0", "--kv-cache",
+         "int4-srft:group_size=48"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 1
+    (line,) = [line for line in process.stderr.splitlines() if "group_size" in line]
+    assert line.startswith("[mlx_kvq] error: int4-srft:group_size=48 cannot pack any layer")
+    assert "Traceback" not in process.stderr
+
+
+def test_bytes_of_the_prompt_cache():
+    """Bytes per cached token as the server accounts for them: 3.56 times fewer than fp16."""
+    model, tokenizer = load_float32("tiny-qwen2-8bit")
+    many = prompts(tokenizer, [5, 30])
+    sizes = {}
+    for spec in ("fp16", "int4-srft:recent=0", "int4-srft:recent=2"):
+        mlx_kvq.enable(model, spec, verbose=False)
+        assert all(hasattr(c, "merge") for c in make_prompt_cache(model))  # or no batching
+        caches = batch_generate(
+            model, tokenizer, many, max_tokens=2, return_prompt_caches=True
+        ).caches
+        lru = LRUPromptCache()
+        held = 0
+        for prompt, cache in zip(many, caches, strict=True):
+            lru.insert_cache("model", prompt, cache)
+            held += cache[0].offset
+        sizes[spec] = lru.nbytes / held / len(model.layers)
+    # The model's own cache is fp32 here, and so is the tail, two tokens for each sequence.
+    tail = 2 * 2 * 2 * 512 / held
+    assert sizes == {
+        "fp16": 2 * 512,
+        "int4-srft:recent=0": 144,
+        "int4-srft:recent=2": pytest.approx(144 + tail),
+    }
+
+
+@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srft:recent=0"])
+def test_prefix_reuse(spec):
+    """LRUPromptCache: a copy of the nearest cache goes on from where the rest of the prompt is read
+    as if it were read at once: with an exact tail from a multiple of 256 tokens."""
+    model, tokenizer = load_float32("tiny-qwen2-8bit")
+    mlx_kvq.enable(model, spec, verbose=False)
+    (prompt,) = prompts(tokenizer, [600])
+    other = [*prompt[:500], prompt[500] + 1, *prompt[:20]]
+    cache = make_prompt_cache(model)
+    logits = model(mx.array([prompt]), cache=cache)
+    mx.eval(logits)
+    lru = LRUPromptCache()
+    lru.insert_cache("model", prompt, cache)
+    assert lru.nbytes == sum(c.nbytes for c in cache) > 0
+
+    found, rest = lru.fetch_nearest_cache("model", other)
+    at = 500 if "recent=0" in spec else 256
+    assert rest == other[at:]
+    assert [c.offset for c in found] == [at] * len(cache)
+    assert [c.offset for c in cache] == [600] * len(cache)
+    cold = make_prompt_cache(model)
+    expected = model(mx.array([other]), cache=cold)[:, at:]
+    warm = model(mx.array([rest]), cache=found)
+    np.testing.assert_allclose(np.array(warm), np.array(expected), atol=1e-3)
+
+    exact, rest = lru.fetch_nearest_cache("model", prompt)
+    assert rest == ([] if "recent=0" in spec else prompt[512:])
+    n = exact[0].offset
+    for a, b in zip(exact, cache, strict=True):
+        assert a.rows is not b.rows
+        # Untouched by what was done to the other copy.
+        assert mx.array_equal(a.rows[:, :, :n], b.rows[:, :, :n])
+    # What a prompt shares with another one in its first block is read again.
+    assert lru.fetch_nearest_cache("model", prompt[:200])[1] == (
+        prompt[199:200] if "recent=0" in spec else prompt[:200]
+    )
+    lru.trim_to(n_bytes=0)
+    assert lru.nbytes == len(lru) == 0

@@ -1,0 +1,527 @@
+"""The fused kernels, run by the emulator, against the reference backend.
+
+Every launch is checked: bounds, races, barriers, unwritten outputs, undefined arithmetic.
+"""
+
+import re
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_kvq.format import levels
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.rotation import real_fft
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.ops import plain
+from mlx_kvq.ops.gpu import fused, jit, tables, tuning
+from mlx_kvq.ops.gpu.sources import kernel_source, kernels_path
+from tests.emulator import emulated
+from tests.support import op_matrix
+
+# Of an output vector, relative to its largest channel: queries, probabilities and dequantized
+# values are fp16 (2^-11) in the kernel; then the output is rounded (bf16: 2^-9).
+TOLERANCE = {mx.float16: 2e-3, mx.bfloat16: 4e-3, mx.float32: 2e-3}
+
+FORMATS = [
+    # spec, Dk, Dv, what is calibrated
+    ("int4-srft", 64, 64, ""),
+    ("int4-srft", 80, 80, ""),
+    ("int4-srft:group_size=24", 96, 96, ""),
+    ("int4-srft", 112, 112, "mu lam"),
+    ("int4-srft", 128, 128, ""),
+    ("int4-srft:group_size=8", 72, 72, ""),
+    ("int4-srft:group_size=64,scale=absmax", 192, 128, ""),
+    ("int4-srft:scale=paper", 256, 256, ""),
+    ("int8-srft", 128, 128, "mu sigma lam"),
+    ("int8-srft:group_size=40,scale=paper", 80, 80, ""),
+    ("k8v4-srft:group_size=16", 64, 128, "sigma"),
+    ("int4-srht", 128, 128, "mu sigma"),
+    ("int8-none:group_size=56", 112, 112, ""),
+    ("int4-none:group_size=256", 256, 256, "lam"),
+]
+
+
+@pytest.fixture
+def emulator():
+    with emulated("checked") as e:
+        yield e
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Set launch sizes: ``launches(single=0)`` splits whatever can be split."""
+
+    def change(**sizes):
+        monkeypatch.setitem(tuning.TUNING, "metal", replace(tuning.TUNING["metal"], **sizes))
+        fused.forget()
+
+    yield change
+    fused.forget()
+
+
+def rng(*seed):
+    return np.random.default_rng([7, *seed])
+
+
+def normal(*shape, dtype=mx.float32, seed=0):
+    return mx.array(rng(seed, *shape).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def transposed(B, H, L, D, dtype=mx.float16, seed=0):
+    """[B, H, L, D] with the strides that models hand over: [B, L, H, D] in memory."""
+    return normal(B, L, H, D, dtype=dtype, seed=seed).swapaxes(1, 2)
+
+
+def format_of(spec, Dk=128, Dv=None, what="", heads=2):
+    Dv = Dk if Dv is None else Dv
+
+    def calibration(D, seed):
+        if not what:
+            return None
+        values = {
+            "mu": 0.7 * normal(heads, D, seed=seed),
+            "sigma": mx.exp(0.5 * normal(heads, D, seed=seed + 1)),
+            "lam": mx.exp(0.3 * normal(heads, D, seed=seed + 2)),
+        }
+        return Calibration(*(values[n] if n in what.split() else None for n in values))
+
+    return make_format(
+        Spec.parse(spec), Dk, Dv, keys=calibration(Dk, 10), values=calibration(Dv, 20)
+    )
+
+
+def packed(fmt, B, H, T, spare=5):
+    """Rows of random tokens, and behind them spare capacity full of NaN scales."""
+    lay = fmt.layout
+    k, v = normal(B, H, T, lay.k_dim, seed=1), normal(B, H, T, lay.v_dim, seed=2)
+    rows = plain.quantize_pack(k, v, fmt)
+    full = mx.full((B, H, spare, lay.words), 0xFFFFFFFF, dtype=mx.uint32)
+    return mx.concatenate([rows, full], axis=2)
+
+
+def assert_attends(q, rows, length, fmt, **arguments):
+    got = fused.attend(q, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
+    exact = q.astype(mx.float32)
+    want = plain.attend(exact, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
+    assert (got.dtype, got.shape) == (q.dtype, want.shape)
+    got, want = (np.array(x.astype(mx.float32)) for x in (got, want))
+    error = np.abs(got - want) / np.abs(want).max(axis=-1, keepdims=True)
+    assert error.max() <= TOLERANCE[q.dtype], f"off by {error.max():.2g}"
+    return got
+
+
+# ---- rotation ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("D", [32, 40, 64, 72, 80, 112, 128, 144, 192, 256])
+def test_fft_in_a_simd_group(emulator, D, wide):
+    """One vector each way, against the matrix in float64."""
+    body = """
+      const uint lane = thread_index_in_simdgroup;
+      float2 z[kvq::points_of(D)];
+      const int before = kvq::first_channel<D, 0>(lane);
+      const int after = 2 * kvq::points_of(D) * kvq::rotated_block<D, 0>(lane);
+      for (int a = 0; a < kvq::points_of(D); a++) {
+        const int c = BACK ? after + 2 * a : before + kvq::point_step(D, 0) * a;
+        z[a] = float2(x[c], x[c + 1]);
+      }
+      kvq::lane_table<D> w;
+      kvq::read_table<D, 0>(w, table, lane);
+      if (BACK) kvq::rotate_back<D, 0>(z, w, table, lane);
+      else kvq::rotate<D, 0>(z, w, table, lane);
+      if (lane < uint(kvq::lanes_of(D))) {
+        for (int a = 0; a < kvq::points_of(D); a++) {
+          const int c = BACK ? before + kvq::point_step(D, 0) * a : after + 2 * a;
+          y[c] = z[a].x;
+          y[c + 1] = z[a].y;
+        }
+      }
+    """
+    header = f"enum : int {{ WIDE = {int(wide)} }};\n"
+    header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
+    kernel = mx.fast.metal_kernel(
+        name="fft", input_names=["x", "table"], output_names=["y"], source=body, header=header
+    )
+    x, table = normal(D, seed=D), mx.array(tables.rotation_table("srft", D, wide))
+    F, exact = tables.stretch("srft", D) * real_fft(D), np.array(x).astype(np.float64)
+    for back, want in ((False, F @ exact), (True, F.T @ exact)):
+        (got,) = kernel(
+            inputs=[x, table],
+            template=[("D", D), ("BACK", back)],
+            grid=(32, 1, 1),
+            threadgroup=(32, 1, 1),
+            output_shapes=[(D,)],
+            output_dtypes=[mx.float32],
+        )
+        assert np.abs(np.array(got) - want).max() < 1e-6 * tables.stretch("srft", D)
+
+
+def test_fft_by_swapping(emulator):
+    """Four vectors of a SIMD group, whose lanes are as many as a lane's points."""
+    body = """
+      const uint lane = thread_index_in_simdgroup;
+      threadgroup float2 swap[4 * kvq::swap_points(128)];
+      const int v = int(lane) / 8 * 128;
+      float2 z[8];
+      for (int a = 0; a < 8; a++) {
+        const int c = v + kvq::first_channel<128, 0>(lane) + kvq::point_step(128, 0) * a;
+        z[a] = float2(x[c], x[c + 1]);
+      }
+      kvq::lane_table<128> w;
+      kvq::read_table<128, 0>(w, table, lane);
+      kvq::rotate_swapping<128>(z, w, table, swap, lane);
+      for (int a = 0; a < 8; a++) {
+        const int c = v + 16 * kvq::rotated_block<128, 0>(lane) + 2 * a;
+        y[c] = z[a].x;
+        y[c + 1] = z[a].y;
+      }
+    """
+    header = "enum : int { WIDE = 0 };\n"
+    header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
+    kernel = mx.fast.metal_kernel(
+        name="swap", input_names=["x", "table"], output_names=["y"], source=body, header=header
+    )
+    x = normal(4, 128, seed=1)
+    (got,) = kernel(
+        inputs=[x, mx.array(tables.rotation_table("srft", 128, False))],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[mx.float32],
+    )
+    want = np.array(x).astype(np.float64) @ real_fft(128).T * tables.stretch("srft", 128)
+    assert np.abs(np.array(got) - want).max() < 1e-6 * tables.stretch("srft", 128)
+
+
+# ---- quantize_pack and dequantize -------------------------------------------------------------
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
+    fmt = format_of(spec, Dk, Dv, what)
+    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
+    k, v = transposed(2, 2, 5, Dk, dtype, seed=3), transposed(2, 2, 5, Dv, dtype, seed=4)
+    got = np.array(fused.quantize_pack(k, v, fmt))
+    want = plain.quantize_pack(k, v, fmt)
+    words = np.array(want)
+    # A code, or with its scale a group, may fall to the other side of a tie.
+    lay = fmt.layout
+    differ = (got != words).any(axis=(0, 1, 2)).sum()
+    assert differ <= lay.words * 0.02, f"{differ} of {lay.words} words of a row"
+    length = 4
+    for a, b in zip(
+        fused.dequantize(want, length, fmt, dtype),
+        plain.dequantize(want, length, fmt, dtype),
+        strict=True,
+    ):
+        assert a.dtype == dtype
+        assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "spec", ["int4-srft", "int8-srft", "int4-none:scale=paper", "int8-none", "int4-none"]
+)
+def test_quantize_strange_vectors(emulator, spec):
+    """Zeros, an outlier, values below fp16's scales, beyond its largest, NaN, inf."""
+    fmt = format_of(spec, 64)
+    k = np.array(normal(1, 1, 8, 64, seed=5))
+    k[0, 0, 1] = 0
+    k[0, 0, 2, 7] = 2e4
+    k[0, 0, 3] *= 1e-7
+    k[0, 0, 4] *= 1e-20
+    k[0, 0, 5] *= 1e8
+    k[0, 0, 6, 3] = np.nan
+    k[0, 0, 7, 60] = -np.inf
+    k, v = mx.array(k), mx.array(k[..., ::-1].copy())
+    got, want = fused.quantize_pack(k, v, fmt), plain.quantize_pack(k, v, fmt)
+    # Which NaN a damaged group's scale is depends on the platform.
+    for a, b in zip(levels.split(got, fmt.layout), levels.split(want, fmt.layout), strict=True):
+        assert mx.array_equal(a, b, equal_nan=a.dtype == mx.float16)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pack_pairs": 2, "pack_threadgroups": 2}])
+@pytest.mark.parametrize("D, group", [(64, 32), (96, 24)])
+def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, D, group):
+    """Also where a SIMD group does several sets of tokens, and the last set is not whole."""
+    launches(**sizes)
+    fmt = format_of(f"int4-srft:group_size={group}", D)
+    k = normal(1, 2, D, 77, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
+    v = normal(2, 1, 77, 2 * D, dtype=mx.float16).swapaxes(0, 1)[..., D:]
+    want = plain.quantize_pack(k, v, fmt)
+    assert mx.array_equal(fused.quantize_pack(k, v, fmt), want)
+    if sizes:
+        assert emulator.counters[-1].threadgroups == 2  # one for each of the two heads
+
+
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+def test_rotate_queries_and_outputs(emulator, spec, Dk, Dv, what):
+    """Rounded once: within half a step of the dtype from the reference."""
+    fmt = format_of(spec, Dk, Dv, what)
+    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
+    step = {mx.float16: 2**-11, mx.bfloat16: 2**-8, mx.float32: 1e-6}[dtype]
+    for D, rotate, want in (
+        (Dk, fused.rotate_queries, fmt.keys.query),
+        (Dv, fused.rotate_outputs, fmt.values.output),
+    ):
+        x = transposed(2, 6, 5, D, dtype, seed=8)
+        got = rotate(x, fmt, 2)
+        assert (got.dtype, got.shape) == (dtype, x.shape)
+        exact = np.array(want(x.astype(mx.float32)))
+        error = np.abs(np.array(got.astype(mx.float32)) - exact)
+        assert (error <= 1.01 * step * np.abs(exact).max(axis=-1, keepdims=True)).all()
+
+
+# ---- attend -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+def test_attend(emulator, launches, spec, Dk, Dv, what):
+    fmt = format_of(spec, Dk, Dv, what)
+    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
+    rows = packed(fmt, 1, 2, 150)
+    q = transposed(1, 6, 2, Dk, dtype, seed=6)
+    whole = assert_attends(q, rows, 150, fmt, mask="causal")
+    launches(single=0)
+    parts = assert_attends(q, rows, 150, fmt, mask="causal")
+    assert emulator.counters[-1].kernel.startswith("custom_kernel_kvq_combine")
+    assert np.abs(whole - parts).max() <= TOLERANCE[dtype] * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("gqa", [1, 2, 4, 6, 8, 16])
+@pytest.mark.parametrize("L", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_attend_query_rows(emulator, gqa, L):
+    fmt = format_of("int4-srft", 64)
+    rows = packed(fmt, 2, 2, 40)
+    q = transposed(2, 2 * gqa, L, 64, seed=gqa)
+    mask = None if L % 2 else "causal"
+    assert_attends(q, rows, 40, fmt, mask=mask)
+
+
+@pytest.mark.parametrize("single", [0, 1023])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("mask", ["T", "LT", "B11T", "1H1T", "BHLT", "add LT", "add BHLT"])
+def test_attend_masks_and_sinks(emulator, launches, mask, sinks, single):
+    launches(single=single)
+    fmt = format_of("int4-srft", 64, what="mu")
+    B, H, L, T = 2, 4, 3, 150
+    kind, axes = mask.split() if " " in mask else ("bool", mask)
+    sizes = {"B": B, "H": H, "L": L, "T": T, "1": 1}
+    shape = tuple(sizes[axis] for axis in axes)
+    seen = rng(9).random(shape) < 0.6
+    seen[..., 20:60] = False  # whole tiles
+    added = np.where(seen, rng(8).standard_normal(shape), -np.inf).astype(np.float32)
+    array = mx.array(seen) if kind == "bool" else mx.array(added).astype(mx.float16)
+    logits = normal(H, dtype=mx.float16) if sinks else None
+    q = transposed(B, H, L, 64)
+    assert_attends(q, packed(fmt, B, 2, T), T, fmt, mask=array, sinks=logits)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 127, 128, 129, 300])
+def test_attend_ragged_lengths(emulator, launches, length):
+    fmt = format_of("int4-srft", 128)
+    rows = packed(fmt, 1, 1, length)
+    q = transposed(1, 4, 1, 128, seed=length)
+    assert_attends(q, rows, length, fmt)
+    launches(single=0)
+    assert_attends(q, rows, length, fmt)
+
+
+@pytest.mark.parametrize("single", [0, 1023])
+@pytest.mark.parametrize("L", [1, 4])
+@pytest.mark.parametrize("window", [None, 1, 30, 64, 1000])
+@pytest.mark.parametrize("starts", [None, [0, 150], [37, 196]])
+def test_attend_starts_and_window(emulator, launches, starts, window, L, single):
+    launches(single=single)
+    fmt = format_of("int4-srft", 64)
+    rows = packed(fmt, 2, 2, 200)
+    q = transposed(2, 4, L, 64)
+    first = None if starts is None else mx.array(starts, dtype=mx.int32)
+    assert_attends(q, rows, 200, fmt, mask="causal", starts=first, window=window)
+    if window is not None and window >= L:
+        assert_attends(q, rows, 200, fmt, starts=first, window=window)
+
+
+def test_attend_reads_only_the_window(emulator):
+    fmt = format_of("int4-srft", 128)
+    rows = packed(fmt, 1, 1, 400)
+    assert_attends(transposed(1, 4, 1, 128), rows, 400, fmt, mask="causal", window=40)
+    read = emulator.counters[-1].reads["rows"].reshape(-1, 4 * fmt.layout.words)
+    assert not read[:352].any()
+    assert read[360:400].all()
+    assert not read[400:].any()
+
+
+@pytest.mark.parametrize("single", [0, 1023])
+def test_a_query_that_may_attend_to_nothing_gets_zeros(emulator, launches, single):
+    launches(single=single)
+    fmt = format_of("int4-srft", 64)
+    rows = packed(fmt, 1, 1, 100)
+    q = transposed(1, 2, 2, 64)
+    mask = np.ones((2, 100), bool)
+    mask[1] = False
+    out = fused.attend(q, rows, 100, fmt, 0.1, mx.array(mask))
+    assert mx.all(mx.isfinite(out)).item()
+    assert not mx.any(out[:, :, 1]).item()
+    want = plain.attend(q, rows, 100, fmt, 0.1, mx.array(mask))
+    assert mx.allclose(out[:, :, 0], want[:, :, 0], atol=2e-3).item()
+
+
+def test_damage_shows_where_it_is_attended_to(emulator):
+    fmt = format_of("int4-srft", 64)
+    k = np.array(normal(1, 2, 90, 64, seed=1))
+    k[0, 1, 70, 3] = np.nan
+    rows = plain.quantize_pack(mx.array(k), normal(1, 2, 90, 64, seed=2), fmt)
+    q = transposed(1, 4, 1, 64)
+    out = np.array(fused.attend(q, rows, 90, fmt, 0.1).astype(mx.float32))
+    assert np.isnan(out[0, 2:]).all()
+    assert np.isfinite(out[0, :2]).all()
+    assert np.isfinite(np.array(fused.attend(q, rows, 64, fmt, 0.1).astype(mx.float32))).all()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 3e4, 1e6])
+@pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16"])
+def test_values_of_any_size_survive_fp16_operands(emulator, spec, size):
+    """Scales beyond 2^8 and below 2^-10: fp16 would overflow, or keep few bits."""
+    fmt = format_of(spec, 64)
+    k, v = normal(1, 1, 80, 64, seed=1), size * normal(1, 1, 80, 64, seed=2)
+    rows = plain.quantize_pack(size * k, v, fmt)
+    assert_attends(normal(1, 2, 1, 64) / size, rows, 80, fmt)
+
+
+def test_more_splits_than_tiles(emulator, monkeypatch):
+    """A threadgroup without a tile writes an empty partial sum."""
+    monkeypatch.setattr(fused, "splits", lambda *_: 7)
+    fmt = format_of("int4-srft", 64)
+    assert_attends(transposed(1, 2, 1, 64), packed(fmt, 1, 1, 50), 50, fmt)
+    assert emulator.counters[-2].threadgroups == 7
+
+
+def test_the_buffer_may_be_a_view(emulator):
+    fmt = format_of("int4-srft", 64)
+    rows = packed(fmt, 3, 4, 40, spare=24)[1:, ::2]
+    assert_attends(transposed(2, 4, 1, 64), rows, 40, fmt)
+    k, v = fused.dequantize(rows, 40, fmt, mx.float16)
+    for a, b in zip((k, v), plain.dequantize(rows, 40, fmt, mx.float16), strict=True):
+        assert mx.array_equal(a, b)
+
+
+# The first cases: test_ops.py has all of them on the reference, scripts/check_gpu.py --matrix
+# on a GPU.
+@pytest.mark.parametrize("case", op_matrix.CASES[:10], ids=str)
+def test_op_matrix(emulator, case):
+    op_matrix.check(fused, case, seed=1, fused=True)
+
+
+# ---- what a launch costs ----------------------------------------------------------------------
+@pytest.mark.parametrize("gqa", [1, 4, 6, 8])
+def test_attend_reads_each_row_once(emulator, launches, gqa):
+    launches(single=0)
+    fmt = format_of("int4-srft", 128)
+    rows = packed(fmt, 2, 2, 140)
+    q = transposed(2, 2 * gqa, 1, 128)
+    assert_attends(q, rows, 140, fmt)
+    attend, _ = emulator.counters[-2:]
+    reads = attend.reads["rows"].reshape(2, 2, -1, 4 * fmt.layout.words)
+    assert (reads[:, :, :140] == 1).all()
+    assert not reads[:, :, 140:].any()
+
+
+def test_quantize_pack_reads_and_writes_once(emulator):
+    fmt = format_of("int4-srft", 128)
+    k, v = transposed(1, 2, 5, 128), transposed(1, 2, 5, 128, seed=1)
+    fused.quantize_pack(k, v, fmt)
+    (counters,) = emulator.counters
+    assert (counters.reads["k"] == 1).all()
+    assert (counters.reads["v"] == 1).all()
+    assert counters.bytes_written["rows"] == 2 * 5 * 4 * fmt.layout.words
+    assert counters.unwritten["rows"] == 0
+
+
+def test_launches_and_threadgroups(emulator):
+    """One launch for short contexts, two for long ones; at most 512 threads and 32 KB."""
+    fmt = format_of("int4-srft", 128)
+    rows = packed(fmt, 1, 2, 1100)
+    for length, launched in ((10, 1), (128, 1), (300, 2), (1100, 2)):
+        before = len(emulator.counters)
+        mx.eval(fused.attend(transposed(1, 4, 1, 128), rows, length, fmt, 0.1))
+        assert len(emulator.counters) - before == launched
+    for counters in emulator.counters:
+        assert counters.threads <= 512 * counters.threadgroups
+        assert counters.threadgroup_memory <= 32768
+
+
+def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
+    fmt = format_of("int4-srft", 64)
+    rows = packed(fmt, 1, 2, 300)
+    names = set()
+    for length, gqa, L, window, mask in (
+        (9, 1, 1, None, None),
+        (300, 4, 1, 20, None),
+        (170, 16, 3, None, "causal"),
+    ):
+        for single in (0, 1000):
+            launches(single=single)
+            fused.attend(transposed(1, 2 * gqa, L, 64), rows, length, fmt, 0.1, mask, window=window)
+    names = {counters.kernel for counters in emulator.counters}
+    assert len(names) == 3  # attend with and without an end, combine
+
+
+@pytest.mark.parametrize("machine", ["metal", "cuda"])
+def test_threadgroup_memory_fits_for_every_format(machine):
+    sizes = tuning.TUNING[machine]
+    for D in range(32, 257, 8):
+        for bits in ("int4", "int8", "k8v4"):
+            for group in (8, D):
+                lay = make_format(Spec(bits, "none", group_size=group), D).layout
+                groups, keys = tuning.attend_shape(lay, sizes)
+                assert groups >= 1
+                assert keys in (16, 32)
+                assert 32 * groups <= 512
+                assert tuning._memory(lay, keys, groups) <= 32768
+
+
+# ---- refusals and sources ---------------------------------------------------------------------
+def test_why_not():
+    assert fused.why_not(format_of("int4-srft", 128), mx.float16) is None
+    assert "512" in fused.why_not(format_of("int4-srft", 512))
+    assert "88" in fused.why_not(format_of("int4-srft", 88))
+    assert "float64" in fused.why_not(format_of("int4-srft", 128), mx.float64)
+    assert fused.language() is None  # the tests run on the CPU
+    with pytest.raises(RuntimeError, match="GPU"):
+        fused.quantize_pack(normal(1, 1, 1, 64), normal(1, 1, 1, 64), format_of("int4-srft", 64))
+
+
+# SIMD-group, threadgroup and type vocabulary that the kernels may use: machine.cuh has all of it.
+VOCABULARY = {
+    "simd_shuffle", "simd_shuffle_xor", "simd_sum", "simd_max", "simd_any",
+    "simdgroup_barrier", "threadgroup_barrier", "thread_index_in_simdgroup",
+    "simdgroup_index_in_threadgroup", "threadgroup_position_in_grid", "threadgroups_per_grid",
+    "thread_position_in_threadgroup",
+}  # fmt: skip
+
+
+def test_the_cuda_prelude_has_the_kernels_vocabulary():
+    used = set()
+    for path in kernels_path().glob("*.metal"):
+        if path.stem != "machine":
+            text = re.sub(r"//.*", "", path.read_text())
+            used |= set(re.findall(r"\b(?:simd|simdgroup|thread|threads|threadgroups?)_\w+", text))
+    assert used == VOCABULARY
+    prelude = kernel_source("machine.cuh")
+    assert [word for word in VOCABULARY if word not in prelude] == []
+
+
+def test_bodies_use_threadgroup_only_to_declare():
+    """In a body it is CUDA's __shared__, which no pointer or cast may carry."""
+    for _, bodies, _, _ in jit.KERNELS.values():
+        for name in bodies:
+            text = kernel_source(name if "." in name else f"{name}.metal")
+            for line in re.findall(r".*\bthreadgroup\b.*", re.sub(r"//.*", "", text)):
+                assert re.fullmatch(r"threadgroup \w+ \w+(\[.*\])?;\s*", line), line
+
+
+def test_headers_have_no_variables():
+    """Metal wants them to be `constant`, which the emulator's compiler does not."""
+    names = {"machine", *(name for headers, _, _, _ in jit.KERNELS.values() for name in headers)}
+    for name in names:
+        text = re.sub(r"//.*", "", kernel_source(f"{name}.metal"))
+        found = re.findall(r"^\w[\w ]* \w+(?:\[.*\])? = .*", text, re.MULTILINE)
+        assert not found, f"{name}.metal: {found}"

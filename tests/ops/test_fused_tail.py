@@ -1,0 +1,211 @@
+"""The exact tail in the fused kernels, run by the emulator, against the reference backend."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_kvq import ops
+from mlx_kvq.ops import plain as reference
+from mlx_kvq.ops.gpu import fused
+from tests.ops.test_fused import (  # the fixtures are used by name
+    assert_attends,
+    emulator,
+    format_of,
+    launches,
+    normal,
+    packed,
+    transposed,
+)
+
+__all__ = ["emulator", "launches"]
+
+# Spec, Dk, Dv, calibrated: each way through each kernel, like FORMATS of tests/ops/test_fused.py.
+FORMATS = [
+    ("int4-srft:recent=5", 64, 64, ""),
+    ("k8v4-srht:recent=16", 64, 128, "mu sigma lam"),
+    ("int8-none:scale=paper,recent=3", 80, 48, "mu"),
+    ("int4-srft:group_size=24,recent=40", 96, 96, "mu sigma"),
+]
+
+
+def tail_of(fmt, B, H, R, dtype=mx.float32):
+    """[B, H, R, Dk + Dv], unlike what is in rows."""
+    return normal(B, H, R, fmt.layout.k_dim + fmt.layout.v_dim, dtype=dtype, seed=30)
+
+
+@pytest.mark.parametrize("single", [0, 1023])
+@pytest.mark.parametrize("L", [1, 3, 8])
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+def test_attend(emulator, launches, spec, Dk, Dv, what, L, single):
+    launches(single=single)
+    fmt = format_of(spec, Dk, Dv, what)
+    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
+    rows = packed(fmt, 2, 2, 70)
+    q = transposed(2, 6, L, Dk, dtype, seed=6)
+    tail = tail_of(fmt, 2, 2, fmt.recent + L + 1, dtype)
+    for length in (70, L):
+        got = assert_attends(q, rows, length, fmt, mask="causal", tail=tail)
+    plain = np.array(fused.attend(q, rows, L, fmt, Dk**-0.5, "causal").astype(mx.float32))
+    assert np.abs(got - plain).max() > 0.1  # the tail shows
+
+
+@pytest.mark.parametrize("single", [0, 1023])
+@pytest.mark.parametrize(
+    "keep, idx", [(0, 20), (4, 20), (4, 7), (4, 69), (0, 1), (3, 70), (69, 70)]
+)
+@pytest.mark.parametrize("recent", [3, 30, 200])
+def test_attend_in_a_ring(emulator, launches, keep, idx, recent, single):
+    """The newest tokens are before row idx, and before them those at the end of the rows."""
+    launches(single=single)
+    fmt = format_of(f"int4-srft:recent={recent}", 64)
+    rows = packed(fmt, 1, 2, 70)
+    mask = mx.array(np.random.default_rng(3).random((1, 70)) < 0.7)
+    tail = tail_of(fmt, 1, 2, recent)
+    for seen in (None, mask):
+        assert_attends(
+            transposed(1, 4, 1, 64), rows, 70, fmt, mask=seen, tail=tail, ring=(keep, idx)
+        )
+
+
+@pytest.mark.parametrize("recent", [3, 200])
+@pytest.mark.parametrize("keep", [1, 30])
+def test_several_queries_after_kept_tokens(emulator, launches, recent, keep):
+    """Those are read from rows by every query, however many tokens are to be exact."""
+    launches(single=0)
+    fmt = format_of(f"int4-srft:recent={recent}", 64)
+    q, tail = transposed(1, 4, 5, 64), tail_of(fmt, 1, 2, recent + 4)
+    for length in (40, 33):
+        rows = packed(fmt, 1, 2, length)
+        assert_attends(q, rows, length, fmt, mask="causal", tail=tail, ring=(keep, length))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("axes", ["LT", "BHLT"])
+@pytest.mark.parametrize("added", [False, True])
+def test_attend_masks_and_sinks(emulator, launches, sinks, axes, added):
+    launches(single=0)
+    fmt = format_of("int4-srft:recent=9", 64, what="mu")
+    B, H, L, T = 2, 4, 3, 70
+    shape = (L, T) if axes == "LT" else (B, H, L, T)
+    rng = np.random.default_rng(5)
+    seen = rng.random(shape) < 0.6
+    seen[..., 20:50] = False
+    mask = mx.array(seen)
+    if added:
+        mask = mx.array(np.where(seen, rng.standard_normal(shape), -np.inf)).astype(mx.float16)
+    logits = normal(H, dtype=mx.float16) if sinks else None
+    q, tail = transposed(B, H, L, 64), tail_of(fmt, B, 2, 12)
+    assert_attends(q, packed(fmt, B, 2, T), T, fmt, mask=mask, sinks=logits, tail=tail)
+
+
+@pytest.mark.parametrize("L", [1, 4])
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("starts", [None, [0, 50], [37, 66]])
+def test_attend_starts_and_window(emulator, launches, starts, window, L):
+    launches(single=0)
+    fmt = format_of("int4-srft:recent=9", 64)
+    rows, tail = packed(fmt, 2, 2, 70), tail_of(fmt, 2, 2, 12)
+    first = None if starts is None else mx.array(starts, dtype=mx.int32)
+    q = transposed(2, 4, L, 64)
+    assert_attends(q, rows, 70, fmt, mask="causal", starts=first, window=window, tail=tail)
+
+
+def test_the_tail_may_be_a_view(emulator):
+    """Of tokens that were taken back, and of some sequences of a batch."""
+    fmt = format_of("int4-srft:recent=9", 64)
+    tail = tail_of(fmt, 4, 2, 14)[1:3, :, :12]
+    rows, q = packed(fmt, 2, 2, 40), transposed(2, 4, 2, 64)
+    assert_attends(q, rows, 40, fmt, mask="causal", tail=tail)
+    for a, b in zip(
+        fused.dequantize(rows, 40, fmt, mx.float16, tail),
+        reference.dequantize(rows, 40, fmt, mx.float16, tail),
+        strict=True,
+    ):
+        assert mx.array_equal(a, b)
+
+
+def test_more_splits_than_tiles(emulator, monkeypatch):
+    monkeypatch.setattr(fused, "splits", lambda *_: 7)
+    fmt = format_of("int4-srft:recent=30", 64)
+    rows, tail = packed(fmt, 1, 1, 50), tail_of(fmt, 1, 1, 30)
+    assert_attends(transposed(1, 2, 1, 64), rows, 50, fmt, tail=tail, ring=(0, 7))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("length", [3, 12, 40])
+def test_dequantize(emulator, dtype, length):
+    fmt = format_of("k8v4-srft:recent=9", 64, 128)
+    rows, tail = packed(fmt, 2, 2, 40), tail_of(fmt, 2, 2, 12, mx.bfloat16)
+    for op in ("dequantize", "restore"):
+        got = getattr(fused, op)(rows, length, fmt, dtype, tail)
+        want = getattr(reference, op)(rows, length, fmt, dtype, tail)
+        for a, b in zip(got, want, strict=True):
+            assert (a.dtype, a.shape) == (dtype, b.shape)
+            if op == "dequantize":
+                assert mx.array_equal(a, b)
+            else:
+                a, b = a.astype(mx.float32), b.astype(mx.float32)
+                step = {mx.float16: 2**-10, mx.bfloat16: 2**-7, mx.float32: 2e-6}[dtype]
+                assert mx.abs(a - b).max() <= step * mx.abs(b).max()
+
+
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+@pytest.mark.parametrize("L, keep", [(1, 5), (1, 6), (1, 1), (3, 8), (5, 2), (40, 5), (40, 45)])
+def test_quantize_pack_tail(emulator, spec, Dk, Dv, what, L, keep):
+    """First chunks and later ones, which move a tail on that is a view; rows are those without."""
+    fmt = format_of(spec, Dk, Dv, what)
+    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
+    k, v = transposed(2, 2, L, Dk, dtype, seed=3), transposed(2, 2, L, Dv, dtype, seed=4)
+    want = fused.quantize_pack(k, v, fmt)
+    kept = ops.tail_dtype(dtype)
+    step = 2**-7 if dtype == mx.bfloat16 else 1e-6
+    # The last one is as in files of version 0.1.0.
+    views = (tail_of(fmt, 3, 2, 7, t)[1:, :, 1:6] for t in (kept, mx.float16))
+    for tail in (None, *views):
+        rows, moved = fused.quantize_pack_tail(k, v, fmt, tail, keep)
+        assert mx.array_equal(rows, want)
+        _, expected = reference.quantize_pack_tail(k, v, fmt, tail, keep)
+        assert (moved.dtype, moved.shape) == (kept, expected.shape)
+        old = max(0, keep - L)
+        assert mx.array_equal(moved[:, :, :old], expected[:, :, :old])  # as they were
+        a, b = (x[:, :, old:].astype(mx.float32) for x in (moved, expected))
+        assert mx.abs(a - b).max() <= step * mx.abs(b).max()
+
+
+def test_rows_are_held(emulator):
+    """New rows after the newest that wait to be written."""
+    fmt = format_of("int4-srft:recent=5", 64)
+    held, tail = packed(fmt, 2, 2, 4, spare=0), tail_of(fmt, 2, 2, 5)
+    for L in (1, 3, 4):
+        k, v = (transposed(2, 2, L, 64, seed=s) for s in (3, 4))
+        rows, moved = fused.quantize_pack_tail(k, v, fmt, tail, 5, held)
+        alone, same = fused.quantize_pack_tail(k, v, fmt, tail, 5)
+        assert mx.array_equal(rows, mx.concatenate([held[:, :, L:], alone], axis=2))
+        assert mx.array_equal(moved, same)
+
+
+def test_attend_reads_each_row_and_token_once(emulator, launches):
+    launches(single=0)
+    fmt = format_of("int4-srft:recent=16", 128)
+    rows, tail = packed(fmt, 2, 2, 140), tail_of(fmt, 2, 2, 16)
+    assert_attends(transposed(2, 8, 1, 128), rows, 140, fmt, tail=tail)
+    attend, _ = emulator.counters[-2:]
+    reads = attend.reads["rows"].reshape(2, 2, -1, 4 * fmt.layout.words)
+    assert (reads[:, :, :124] == 1).all()
+    assert (reads[:, :, 124:140] <= 1).all()
+    assert not reads[:, :, 140:].any()
+    assert (attend.reads["tail"] == 4).all()  # at once, by the lanes that have the 4 query pairs
+
+
+def test_quantize_pack_tail_reads_and_writes_once(emulator):
+    fmt = format_of("int4-srft:recent=16", 128)
+    k, v = transposed(1, 2, 1, 128), transposed(1, 2, 1, 128, seed=1)
+    fused.quantize_pack_tail(k, v, fmt, tail_of(fmt, 1, 2, 16), 16)
+    (counters,) = emulator.counters
+    assert (counters.reads["k"] == 1).all()
+    assert (counters.reads["v"] == 1).all()
+    assert counters.bytes_written["rows"] == 2 * 4 * fmt.layout.words
+    assert counters.unwritten["rows"] == 0
+    (name,) = (n for n in counters.unwritten if n != "rows")
+    assert counters.unwritten[name] == 0
+    assert counters.bytes_written[name] == 2 * 16 * 4 * 256

@@ -1,0 +1,73 @@
+"""Kernels of a decode step on Metal, counted in the traced graph."""
+
+import pytest
+
+from tests.support import launches as count
+
+MODELS = list(count.MODELS)
+QWEN, GEMMA, SLIDING = MODELS
+
+
+@pytest.mark.parametrize("title", MODELS)
+@pytest.mark.parametrize("T", [200, 600, 5000])
+@pytest.mark.parametrize("spec, written", [("int4-srft", 0), ("int4-srft:recent=0", 1)])
+def test_a_layer_stores_with_one_kernel(title, T, spec, written):
+    """With an exact tail rows wait, and are written every 16 tokens."""
+    counts = count.per_layer(count.MODELS[title], spec, T)
+    assert (counts["quantize_pack"], counts["SliceUpdate"]) == (1, written)
+    attention = {k: counts[k] for k in count.OURS - {"quantize_pack"} if counts[k]}
+    assert attention in ({"attend_finish": 1}, {"attend_store": 1, "combine": 1})
+
+
+@pytest.mark.parametrize("title", MODELS)
+def test_nothing_else_changes(title):
+    """All that a packed cache adds to a layer is its own kernels."""
+    own, packed = (count.per_layer(count.MODELS[title], n, 600) for n in ("fp16", "int4-srft"))
+    for name in own | packed:
+        if name not in count.STORING:
+            assert own[name] == packed[name], name
+
+
+def kernels(title: str, T: int, chip: str) -> tuple[int, int]:
+    """Of storing and attention in a layer, with int4 and with fp16."""
+    build = count.MODELS[title]
+    return tuple(count.storing(count.per_layer(build, n, T, chip)) for n in ("int4-srft", "fp16"))
+
+
+@pytest.mark.parametrize("chip", count.CHIPS)
+@pytest.mark.parametrize("title", MODELS)
+@pytest.mark.parametrize("T", [100, 500, 2000, 5000])
+def test_no_more_kernels_than_fp16(title, T, chip):
+    int4, fp16 = kernels(title, T, chip)
+    assert int4 <= fp16
+
+
+@pytest.mark.parametrize("title", MODELS)
+@pytest.mark.parametrize("T, L, blocks", [(512, 256, 1), (512, 512, 2), (1000, 300, 3)])
+def test_a_chunk_of_a_prompt(title, T, L, blocks):
+    """Quantize-pack with room for more and its rows after those before; for each block that it is
+    in, what is before the block out of the rotation, and attention."""
+    int4, fp16 = (count.per_layer(count.MODELS[title], n, T, L=L) for n in ("int4-srft", "fp16"))
+    assert (int4["quantize_pack"], int4["SliceUpdate"]) == (1, 0)
+    assert int4["restore"] == int4["sdpa"] == blocks
+    # For each block after the first besides, at most two casts and a copy of its part of a mask.
+    assert int4.total() < fp16.total() + 5 * (blocks - 1)
+
+
+def test_what_mlx_lm_quantized_takes():
+    counts = count.per_layer(count.MODELS[QWEN], "kv4", 600)
+    assert (counts["quantize"], counts["SliceUpdate"], counts["QuantizedMatmul"]) == (2, 6, 2)
+
+
+@pytest.mark.parametrize(
+    "queries, keys, chip, expected",
+    [
+        ((1, 12, 1, 128), (1, 2, 1023, 128), "s", 1),
+        ((1, 12, 1, 128), (1, 2, 1024, 128), "s", 2),
+        ((1, 12, 1, 128), (1, 2, 4095, 128), "g", 1),
+        ((1, 12, 1, 128), (1, 2, 4096, 128), "g", 2),
+        ((1, 2, 1, 128), (1, 2, 9999, 128), "g", 1),
+    ],
+)
+def test_when_mlx_splits(queries, keys, chip, expected):
+    assert count.sdpa_kernels(queries, keys, chip) == expected
