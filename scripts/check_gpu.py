@@ -5,8 +5,18 @@
     python scripts/check_gpu.py --launches 3     # every kernel once, for compute-sanitizer
     python scripts/check_gpu.py --tune --batch 32 --length 32768
 
-The matrix runs in several processes, because most of its time goes into compiling kernels. Under
-compute-sanitizer (here format 3 of LAUNCHES, our kernels only):
+The matrix runs in several processes, because most of its time goes into compiling kernels: MLX on
+CUDA takes 3 to 5 s for each and keeps none. Cases come in the order of the list, the most telling
+first; a line tells of every few. Where time is short, a limit, or slices by the cases' names, which
+are their values in the order of tests/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
+
+    python scripts/check_gpu.py --limit 300         # seconds; says what is left then
+    python scripts/check_gpu.py --match '^(64|80|96|112)x'         # about half of the cases
+    python scripts/check_gpu.py --match '^(128|192|256)x'          # the other half
+    python scripts/check_gpu.py --match 'decode steps'             # prepared steps alone
+
+The exit status is 1 if a case failed, 2 if none did and some are left. Under compute-sanitizer
+(here format 3 of LAUNCHES, our kernels only):
 
     compute-sanitizer --tool racecheck --kernel-name kernel_substring=kvq \\
         python scripts/check_gpu.py --launches 3
@@ -21,12 +31,13 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,6 +48,9 @@ from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.timing import interleave
 from mlx_kvq.ops.gpu import fused, tuning
 from tests.support import op_matrix
+
+CHUNK = 4  # cases that a process takes at a time
+STEPS = "decode steps"  # the name of check_steps among the cases
 
 # Specs, head sizes, calibrated or not: each way through each kernel at least once.
 LAUNCHES = [
@@ -54,7 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="the product of formats and dtypes")
     parser.add_argument("--match", default="", metavar="REGEX", help="only cases with such names")
-    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=min(15, os.cpu_count() or 1))
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for the op matrix")
     parser.add_argument("--launches", type=int, metavar="N", help="kernels of LAUNCHES[N], once")
     parser.add_argument("--tune", action="store_true", help="search for launch sizes of attention")
     parser.add_argument("--spec", default="int4-srft")
@@ -73,51 +88,62 @@ def main() -> None:
         Hq, Hkv = (int(x) for x in args.heads.split(","))
         tune(args.spec, args.dim, Hq, Hkv, args.batch, args.length, machine)
     else:
-        check_steps()
-        cases = list(op_matrix.product() if args.full else op_matrix.CASES)
+        cases = [STEPS, *(op_matrix.product() if args.full else op_matrix.CASES)]
         cases = [case for case in cases if re.search(args.match, str(case))]
-        sys.exit(check_matrix(cases, args.processes))
+        if not cases:
+            parser.error(f"no case has a name that matches {args.match!r}")
+        sys.exit(check_matrix(cases, args.processes, args.limit))
 
 
 # ---- the op matrix ----------------------------------------------------------------------------
-def check_matrix(cases: list, processes: int) -> int:
-    """Every case on fresh random data; prints what failed and the largest errors, returns the
-    number of failures."""
-    started, failures = time.perf_counter(), 0
+def check_matrix(cases: list, processes: int, limit: float) -> int:
+    """Every case on fresh random data, as far as ``limit`` seconds allow; prints what failed and
+    the largest errors. 1 if a case failed, 2 if none did and some are left."""
+    started, finished, failures = time.time(), 0, 0
     largest: dict[str, float] = {}
-    numbers = [list(range(i, len(cases), 4 * processes)) for i in range(4 * processes)]
+    some = [cases[i : i + CHUNK] for i in range(0, len(cases), CHUNK)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(check_some, [cases[i] for i in some]) for some in numbers if some]
-        bar = tqdm(total=len(cases), desc="cases", disable=None)
+        jobs = [pool.submit(check_some, chunk, started + limit) for chunk in some]
         for job in as_completed(jobs):
-            for case, errors, failure in job.result():
-                bar.update()
+            try:
+                found = job.result()
+            except BrokenProcessPool as error:
+                print(f"FAIL a process died: {error}", flush=True)
+                failures += 1
+                break
+            for case, errors, failure in found:
+                finished += 1
                 if failure:
                     failures += 1
-                    tqdm.write(f"FAIL {case}: {failure}")
+                    print(f"FAIL {case}: {failure}", flush=True)
                 for name, error in errors.items():
                     name = f"{name} {case.dtype}" if name == "attend" else name
                     largest[name] = max(largest.get(name, 0.0), error)
-        bar.close()
+            seconds = time.time() - started
+            print(f"{seconds:4.0f} s: {finished} of {len(cases)}, {failures} failed", flush=True)
     print("largest errors: " + ", ".join(f"{k} {v:.2g}" for k, v in sorted(largest.items())))
-    print(
-        f"{len(cases) - failures} passed, {failures} failed, {time.perf_counter() - started:.0f} s"
-    )
-    return min(failures, 1)
+    left = len(cases) - finished
+    seconds = time.time() - started
+    print(f"{finished} of {len(cases)} done, {failures} failed, {left} left, {seconds:.0f} s")
+    return 1 if failures else 2 if left else 0
 
 
-def check_some(cases: list) -> list[tuple]:
+def check_some(cases: list, end: float) -> list[tuple]:
+    """Case, errors, failure of each; no case is begun after ``end``, in seconds since 1970."""
     found = []
-    with open(os.devnull, "w") as quiet:
-        sys.stdout = quiet  # each case prints its seed
-        for case in cases:
-            errors, failure = {}, ""
+    for case in cases:
+        if time.time() > end:
+            break
+        errors, failure = {}, ""
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):  # a case prints its seed
             try:
-                errors = op_matrix.check(fused, case, fused=True)
+                if case == STEPS:
+                    check_steps()
+                else:
+                    errors = op_matrix.check(fused, case, fused=True)
             except Exception as error:
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            found.append((case, errors, failure))
-        sys.stdout = sys.__stdout__
+        found.append((case, errors, failure))
     return found
 
 
@@ -151,7 +177,6 @@ def check_steps() -> None:
                     got, want = (m.quantize_pack_tail(*arguments) for m in (ops, fused))
                     same = [mx.array_equal(a, b) for a, b in zip(got, want, strict=True)]
                     assert all(same), f"packing token {length} with a tail"
-    print("decode steps: equal to plain launches")
 
 
 # ---- launches for compute-sanitizer -----------------------------------------------------------
