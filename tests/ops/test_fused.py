@@ -389,7 +389,7 @@ def test_the_buffer_may_be_a_view(emulator):
         assert mx.array_equal(a, b)
 
 
-# The first cases: test_ops.py has all of them on the reference, scripts/check_gpu.py --matrix
+# The first cases: test_ops.py has all of them on the reference, tests/support/check_gpu.py --matrix
 # on a GPU.
 @pytest.mark.parametrize("case", op_matrix.CASES[:10], ids=str)
 def test_op_matrix(emulator, case):

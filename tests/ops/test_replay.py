@@ -1,6 +1,6 @@
 """What CUDA's launches are handed, on any machine: a kernel that mixes all it gets stands in.
 
-That replayed launches compute the same on a GPU is checked there, by scripts/check_gpu.py.
+That replayed launches compute the same on a GPU is checked there, by tests/support/check_gpu.py.
 """
 
 import gc
