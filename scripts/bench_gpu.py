@@ -92,7 +92,8 @@ class Models:
     """The models and caches of one shape, made once for all its contexts."""
 
     def __init__(self) -> None:
-        self.shape, self.entries = "", {}
+        self.shape = ""
+        self.entries: dict = {}
 
     def measure(self, args: argparse.Namespace) -> Iterator[list[dict]]:
         if args.shape != self.shape:

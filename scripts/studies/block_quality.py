@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model, tokenizer = load(args.model)
+    model, tokenizer, *_ = load(args.model)
     model.set_dtype(mx.float32)
     mlx_kvq.enable(model, args.spec, calibration=args.calibration, tokenizer=tokenizer)
     make_packed = model.make_cache
@@ -102,7 +102,7 @@ def read(model, caches: dict, tokens: mx.array, length: int, chunk: int) -> dict
 def figures_of(own: mx.array, logits: mx.array, targets: mx.array) -> list[np.ndarray]:
     """Of one document: KL, whether the top token is the same, loss, [L] each."""
     exact, got = (nn.log_softmax(x.astype(mx.float32), axis=-1) for x in (own, logits))
-    return [np.array(x) for x in compare(mx.exp(exact), exact, got, targets)]
+    return [np.array(x) for x in compare(exact, got, targets)]
 
 
 def line(row: dict) -> str:

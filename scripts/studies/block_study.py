@@ -12,6 +12,7 @@ prompts part.
 import argparse
 import itertools
 import time
+from importlib.metadata import version
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -49,7 +50,7 @@ def main() -> None:
     model = shapes.random_model(args.shape, getattr(mx, args.dtype), None)
     calibration = calibrate_tokens(model, [random_tokens(model)], progress=False)
     device = mx.device_info().get("device_name", "CPU")
-    print(f"{args.shape}, {args.dtype}, {device}, mlx {mx.__version__}")
+    print(f"{args.shape}, {args.dtype}, {device}, mlx {version('mlx')}")
     print("| tokens | block | fp16, s | first of fp16, s | s | first, s | × fp16 |")
     print("|--:" * 7 + "|")
     for T, block in itertools.product(args.contexts, args.blocks):
