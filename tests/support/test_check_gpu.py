@@ -2,8 +2,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import check_gpu
 import pytest
+
+from tests.support import check_gpu
 
 
 @pytest.mark.parametrize(
