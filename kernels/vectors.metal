@@ -138,27 +138,6 @@ INLINE void rotate_vector(
   rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, factors, nullptr, lane);
 }
 
-// Place of a lane's vector: vector v of the SIMD group is row first + v of [B, H, L].
-struct vector_place {
-  bool valid;
-  int row;
-  int head;
-  int64_t offset;  // of its first channel in a strided array
-};
-
-template <int D>
-INLINE vector_place place_of(
-    int first, int count, int H, int L, int64_t by_batch, int64_t by_head, int64_t by_token,
-    uint lane) {
-  vector_place at;
-  at.row = first + int(lane) / lanes_of(D);
-  at.valid = at.row < count;
-  at.row = at.valid ? at.row : 0;
-  at.head = at.row / L % H;
-  at.offset = at.row / (H * L) * by_batch + at.head * by_head + at.row % L * by_token;
-  return at;
-}
-
 constexpr float log2_e() {
   return 1.44269504088896f;
 }
@@ -205,7 +184,6 @@ template <int D, int ROTATION, bool CALIBRATED, typename T, typename P>
 INLINE void finish_row(
     device T* out,
     P sums,
-    int64_t stride,
     float2 normal,
     const device float* table,
     int head,
@@ -218,8 +196,7 @@ INLINE void finish_row(
   const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
     const int c = rotated + 2 * a;
-    z[a] = float2(
-        float(sums[c * stride]) * normal.x, float(sums[(c + 1) * stride]) * normal.x);
+    z[a] = float2(sums[c] * normal.x, sums[c + 1] * normal.x);
     if (CALIBRATED) {
       const float2 f = factor_pair(factors, c);
       z[a] = float2(z[a].x * f.x, z[a].y * f.y);
@@ -272,7 +249,7 @@ INLINE void finish_query(
     normal = normalise(statistics.x, statistics.y);
   }
   finish_row<VD, ROTATION, V_CALIBRATED>(
-      out, sums, 1, normal, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
+      out, sums, normal, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
 }
 
 // Writes a lane's rotated channels of one vector.

@@ -37,8 +37,9 @@ from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.layout import tail_dtype
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
-from mlx_kvq.ops.gpu import fused
+from mlx_kvq.ops import gpu
 from mlx_kvq.ops.gpu.jit import KERNELS
+from tests.support import calls
 
 from . import arrays, emulated, standin
 from .counters import Counters
@@ -112,7 +113,7 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
 
         def attend(parts: int, L: int = 1, B: int = 1, fmt=fmt, rows=rows, **given):
             q = vectors(L, B, H * heads)
-            return fused.attend(q, rows(T, B), T, fmt, D**-0.5, parts=parts, **given)
+            return calls.attend(gpu, q, rows(T, B), T, fmt, D**-0.5, parts=parts, **given)
 
         plain = not title
         for parts in (1, 4):  # attend_finish; attend_store and combine
@@ -128,25 +129,24 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
                 yield "tail, sinks", partial(attend, parts, sinks=sinks, tail=tails())
 
         x, long = vectors(1), vectors(512)
-        pack_tail = partial(fused.quantize_pack_tail, fmt=fmt, keep=R)
-        yield f"{title}no tail, L=1", partial(fused.quantize_pack, x, x, fmt)
-        yield f"{title}no tail, L=512", partial(fused.quantize_pack, long, long, fmt)
+        pack_tail = partial(gpu.quantize_pack, fmt=fmt, size=R)
+        yield f"{title}no tail, L=1", partial(gpu.quantize_pack, x, x, fmt)
+        yield f"{title}no tail, L=512", partial(gpu.quantize_pack, long, long, fmt)
         yield f"{title}first tail, L=512", partial(pack_tail, long, long, tail=None)
         yield f"{title}tail, L=1", partial(pack_tail, x, x, tail=tails())
         yield f"{title}tail, L=512", partial(pack_tail, long, long, tail=tails())
-        yield f"{title}tail, held rows, L=1", partial(pack_tail, x, x, tail=tails(), held=rows(16))
+        yield (
+            f"{title}tail, held rows, L=1",
+            partial(pack_tail, x, x, tail=tails(), pending=rows(16)),
+        )
 
         chunk = vectors(32), vectors(32)
         for name, tail in (("no tail", None), ("tail", tails())):
             given = rows(T), T, fmt, dtype, tail
             if plain:
-                yield name, partial(fused.dequantize, *given)
-            yield f"{title}{name}", partial(fused.restore, *given)
-            yield f"{title}{name}, chunk", partial(fused.restore, *given, chunk)
-
-        q = vectors(8, count=H * heads)
-        yield f"{title}L=8", partial(fused.rotate_queries, q, fmt, H)
-        yield f"{title}L=8", partial(fused.rotate_outputs, q, fmt, H)
+                yield name, partial(calls.dequantize, gpu, *given)
+            yield f"{title}{name}", partial(calls.restore, gpu, *given)
+            yield f"{title}{name}, chunk", partial(calls.restore, gpu, *given, chunk)
 
 
 def sources(dims: tuple[int, ...] = DIMS, dtypes: tuple[str, ...] = DTYPES) -> list[Row]:

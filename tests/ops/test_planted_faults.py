@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mlx_kvq.format import levels
+from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
-from mlx_kvq.ops.gpu import fused, jit
+from mlx_kvq.ops.gpu import jit
 from tests.emulator import KernelError, emulated, standin
 from tests.ops.test_fused import (
     assert_attends,
@@ -22,6 +23,7 @@ from tests.ops.test_fused import (
     packed,
     transposed,
 )
+from tests.support import calls
 
 __all__ = ["launches"]
 
@@ -79,7 +81,7 @@ def attention_of_odd_sizes(launches):
     for size in (1e-5, 3e4):
         fmt = format_of("int4-srft", 64)
         k, v = normal(1, 1, 80, 64, seed=1), size * normal(1, 1, 80, 64, seed=2)
-        rows = plain.quantize_pack(k, v, fmt)
+        rows = plain.quantize_pack(k, v, fmt)[0]
         assert_attends(normal(1, 2, 1, 64), rows, 80, fmt)
 
 
@@ -89,19 +91,19 @@ def packing(launches):
     for D, spec in ((128, "int4-srft:recent=5"), (64, "int4-srft:recent=5")):
         fmt = format_of(spec, D, what="mu sigma lam")
         k, v = (normal(D, 2, 1, 23, seed=s).transpose(2, 1, 3, 0) for s in (3, 4))
-        want = plain.quantize_pack(k, v, fmt)
+        want = plain.quantize_pack(k, v, fmt)[0]
         tail, held = normal(1, 2, 7, 2 * D, seed=5), packed(fmt, 1, 2, 30, spare=0)
-        got, kept = fused.quantize_pack_tail(k, v, fmt, tail, 30, held)
+        got, kept = fused.quantize_pack(k, v, fmt, tail, 30, held)
         assert mx.array_equal(got, mx.concatenate([held[:, :, 23:], want], axis=2))
-        _, expected = plain.quantize_pack_tail(k, v, fmt, tail, 30)
+        _, expected = plain.quantize_pack(k, v, fmt, tail, 30)
         same(kept, expected)
-        got, kept = fused.quantize_pack_tail(k, v, fmt, None, 9)
+        got, kept = fused.quantize_pack(k, v, fmt, None, 9)
         assert mx.array_equal(got, want)
-        same(kept, plain.quantize_pack_tail(k, v, fmt, None, 9)[1])
+        same(kept, plain.quantize_pack(k, v, fmt, None, 9)[1])
     odd = format_of("int4-srft:group_size=24", 96, 48)
     k, v = normal(1, 1, 5, 96), normal(1, 1, 5, 48)
     k[0, 0, 2, 7] = float("nan")
-    got, want = fused.quantize_pack(k, v, odd), plain.quantize_pack(k, v, odd)
+    got, want = (backend.quantize_pack(k, v, odd)[0] for backend in (fused, plain))
     for a, b in zip(levels.split(got, odd.layout), levels.split(want, odd.layout), strict=True):
         assert mx.array_equal(a, b, equal_nan=a.dtype == mx.float16)
 
@@ -112,13 +114,15 @@ def restoring(launches):
     rows, tail = packed(fmt, 1, 2, 40), normal(1, 2, 6, 128, seed=5)
     chunk = transposed(1, 2, 7, 64, mx.float32, 8), transposed(1, 2, 7, 64, mx.float32, 9)
     given = rows, 40, fmt, mx.float32, tail
-    for a, b in zip(fused.restore(*given, chunk), plain.restore(*given, chunk), strict=True):
+    for a, b in zip(
+        calls.restore(fused, *given, chunk), calls.restore(plain, *given, chunk), strict=True
+    ):
         same(a, b, 1e-5)
-    for a, b in zip(fused.dequantize(*given), plain.dequantize(*given), strict=True):
+    for a, b in zip(calls.dequantize(fused, *given), calls.dequantize(plain, *given), strict=True):
         same(a, b, 1e-6)
     for length in (37, 38, 39):
-        got = fused.dequantize(rows, length, fmt, mx.float16)
-        for a, b in zip(got, plain.dequantize(rows, length, fmt, mx.float16), strict=True):
+        got = calls.dequantize(fused, rows, length, fmt, mx.float16)
+        for a, b in zip(got, calls.dequantize(plain, rows, length, fmt, mx.float16), strict=True):
             same(a, b)
 
 
@@ -134,7 +138,7 @@ def rows_beyond_8_gigabytes(launches):
     flat[far:] = words[1].reshape(-1)
     strides = (4 * far, *words.strides[1:])
     distant = np.lib.stride_tricks.as_strided(flat, words.shape, strides)
-    want = plain.attend(q.astype(mx.float32), rows, 16, fmt, 0.125)
+    want = calls.attend(plain, q.astype(mx.float32), rows, 16, fmt, 0.125)
     run = standin.run
 
     def with_distant(source, inputs, *rest, **given):
@@ -143,7 +147,7 @@ def rows_beyond_8_gigabytes(launches):
 
     standin.run = with_distant
     try:
-        same(fused.attend(q, rows, 16, fmt, 0.125), want)
+        same(calls.attend(fused, q, rows, 16, fmt, 0.125), want)
     finally:
         standin.run = run
 

@@ -3,9 +3,9 @@
 ``kernels/*.metal`` read ``info[kvq::LENGTH]``; ``jit`` writes that enumeration from these names.
 """
 
-from functools import lru_cache
-
 import mlx.core as mx
+
+from .. import memo
 
 # The softmax scale is passed as the bits of a float; NEXT is the row after the newest token's.
 _ATTEND = ("LENGTH", "HEADS", "QUERIES", "SCALE", "CAUSAL", "WINDOW", "RECENT", "KEEP", "NEXT")
@@ -17,12 +17,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "combine": _ATTEND,
     "dequantize": ("LENGTH",),
     "restore": ("LENGTH",),
-    "rotate_queries": ("HEADS",),
-    "rotate_outputs": ("HEADS",),
 }
 
 
-@lru_cache(maxsize=1024)
 def integers(kernel: str, **values: int) -> mx.array:
     """The integers of a launch of ``kernel``, int32, by the names of :data:`ARGUMENTS` in lower
     case. The same values give the same array: on CUDA a new one costs more than the launch.
@@ -31,6 +28,10 @@ def integers(kernel: str, **values: int) -> mx.array:
         KeyError: For a name that is missing.
         ValueError: For a name that the kernel does not have.
     """
+    return memo.launch((kernel, *values.items()), lambda: _integers(kernel, values))
+
+
+def _integers(kernel: str, values: dict[str, int]) -> mx.array:
     names = [name.lower() for name in ARGUMENTS[kernel]]
     if unknown := set(values) - set(names):
         raise ValueError(f"{kernel} takes {', '.join(names)}, not {', '.join(sorted(unknown))}.")
