@@ -22,20 +22,21 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 def integers(kernel: str, **values: int) -> mx.array:
     """The integers of a launch of ``kernel``, int32, by the names of :data:`ARGUMENTS` in lower
-    case. The same values give the same array: on CUDA a new one costs more than the launch.
+    case; the last ones may be left out. The same values give the same array: on CUDA a new one
+    costs more than the launch.
 
     Raises:
-        KeyError: For a name that is missing.
-        ValueError: For a name that the kernel does not have.
+        ValueError: For other names.
     """
     return memo.launch((kernel, *values.items()), lambda: _integers(kernel, values))
 
 
 def _integers(kernel: str, values: dict[str, int]) -> mx.array:
     names = [name.lower() for name in ARGUMENTS[kernel]]
-    if unknown := set(values) - set(names):
-        raise ValueError(f"{kernel} takes {', '.join(names)}, not {', '.join(sorted(unknown))}.")
-    return mx.array([values[name] for name in names], dtype=mx.int32)
+    given = names[: len(values)]
+    if set(values) != set(given):
+        raise ValueError(f"{kernel} takes {', '.join(names)}, not {', '.join(values)}.")
+    return mx.array([values[name] for name in given], dtype=mx.int32)
 
 
 def enumeration(kernel: str) -> str:

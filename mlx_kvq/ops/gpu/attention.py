@@ -111,9 +111,10 @@ class Attend:
 
     def _info(self, length: int, ring: tuple[int, int] | None) -> mx.array:
         """The integers that ``kernels/attend.metal`` takes."""
-        keep, idx = ring or (0, length)
-        recent = min(self.kind.recent, length - keep) if self.tail else 0
-        given = {**self.given, "length": length, "recent": recent, "keep": keep, "next": idx}
+        given = {"length": length, **self.given}
+        if self.tail:
+            keep, idx = ring or (0, length)
+            given |= {"recent": min(self.kind.recent, length - keep), "keep": keep, "next": idx}
         return integers("attend_store", **given)
 
     def _arrivals(self, launch: Launch) -> Iterator[mx.array] | None:
