@@ -6,17 +6,19 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__, stock_names
-from .format import spec
+from .commands.options import NAMES, length
 
 # name -> what --help says. Module commands.<name>, with _ for -, has `add_arguments(parser)` and
 # `run(args)`, which returns the exit status or None; a ValueError or OSError from it becomes one
 # line and status 1, Ctrl-C one line and status 130.
 COMMANDS: dict[str, str] = {
     "benchmark": "Time packed caches beside the model's own and mlx-lm's quantized ones.",
+    "cache": "List or delete the calibrations that were made automatically and kept.",
     "calibrate": "Make a calibration file for a model from text.",
     "convert": "Convert a model repository and add a calibrated KV cache, or add it in place.",
     "doctor": "Check every kernel on this machine against the reference; first timings.",
     "evaluate": "Compare caches on your text: perplexity, KL, exact recall, bytes per token.",
+    "fit": "Say how much context fits into a machine's memory, from a config.json alone.",
     "inspect": "Say what a converted repository, local or on the hub, brings along.",
     "pack-cache": "Pack a prompt-cache file that was written without --kv-cache.",
 }
@@ -50,13 +52,15 @@ def _run(arguments: list[str]) -> Any:
     parser = argparse.ArgumentParser(
         prog="mlx_kvq",
         description="A rotated int4 key/value cache for mlx-lm. Use it as "
-        "'mlx_lm.generate --kv-cache int4-srft'.",
-        epilog=f"Caches: {', '.join(spec.names())}.",
+        "'mlx_lm.generate --kv-cache int4'.",
+        epilog=f"Caches:\n{NAMES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mlx_kvq {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=bool(COMMANDS))
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
+        sub.register("type", int, length)
         if name in arguments:  # the others need not be imported
             if name != "doctor":
                 stock_names.check()

@@ -211,10 +211,14 @@ def test_the_console_script_runs(environment):
     assert "usage: mlx_kvq" in run(environment.script, "--help", cwd=environment.folder)
 
 
-def test_uninstall_leaves_nothing(archives, tmp_path):
+def test_uninstall_leaves_stock_mlx_lm(archives, tmp_path):
     environment = Environment(tmp_path / "venv", archives[1])
+    command = "-m", "mlx_lm", "generate", "--help"
+    assert "--kv-cache" in environment.call(*command)
     environment.pip("uninstall", "-y", "mlx-kvq")
     assert not list(environment.site_packages.glob("*mlx_kvq*"))
+    text = environment.call(*command)
+    assert "--max-kv-size" in text and "--kv-cache" not in text
 
 
 def test_missing_kernels_are_a_clear_error(monkeypatch, tmp_path):

@@ -1,24 +1,31 @@
 """Calibration for a model that came without one: made once, then kept on disk.
 
 The files lie in ``MLX_KVQ_CACHE``, else ``$XDG_CACHE_HOME/mlx_kvq``, else ``~/.cache/mlx_kvq``,
-and are named by a hash of the model's weights.
+and are named by a hash of the model's weights. ``mlx_kvq cache`` lists and deletes them.
 """
 
 import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..files import printable
 from ..stock import identity
-from .fit import calibrate, calibrate_tokens
+from .fit import calibrate_tokens, sample_text
 from .set import CalibrationSet
-from .shards import all_ranks
+from .shards import all_ranks, is_sharded
 
 RANDOM_TOKENS = 512
 SAMPLE_TOKENS = 2048
+LENGTH = 1024  # of a window
+PROBE = 64  # tokens that are read to see how long all take, and are enough if need be
+SECONDS = 60.0  # that reading takes at most; a slower machine reads less, never less than PROBE
+LARGEST_FOLDER = 1 << 29  # bytes; what was not used for longest is deleted
 
 
 def directory() -> Path:
@@ -38,41 +45,72 @@ def automatic(
 ) -> CalibrationSet:
     """The calibration kept for this model, or one made now from the built-in text.
 
+    Reading takes about a minute at most. Ctrl-C ends it early: what ``PROBE`` tokens gave is used.
+
     Args:
         model (nn.Module): A model from ``mlx_lm.load``.
-        tokenizer (optional): Its tokenizer. Without one, random tokens stand in for text.
+        tokenizer (optional): Its tokenizer; by default the one that it was loaded with. Without
+            any, random tokens stand in for text.
         say: Told, in one line, when something is made or cannot be kept.
 
     Raises:
         ValueError: If nothing of the model can be packed.
     """
-    kind = "random" if tokenizer is None else "sample"
-    name = identity(model)
-    kept = None
-    # A calibration from text serves a call without a tokenizer, too.
-    for of in dict.fromkeys((kind, "sample")):
+    loaded = vars(model).get("_mlx_kvq_loaded")  # attached when the model was loaded
+    if tokenizer is None and loaded is not None:
+        tokenizer = loaded.tokenizer
+    name, kept, again = identity(model), None, ""
+    # A calibration from text is the first choice, also without a tokenizer.
+    for kind in ("sample",) if tokenizer is not None else ("sample", "random"):
         try:
-            known = directory() / f"{name}-{of}.safetensors"
-            if kept is None and known.exists():
-                kept = CalibrationSet.load(known)
+            known = directory() / f"{name}-{kind}.safetensors"
+            kept = CalibrationSet.load(known) if known.exists() else None
+            if kept is not None:
+                os.utime(known)
+                break
         except ValueError as error:
-            say(f"calibrating again, the kept calibration cannot be used: {error}")
+            again = f"calibrating again, the kept calibration cannot be used: {error}"
         except (OSError, RuntimeError):  # a folder that cannot be read: said once, below
             break
     if all_ranks(kept is not None, model) and kept is not None:
         return kept
-    bar = say is not silent
     if tokenizer is None:
         say(
-            f"no calibration and no tokenizer: calibrating on {RANDOM_TOKENS} random tokens; pass "
-            "tokenizer= or calibration= for a better one"
+            again
+            or f"no calibration and no tokenizer: calibrating on {RANDOM_TOKENS} random tokens; "
+            "pass tokenizer= or calibration= for a better one"
         )
-        found = calibrate_tokens(model, [random_tokens(model)], text="random tokens", progress=bar)
+        found, whole = _read(model, random_tokens(model), "random tokens", say)
     else:
-        say("no calibration for this model: calibrating on the built-in sample text, once")
-        found = calibrate(model, tokenizer, tokens=SAMPLE_TOKENS, progress=bar)
-    _keep(found, f"{name}-{kind}.safetensors", say)
+        say(again or "no calibration for this model: calibrating on the built-in sample text, once")
+        ids = mx.array(tokenizer.encode(sample_text())[:SAMPLE_TOKENS])
+        found, whole = _read(model, ids, "built-in sample", say)
+    if whole:
+        if loaded is not None and printable(loaded.name):
+            found = replace(found, metadata={**found.metadata, "model": loaded.name})
+        _keep(found, f"{name}-{'random' if tokenizer is None else 'sample'}.safetensors", say)
     return found
+
+
+def _read(
+    model: nn.Module, ids: mx.array, text: str, say: Callable[[str], None]
+) -> tuple[CalibrationSet, bool]:
+    """A calibration on as many of the tokens as there is time for, and whether it was completed."""
+    start = time.perf_counter()
+    found = calibrate_tokens(model, [ids[:PROBE]], text=text, progress=False)
+    each = (time.perf_counter() - start) / min(PROBE, ids.size)
+    # All ranks of a distributed run read the same.
+    n = ids.size if is_sharded(model) else min(ids.size, int(SECONDS / each))
+    if n <= PROBE:
+        return found, True
+    # A bar with few steps says little of the time that is left.
+    length = LENGTH if each * LENGTH < 5 else max(PROBE, LENGTH // 4)
+    windows = [ids[i : min(n, i + length)] for i in range(0, n, length)]
+    try:
+        return calibrate_tokens(model, windows, text=text, progress=say is not silent), True
+    except KeyboardInterrupt:
+        say(f"interrupted: going on with what the first {PROBE} tokens gave, which is not kept")
+        return found, False
 
 
 def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> None:
@@ -81,9 +119,26 @@ def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> None:
     try:
         folder = directory()
         found.save(folder / name)
+        prune(folder, LARGEST_FOLDER)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         say(f"warning: the calibration is used but could not be kept in '{folder}': {reason}")
+
+
+def prune(folder: Path, most: int) -> list[Path]:
+    """Delete calibrations, those unused for longest first, until the others take ``most`` bytes.
+
+    Raises:
+        OSError: If one cannot be deleted.
+    """
+    files = sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
+    deleted, total = [], 0
+    for path in files:
+        total += path.stat().st_size
+        if total > most:
+            path.unlink()
+            deleted.append(path)
+    return deleted
 
 
 def random_tokens(model: nn.Module) -> mx.array:

@@ -17,10 +17,13 @@ from tqdm import tqdm
 from .. import ops
 from ..files import replacing
 from ..measure import model_speed, op_speed, plots
+from ..measure.contenders import EVEN, PLAIN
 from ..measure.machine import machine
 from ..measure.shapes import SHAPES
 from ..measure.timing import copy_bandwidth
+from .options import cache, length
 
+CONTEXTS = [256, 1024, 4096, 8192, 32768]
 CACHES = ["fp16", "bf16", "kv4", "kv8", "int4-srft", "int8-srft", "k8v4-srft"]
 # What the paper's int4 gains over fp16 in ms per token, Apple M1 (arXiv 2605.05699).
 PAPER: list[dict[str, Any]] = [
@@ -52,31 +55,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kv-cache", nargs="+", default=CACHES, metavar="CACHE",
+        type=cache(*PLAIN, EVEN, "kv4", "kv8"),
         help="fp16, bf16, fp32, kv4, kv8 (mlx-lm's) or specs; for operations also fp16-even, "
         f"batches of one length without a mask (default: {' '.join(CACHES)}).",
     )  # fmt: skip
-    parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096, 8192, 32768])
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--contexts", nargs="+", type=length, default=CONTEXTS, metavar="TOKENS",
+        help="Such as 256 or 32K (default: 256 1K 4K 8K 32K).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", nargs="+", type=int, default=[1], help="Sequences (default: 1)."
+    )
     parser.add_argument(
         "--heads", nargs="+", default=op_speed.HEADS, metavar="Q,KV,D",
-        help="Operation by operation: query heads, KV heads and head size.",
+        help="Operation by operation: query heads, KV heads and head size "
+        f"(default: {' '.join(op_speed.HEADS)}).",
     )  # fmt: skip
-    parser.add_argument("--ops", nargs="+", choices=op_speed.OPS, default=list(op_speed.OPS))
+    parser.add_argument(
+        "--ops", nargs="+", choices=op_speed.OPS, default=list(op_speed.OPS),
+        help="Default: all of them.",
+    )  # fmt: skip
     parser.add_argument(
         "--vectors", type=int, default=262144,
-        help="Keys and values together that a long prompt stores in a layer.",
+        help="Keys and values together that a long prompt stores in a layer "
+        "(default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], default="float16",
-        help="Of the model, or of queries, keys and values, but in rows fp16, bf16 and fp32.",
+        help="Of the model, or of queries, keys and values, but in rows fp16, bf16 and fp32 "
+        "(default: %(default)s).",
     )  # fmt: skip
     parser.add_argument("--weight-bits", type=int, choices=[4, 8], help="With --shape.")
-    parser.add_argument("--tokens", type=int, default=32, help="Decode steps in a chain.")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prefill-rounds", type=int, default=3)
+    parser.add_argument(
+        "--tokens", type=int, default=32, help="Decode steps in a chain (default: %(default)s)."
+    )
+    for name, count in (("--rounds", 7), ("--prefill-rounds", 3)):
+        parser.add_argument(name, type=int, default=count, help="Default: %(default)s.")
     parser.add_argument(
         "--beyond", type=int, default=256, metavar="MB",
-        help="Cycle through buffers of at least this size, to see memory and not a cache.",
+        help="Cycle through buffers of at least this size, to see memory and not a cache "
+        "(default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
         "--cpu-time", action="store_true",
@@ -124,20 +142,23 @@ def _measure(args: argparse.Namespace) -> dict:
     described = record()
     _print_record(described)
     result: dict[str, Any] = {"record": described, "rows": [], "paper": PAPER}
+    items_of = len(args.contexts) * len(args.batch_size)
     if args.model or args.shape:
         items = model_speed.measure(args)
     else:
+        each = {"attend": items_of, "quantize": len(args.batch_size) + 1, "dequantize": items_of}
+        items_of = len(args.heads) * sum(each[op] for op in args.ops)
         copy = copy_bandwidth(args.beyond or 256)
         described["copy_gb_per_s"] = round(copy / 1e9, 1)
         print(f"{'copy':10} {described['copy_gb_per_s']} GB/s, read and written")
         items = op_speed.measure(args, copy)
     table = None
-    with tqdm(unit="row", leave=False, disable=None) as bar:
+    with tqdm(total=items_of, unit="shape", leave=False, disable=None) as bar:
         for rows in items:
             for row in rows:
                 table = table or _Table(row, bar.write)
                 table.add(row)
-            bar.update(len(rows))
+            bar.update()
             result["rows"] += rows
             if args.json:
                 with replacing(args.json) as part:
@@ -149,17 +170,19 @@ def _measure(args: argparse.Namespace) -> dict:
 
 
 class _Table:
-    """Rows as they come, the columns fixed."""
+    """A Markdown table, its rows as they come."""
 
     def __init__(self, first: dict, write=print):
-        self.write = write
+        self.write, self.notes = write, list[str]()
         self.ops = "op" in first
         self.columns = OPS_TABLE if self.ops else MODELS_TABLE
         write("")
         self._line({c: c for c in self.columns})
+        self._line({c: "-" * (w - 1) + ":" for c, w in self.columns.items()})
 
     def _line(self, cells: dict[str, str]) -> None:
-        self.write("  ".join(cells.get(c, "").rjust(w) for c, w in self.columns.items()).rstrip())
+        row = (cells.get(c, "").rjust(w) for c, w in self.columns.items())
+        self.write(f"| {' | '.join(row)} |")
 
     def add(self, row: dict) -> None:
         cells = {k: str(row[k]) for k in ("op", "heads", "model", "cache", "batch") if k in row}
@@ -167,7 +190,8 @@ class _Table:
             if k in row:
                 cells[k] = str(row[k])
         if "note" in row:
-            self.write(f"{'  '.join(cells.values())}: {row['note']}")
+            self._line(cells)
+            self.notes.append(f"{', '.join(cells.values())}: {row['note']}")
             return
         for base in ("fp16", "bf16", "kv4"):
             if f"x_{base}" in row:
@@ -193,16 +217,15 @@ class _Table:
         self._line(cells)
 
     def end(self) -> None:
-        if self.ops:
-            self.write(
-                f"\nx: times faster than that row, median over rounds. The paper's quantize on M1: "
-                f"about {PAPER_QUANTIZE} ns per vector."
-            )
-            return
-        for row in PAPER:
+        for row in () if self.ops else PAPER:
             slow, fast = (1 / (1 + change) for change in reversed(row["change"]))
             self._line({**row, "x fp16": f"{slow:.2f}-{fast:.2f}"})
-        self.write("\nx: times faster than that row, median over rounds.")
+        for note in self.notes:
+            self.write(f"\n{note}")
+        paper = f" The paper's quantize on M1: about {PAPER_QUANTIZE} ns per vector."
+        self.write(
+            f"\nx: times faster than that row, median over rounds.{paper if self.ops else ''}"
+        )
 
 
 def record() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import sys
 
 from ..calibration.fit import LENGTH, TOKENS, calibrate
 from ..model.loading import load
+from .options import cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lambda",
         dest="spec",
+        type=cache(),
         metavar="SPEC",
         help="Also λ of the keys, for this cache's rotation and seed and no other's: about 2 %% "
         "less KL.",

@@ -7,6 +7,7 @@ from ..calibration.fit import sample_text
 from ..files import read_text
 from ..measure.evaluate import read_recall
 from ..repositories.convert import HELD_OUT, SAMPLE, convert
+from .options import cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     own = parser.add_argument_group("KV cache")
     own.add_argument(
-        "--kv-cache", default="int4-srft", metavar="SPEC", help="Default: %(default)s."
+        "--kv-cache",
+        type=cache(),
+        default="int4-srft",
+        metavar="SPEC",
+        help="Default: %(default)s.",
     )
     own.add_argument(
         "--calibration-text",

@@ -9,8 +9,9 @@ from ..caches.attention import DECODE_QUERIES
 from ..calibration.set import CalibrationSet
 from ..files import read_text
 from ..measure import plots
-from ..measure.baselines import check_name
+from ..measure.baselines import KV_BITS
 from ..measure.evaluate import evaluate, load_model, read_recall
+from .options import cache
 
 DEFAULT = ("fp16", "kv8", "kv4", "int8-srft", "k8v4-srft", "int4-srft")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         nargs="+",
+        type=cache(*KV_BITS),
         default=list(DEFAULT),
         metavar="SPEC",
         help="Caches to compare with the model's own: spec strings, fp16, and kv4 and kv8 for "
@@ -55,8 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # Whatever can be wrong is found before the minutes of work.
-    for name in args.kv_cache:
-        check_name(name)
     texts = [read_text(path) for path in args.text]
     recall = read_recall(args.recall, args.recall_prompts) if args.recall else []
     calibration = None

@@ -11,12 +11,15 @@ from ..files import line, replacing
 from ..format.spec import Spec
 from ..model import pack
 from ..model.loading import load
+from .options import cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a file from mlx_lm.cache_prompt without --kv-cache")
     parser.add_argument("target", help="the packed file to write")
-    parser.add_argument("--kv-cache", default="int4-srft", metavar="SPEC", help="%(default)s")
+    parser.add_argument(
+        "--kv-cache", type=cache(), default="int4-srft", metavar="SPEC", help="%(default)s"
+    )
     parser.add_argument("--model", help="where the model is now, if not where the file says")
     parser.add_argument(
         "--trust-remote-code",

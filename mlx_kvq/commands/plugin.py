@@ -17,16 +17,23 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from ..caches import trampoline
-from ..format.spec import OFF, Spec
+from ..format.spec import OFF
 from ..stock_names import missing
+from .options import cache, length
 
 HELP = (
-    "Keep keys and values packed, for example 'int4-srft' (4.5 bits per value), 'k8v4-srft', "
-    "'int8-srft'; 'fp16' is the model's own cache. From mlx_kvq."
+    "Keep keys and values packed: 'int4' (short for 'int4-srft', 4.5 bits per value), 'k8v4', "
+    "'int8'; 'fp16' is the model's own cache. Options follow a colon, as in "
+    "'int4:recent=64,skip=first': recent (newest tokens read exactly, default 16), group_size "
+    "(channels that share a scale, default 32), skip (layers left alone: numbers, first, last, "
+    "joined by +), high (layers in 8 bits, likewise), budget (bits per value to spend on the "
+    "layers that need them, such as 5.5), calibrate=off, rounding=feedback, "
+    "scale=search|absmax|paper, seed. Numbers of tokens may be written as 32K. From mlx_kvq."
 )
 # Tokens per step of what scores a text in one step, where little would be read from the cache:
 # mlx_lm.perplexity, and mlx_lm.evaluate up to 2048 tokens. As many as are read as in decoding
@@ -38,7 +45,7 @@ NEEDED = {
     "cache_prompt": ("load",),
     "chat": ("load", "sharded_load"),
     "evaluate": ("load", "MLXLM._score_fn"),
-    "generate": ("load", "load_prompt_cache"),
+    "generate": ("load", "load_prompt_cache", "main", "generate"),
     "perplexity": ("load", "eval_ppl"),
     "server": ("load", "sharded_load", "ModelProvider.load_default"),
     "utils": ("load", "sharded_load", "load_model", "save"),
@@ -48,6 +55,7 @@ _asked: str | None = None  # --kv-cache of this process
 _option = ""  # and how it was asked for
 _unchecked: list[list] = []  # caches from a file, before the model is loaded
 _packed_file = False  # whether there was such a file, with packed caches
+_loaded = 0  # models; from the second on, a draft's or a server's, lines name theirs
 _lacking = ""  # what mlx_lm.utils lacks
 
 
@@ -85,6 +93,7 @@ def patch(module: ModuleType) -> None:
         provider.load_default = _ending_the_server(provider.load_default)
     if name == "generate":
         names["load_prompt_cache"] = _knowing_our_caches(names["load_prompt_cache"])
+        names["main"] = _saying_what_is_saved(names["main"], names)
     if name == "perplexity":
         names["eval_ppl"] = _through_the_cache(names["eval_ppl"])
     if name == "evaluate":
@@ -97,14 +106,6 @@ def _has(names: dict[str, Any], name: str) -> bool:
     return callable(getattr(found, inner, None) if inner else found)
 
 
-def _spec(text: str) -> str:
-    try:
-        Spec.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 class _Parser(argparse.ArgumentParser):
     """Adds the option last, below the command's own."""
 
@@ -112,9 +113,10 @@ class _Parser(argparse.ArgumentParser):
     _ours: argparse.Action | None = None
 
     def _add_kv_cache(self) -> None:
+        self.register("type", int, length)
         if "--kv-cache" not in self._option_string_actions:
             self._ours = self.add_argument(
-                "--kv-cache", dest="mlx_kvq_cache", type=_spec, metavar="SPEC", help=HELP
+                "--kv-cache", dest="mlx_kvq_cache", type=cache(), metavar="SPEC", help=HELP
             )
 
     def format_help(self) -> str:
@@ -221,19 +223,32 @@ def _remembering(load_model):
     return wrapper
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """How a model was loaded; copies of the model do without."""
+
+    name: str
+    tokenizer: Any
+
+    def __reduce__(self):
+        return Loaded, ("", None)
+
+
 def _as_the_repository_says(load):
     signature = inspect.signature(load)
 
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
         loaded = load(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        name = str(next(iter(given.values())))
+        loaded[0]._mlx_kvq_loaded = Loaded(name, loaded[1])
         if (source := vars(loaded[0]).get("_mlx_kvq_repository")) is not None:
             from ..repositories import repository
 
-            given = signature.bind(*args, **kwargs).arguments
-            source.name, source.revision = str(next(iter(given.values()))), given.get("revision")
+            source.name, source.revision = name, given.get("revision")
             if _asked is None:
-                repository.apply(loaded[0])
+                repository.apply(loaded[0], verbose=not _quiet())
             else:
                 said = source.said
                 print(f"[mlx_kvq] {_option} in place of the repository's {said}", file=sys.stderr)
@@ -257,9 +272,11 @@ def _with_the_calibration(save):
 
 
 def _enabling(load, is_server: bool):
+    signature = inspect.signature(load)
+
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
-        global _packed_file
+        global _packed_file, _loaded
         from_file = bool(_unchecked)
         if _packed_file and not from_file:
             from ..caches.seams import NO_DRAFT
@@ -281,15 +298,57 @@ def _enabling(load, is_server: bool):
             from ..caches.prompt_file import check
             from ..caches.seams import CLASSES, refuse_kv_bits
             from ..model.enable import enable
+            from ..model.report import about
 
+            _loaded += 1
             if _asked is not None:
-                enable(loaded[0], _asked, tokenizer=loaded[1])
+                given = signature.bind(*args, **kwargs).arguments
+                with about(str(next(iter(given.values()))) if _loaded > 1 else ""):
+                    enable(loaded[0], _asked, tokenizer=loaded[1], verbose=not _quiet())
             if caches is not None:
                 check(caches, loaded[0])
                 if _option.startswith("--kv-bits"):
                     refuse_kv_bits(caches, _option)
                 _packed_file = any(isinstance(c, CLASSES) for c in caches)
         return loaded
+
+    return wrapper
+
+
+def _quiet() -> bool:
+    return os.environ.get("MLX_KVQ_QUIET", "") not in ("", "0")
+
+
+def _saying_what_is_saved(main, names: dict[str, Any]):
+    """mlx_lm.generate's command ends with a line of what its packed caches hold. Its caches are
+    made here, as ``generate`` would make them, to have them at the end."""
+
+    def generate(model, *args, **kwargs):
+        from mlx_lm.models.cache import make_prompt_cache
+
+        from ..model.report import log, saved
+
+        caches = kwargs.get("prompt_cache")
+        if caches is None:
+            caches = make_prompt_cache(model, max_kv_size=kwargs.get("max_kv_size"))
+            if (draft := kwargs.get("draft_model")) is not None:
+                caches += make_prompt_cache(draft)
+            kwargs["prompt_cache"] = caches
+        text = stock(model, *args, **kwargs)
+        if line := saved(caches):
+            log(line)
+        return text
+
+    stock = names["generate"]
+
+    @functools.wraps(main)
+    def wrapper():
+        if not _quiet():
+            names["generate"] = generate
+        try:
+            return main()
+        finally:
+            names["generate"] = stock
 
     return wrapper
 

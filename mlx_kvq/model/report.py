@@ -1,11 +1,15 @@
 """What a spec does to a model's caches, in one line."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from ..caches.packed import PackedCache
 from ..calibration.set import CalibrationSet
 from ..format.format import Format
 from ..format.spec import Spec
+from ..stock import leaves
 
 
 @dataclass
@@ -72,8 +76,46 @@ class Report:
         return line
 
 
+def saved(caches: list) -> str:
+    """Tokens read and bytes held by packed caches, and what fp16 would hold; "" if none is packed.
+
+    Counts the rows of tokens and the exact tail, not the room that is kept for more tokens."""
+    tokens = rows = exact = fp16 = 0
+    for _, c in leaves(caches):
+        if isinstance(c, PackedCache) and c.keys is not None:
+            (B, H, _, W), lay = c.keys.shape, c.format.layout
+            tokens = max(tokens, getattr(c, "offset", 0))
+            rows += 4 * B * H * W * c.size()
+            exact += 0 if c.tail is None else c.tail.nbytes
+            fp16 += 2 * B * H * (lay.k_dim + lay.v_dim) * c.size()
+    if not fp16:
+        return ""
+    tail = f" ({megabytes(exact)} of it the exact tail)" if exact > rows / 10 else ""
+    return f"{tokens:,} tokens: {megabytes(rows + exact)}{tail}, fp16 {megabytes(fp16)}"
+
+
+def megabytes(n: float) -> str:
+    """1.2 MB, 66 MB, 3.4 GB."""
+    n, unit = (n / 1e9, "GB") if n >= 1e9 else (n / 1e6, "MB")
+    return f"{n:.{0 if n >= 20 else 1 if n >= 1 else 2}f} {unit}"
+
+
+_of = ""  # of which model the lines are, where there are several
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """In here every line names a model."""
+    global _of
+    before, _of = _of, f"{name}: " if name else ""
+    try:
+        yield
+    finally:
+        _of = before
+
+
 def log(line: str) -> None:
-    print(f"[mlx_kvq] {line}", file=sys.stderr)
+    print(f"[mlx_kvq] {_of}{line}", file=sys.stderr)
 
 
 def layer_ranges(layers: list[int]) -> str:

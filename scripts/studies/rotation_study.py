@@ -27,12 +27,13 @@ from mlx_kvq.caches import seams
 from mlx_kvq.calibration.fit import balanced_scale
 from mlx_kvq.format import rotation
 from mlx_kvq.format.feedback import whitened
-from mlx_kvq.format.format import make_format
+from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure, summarize
-from mlx_kvq.model.plan import _pack
+from mlx_kvq.model.plan import pack_caches
+from mlx_kvq.stock import CachePath
 
 RANDOM = ("none", "srft", "srht", "householder", "quaternion")
 # name -> (base, objective, λ too)
@@ -128,7 +129,7 @@ def base(name, stream, D, seed=0):
 
 def maker(model, spec, layers):
     """Caches whose layers hold these (samples, R, λ) for keys and for values."""
-    formats = {}
+    formats: dict[CachePath, Format] = {}
     for i, sides in enumerate(layers):
         calibrations = [
             Calibration(
@@ -145,7 +146,7 @@ def maker(model, spec, layers):
             transform.__dict__["matrix"] = R  # in place of the cached property
         formats[(i,)] = fmt
     make = own(model).make
-    return lambda: [_pack(c, (i,), formats, None) for i, c in enumerate(make())]
+    return lambda: pack_caches(make(), formats)
 
 
 def mean_errors(layers, spec):

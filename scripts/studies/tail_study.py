@@ -19,6 +19,7 @@ from texts import windows_of
 from tqdm import tqdm
 
 import mlx_kvq
+from mlx_kvq import ops
 from mlx_kvq.calibration.set import CalibrationSet
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure, summarize
@@ -45,8 +46,8 @@ class Cache:
         return self.exact, self.rounded
 
     def update_and_fetch(self, k, v):
-        rows = plain.quantize_pack(k, v, self.format)
-        kept = plain.dequantize(rows, k.shape[2], self.format)
+        rows, _ = plain.quantize_pack(k, v, self.format)
+        kept = plain.dequantize(ops.Packed(rows, k.shape[2], self.format))
         sides = self.format.keys, self.format.values
         new = [side.output(y) for side, y in zip(sides, kept, strict=True)]
         if self.offset:

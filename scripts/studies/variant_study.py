@@ -26,12 +26,13 @@ import mlx_kvq
 from mlx_kvq.caches import seams
 from mlx_kvq.calibration.fit import balanced_scale
 from mlx_kvq.format import rotation
-from mlx_kvq.format.format import make_format
+from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure
-from mlx_kvq.model.plan import _pack
+from mlx_kvq.model.plan import pack_caches
+from mlx_kvq.stock import CachePath
 
 SHIPPED = "**μ and σ on keys, μ on values**"
 # name -> what keys get, what values get
@@ -97,7 +98,7 @@ def part(s, names, stream, spec):
 
 def maker(model, samples, names, spec):
     """Caches whose keys and values get these parts."""
-    formats = {}
+    formats: dict[CachePath, Format] = {}
     for i, sides in enumerate(samples):
         keys, values = (
             part(s, n.split(), stream, spec)
@@ -106,7 +107,7 @@ def maker(model, samples, names, spec):
         dims = (s.mu.shape[1] for s in sides)
         formats[(i,)] = make_format(spec, *dims, keys=keys, values=values)
     make = own(model).make
-    return lambda: [_pack(c, (i,), formats, None) for i, c in enumerate(make())]
+    return lambda: pack_caches(make(), formats)
 
 
 def column(model, tokenizer, args):

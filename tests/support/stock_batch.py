@@ -105,7 +105,7 @@ class BatchPair(Pair):
         if stock.empty():
             assert ours.nbytes == stock.nbytes == 0
             return
-        assert ours._rows.shape[:3] == stock.keys.shape[:3]
+        assert ours.stored.array.shape[:3] == stock.keys.shape[:3]
         self._check_stored()
 
     def _order(self, T: int) -> np.ndarray:

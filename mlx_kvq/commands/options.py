@@ -1,0 +1,57 @@
+"""What commands take for a cache and for a number: short names, hints, 32K."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+
+from ..format.spec import BITS, OFF, ROTATIONS, Spec
+
+# What others call theirs -> ours. The first that matches.
+ELSEWHERE = {
+    "int4-srft": r"4|(i?q|kv|k|int|fp|nf|tq|turbo)_?4\w*|4_?bits?|turboquant.*|kivi.*|polarquant",
+    "int8-srft": r"8|(q|kv|k|int|fp|tq|turbo)_?8\w*|8_?bits?",
+    OFF: r"16|b?f16|bfp?16|b?float16|none|off|no|false",
+}
+NAMES = f"{OFF}\n" + "\n".join(" ".join(f"{b}-{r}" for r in ROTATIONS) for b in BITS)
+
+
+def cache(*others: str) -> Callable[[str], str]:
+    """For ``type=`` of an option that takes a spec, or one of ``others``."""
+
+    def parse(text: str) -> str:
+        name, colon, tail = text.strip().lower().partition(":")
+        if name in others:
+            return name
+        if name in BITS:
+            name = f"{name}-srft"
+        try:
+            Spec.parse(f"{name}{colon}{tail}")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(_explained(name, str(error), others)) from None
+        return f"{name}{colon}{tail}"
+
+    return parse
+
+
+def _explained(name: str, error: str, others: Iterable[str]) -> str:
+    said, known, _ = error.partition(f" Known: {OFF}, ")
+    if not known:  # the name is right
+        return error
+    for ours, theirs in ELSEWHERE.items():
+        if re.fullmatch(theirs, name):
+            said = f"there is no {name!r} here. The nearest is '{ours}'."
+            break
+    return "\n".join([said, "Known:", NAMES, *filter(None, [" ".join(others)])])
+
+
+def length(text: str) -> int:
+    """A whole number; ``32K`` is 32 times 1024."""
+    number = text.strip().lower()
+    return 1024 * int(number[:-1]) if number.endswith("k") else int(number)
+
+
+def size(text: str) -> int:
+    """Bytes: ``16GB`` are 16 times 1024³, as the memory of a computer is sold."""
+    if not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)i?b?", text.strip().lower())):
+        raise argparse.ArgumentTypeError(f"memory is written like 16GB, got {text!r}")
+    return int(float(found[1]) * 1024 ** ("kmgt".find(found[2] or "g") + 1))

@@ -1,0 +1,116 @@
+"""The automatic calibration: from which text, within which time, and what is kept of it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from mlx_lm import load
+
+import mlx_kvq
+from mlx_kvq.calibration import automatic
+from mlx_kvq.stock import identity
+from tests.calibration.test_calibrate import Attention, Model, Words
+from tests.support.float32 import MODELS
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def test_the_tokenizer_that_a_model_was_loaded_with_is_known(kept):
+    name = str(MODELS / "tiny-qwen2-8bit")
+    model, _ = load(name)
+    report = mlx_kvq.enable(model, "int4-srft", verbose=False)
+    assert report.calibration.metadata["text"] == "built-in sample"
+    assert report.calibration.metadata["model"] == name
+    assert [p.name for p in kept.iterdir()] == [f"{identity(model)}-sample.safetensors"]
+
+
+def test_text_is_found_before_random_tokens(kept):
+    model = Model(Attention())
+    random = automatic.automatic(model)
+    text = automatic.automatic(model, Words())
+    assert len(list(kept.iterdir())) == 2 and random.digest != text.digest
+    assert automatic.automatic(model).digest == text.digest
+
+
+def test_files_that_cannot_be_used_are_told_once(kept):
+    model, lines = Model(Attention()), []
+    kept.mkdir()
+    for kind in ("sample", "random"):
+        (kept / f"{identity(model)}-{kind}.safetensors").write_bytes(b"no")
+    automatic.automatic(model, say=lines.append)
+    (line,) = lines
+    assert line.startswith("calibrating again, the kept calibration cannot be used: ")
+
+
+class Clock:
+    """Each look at it is ``step`` seconds after the one before."""
+
+    def __init__(self, step):
+        self.now, self.step = 0.0, step
+
+    def __call__(self):
+        self.now += self.step
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "each, tokens, length",
+    [(0.001, 256, 256), (0.01, 256, 256), (0.25, 240, 240), (0.9, 66, 66), (2.0, 64, 64)],
+)
+def test_a_slow_machine_reads_less(each, tokens, length, monkeypatch):
+    """60 seconds of ``each`` per token; 256 tokens in the tests, where 2048 are read elsewhere."""
+    monkeypatch.setattr(automatic.time, "perf_counter", Clock(64 * each))
+    found = automatic.automatic(Model(Attention()), Words())
+    assert found.metadata["tokens"] == tokens and found.metadata["length"] == length
+
+
+def test_windows_are_short_where_each_takes_long(monkeypatch):
+    monkeypatch.setattr(automatic, "SAMPLE_TOKENS", 1024)
+    monkeypatch.setattr(automatic.time, "perf_counter", Clock(64 * 0.05))
+    found = automatic.automatic(Model(Attention()), Words())
+    assert found.metadata["tokens"] == 1024 and found.metadata["length"] == 256
+
+
+def test_ctrl_c_goes_on_with_what_was_read(kept, monkeypatch, capsys):
+    calls = []
+    original = automatic.calibrate_tokens
+
+    def interrupted(model, windows, **options):
+        calls.append(sum(w.size for w in windows))
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return original(model, windows, **options)
+
+    monkeypatch.setattr(automatic, "calibrate_tokens", interrupted)
+    report = mlx_kvq.enable(Model(Attention()), "int4-srft", tokenizer=Words())
+    assert calls == [64, 256] and report.calibration.metadata["tokens"] == 64
+    assert "interrupted: going on with what the first 64 tokens gave" in capsys.readouterr().err
+    assert not kept.exists()
+
+
+def test_the_folder_does_not_grow_for_ever(kept, monkeypatch):
+    model = Model(Attention())
+    automatic.automatic(model, Words())
+    (file,) = kept.iterdir()
+    size = file.stat().st_size
+    for n, name in enumerate("xyz"):
+        (kept / f"{name}-sample.safetensors").write_bytes(b"0" * size)
+        os.utime(kept / f"{name}-sample.safetensors", (n, n))
+    automatic.automatic(model, Words())  # is used, so it stays
+    monkeypatch.setattr(automatic, "LARGEST_FOLDER", 3 * size)
+    other = Model(Attention())
+    other.embed.weight = other.embed.weight + 1
+    automatic.automatic(other, Words())
+    names = {p.name[0] for p in kept.iterdir()} & set("xyz")
+    assert len(list(kept.iterdir())) == 3 and names == {"z"}
+    assert automatic.prune(kept, 0) and not list(kept.iterdir())
+
+
+def test_other_files_in_the_folder_are_left_alone(kept):
+    kept.mkdir()
+    (kept / "mine.txt").write_text("x")
+    assert automatic.prune(kept, 0) == [] and Path(kept, "mine.txt").exists()

@@ -1,0 +1,37 @@
+"""``mlx_kvq cache``: lists what is kept, and deletes it and nothing else."""
+
+import pytest
+
+from mlx_kvq import cli
+from mlx_kvq.calibration import automatic
+from tests.calibration.test_calibrate import Attention, Model, Words
+
+
+def run(*options):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["cache", *options])
+    assert exit_.value.code is None
+
+
+def test_list_and_clear(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path))
+    automatic.automatic(Model(Attention()), Words())
+    (file,) = tmp_path.iterdir()
+    (tmp_path / "damaged.safetensors").write_bytes(b"no\x1b[1m")
+    (tmp_path / "mine.txt").write_text("mine")
+    run()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path}: 2 of at most 512 MiB in all"
+    made, damaged = sorted(lines, key=lambda text: "damaged" in text)
+    assert made.endswith(f"{file.name}  ?: built-in sample, 256 tokens")
+    assert "is not a readable safetensors file" in damaged and "\x1b" not in damaged
+    run("--clear")
+    assert capsys.readouterr().out == f"2 deleted from {tmp_path}\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_no_folder_is_an_empty_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "none"))
+    run()
+    run("--clear")
+    assert "0 of at most" in capsys.readouterr().out

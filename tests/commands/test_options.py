@@ -1,0 +1,116 @@
+"""What can be typed for a cache, a length and a size of memory, and what mistakes are told."""
+
+import argparse
+
+import pytest
+
+from mlx_kvq import cli
+from mlx_kvq.commands import options, plugin
+from mlx_kvq.format.spec import OPTIONS, names
+
+KNOWN = """
+Known:
+fp16
+int4-srft int4-srht int4-none
+int8-srft int8-srht int8-none
+k8v4-srft k8v4-srht k8v4-none"""
+
+
+@pytest.mark.parametrize(
+    "text, spec",
+    [
+        ("int4", "int4-srft"),
+        ("int8", "int8-srft"),
+        ("k8v4:recent=64", "k8v4-srft:recent=64"),
+        ("INT4-SRFT", "int4-srft"),
+        ("Int4:Scale=Paper", "int4-srft:scale=paper"),
+        (" FP16 ", "fp16"),
+        *((name, name) for name in names()),
+    ],
+)
+def test_names(text, spec):
+    assert options.cache()(text) == spec
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        *((t, f"there is no '{t.lower()}' here. The nearest is 'int4-srft'." + KNOWN)
+          for t in ("q4_0", "Q4_K_M", "4", "kv4", "4bit", "nf4", "iq4_nl", "turboquant", "turbo4")),
+        *((t, f"there is no '{t}' here. The nearest is 'int8-srft'." + KNOWN)
+          for t in ("q8_0", "8", "kv8", "8bit", "fp8")),
+        *((t, f"there is no '{t}' here. The nearest is 'fp16'." + KNOWN)
+          for t in ("f16", "bf16", "none")),
+        ("int5-srft", "KV cache spec 'int5-srft': unknown cache 'int5-srft'. Did you mean "
+                      "'int8-srft'?" + KNOWN),
+        ("int4:seed=x", "KV cache spec 'int4-srft:seed=x': seed is an integer, got 'x'."),
+        ("int4:sed=1", "KV cache spec 'int4-srft:sed=1': unknown option 'sed'. Did you mean "
+                       "'seed'? Known: group_size, seed, scale, calibrate, skip, high, budget, "
+                       "rounding, recent."),
+    ],
+)  # fmt: skip
+def test_mistakes(text, said):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        options.cache()(text)
+    assert str(error.value) == said
+
+
+def test_baselines_are_names_where_they_can_be_had():
+    parse = options.cache("kv4", "kv8")
+    assert parse("KV4") == "kv4"
+    with pytest.raises(argparse.ArgumentTypeError, match="k8v4-none\nkv4 kv8$"):
+        parse("kv5")
+
+
+@pytest.mark.parametrize("text, tokens", [("1K", 1024), ("32k", 32768), ("1000", 1000), ("0", 0)])
+def test_lengths(text, tokens):
+    assert options.length(text) == tokens
+
+
+def test_lengths_are_taken_for_every_number_of_mlx_lms_commands(capsys):
+    parser = plugin._Argparse().ArgumentParser()
+    parser.add_argument("--max-kv-size", type=int)
+    parser.add_argument_group("more").add_argument("--max-tokens", type=int)
+    args = parser.parse_args(["--max-kv-size", "32K", "--max-tokens", "1k"])
+    assert (args.max_kv_size, args.max_tokens) == (32768, 1024)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--max-kv-size", "1Q"])
+    assert "argument --max-kv-size: invalid int value: '1Q'" in capsys.readouterr().err
+
+
+def test_help_explains_the_options(capsys):
+    with pytest.raises(SystemExit):
+        plugin._Argparse().ArgumentParser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in OPTIONS)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "benchmark", "convert", "pack-cache"])
+def test_every_command_takes_the_same_names(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--kv-cache", "turboquant"])
+    assert exit_.value.code == 2
+    assert (
+        "there is no 'turboquant' here. The nearest is 'int4-srft'.\nKnown:\nfp16\nint4-srft"
+        in (capsys.readouterr().err)
+    )
+
+
+@pytest.mark.parametrize(
+    "text, n",
+    [
+        ("16GB", 16 << 30),
+        ("16", 16 << 30),
+        ("0.5 gb", 1 << 29),
+        ("512MB", 1 << 29),
+        ("8GiB", 8 << 30),
+    ],
+)
+def test_memory(text, n):
+    assert options.size(text) == n
+
+
+@pytest.mark.parametrize("text", ["", "x", "16XB", "-1GB"])
+def test_memory_that_is_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="like 16GB, got"):
+        options.size(text)
