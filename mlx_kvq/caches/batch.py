@@ -35,6 +35,9 @@ class PackedBatch(PackedCache):
         # the device.
         self._seen = [-n for n in left_padding]
 
+    def _restored(self) -> None:
+        self._seen = _ints(self.offset)
+
     def _add(self, L: int) -> None:
         """Count L tokens more in each sequence."""
         self._seen = [n + L for n in self._seen]
@@ -179,6 +182,8 @@ class PackedBatchKVCache(PackedBatch):
         left_padding (list): For each sequence, the padding before its first token.
     """
 
+    numbers = ("offset", "left_padding", "_idx")
+
     _right_padding: list[int] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
@@ -216,16 +221,6 @@ class PackedBatchKVCache(PackedBatch):
                 self.newest.exact = [0] * len(self.exact)
             self._right_padding = self._lengths = None
             self._start()
-
-    @property
-    def state(self):
-        return self.rows, self.offset, self.left_padding, self._idx, *self._format_state
-
-    @state.setter
-    def state(self, v):
-        self.rows, self.offset, self.left_padding, self._idx, *more = v
-        self._seen = _ints(self.offset)
-        self._format_state = more
 
     def is_trimmable(self) -> bool:
         return True

@@ -21,6 +21,8 @@ class PackedBatchRotatingKVCache(PackedBatch):
         left_padding (list): For each sequence, the padding before its first token.
     """
 
+    numbers = ("offset", "left_padding", "max_size", "_offset", "_idx", "rotated")
+
     def __init__(self, fmt: Format, max_size: int, left_padding: list[int]):
         super().__init__(fmt, left_padding)
         self.max_size = max_size
@@ -113,34 +115,6 @@ class PackedBatchRotatingKVCache(PackedBatch):
 
     def _excess(self, lengths: list[int]) -> list[int]:
         return [max(0, seen - n) for seen, n in zip(self._seen, lengths, strict=True)]
-
-    @property
-    def state(self):
-        return (
-            self.rows,
-            self.offset,
-            self.left_padding,
-            self.max_size,
-            self._offset,
-            self._idx,
-            self.rotated,
-            *self._format_state,
-        )
-
-    @state.setter
-    def state(self, v):
-        (
-            self.rows,
-            self.offset,
-            self.left_padding,
-            self.max_size,
-            self._offset,
-            self._idx,
-            self.rotated,
-            *more,
-        ) = v
-        self._seen = _ints(self.offset)
-        self._format_state = more
 
     def is_trimmable(self) -> bool:
         return self._offset < self.max_size

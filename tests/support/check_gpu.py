@@ -8,7 +8,7 @@
 The matrix runs in several processes, because most of its time goes into compiling kernels: MLX on
 CUDA takes 3 to 5 s for each and keeps none. Cases come in the order of the list, the most telling
 first; a line tells of every few. Where time is short, a limit, or slices by the cases' names, which
-are their values in the order of tests/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
+are their values in the order of tests/support/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
 
     python -m tests.support.check_gpu --limit 300         # seconds; says what is left then
     python -m tests.support.check_gpu --match '^(64|80|96|112)x'         # about half of the cases

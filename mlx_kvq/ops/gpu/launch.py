@@ -35,27 +35,33 @@ class Launch:
     dtypes: tuple[mx.Dtype, ...]
     used: int = 1
 
-    def kernel(self):
-        return jit.kernel(self.machine, self.name, self.constants)
-
     def __call__(self, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
-        made = self.kernel()(
-            inputs=list(inputs),
-            grid=self.grid,
-            threadgroup=self.threadgroup,
-            output_shapes=list(self.shapes),
-            output_dtypes=list(self.dtypes),
-        )
-        return made[0] if self.used == 1 else tuple(made[: self.used])
+        return self._bound()(*inputs)
 
     def prepared(self, like: tuple) -> Callable:
         """The launch for inputs of these shapes and dtypes: as it is, or traced once by MLX and
         replayed. Calling a kernel builds its source text, 1 to 2 KB, and hashes it; replaying a
         trace does not (H100: 12 to 20 µs of the host's time a launch before; docs/performance.md).
         A trace for each set of shapes: MLX looks through a function's traces one by one."""
-        if not TUNING[self.machine].replay:
-            return self
-        return memo.launch((self, like), lambda: mx.compile(lambda *inputs: self(*inputs)))
+        if TUNING[self.machine].replay:
+            return memo.launch((self, like), lambda: mx.compile(self._bound()))
+        return memo.launch((self,), self._bound)
+
+    def _bound(self) -> Callable:
+        kernel = jit.kernel(self.machine, self.name, self.constants)
+        shapes, dtypes, used = list(self.shapes), list(self.dtypes), self.used
+
+        def launch(*inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
+            made = kernel(
+                inputs=list(inputs),
+                grid=self.grid,
+                threadgroup=self.threadgroup,
+                output_shapes=shapes,
+                output_dtypes=dtypes,
+            )
+            return made[0] if used == 1 else tuple(made[:used])
+
+        return launch
 
 
 def integers(*values: int) -> mx.array:

@@ -1,6 +1,6 @@
 """What a block of a prompt costs: seconds of prefill for several sizes of `attention.BLOCK`.
 
-    python scripts/block_study.py --shape qwen2.5-1.5b --contexts 2048 8192 32768
+    python scripts/studies/block_study.py --shape qwen2.5-1.5b --contexts 2048 8192 32768
 
 Random weights, one sequence in mlx-lm's chunks of 2048; medians and quartiles of rounds that fp16
 and a packed cache take in turn. The first prompt of a length stands apart: on CUDA cuDNN plans the
