@@ -16,7 +16,6 @@ from ..format.format import make_format
 from ..format.spec import OFF, Spec
 from ..measure import plots
 from ..measure.baselines import KV_BITS, KV_GROUP
-from ..model.report import megabytes
 from ..repositories.repository import Repository, read_config
 from ..repositories.summary import LAYERS, build
 from ..stock import head_sizes, is_packable, kinds_of, leaves, own_caches
@@ -79,9 +78,9 @@ def run(args: argparse.Namespace) -> None:
     lines = {
         "model": f"{Path(args.model).name}, {len(kept)} key/value caches, {made_for}",
         "memory": why,
-        "weights": f"{megabytes(weights)}, {how}",
-        "reserve": f"{megabytes(args.reserve)} for a prompt's chunk and MLX's buffers (--reserve)",
-        "caches": f"{megabytes(max(left, 0))} are left for them",
+        "weights": f"{gb(weights)}, {how}",
+        "reserve": f"{gb(args.reserve)} for a prompt's chunk and MLX's buffers (--reserve)",
+        "caches": f"{gb(max(left, 0))} are left for them",
     }
     for label, text in lines.items():
         print(f"{label:8} {text}")
@@ -108,6 +107,11 @@ def run(args: argparse.Namespace) -> None:
         draw(found, weights + args.reserve, limit, most, f"{lines['model']}; {why}", args.plot)
 
 
+def gb(n: float) -> str:
+    """As memory is sold: 1 GB is 1024³ bytes."""
+    return f"{n / (1 << 30):.3g} GB"
+
+
 def wired(memory: int | None) -> tuple[int, str]:
     """Bytes that a process may wire, and why. macOS's default is two thirds of the memory up to
     36 GB and three quarters above (docs/memory.md); newer versions allow more."""
@@ -115,10 +119,10 @@ def wired(memory: int | None) -> tuple[int, str]:
         if not mx.metal.is_available():
             raise ValueError("Of which machine? Give --memory, such as --memory 16GB.")
         own = int(mx.device_info()["max_recommended_working_set_size"])
-        return own, f"{megabytes(own)}, as this machine says (max_recommended_working_set_size)"
+        return own, f"{gb(own)}, as this machine says (max_recommended_working_set_size)"
     part, share = (2 / 3, "2/3") if memory <= 36 << 30 else (3 / 4, "3/4")
-    text = f"{memory / (1 << 30):g} GB, of which macOS lets a process wire {share} by default: "
-    return int(memory * part), text + megabytes(memory * part)
+    text = f"{gb(memory)}, of which macOS lets a process wire {share} by default: "
+    return int(memory * part), text + gb(memory * part)
 
 
 def weight_bytes(model, folder: Path, config: dict, bits: int | None) -> tuple[int, str]:
@@ -235,10 +239,10 @@ def draw(plans: dict, before: float, limit: float, most: int | None, title: str,
     axes = figure.subplots()
     for name, plan in plans.items():
         x = [T * i // 64 for i in range(65)]
-        y = [(before + plan.bytes(t, 1)) / 1e9 for t in x]
+        y = [(before + plan.bytes(t, 1)) / (1 << 30) for t in x]
         axes.plot(x, y, color=COLORS.get(name), label=name)
-    axes.axhline(limit / 1e9, color="red", lw=0.8, ls="--", label="may be wired")
-    axes.set_ylim(0, 1.25 * limit / 1e9)
+    axes.axhline(limit / (1 << 30), color="red", lw=0.8, ls="--", label="may be wired")
+    axes.set_ylim(0, 1.25 * limit / (1 << 30))
     axes.set_xlim(0, T)
     axes.set_xticks(range(0, T + 1, 1 << max(8, (T // 6).bit_length())))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t / 1024:.0f}K"))

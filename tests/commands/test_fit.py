@@ -41,7 +41,7 @@ def test_llama_on_16_gb(llama, capsys):
         cli.main(["fit", str(llama), "--memory", "16GB", "--weight-bits", "4"])
     assert exit_.value.code is None
     out = capsys.readouterr().out
-    assert "made for 131,072 tokens" in out and "2/3 by default: 11.5 GB" in out
+    assert "made for 131,072 tokens" in out and "2/3 by default: 10.7 GB" in out
     rows = table(out)
     assert rows["cache"] == ["bytes/token", "1", "2", "4", "8", "16", "32"]
     weights = 8030261248 - 266240  # of which norms have 16 bits
