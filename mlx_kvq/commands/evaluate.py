@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     print(evaluation.table(args.markdown))
     if any("-" in name and "recent=0" not in name for name in args.kv_cache):
         print(
-            f"\nbytes/token contain the exact tail, shared out over {args.tokens} tokens: the longer "
-            "the context, the fewer."
+            f"\nbytes/token contain the exact tail, shared out over {args.tokens} tokens: the "
+            "longer the context, the fewer."
         )
     if args.json:
         evaluation.save(args.json)
