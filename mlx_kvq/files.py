@@ -1,7 +1,7 @@
 """Files: written whole or not at all, opened only if they are files, and quoted in one way.
 
-What a file says is data. Before any of it is used, a safetensors header is checked as a whole
-(sizes, offsets, nesting), JSON is bounded in depth, and text goes to a message only escaped.
+The content of a file is data. Before use a safetensors header is checked as a whole (sizes,
+offsets, nesting), JSON is bounded in depth, and text is escaped in messages.
 """
 
 import errno
@@ -17,22 +17,18 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-TEXT = 200  # characters of a note; more is no note
+TEXT = 200  # characters of a note, at most
 NESTING = 64  # levels of JSON; config.json of real models has fewer than ten
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-)
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
+}  # fmt: skip
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a place to write a file of the same name to, in a folder of its own beside ``path``.
-    It takes the place of ``path`` when the block ends; one that was there stays whole until then,
-    and for good if the block raises."""
+    """A path of the same name, in a folder of its own, to write to. It replaces ``path`` when the
+    block ends, and not if it raises."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -43,29 +39,19 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def regular(path: str | os.PathLike) -> os.stat_result:
-    """What ``os.stat`` says of a regular file, or of a link to one.
-
-    Raises:
-        OSError: If there is none.
-        ValueError: If it is something else. A pipe or a device may block whoever opens it, or
-            never end.
-    """
+    """``os.stat`` of a regular file, or of a link to one. Raises OSError if there is none, and
+    ValueError if it is something else: a pipe or a device may block, or never end."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
-        kind = next((name for test, name in _KINDS if test(info.st_mode)), "no file")
+        kind = _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
         raise ValueError(f"'{os.fspath(path)}' is {kind}, not a file.")
     return info
 
 
 def safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], list[str]]:
-    """Metadata and names of the tensors of a safetensors file.
-
-    Every shape, dtype and offset in the header has then been found to fit the file's size.
-
-    Raises:
-        OSError: If the file cannot be opened.
-        ValueError: If it is no file, or no complete safetensors file.
-    """
+    """Metadata and names of the tensors of a safetensors file, after a check that every shape,
+    dtype and offset in the header fits the file's size. Raises OSError if it cannot be opened, and
+    ValueError if it is no file, or no complete safetensors file."""
     regular(path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
@@ -75,17 +61,14 @@ def safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], list[st
 
 
 def size(path: Path) -> str:
-    """Of a file, for people."""
+    """Size of a file, for people."""
     n = path.stat().st_size
     return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} KB"
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says.
-
-    Raises:
-        ValueError: If it is not JSON, or nested deeper than ``NESTING``.
-    """
+    """The content of JSON text. Raises ValueError if it is not JSON, or nested deeper than
+    ``NESTING``."""
     try:
         found = json.loads(text)
     except RecursionError:
@@ -100,17 +83,14 @@ def parse_json(text: str | bytes) -> Any:
 
 def nested(given: object) -> bool:
     """Whether lists and dicts lie in each other more than ``NESTING`` deep."""
-    level = [given]
-    for _ in range(NESTING):
-        level = [inner for outer in level for inner in _containers(outer)]
+    level: list[Any] = [given]
+    for _ in range(NESTING + 1):
+        level = [outer for outer in level if isinstance(outer, dict | list)]
         if not level:
             return False
+        members = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        level = [inner for part in members for inner in part]
     return True
-
-
-def _containers(given: object) -> list:
-    members = given.values() if isinstance(given, dict) else given if type(given) is list else ()
-    return [m for m in members if isinstance(m, dict | list)]
 
 
 class _Repr(reprlib.Repr):
@@ -122,14 +102,13 @@ class _Repr(reprlib.Repr):
 
 
 def quoted(given: object) -> str:
-    """A value out of a file as a message shows it: ASCII, at most 60 characters, whatever its size
-    or nesting."""
+    """A value out of a file for a message: ASCII, at most 60 characters, of any size or depth."""
     text = _Repr().repr(given).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def line(said: object) -> str:
-    """An error or other text as one printable line of at most 400 characters."""
+    """An error or other text as one printable line of at most 403 characters."""
     text = str(said)
     if isinstance(said, LookupError) or not text.strip():  # KeyError's text is the key alone
         text = f"{type(said).__name__}: {text}"
@@ -138,8 +117,13 @@ def line(said: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def failure(error: BaseException, most: int = 2 * TEXT) -> str:
+    """An error and its type as one printable line."""
+    return line(f"{type(error).__name__}: {error}")[:most]
+
+
 def printable(given: object) -> bool:
-    """Whether this is a short text without control characters, which may be shown as it is."""
+    """Whether this is a short text without control characters."""
     return isinstance(given, str) and given.isprintable() and len(given) <= TEXT
 
 

@@ -1,4 +1,4 @@
-"""What the package's modules take from mlx-lm when they are imported, checked beforehand."""
+"""The names that the package's modules import from mlx-lm, checked beforehand."""
 
 from importlib import import_module
 
@@ -17,7 +17,7 @@ NAMES = {
 
 
 class NotSupportedError(ValueError):
-    """This mlx-lm lacks what a seam needs."""
+    """This mlx-lm lacks a name that a seam needs."""
 
 
 def missing(name: str) -> NotSupportedError:
@@ -28,10 +28,7 @@ def missing(name: str) -> NotSupportedError:
 
 
 def check() -> None:
-    """
-    Raises:
-        NotSupportedError: If one of ``NAMES`` is missing.
-    """
+    """Raise NotSupportedError if one of ``NAMES`` is missing."""
     for module, names in NAMES.items():
         try:
             found = import_module(f"mlx_lm.{module}")

@@ -8,6 +8,8 @@ it. (The operations as a whole, beside other caches: mlx_kvq benchmark --cpu-tim
 
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -38,11 +40,11 @@ def compare(title: str, ways: dict, unit: float = 1.0) -> None:
 def scores() -> None:
     print("\nScores of one token, ms: mlx's transposed product, and codes turned over")
     for Hq, Hkv, D in SHAPES:
-        fmt = make_format(Spec.parse("int4-srft"), D)
+        fmt = make_format(Spec("int4", "srft"), D)
         lay = fmt.layout
         for T in (1024, 4096, 16384):
             k = mx.random.normal((1, Hkv, T, D))
-            rows, q = plain.quantize_pack(k, k, fmt), mx.random.normal((1, Hkv, Hq // Hkv, D))
+            (rows, _), q = plain.quantize_pack(k, k, fmt), mx.random.normal((1, Hkv, Hq // Hkv, D))
             mx.eval(rows, q)
             T -= 24  # a cache's buffer has room for more, save at each 256th token
 
@@ -62,12 +64,13 @@ def rotations() -> None:
     print("\nRotation, µs per vector: by the matrix, by the transform")
     for D in (128, 256):
         R = rotation.matrix("srft", 0, 0, D)
+        assert R is not None
         for n in (1, 12, 4096):
             x = mx.random.normal((n, D))
             mx.eval(x)
             ways = {
-                "matrix": lambda x=x, R=R: x @ R.T,
-                "transform": lambda x=x: rotation.srft(x, 0, 0),
+                "matrix": partial(mx.matmul, x, R.T),
+                "transform": partial(rotation.srft, x, 0, 0),
             }
             compare(f"D={D}, {n} vectors", ways, unit=n / 1e3)
 
@@ -75,14 +78,17 @@ def rotations() -> None:
 def storing() -> None:
     print("\nStoring, µs per vector of K or V: as it is, compiled, mlx-lm's kv4")
     for _, Hkv, D in SHAPES:
-        fmt = make_format(Spec.parse("int4-srft"), D)
+        fmt = make_format(Spec("int4", "srft"), D)
         for L in (1, 2048):
             k = mx.random.normal((1, Hkv, L, D))
             mx.eval(k)
-            ways = {"as it is": lambda k=k, fmt=fmt: plain.quantize_pack(k, k, fmt)}
+
+            def pack(k, v, fmt=fmt):
+                return plain.quantize_pack(k, v, fmt)[0]
+
+            ways: dict[str, Callable] = {"as it is": partial(pack, k, k)}
             if shutil.which("g++"):  # what mlx compiles with on Linux
-                compiled = mx.compile(lambda k, fmt=fmt: plain.quantize_pack(k, k, fmt))
-                ways["compiled"] = lambda k=k, compiled=compiled: compiled(k)
+                ways["compiled"] = partial(mx.compile(pack), k, k)
             ways["kv4"] = lambda k=k: (mx.quantize(k, 64, 4), mx.quantize(k, 64, 4))
             compare(f"{Hkv} heads, D={D}, {L} tokens", ways, unit=2 * Hkv * L / 1e3)
 

@@ -1,18 +1,20 @@
-"""Everything that docs/performance.md says of a GPU, in one run of a few minutes.
+"""What docs/performance.md says of a GPU: operations in three minutes, models in about eight.
 
     python scripts/bench_gpu.py OUT               # OUT/ops.json, OUT/models.json
-    python scripts/bench_gpu.py OUT --budget 540  # seconds; what no longer fits is left out
+    python scripts/bench_gpu.py OUT --budget 540  # seconds, not 900; what does not fit is left out
+    python scripts/bench_gpu.py OUT --match 'gemma.*batch 16'   # some rows, by their names
     python scripts/bench_gpu.py OUT --tiny        # the same way with tiny sizes, on any machine
     python scripts/tables.py OUT/*.json           # the tables, as markdown
 
 The files are what ``mlx_kvq benchmark --json`` writes. Each is written anew after every row of
-measurements, the most important ones come first, and a run that is killed keeps what it has. All
-contenders of a row are timed in turn, in one process, on one card; a custom kernel is compiled
-once (3 to 5 s on CUDA), before its first row is timed.
+measurements: a run that is killed keeps what it has. All contenders of a row are timed in turn, in
+one process, on one card; a custom kernel is compiled once (3 to 5 s on CUDA), before its first row
+is timed.
 """
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -32,24 +34,25 @@ OPS_CACHES = ["fp16", "int4-srft", "kv4", "kv8"]
 MODEL_CACHES = ["fp16", "int4-srft"]
 # Heads, batch, tokens: attention of one token.
 ATTEND = [
-    ("12,2,128", 1, 4000), ("12,2,128", 1, 32000), ("12,2,128", 32, 32000), ("12,2,128", 1, 512),
-    ("12,2,128", 1, 130000), ("4,1,256", 1, 4000), ("4,1,256", 1, 32000), ("4,1,256", 32, 32000),
-    ("32,8,128", 1, 4000), ("32,8,128", 1, 32000), ("32,8,128", 32, 32000), ("12,2,128", 16, 8192),
-    ("14,2,64", 1, 4000), ("14,2,64", 1, 32000), ("14,2,64", 32, 32000),
-]  # fmt: skip
+    *(("12,2,128", B, T) for B, T in ((1, 512), (1, 4000), (1, 32000), (1, 130000))),
+    *(("12,2,128", B, T) for B, T in ((16, 8192), (32, 32000))),
+    *(
+        (heads, B, T)
+        for heads in ("4,1,256", "32,8,128", "14,2,64")
+        for B, T in ((1, 4000), (1, 32000), (32, 32000))
+    ),
+]
 # Shape, batch, context: prefill and decoding.
 MODELS = [
-    *(("qwen2.5-1.5b", 1, T) for T in (256, 1024, 4096, 8192, 32768)),
-    ("qwen2.5-1.5b", 16, 8192),
-    *(("gemma-3-1b", 1, T) for T in (256, 1024, 4096, 8192, 32768)),
-    ("gemma-3-1b", 16, 8192),
+    (shape, B, T)
+    for shape in ("gemma-3-1b", "qwen2.5-1.5b")
+    for B, T in ((16, 8192), (1, 256), (1, 1024), (1, 4096), (1, 8192), (1, 32768))
 ]
 TINY = {
     "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 2, "rms_norm_eps": 1e-6,
     "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1000,
 }  # fmt: skip
 TINY_ATTEND = [("4,2,64", 1, 40), ("4,2,64", 2, 300)]
-FIRST = 7  # rows of ATTEND before the models, the rest after them
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Item:
     """One row of measurements: arguments of ``mlx_kvq benchmark``, and the file it goes to."""
 
     file: str
+    name: str
     arguments: list[str]
 
 
@@ -65,6 +69,7 @@ def items(args: argparse.Namespace) -> list[Item]:
     attend = [
         Item(
             "ops.json",
+            f"{heads}, batch {B}, {T} tokens",
             ["--ops", "attend", "--heads", heads, "--batch-size", str(B), "--contexts", str(T)]
             + ["--kv-cache", *OPS_CACHES, *(["fp16-even"] if B > 1 else []), *rounds],
         )
@@ -73,20 +78,22 @@ def items(args: argparse.Namespace) -> list[Item]:
     models = [
         Item(
             "models.json",
+            f"{shape}, batch {B}, {T} tokens",
             ["--shape", shape, "--batch-size", str(B), "--contexts", str(T)]
             + ["--kv-cache", *MODEL_CACHES, *rounds]
             + ["--tokens", str(args.tokens), "--prefill-rounds", str(args.prefill_rounds)],
         )
         for shape, B, T in args.models
     ]
-    return [*attend[:FIRST], *models, *attend[FIRST:]]
+    return [*attend, *models]
 
 
 class Models:
     """The models and caches of one shape, made once for all its contexts."""
 
     def __init__(self) -> None:
-        self.shape, self.entries = "", {}
+        self.shape = ""
+        self.entries: dict = {}
 
     def measure(self, args: argparse.Namespace) -> Iterator[list[dict]]:
         if args.shape != self.shape:
@@ -99,12 +106,13 @@ class Models:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the JSON files")
-    parser.add_argument("--budget", type=float, default=520, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=900, help="seconds in all")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--prefill-rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="decode steps in a chain")
     parser.add_argument("--beyond", type=int, default=160, metavar="MB", help="above the L2 cache")
     parser.add_argument("--only", choices=["ops", "models"], help="one of the two files")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only rows with such names")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on any machine")
     args = parser.parse_args()
     if min(args.rounds, args.prefill_rounds, args.tokens) < 1 or args.beyond < 0:
@@ -133,12 +141,12 @@ def run(args: argparse.Namespace) -> int:
     models = Models()
     left, longest = 0, {"ops.json": 0.0, "models.json": 0.0}
     for item in items(args):
-        if args.only and item.file != f"{args.only}.json":
+        if args.only and item.file != f"{args.only}.json" or not re.search(args.match, item.name):
             continue
         begun = time.perf_counter()
         # One more takes about as long as the longest of its kind so far.
         if begun - started + longest[item.file] > args.budget:
-            print(f"left out, no time: {' '.join(item.arguments[:8])}", flush=True)
+            print(f"left out, no time: {item.name}", flush=True)
             left += 1
             continue
         given = parser.parse_args(item.arguments)

@@ -41,8 +41,8 @@ def main() -> None:
         raise SystemExit("bench_torch.py needs PyTorch with CUDA; it is not installed.") from None
     if not torch.cuda.is_available():
         raise SystemExit(f"bench_torch.py needs a CUDA GPU; torch {torch.__version__} sees none.")
-    result = {"record": describe(torch), "rows": []}
-    for name, value in result["record"].items():
+    record, rows = describe(torch), []
+    for name, value in record.items():
         print(f"{name:8} {value}", flush=True)
     started = time.perf_counter()
     for heads in SHAPES:
@@ -50,11 +50,14 @@ def main() -> None:
             if time.perf_counter() - started > args.budget:
                 print(f"left out, no time: {heads}, batch {B}, {T} tokens")
                 continue
-            result["rows"] += measure(torch, heads, B, T, args)
+            rows += measure(torch, heads, B, T, args)
             torch.cuda.empty_cache()
             if args.json:
                 part = args.json.with_name(f"{args.json.name}.part")
-                part.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+                part.write_text(
+                    json.dumps({"record": record, "rows": rows}, indent=1, ensure_ascii=False),
+                    encoding="utf-8",
+                )
                 part.replace(args.json)
 
 
@@ -98,7 +101,7 @@ def measure(torch, heads, B: int, T: int, args) -> list[dict]:
     rows = []
     size = B * 2 * (Hkv * T + Hq) * D * 2
     for name in names:
-        row = {"op": "attend", "heads": f"{Hq} q / {Hkv} kv, D = {D}", "cache": name}
+        row: dict = {"op": "attend", "heads": f"{Hq} q / {Hkv} kv, D = {D}", "cache": name}
         row |= {"batch": B, "tokens": T}
         if name in notes:
             rows.append({**row, "note": notes[name]})

@@ -98,10 +98,10 @@ def end_to_end(rows: list[dict]) -> str:
         lines.append(
             [
                 *cells,
-                _spread(r["ms"], r["ms_low"], r["ms_high"], 2),
+                _spread(r["ms"], r["ms_low"], r["ms_high"], digits=2),
                 _factor(r, "x_fp16"),
                 f"{r['tokens_per_s']:.0f}",
-                _spread(r["prefill_s"], r["prefill_low"], r["prefill_high"], 3),
+                _spread(r["prefill_s"], r["prefill_low"], r["prefill_high"], digits=3),
                 _factor(r, "prefill_x_fp16"),
                 f"{r['cache_bytes'] / 1e6:.1f}",
                 f"{smaller:.2f}" if smaller else "",
@@ -144,18 +144,18 @@ def _unique(rows: list[dict], key: str) -> list:
     return list(dict.fromkeys(r[key] for r in rows))
 
 
-def _spread(middle: float, low: float, high: float, digits: int) -> str:
+def _spread(middle: float, low: float, high: float, *, digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def _micros(row: dict | None) -> str:
     if row is None or "us" not in row:
         return "–"
-    return _spread(row["us"], row["us_low"], row["us_high"], 1)
+    return _spread(row["us"], row["us_low"], row["us_high"], digits=1)
 
 
 def _factor(row: dict | None, key: str) -> str:
-    return _spread(*row[key], 2) if row and key in row else "–"
+    return _spread(*row[key], digits=2) if row and key in row else "–"
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:

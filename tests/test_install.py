@@ -137,11 +137,44 @@ def test_the_sdist_holds_the_project(archives):
         "LICENSE",
         "pyproject.toml",
         "hatch_build.py",
+        ".pre-commit-config.yaml",
     }
-    wanted = (
-        top | {"mlx_kvq.pth"} | files("mlx_kvq", "kernels", "tests", "examples", "scripts", "docs")
+    folders = "mlx_kvq", "kernels", "tests", "examples", "scripts", "docs", ".ci", ".github"
+    assert names - {"PKG-INFO", ".gitignore"} == top | {"mlx_kvq.pth"} | files(*folders)
+
+
+def test_the_readme_on_pypi_has_no_relative_link(archives):
+    """PyPI shows the description alone: each link of README.md leads to the repository there."""
+    with zipfile.ZipFile(archives[1]) as wheel:
+        (name,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
+        text = wheel.read(name).decode()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    own = re.findall(
+        r"\]\(((?!https?://)[^)]*)\)", (ROOT / "README.md").read_text(encoding="utf-8")
     )
-    assert names - {"PKG-INFO", ".gitignore"} == wanted
+    assert own
+    assert all(link.startswith(("https://", "#")) for link in links)
+    for link in own:
+        assert (ROOT / link.partition("#")[0]).exists(), link
+        assert any(found.endswith(f"/mlx-kvq/blob/main/{link}") for found in links), link
+
+
+def test_the_tests_of_the_sdist_are_complete(archives, tmp_path):
+    """All are collected there, and those pass that read files beside the package."""
+    with tarfile.open(archives[0]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    python = Environment(tmp_path / "venv", "-e", folder).python
+    pytest_ = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    found = run(*pytest_, "--collect-only", cwd=folder)
+    assert int(re.search(r"(\d+) tests collected", found)[1]) > 3000
+    assert str(folder) in run(python, "-c", "import mlx_kvq; print(mlx_kvq.__file__)", cwd=tmp_path)
+    own = (
+        "tests/test_house.py",
+        "tests/test_saved_by_earlier_versions.py",
+        "scripts/test_benches.py",
+    )
+    assert "failed" not in run(*pytest_, *own, cwd=folder)
 
 
 def test_imported_from_where_it_was_installed(wheel_environment, editable_environment, checkout):

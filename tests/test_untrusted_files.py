@@ -64,7 +64,7 @@ class Forged(PackedKVCache):
     @property
     def state(self):
         names = ("rows", "offset", "as_arrays", "model", "dtype", "signature", "arrays", "tail")
-        state = dict(zip(names, PackedKVCache.state.fget(self), strict=False)) | self.said
+        state = dict(zip(names, super().state, strict=False)) | self.said
         return tuple(state.values())
 
 
@@ -160,7 +160,8 @@ def test_nor_a_batch(tmp_path):
 
 def test_a_calibration_in_a_cache_is_of_its_heads(tmp_path):
     cache = filled(calibrated=True)
-    cache.rows, cache.tail = (mx.concatenate([a, a], axis=1) for a in (cache.rows, cache.tail))
+    cache.rows = mx.concatenate([cache.rows] * 2, axis=1)
+    cache.newest.array = mx.concatenate([cache.tail] * 2, axis=1)
     save(tmp_path / "c.safetensors", [cache])
     assert "mu of its keys is of 2 KV heads, its rows of 4" in refused(tmp_path / "c.safetensors")
 

@@ -13,9 +13,9 @@ from mlx_lm.models.cache import dynamic_roll
 
 from ..arguments import integer
 from ..format.format import Format
-from .attention import remember_padding
 from .packed import PackedCache, batch_of
 from .single import PackedKVCache
+from .view import causal
 
 
 class PackedBatch(PackedCache):
@@ -27,15 +27,13 @@ class PackedBatch(PackedCache):
     """
 
     def __init__(self, fmt: Format, left_padding: list[int]):
-        super().__init__(fmt)
+        super().__init__(fmt, len(left_padding))
         self.left_padding = mx.array(left_padding)
         self.offset = -self.left_padding
         self._idx = 0
         # ``offset`` as numbers: where blocks of a prompt begin must be known without waiting for
         # the device.
         self._seen = [-n for n in left_padding]
-        self.prompt = [0] * len(left_padding)
-        self.exact = [0] * len(left_padding)
 
     def _add(self, L: int) -> None:
         """Count L tokens more in each sequence."""
@@ -55,14 +53,14 @@ class PackedBatch(PackedCache):
         ]
 
     def keys_and_values(self) -> tuple:
-        self._write_waiting()
+        self.stored.whole()
         # While chunks are padded, the tail ends with each sequence's last token, and rows do not.
         whole = self._lengths is None and not self._prompted
         return self._fetch(self.tail if whole else None)
 
     def _prepare_left(self, left_padding) -> None:
         if left_padding is not None:
-            if self.rows is not None:
+            if not self.empty():
                 raise ValueError(
                     f"Left padding can only be added to an empty {type(self).__name__}."
                 )
@@ -78,8 +76,8 @@ class PackedBatch(PackedCache):
     def _roll_right(self, padding: list[int]) -> None:
         """Turn ``padding`` rows at the right end of each sequence into left padding."""
         added = self._pad_left(padding)
-        if self.rows is not None:
-            self.rows = dynamic_roll(self.rows, added[:, None], axis=2)
+        if not self.empty():
+            self.rows = dynamic_roll(self.stored.written(), added[:, None], axis=2)
 
     def _forget(self, n: int) -> None:
         self._seen = [seen - n for seen in self._seen]
@@ -87,15 +85,12 @@ class PackedBatch(PackedCache):
 
     def filter(self, batch_indices: list[int]) -> None:
         """Keep just these sequences, in this order."""
-        if self.rows is not None:
-            self.rows = self.rows[batch_indices]
-        if self.tail is not None:
-            self.tail = self.tail[batch_indices]
+        if not self.empty():
+            self.rows = self.stored.written()[batch_indices]
+        self.newest.select(batch_indices)
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices]
-        self._seen, self.prompt, self.exact = (
-            [numbers[i] for i in batch_indices] for numbers in (self._seen, self.prompt, self.exact)
-        )
+        self._seen = [self._seen[i] for i in batch_indices]
         if self._lengths is not None:
             self._lengths = [self._lengths[i] for i in batch_indices]
         self._start()
@@ -112,13 +107,14 @@ class PackedBatch(PackedCache):
         """Sequences of ``other`` after ours, both right-justified at the same index."""
         self._same_format([other])
         self._seen = self._seen + other._seen
-        self.prompt, self.exact = self.prompt + other.prompt, self.exact + other.exact
-        if self.rows is None and other.rows is None:
+        self.newest.prompt = self.prompt + other.prompt
+        self.newest.exact = self.exact + other.exact
+        present = [c.stored.written() for c in (self, other) if not c.empty()]
+        if not present:
             self.left_padding = mx.concatenate([self.left_padding, other.left_padding])
             self.offset = mx.concatenate([self.offset, other.offset])
             return
         idx = max(self._idx, other._idx)
-        present = [c.rows for c in (self, other) if c.rows is not None]
         capacity = max(rows.shape[2] for rows in present)
         _, heads, _, words = present[0].shape
 
@@ -135,11 +131,10 @@ class PackedBatch(PackedCache):
                 rows = mx.pad(rows, [(0, 0), (0, 0), (left, right), (0, 0)])
             return rows, c.offset, c.left_padding + left
 
-        self._dtype = self._dtype if self.rows is not None else other._dtype
-        if self.tail is not None or other.tail is not None:  # or neither holds a token
-            size = max(c.tail.shape[2] for c in (self, other) if c.tail is not None)
+        self._dtype = other._dtype if self.empty() else self._dtype
+        if size := max(self.newest.size, other.newest.size):  # or neither holds a token
             tails = [c._last(c.offset.shape[0], size, heads, self.dtype) for c in (self, other)]
-            self.tail = mx.concatenate(tails)
+            self.newest.array = mx.concatenate(tails)
         both = zip(padded(self), padded(other), strict=True)
         self.rows, self.offset, self.left_padding = (mx.concatenate(list(two)) for two in both)
         self._idx = idx
@@ -160,12 +155,13 @@ class PackedBatch(PackedCache):
         self.rows = rows
         self._dtype = next(c._dtype for c, r in zip(caches, ordered, strict=True) if r is not None)
         if self.format.recent:
-            size = max(c.tail.shape[2] for c in caches if c.tail is not None)
+            size = max(c.newest.size for c in caches)
             heads, dtype = filled[0].shape[1], self.dtype
-            self.tail = mx.concatenate([c._last(1, size, heads, dtype) for c in caches])
+            self.newest.array = mx.concatenate([c._last(1, size, heads, dtype) for c in caches])
         self._idx = length
         self._seen = [c.offset for c in caches]
-        self.prompt, self.exact = map(list, zip(*(c._for_batch() for c in caches), strict=True))
+        counts = zip(*(c._for_batch() for c in caches), strict=True)
+        self.newest.prompt, self.newest.exact = map(list, counts)
         self.offset = mx.array(self._seen)
         self._start()
 
@@ -191,7 +187,7 @@ class PackedBatchKVCache(PackedBatch):
         if L == 0:
             return self._nothing(keys)
         rows, more = self._pack(keys, values, prev)
-        self._grow_and_write(rows, prev, L)
+        self.stored.append(rows, prev, L, self.step)
         self._idx += L
         self._add(L)
         return self._updated(L, more, self.offset)
@@ -215,9 +211,9 @@ class PackedBatchKVCache(PackedBatch):
         if self._right_padding is not None:
             self._roll_right(self._right_padding)
             if self.tail is not None and self._lengths is None:
-                assert self.rows is not None
-                self.tail = self._as_tail(self.rows[:, :, : self._idx], self.format.recent)
-                self.exact = [0] * len(self.exact)
+                rows = self.stored.written()[:, :, : self._idx]
+                self.newest.array = self.newest.of_rows(rows, self.format.recent)
+                self.newest.exact = [0] * len(self.exact)
             self._right_padding = self._lengths = None
             self._start()
 
@@ -239,27 +235,27 @@ class PackedBatchKVCache(PackedBatch):
         n = min(self._idx, n)
         self._idx -= n
         self._forget(n)
-        self._drop_tail(n, self._idx)
+        self._drop(n, self._idx)
         return n
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs) -> mx.array:
         mask = create_causal_mask(N, offset=self._idx, left_padding=self.left_padding, **kwargs)
-        if not kwargs.keys() - {"window_size"}:
-            remember_padding(mask, self.left_padding, kwargs.get("window_size"))
-        return mask
+        if kwargs.keys() - {"window_size"}:
+            return mask
+        return causal(mask, self.left_padding, kwargs.get("window_size"))
 
     def filter(self, batch_indices: list[int]) -> None:
         """Keep just these sequences, in this order; drops padding that all of them have."""
         super().filter(batch_indices)
-        if self.rows is None:
+        if self.empty():
             return  # the padding that was announced is still to come
         least = min(_ints(self.left_padding))
         if least > 0:
-            self.rows = self.rows[..., least:, :]
+            self.rows = self.stored.written()[..., least:, :]
             self._idx -= least
             self.left_padding = self.left_padding - least
         if self._idx == 0:  # none of these has a token
-            self.tail = None
+            self.newest.array = None
 
     def extend(self, other: "PackedBatchKVCache") -> None:
         """Append the sequences of ``other``."""
@@ -269,10 +265,11 @@ class PackedBatchKVCache(PackedBatch):
         """A copy of one sequence, as a single cache."""
         cache = PackedKVCache(self.format)._made_like(self)
         padding = _ints(self.left_padding)[idx]
-        if self.rows is not None and padding < self._idx:
-            cache.rows = mx.contiguous(self.rows[idx : idx + 1, :, padding : self._idx])
-            cache.offset = cache.rows.shape[2]
-            cache._take(self, idx)
+        if not self.empty() and padding < self._idx:
+            rows = self.stored.written()[idx : idx + 1, :, padding : self._idx]
+            cache.rows, cache.offset = mx.contiguous(rows), rows.shape[2]
+            cache.newest.take(self.newest, idx)
+            cache._start()
         return cache
 
     @classmethod

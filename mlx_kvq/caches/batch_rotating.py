@@ -5,10 +5,10 @@ from mlx_lm.models.base import create_causal_mask
 
 from ..arguments import integer
 from ..format.format import Format
-from .attention import remember_padding
 from .batch import PackedBatch, _ints
 from .packed import batch_of
 from .rotating import PackedRotatingKVCache
+from .view import causal, in_ring_order
 
 
 @batch_of(PackedRotatingKVCache)
@@ -27,49 +27,39 @@ class PackedBatchRotatingKVCache(PackedBatch):
         self._offset = 0  # rows seen, padding included
         self.rotated = False
 
-    def _reach(self) -> int:
-        return self.max_size - 1
+    def _limit(self) -> int:
+        return self.max_size
 
     def _drop_front(self, n: int) -> None:
-        assert self.rows is not None
         if n > 0:
-            self.rows = self.rows[..., n:, :]
+            self.rows = self.stored.written()[..., n:, :]
             self.left_padding = self.left_padding - n
 
     def _temporal_order(self) -> None:
         if self.rotated:
-            assert self.rows is not None
-            self.rows = mx.roll(self.rows, -self._idx, 2)
-            self._idx = self.rows.shape[2]
-            self.rotated = False
+            rows = mx.roll(self.stored.written(), -self._idx, 2)
+            self.rows, self._idx, self.rotated = rows, rows.shape[2], False
 
     def _update_concat(self, new: mx.array) -> None:
-        if self.rows is None:
-            self.rows = new
-        else:
+        if not self.empty():
             self._temporal_order()
-            self.rows = self.rows[..., : self._idx, :]
+            self.rows = self.stored.written()[..., : self._idx, :]
             if self._lengths is not None:
                 # Padding of an earlier chunk goes left, so that it evicts no token.
                 self._roll_right(self._excess(self._lengths))
             # Up to max_size + L - 1 rows, so that every new token sees max_size of them.
             self._drop_front(self._idx - self.max_size + 1)
-            self.rows = mx.concatenate([self.rows, new], axis=2)
-        self._idx = self.rows.shape[2]
+            new = mx.concatenate([self.stored.written(), new], axis=2)
+        self.rows, self._idx = new, new.shape[2]
 
     def _in_place(self, L: int) -> bool:
         # A padded prompt may end in a chunk of one token, where mlx-lm's own cache raises.
         return super()._in_place(L) and self._lengths is None
 
     def _update_in_place(self, new: mx.array) -> None:
-        prev, rows = self._offset, self._rows
-        if rows is None or (prev >= rows.shape[2] and rows.shape[2] < self.max_size):
-            grown = self._zeros(new, min(self.step, self.max_size - prev))
-            if self.rows is not None:
-                grown = mx.concatenate([self.rows, grown], axis=2)
-            self.rows = rows = grown
-            self._idx = prev
-        if (extra := rows.shape[2] - self.max_size) > 0:
+        if self.stored.grow_to(self._offset, self.max_size, new, self.step):
+            self._idx = self._offset
+        if (extra := self.stored.filled().shape[2] - self.max_size) > 0:
             self._drop_front(extra)
             self._idx = self.max_size
         if self._idx == self.max_size:
@@ -77,7 +67,7 @@ class PackedBatchRotatingKVCache(PackedBatch):
             self._idx = 0
         if self.rotated:
             self.left_padding = self.left_padding - 1
-        self._write(new, self._idx, 1)
+        self.stored.write(new, self._idx, 1)
         self._idx += 1
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
@@ -97,12 +87,11 @@ class PackedBatchRotatingKVCache(PackedBatch):
         return self._updated(L, more, self.left_padding, self.offset)
 
     def _length(self) -> int:
-        assert self._rows is not None
-        return min(self._offset, self._rows.shape[2])
+        return min(self._offset, self.stored.filled().shape[2])
 
-    def _ring(self) -> tuple[int, int, int] | None:
+    def _ring(self) -> tuple[int, int] | None:
         ordered = self._length() <= self.max_size and not self.rotated
-        return None if ordered else (0, self._idx, self.max_size)
+        return None if ordered else (0, self._idx)
 
     def size(self) -> int:
         return min(self._offset, self.max_size)
@@ -162,7 +151,7 @@ class PackedBatchRotatingKVCache(PackedBatch):
         self._offset -= n
         self._idx -= n
         self._forget(n)
-        self._drop_tail(n, self._idx)
+        self._drop(n, self._idx)
         return n
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
@@ -179,13 +168,12 @@ class PackedBatchRotatingKVCache(PackedBatch):
         if rotated:
             # In ring order the padding is no prefix, so this mask is used as it is.
             idx = 0 if self._idx >= self.max_size else self._idx
-            return mx.roll(mask, idx + 1, -1)
-        remember_padding(mask, mx.maximum(starts, 0), window_size)
-        return mask
+            return in_ring_order(mx.roll(mask, idx + 1, -1))
+        return causal(mask, mx.maximum(starts, 0), window_size)
 
     def extend(self, other: "PackedBatchRotatingKVCache") -> None:
         """Append the sequences of ``other``."""
-        both_hold = self.rows is not None or other.rows is not None
+        both_hold = not (self.empty() and other.empty())
         if both_hold and (self.rotated != other.rotated or self._idx != other._idx):
             self._temporal_order()
             other._temporal_order()
@@ -198,15 +186,15 @@ class PackedBatchRotatingKVCache(PackedBatch):
         cache = PackedRotatingKVCache(self.format, self.max_size)._made_like(self)
         padding = max(0, _ints(self.left_padding)[idx])
         end = self.max_size if self.rotated else self._idx
-        if self.rows is None or padding >= end:
+        if self.empty() or padding >= end:
             return cache
-        rows = self.rows[idx : idx + 1]
+        rows = self.stored.written()[idx : idx + 1]
         if self.rotated:
             rows = mx.roll(rows, -self._idx, 2)
         cache.rows = mx.contiguous(rows[:, :, padding:end])
-        cache.offset = self._seen[idx]
-        cache._idx = cache.rows.shape[2]
-        cache._take(self, idx)
+        cache.offset, cache._idx = self._seen[idx], end - padding
+        cache.newest.take(self.newest, idx)
+        cache._start()
         return cache
 
     @classmethod

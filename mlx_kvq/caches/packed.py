@@ -1,4 +1,4 @@
-"""What the packed caches of one sequence share: rows, rows not yet written, the exact tail."""
+"""What packed caches share: mlx-lm's protocol over :class:`Rows` and :class:`Tail`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,9 +10,11 @@ from mlx_lm.models.cache import _BaseCache
 from .. import ops
 from ..format.format import Format, parse_signature
 from . import attention
-from .attention import DECODE_QUERIES, PackedView
+from .attention import DECODE_QUERIES
+from .rows import PENDING, Rows
+from .tail import Tail
+from .view import PackedView
 
-HELD = 16  # rows that wait to be written
 _NAMES = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 
 
@@ -39,35 +41,36 @@ def batch_of(single: Any) -> Callable[[type], type]:
 
 
 class PackedCache(_BaseCache, ABC):
-    """What the growing and the rotating cache share."""
+    """What single and batched, growing and rotating caches share.
 
-    step = 256
-    alone = False  # of a model that does not run in a batch
-    # A decode step writes no row: the newest rows wait in an array of HELD that quantize_pack moves
-    # on, and go to their places together, when it is full or when someone asks for ``rows``. Until
-    # then attention reads their tokens from the tail. One kernel less for a layer and token.
-    _rows: mx.array | None = None
-    _held: mx.array | None = None
-    _waiting = 0  # the last so many of _held, for the rows from number _place on
-    _place = 0
-    _prompted = False  # whether the last update was a chunk of a prompt
-    # Tokens of a prompt that are still to come (``prompts``). A chunk of more than DECODE_QUERIES
-    # tokens is one of a prompt in any case.
+    Args:
+        fmt (Format): From :func:`mlx_kvq.format.format.make_format`.
+        sequences (int): Of the batch.
+
+    Attributes:
+        stored (Rows): The packed rows of all tokens.
+        newest (Tail): The exact tail, and how each sequence was read.
+        reading (int): Tokens of a prompt that are still to come (``prompts``). A chunk of more than
+            ``DECODE_QUERIES`` tokens is one of a prompt in any case.
+        as_arrays (bool): For a model that computes its attention itself: keys and values as arrays,
+            unpacked one layer at a time.
+        alone (bool): For a model that does not run in a batch.
+        model (str): Identity of the model it was made for, if known.
+    """
+
+    step = 256  # rows by which it grows, as in mlx-lm
+    alone = False
     reading = 0
-    _filling = True  # whether a sequence has fewer exact tokens than decoding reads
+    _prompted = False  # whether the last update was a chunk of a prompt
+    # Of each sequence of a batch, its tokens once chunks with padding on the right are read.
+    _lengths: list[int] | None = None
 
-    def __init__(self, fmt: Format):
+    def __init__(self, fmt: Format, sequences: int = 1):
         self.format = fmt
-        self.tail: mx.array | None = None
-        # For a model that computes its attention itself: keys and values as arrays, unpacked one
-        # layer at a time.
+        self.stored, self.newest = Rows(), Tail(fmt, sequences)
         self.as_arrays = False
-        self.model = ""  # identity of the model it was made for, if known
+        self.model = ""
         self._dtype = "float16"  # a name, because mx.Dtype cannot be copied
-        # For each sequence: its first tokens that were read as a prompt, and its newest tokens
-        # that the tail has as they are.
-        self.prompt: list[int] = [0]
-        self.exact: list[int] = [0]
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -77,76 +80,28 @@ class PackedCache(_BaseCache, ABC):
     @property
     def rows(self) -> mx.array | None:
         """The packed rows of all tokens, uint32 [B, Hkv, capacity, W]."""
-        self._write_waiting()
-        return self._rows
+        return self.stored.whole()
 
     @rows.setter
     def rows(self, rows: mx.array | None) -> None:
-        self._rows, self._held, self._waiting = rows, None, 0
+        self.stored = Rows(rows)
 
-    def _write_waiting(self) -> None:
-        if n := self._waiting:
-            assert self._rows is not None and self._held is not None
-            self._waiting = 0
-            self._rows[:, :, self._place : self._place + n, :] = self._held[:, :, -n:]
+    keys = rows  # mlx-lm's pipeline-parallel models tie a send to the cache through this name
 
-    def _write(self, new: mx.array, at: int, L: int) -> None:
-        """Write L new rows, or hold one: ``new`` is then the newest rows, the new one last."""
-        if new.shape[2] == L:
-            rows = self.rows
-            assert rows is not None
-            rows[:, :, at : at + L, :] = new
-            return
-        if self._waiting and at != self._place + self._waiting:
-            self._write_waiting()  # the ring begins anew
-        if not self._waiting:
-            self._place = at
-        self._held, self._waiting = new, self._waiting + 1
-        if self._waiting == new.shape[2]:
-            self._write_waiting()
+    @property
+    def tail(self) -> mx.array | None:
+        """The exact tail, rotated, [B, Hkv, R, Dk + Dv]."""
+        return self.newest.array
 
-    def _one_more(self, keys: mx.array, values: mx.array, at: int) -> mx.array | None:
-        """The usual decode step, for row ``at``, if there is one, and rows wait before it and after
-        it: as :meth:`_pack` and :meth:`_write`, in less of the host's time. The tail, or ``None``
-        where they must do it."""
-        rows, held, tail, n = self._rows, self._held, self.tail, self._waiting
-        if n == 0 or at != self._place + n or keys.shape[2] != 1 or self.reading:
-            return None
-        assert rows is not None and held is not None and tail is not None  # as rows wait
-        if at >= rows.shape[2] or n + 1 == held.shape[2]:
-            return None
-        if tail.dtype != ops.tail_dtype(keys.dtype):
-            return None
-        fmt = self.format
-        self._held, self.tail = ops.quantize_pack_tail(
-            keys, values, fmt, tail, fmt.spec.recent, held
-        )
-        self._waiting = n + 1
-        if self._filling:
-            self._has_exact(fmt.spec.recent, [1])
-        return self.tail
+    @property
+    def prompt(self) -> list[int]:
+        return self.newest.prompt
 
-    def _in_place(self, L: int) -> bool:
-        """Whether L new rows go to where there is room, one by one."""
-        return L == 1 and not self.reading
+    @property
+    def exact(self) -> list[int]:
+        return self.newest.exact
 
-    # Of each sequence of a batch, its tokens once chunks with padding on the right are read.
-    _lengths: list[int] | None = None
-
-    @abstractmethod
-    def _positions(self, L: int = 0) -> list[int]:
-        """Of the next token of each sequence, after L more rows; below 0 in padding."""
-
-    def _counts(self, L: int) -> list[int]:
-        """Of L new rows, those of tokens of each sequence."""
-        return [L]
-
-    def _has_exact(self, size: int, new: list[int]) -> None:
-        """Note that a tail of ``size`` tokens has got ``new`` ones."""
-        self.exact = [min(size, n + m) for n, m in zip(self.exact, new, strict=True)]
-        self._filling = min(self.exact, default=0) < self.format.recent
-
-    # mlx-lm sends a cache with these two to its quantized attention function.
+    # mlx-lm routes caches that have these two to quantized attention.
     @property
     def bits(self) -> int:
         if self.as_arrays:
@@ -157,77 +112,114 @@ class PackedCache(_BaseCache, ABC):
     def group_size(self) -> int:
         return self.format.layout.k_group
 
-    # mlx-lm's pipeline-parallel models tie a send to the cache through this name.
-    @property
-    def keys(self) -> mx.array | None:
-        return self.rows
-
-    @keys.setter
-    def keys(self, rows: mx.array) -> None:
-        self.rows = rows
-
     @abstractmethod
     def _length(self) -> int:
         """Rows that hold tokens."""
 
+    @abstractmethod
+    def _positions(self, L: int = 0) -> list[int]:
+        """Of the next token of each sequence, after L more rows; below 0 in padding."""
+
+    def _counts(self, L: int) -> list[int]:
+        """Of L new rows, those of tokens of each sequence."""
+        return [L]
+
+    def _ring(self) -> tuple[int, int] | None:
+        """Where the rows of a rotating cache begin (``ops.Packed``)."""
+        return None
+
+    def _reach(self) -> int:
+        """Tokens before its own that a query may see."""
+        limit = self._limit()
+        return limit - 1 if limit else attention.BLOCK
+
+    def _limit(self) -> int:
+        """Tokens that a rotating cache keeps; 0 of a growing one."""
+        return 0
+
+    def _in_place(self, L: int) -> bool:
+        """Whether L new rows go to where there is room, one by one."""
+        return L == 1 and not self.reading
+
+    # An update: pack the new tokens, put their rows where they belong, and return views.
+
+    def _next(self, keys: mx.array, values: mx.array, at: int) -> bool:
+        """Pack the token of a usual decode step, whose row ``at`` waits with others before and
+        after it: as :meth:`_pack` and ``Rows.write``, in less of the host's time. False where they
+        must do it."""
+        rows, tail = self.stored, self.newest.array
+        if not rows.goes_on(at) or keys.shape[2] != 1 or self.reading or tail is None:
+            return False
+        if tail.dtype != ops.tail_dtype(keys.dtype):
+            return False
+        recent = self.format.spec.recent
+        rows.pending, self.newest.array = ops.quantize_pack(
+            keys, values, self.format, tail, recent, rows.pending
+        )
+        rows.count += 1
+        if self.newest.filling:
+            self.newest.got(recent, [1])
+        return True
+
     def _pack(
-        self, keys: mx.array, values: mx.array, prev: int | None = None
+        self, keys: mx.array, values: mx.array, tokens: int | None = None
     ) -> tuple[mx.array, dict]:
         """Rows of new tokens, and what :class:`PackedView` takes of them; moves the tail on.
 
-        Rows that do not fit into a growing array after ``prev`` ones come with zeros for more.
+        Rows that do not fit into a growing array after ``tokens`` ones come with zeros for more.
         """
-        fmt, recent, L = self.format, self.format.recent, keys.shape[2]
+        fmt, tail, L = self.format, self.newest, keys.shape[2]
         self._prompted = L > DECODE_QUERIES or self.reading > 0
         self._dtype = _NAMES.get(keys.dtype, self._dtype)
-        if not recent:
-            return ops.quantize_pack(keys, values, fmt), {}  # which checks them
-        if self.tail is not None and self.tail.dtype != (dtype := ops.tail_dtype(keys.dtype)):
-            self.tail = self.tail.astype(dtype)
-        old, new = self.tail, self._counts(L)
-        before = recent if old is None else old.shape[2]
-        held = None
-        if old is not None and self._in_place(L) and self._may_wait(keys.dtype):
-            if (held := self._held) is None:
-                shape = (*keys.shape[:2], min(recent, HELD), fmt.layout.words)
-                held = mx.zeros(shape, mx.uint32)
-            held = held if held.shape[2] > 1 else None
-        capacity = None
-        if held is None and prev is not None and self._is_full(prev, L):
-            capacity = self._step_for(L) if self._end(prev) == prev else None
+        if not fmt.recent:
+            return ops.quantize_pack(keys, values, fmt)[0], {}  # which checks them
+        if tail.array is not None and tail.array.dtype != (dtype := ops.tail_dtype(keys.dtype)):
+            tail.array = tail.array.astype(dtype)
+        old, new = tail.array, self._counts(L)
+        before = fmt.recent if old is None else tail.size
+        pending, capacity = self._pending(keys), None
+        if pending is None and tokens is not None:
+            capacity = self.stored.growth(tokens, L, self.step)
         size = self._tail_size(L)
         if old is not None:
             size = min(size, before + L)
-        keep = size if self._lengths is None else before + L
-        rows, tail = ops.quantize_pack_tail(keys, values, fmt, old, keep, held, capacity)
-        self.tail = tail
+        made = size if self._lengths is None else before + L
+        rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, pending, capacity)
+        tail.array = all_new
         if self._lengths is not None:
-            self.tail = self._without_padding(tail, L, size, new)
+            tail.without_padding(L, size, new)
         if not self._prompted or self.as_arrays:
-            self._has_exact(size, new)
-            return rows, {"tail": tail}
+            tail.got(size, new)
+            return rows, {"tail": all_new}
         places = self._places(new)
-        self._has_exact(size, new)
+        tail.got(size, new)
         return rows, {"tail": old, "chunk": (keys, values), "places": places}
+
+    def _pending(self, keys: mx.array) -> mx.array | None:
+        """The rows that a new one may wait after, ``None`` if it may not. What attention then reads
+        instead must be evaluated with it, and of plain operations rows would be left."""
+        fmt = self.format
+        if self.tail is None or not self._in_place(keys.shape[2]) or fmt.recent < 2:
+            return None
+        if self.as_arrays or ops.is_reference(fmt, keys.dtype):
+            return None
+        if self.stored.pending is not None:
+            return self.stored.pending
+        return mx.zeros((*keys.shape[:2], min(fmt.recent, PENDING), fmt.layout.words), mx.uint32)
 
     def _places(self, new: list[int]) -> tuple[tuple[int, int], ...]:
         """Where a chunk with ``new`` tokens of each sequence begins (:class:`PackedView`); notes
         which sequences it goes on with as with all of a prompt."""
-        places = []
+        places, tail = [], self.newest
         for i, at in enumerate(self._positions()):
             into = at % attention.BLOCK
-            known = min(into, self.exact[i])
-            if self.prompt[i] == max(at, 0) and (at < 0 or known >= min(into, self._reach())):
-                self.prompt[i] += new[i]
+            known = min(into, tail.exact[i])
+            if tail.prompt[i] == max(at, 0) and (at < 0 or known >= min(into, self._reach())):
+                tail.prompt[i] += new[i]
             places.append((into, known))
         # Nobody reads what comes out of padding: it need not be worked on apart.
         real = next((p for p, n in zip(places, new, strict=True) if n), places[0])
         return tuple(p if n else real for p, n in zip(places, new, strict=True))
-
-    def _may_wait(self, dtype: mx.Dtype) -> bool:
-        """Whether rows may wait: what attention then reads instead must be evaluated with it, and
-        of plain operations rows would be left."""
-        return not self.as_arrays and not ops.is_reference(self.format, dtype)
 
     def _tail_size(self, L: int) -> int:
         """Tokens that the tail keeps after L more rows."""
@@ -243,57 +235,84 @@ class PackedCache(_BaseCache, ABC):
         ends = [max(0, end) % attention.BLOCK for end in self._positions(L)]
         return max(self.format.recent, min(max(ends, default=0), self._reach()))
 
-    def _reach(self) -> int:
-        """Tokens before its own that a query may see."""
-        return attention.BLOCK
+    def _updated(self, L: int, view: dict, *more: mx.array) -> tuple:
+        """The end of an update: with what attention reads, everything is evaluated that a step may
+        leave unread, ``more`` too."""
+        self.reading = max(0, self.reading - L)
+        decodes = view.get("tail") is self.tail
+        if self.tail is not None:
+            (self.newest.array,) = mx.depends([self.tail], [self.stored.filled(), *more])
+        elif more:
+            (self.stored.array,) = mx.depends([self.stored.filled()], [*more])
+        return self._fetch(**(view | {"tail": self.tail} if decodes else view))
 
-    def _without_padding(self, tail: mx.array, L: int, size: int, new: list[int]) -> mx.array:
-        """The last ``size`` tokens of each sequence, where L rows hold ``new`` tokens each."""
-        first = tail.shape[2] - L - size
-        if first < 0:
-            tail, first = mx.pad(tail, [(0, 0), (0, 0), (-first, 0), (0, 0)]), 0
-        return mx.stack([tail[i, :, first + n : first + n + size] for i, n in enumerate(new)])
+    def _fetch(
+        self,
+        tail: mx.array | None = None,
+        chunk: tuple[mx.array, mx.array] | None = None,
+        places: tuple[tuple[int, int], ...] = ((0, 0),),
+    ) -> tuple:
+        """What attention gets of an update (:class:`PackedView`)."""
+        if self.as_arrays:
+            return self._arrays(tail)
+        rows, lay, keys, values = self.stored.filled(), self.format.layout, None, None
+        if chunk is not None and self.tail is not None:
+            # Attention on the chunk reads neither its rows nor the new tail.
+            keys, values = mx.depends([*chunk], [rows, self.tail])
+        ring = self._ring()
+        most = 0 if ring is None else self._limit()
+        shared = rows, self._length(), self.format, tail, ring, self._dtype
+        first = PackedView(*shared, lay.k_dim, most, keys, places)
+        if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
+            return first, first
+        return first, PackedView(*shared, lay.v_dim, most, values, places)
 
-    def _drop_tail(self, n: int, length: int) -> None:
+    def _arrays(self, tail: mx.array | None) -> tuple[mx.array, mx.array]:
+        """What the views stand for, in the model's own domain. Of a prompt all comes from rows: one
+        array cannot have a token exact for some queries and not for others."""
+        rows, length, fmt = self.stored.written(), self._length(), self.format
+        keep, idx = self._ring() or (0, length)
+        n = 0 if self._prompted or tail is None else min(length - keep, tail.shape[2])
+        last = tail[:, :, -n:] if tail is not None and n > 0 else None
+        if last is None or idx == length:
+            return ops.restore(ops.Packed(rows, length, fmt, last), self.dtype)
+        # The newest tokens are before row idx, and before them those at the end.
+        n = min(fmt.recent, length - keep)
+        here = min(n, idx - keep)
+        k, v = ops.restore(ops.Packed(rows, length, fmt), self.dtype)
+        exact = ops.restore(ops.Packed(rows, n, fmt, last[:, :, -n:]), self.dtype)
+        for x, y in zip((k, v), exact, strict=True):
+            x[:, :, idx - here : idx] = y[:, :, n - here :]
+            x[:, :, length - (n - here) : length] = y[:, :, : n - here]
+        return k, v
+
+    def keys_and_values(self) -> tuple:
+        """For layers that read another layer's cache: of a prompt all from rows."""
+        self.stored.whole()
+        return self._fetch(None if self._prompted else self.tail)
+
+    def _nothing(self, keys: mx.array) -> tuple:
+        """An update by no tokens."""
+        if self.stored.array is None:
+            self.rows = mx.zeros((*keys.shape[:2], 0, self.format.layout.words), mx.uint32)
+        return self._fetch(self.tail)
+
+    # What is taken back, and where a prompt may go on.
+
+    def _drop(self, n: int, length: int) -> None:
         """Take the newest n tokens off the tail. ``length`` rows are left, in the order of their
-        tokens; what the tail then lacks comes from there."""
-        if n == 0:
-            return
-        left = [max(0, at) for at in self._positions()]
-        self.prompt = [min(m, at) for m, at in zip(self.prompt, left, strict=True)]
-        self.exact = [max(0, m - n) for m in self.exact]
-        self._filling = True
-        if self.tail is None:
-            return
-        size = max(self.tail.shape[2] - n, 0)
-        tail = self.tail[:, :, :size]
-        if length == 0:
-            self.tail = None
-        elif (lacking := self.format.recent - size) <= 0:
-            self.tail = tail
-        else:
-            assert self.rows is not None
-            older = self._as_tail(self.rows[:, :, : max(0, length - size)], lacking)
-            self.tail = mx.concatenate([older, tail], axis=2)
-        self._start()
+        tokens."""
+        if n:
+            left = [max(0, at) for at in self._positions()]
+            self.newest.drop(n, left, self.stored, length)
+            self._start()
 
     def _start(self) -> None:
         """Begin to evaluate what was changed outside of a model's step: later steps, perhaps in
         another thread, find it done."""
-        mx.async_eval([a for a in vars(self).values() if isinstance(a, mx.array)])
-
-    def _as_tail(self, rows: mx.array, n: int) -> mx.array:
-        """The last n of these rows, as a tail."""
-        assert self.tail is not None
-        B, heads, T, _ = rows.shape
-        have = min(n, T)
-        tail = mx.zeros((B, heads, n - have, self.tail.shape[3]), self.tail.dtype)
-        if have:
-            y = mx.concatenate(
-                [*ops.dequantize(rows[:, :, T - have :], have, self.format)], axis=-1
-            )
-            tail = mx.concatenate([tail, y.astype(tail.dtype)], axis=2)
-        return tail
+        own = [a for a in vars(self).values() if isinstance(a, mx.array)]
+        rows = self.stored.array, self.stored.pending, self.newest.array
+        mx.async_eval(own + [a for a in rows if a is not None])
 
     def goes_on(self, at: int, end: int) -> bool:
         """Whether tokens ``at`` to ``end`` of a prompt find what they would if it were read at
@@ -308,131 +327,23 @@ class PackedCache(_BaseCache, ABC):
         """Whether the last of ``at`` tokens was decoded, and none was taken back since."""
         return self.prompt[0] < at and self.exact[0] >= min(at, self.format.recent)
 
+    # Between single caches and batches.
+
     def _for_batch(self) -> tuple[int, int]:
         """``prompt`` and ``exact`` in a batch."""
         return self.prompt[0], self.exact[0]
 
-    def _take(self, batch: "PackedCache", i: int) -> None:
-        """The tail of sequence ``i`` of a batch, and what is known of it."""
-        self.prompt, self.exact = [batch.prompt[i]], [batch.exact[i]]
-        if batch.tail is not None:
-            self.tail = mx.contiguous(batch.tail[i : i + 1])
-        self._start()
-
     def _last(self, B: int, size: int, heads: int, dtype: mx.Dtype) -> mx.array:
-        """The last ``size`` tokens of the tail, for a batch; zeros where there are fewer, which
-        nothing reads."""
-        lay, dtype = self.format.layout, ops.tail_dtype(dtype)
-        have = 0 if self.tail is None else min(size, self.tail.shape[2])
-        zeros = mx.zeros((B, heads, size - have, lay.k_dim + lay.v_dim), dtype)
-        if self.tail is None:
-            return zeros
-        return mx.concatenate([zeros, self.tail[:, :, -have:].astype(dtype)], axis=2)
+        """The last ``size`` tokens, for a batch."""
+        return self.newest.last(B, size, heads, dtype)
 
-    def _fetch(
-        self,
-        tail: mx.array | None = None,
-        chunk: tuple[mx.array, mx.array] | None = None,
-        places: tuple[tuple[int, int], ...] = ((0, 0),),
-    ) -> tuple:
-        """What attention gets of an update (:class:`PackedView`)."""
-        assert self._rows is not None
-        if self.as_arrays:
-            return self._arrays(tail)
-        lay = self.format.layout
-        shared = (self._rows, self._length(), self.format, self._dtype)
-        keys = values = None
-        if chunk is not None:
-            # Attention on the chunk reads neither its rows nor the new tail.
-            assert self.tail is not None
-            keys, values = mx.depends([*chunk], [self._rows, self.tail])
-        more = self._ring(), tail
-        first = PackedView(*shared, lay.k_dim, *more, keys, places)
-        if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
-            return first, first
-        return first, PackedView(*shared, lay.v_dim, *more, values, places)
+    def _made_like(self, other: "PackedCache"):
+        self.as_arrays, self.model, self._dtype = other.as_arrays, other.model, other._dtype
+        return self
 
-    def _updated(self, L: int, view: dict, *more: mx.array) -> tuple:
-        """The end of an update: everything is evaluated with what attention reads."""
-        self.reading = max(0, self.reading - L)
-        decodes = view.get("tail") is self.tail
-        self._settle(*more)
-        return self._fetch(**(view | {"tail": self.tail} if decodes else view))
+    # What a saved cache consists of. Strings and the calibration go along, so that it says what it
+    # is.
 
-    def _settle(self, *more: mx.array) -> None:
-        """Evaluate with the tail, which every step reads, what a step may leave unread."""
-        if self.tail is not None:
-            assert self._rows is not None
-            (self.tail,) = mx.depends([self.tail], [self._rows, *more])
-        elif more:
-            assert self._rows is not None
-            (self._rows,) = mx.depends([self._rows], [*more])
-
-    def _ring(self) -> tuple[int, int, int] | None:
-        """Where the rows of a rotating cache begin (``attention.PackedView``)."""
-        return None
-
-    def _arrays(self, tail: mx.array | None) -> tuple[mx.array, mx.array]:
-        """What the views stand for, in the model's own domain. Of a prompt all comes from rows: one
-        array cannot have a token exact for some queries and not for others."""
-        length, fmt = self._length(), self.format
-        assert self.rows is not None
-        keep, idx, _ = self._ring() or (0, length, 0)
-        n = min(length - keep, 0 if tail is None else tail.shape[2])
-        if self._prompted or n <= 0:
-            return ops.restore(self.rows, length, fmt, self.dtype)
-        last = tail[:, :, -n:]  # type: ignore[index]
-        if idx == length:
-            return ops.restore(self.rows, length, fmt, self.dtype, last)
-        # The newest tokens are before row idx, and before them those at the end.
-        n = min(fmt.recent, length - keep)
-        here = min(n, idx - keep)
-        k, v = ops.restore(self.rows, length, fmt, self.dtype)
-        exact = ops.restore(self.rows, n, fmt, self.dtype, last[:, :, -n:])
-        for x, y in zip((k, v), exact, strict=True):
-            x[:, :, idx - here : idx] = y[:, :, n - here :]
-            x[:, :, length - (n - here) : length] = y[:, :, : n - here]
-        return k, v
-
-    def _is_full(self, prev: int, L: int) -> bool:
-        return self._rows is None or prev + L > self._rows.shape[2]
-
-    def _step_for(self, L: int) -> int:
-        """Rows by which an array grows for L tokens, as in mlx-lm."""
-        return (self.step + L - 1) // self.step * self.step
-
-    def _end(self, prev: int) -> int:
-        """Where an array grows that holds ``prev`` tokens, as in mlx-lm."""
-        return prev if self._rows is None or prev % self.step else self._rows.shape[2]
-
-    def _grow_and_write(self, new: mx.array, prev: int, L: int) -> None:
-        """Write L rows at ``prev``, in an array that grows in steps; ``new`` may be a step."""
-        if self._is_full(prev, L):
-            step, rows, end = self._step_for(L), self.rows, self._end(prev)
-            whole = new.shape[2] == step and end == prev
-            grown = new if whole else self._zeros(new, step)
-            if rows is not None:
-                grown = mx.concatenate([rows[..., :end, :], grown], axis=2)
-            self.rows = grown
-            if whole:
-                return
-        self._write(new, prev, L)
-
-    def keys_and_values(self) -> tuple:
-        """For layers that read another layer's cache: of a prompt all from rows."""
-        self._write_waiting()
-        return self._fetch(None if self._prompted else self.tail)
-
-    def _zeros(self, like: mx.array, tokens: int) -> mx.array:
-        return mx.zeros((*like.shape[:2], tokens, like.shape[3]), mx.uint32)
-
-    def _nothing(self, keys: mx.array) -> tuple:
-        """An update by no tokens."""
-        if self._rows is None:
-            self.rows = mx.zeros((*keys.shape[:2], 0, self.format.layout.words), mx.uint32)
-        return self._fetch(self.tail)
-
-    # Strings and the calibration go along, so that a saved cache says what it is.
     @property
     def _format_state(self) -> list:
         fmt = self.format
@@ -447,60 +358,27 @@ class PackedCache(_BaseCache, ABC):
         self._dtype = dtype
         self.format = parse_signature(signature, arrays)
         words = self.format.layout.words
-        if self.rows is not None and (
-            self.rows.dtype != mx.uint32 or self.rows.ndim != 4 or self.rows.shape[3] != words
+        rows = self.rows
+        if rows is not None and (
+            rows.dtype != mx.uint32 or rows.ndim != 4 or rows.shape[3] != words
         ):
             raise ValueError(
-                f"The cache holds {self.rows.dtype} {self.rows.shape}, not the uint32 rows of "
+                f"The cache holds {rows.dtype} {rows.shape}, not the uint32 rows of "
                 f"{words} words that {signature!r} describes."
             )
+        self.newest = tail = Tail(self.format)
         # Files of version 0.1.0 do not say what was read how.
-        self.prompt, self.exact, self.tail, *_ = (
-            [*more, None] if len(more) > 1 else [[], [], *more, None]
-        )
-        self._check_tail()
+        more = [*more, None] if len(more) > 1 else [[], [], *more, None]
+        tail.prompt, tail.exact, tail.array = more[:3]
+        if not isinstance(getattr(self, "offset", 0), str | float):  # which the loader refuses
+            held = rows if rows is not None and self._length() > 0 else None
+            tail.check(held, self.dtype, [max(0, p) for p in self._positions()])
         mx.async_eval([a for a in arrays or () if a is not None])
         self._start()  # a file is read when its arrays are evaluated
 
-    def _check_tail(self) -> None:
-        fmt, rows, tail = self.format, self.rows, self.tail
-        if not fmt.recent or rows is None or self._length() <= 0:
-            fits = tail is None
-        else:
-            wanted = (*rows.shape[:2], fmt.layout.k_dim + fmt.layout.v_dim)
-            fits = (
-                tail is not None
-                and tail.ndim == 4
-                and (*tail.shape[:2], tail.shape[3]) == wanted
-                and tail.shape[2] >= fmt.recent
-                and tail.dtype in (self.dtype, ops.tail_dtype(self.dtype))
-            )
-        if not fits:
-            found = "none" if tail is None else f"{tail.dtype} {tail.shape}"
-            raise ValueError(f"The cache's tail, {found}, is not what {fmt.signature!r} describes.")
-        if tail is not None:  # version 0.1.0 kept it in the keys' dtype
-            self.tail = tail.astype(ops.tail_dtype(self.dtype))
-        if isinstance(getattr(self, "offset", 0), str | float):
-            return  # whoever loads a file says what is wrong with its numbers
-        size = 0 if tail is None else tail.shape[2]
-        at = self._positions()
-        self.prompt, self.exact = self.prompt or [0] * len(at), self.exact or [0] * len(at)
-        for name, most in (("prompt", [max(0, p) for p in at]), ("exact", [size] * len(at))):
-            counts = getattr(self, name)
-            if len(counts) != len(at) or any(
-                type(n) is not int or not 0 <= n <= m for n, m in zip(counts, most, strict=True)
-            ):
-                raise ValueError(
-                    f"The cache counts {counts} {name} tokens, which it does not hold."
-                )
-
-    def _made_like(self, other: "PackedCache"):
-        self.as_arrays, self.model, self._dtype = other.as_arrays, other.model, other._dtype
-        return self
-
     def empty(self) -> bool:
-        return self._rows is None
+        return self.stored.array is None
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self._rows, self.tail, self._held) if a is not None)
+        return self.stored.nbytes + (0 if self.tail is None else self.tail.nbytes)

@@ -5,8 +5,8 @@ from mlx_lm.models.base import create_causal_mask
 
 from ..arguments import integer
 from ..format.format import Format
-from .attention import remember_padding
 from .packed import Merge, PackedCache
+from .view import causal, in_ring_order
 
 
 class PackedRotatingKVCache(PackedCache):
@@ -28,57 +28,45 @@ class PackedRotatingKVCache(PackedCache):
         self._idx = 0
 
     def _trim(self, trim_size: int, append: mx.array | None = None) -> mx.array:
-        assert self.rows is not None
-        parts = [self.rows]
+        rows = self.stored.written()
+        parts = [rows]
         if trim_size > 0:
-            parts = [self.rows[..., : self.keep, :], self.rows[..., trim_size + self.keep :, :]]
+            parts = [rows[..., : self.keep, :], rows[..., trim_size + self.keep :, :]]
         if append is not None:
             parts.append(append)
         return mx.concatenate(parts, axis=2)
 
     def _in_order(self) -> mx.array:
         """Rows in the order of their tokens, without an unused end."""
-        assert self.rows is not None
-        v = self.rows
-        if self._idx == v.shape[2]:
+        v, idx = self.stored.written(), self._idx
+        if idx == v.shape[2]:
             return v
-        if self._idx < self.offset:
-            return mx.concatenate(
-                [
-                    v[..., : self.keep, :],
-                    v[..., self._idx :, :],
-                    v[..., self.keep : self._idx, :],
-                ],
-                axis=2,
-            )
-        return v[..., : self._idx, :]
+        if idx < self.offset:
+            parts = [v[..., : self.keep, :], v[..., idx:, :], v[..., self.keep : idx, :]]
+            return mx.concatenate(parts, axis=2)
+        return v[..., :idx, :]
 
     def _update_concat(self, new: mx.array) -> None:
-        if self.rows is None:
-            self.rows = new
-        else:
-            self.rows = self._in_order()
-            self._idx = self.rows.shape[2]
+        if not self.empty():
+            rows = self._in_order()
+            self.rows, self._idx = rows, rows.shape[2]
             # Up to max_size + L - 1 rows, so that every new token sees max_size of them.
-            self.rows = self._trim(self._idx - self.max_size + 1, new)
+            rows = self._trim(self._idx - self.max_size + 1, new)
+        else:
+            rows = new
         self.offset += new.shape[2]
-        self._idx = self.rows.shape[2]
+        self.rows, self._idx = rows, rows.shape[2]
 
     def _update_in_place(self, new: mx.array) -> None:
-        prev, rows = self.offset, self._rows
-        if rows is None or (prev >= rows.shape[2] and rows.shape[2] < self.max_size):
-            grown = self._zeros(new, min(self.step, self.max_size - prev))
-            if self.rows is not None:
-                grown = mx.concatenate([self.rows, grown], axis=2)
-            self.rows = rows = grown
-            self._idx = prev
-        trim_size = rows.shape[2] - self.max_size
+        if self.stored.grow_to(self.offset, self.max_size, new, self.step):
+            self._idx = self.offset
+        trim_size = self.stored.filled().shape[2] - self.max_size
         if trim_size > 0:
             self.rows = self._trim(trim_size)
             self._idx = self.max_size
         if self._idx == self.max_size:
             self._idx = self.keep
-        self._write(new, self._idx, 1)
+        self.stored.write(new, self._idx, 1)
         self.offset += 1
         self._idx += 1
 
@@ -88,10 +76,10 @@ class PackedRotatingKVCache(PackedCache):
         L = keys.shape[2]
         if L == 0:
             return self._nothing(keys)
-        if (tail := self._one_more(keys, values, self._idx)) is not None:
+        if self._next(keys, values, self._idx):
             self.offset += 1
             self._idx += 1
-            return self._fetch(tail)
+            return self._fetch(self.tail)
         in_place = self._in_place(L)
         new, more = self._pack(keys, values)
         if in_place:
@@ -104,14 +92,16 @@ class PackedRotatingKVCache(PackedCache):
         return [self.offset + L]
 
     def _length(self) -> int:
-        assert self._rows is not None
-        return min(self.offset, self._rows.shape[2])
+        return min(self.offset, self.stored.filled().shape[2])
 
-    def _ring(self) -> tuple[int, int, int] | None:
+    def _limit(self) -> int:
+        return self.max_size
+
+    def _ring(self) -> tuple[int, int] | None:
         length = self._length()
         keep = self.keep if self.offset > length else 0  # is there one missing after the first ones
         ordered = length <= self.max_size and self._idx == length and keep == 0
-        return None if ordered else (keep, self._idx, self.max_size)
+        return None if ordered else (keep, self._idx)
 
     def _last(self, B: int, size: int, heads: int, dtype: mx.Dtype) -> mx.array:
         tail = super()._last(B, size, heads, dtype)
@@ -120,11 +110,8 @@ class PackedRotatingKVCache(PackedCache):
         if (after := self._after_first()) >= min(size, self.max_size):
             return tail
         # A batch does not know that some are missing after the first ones: these come from rows.
-        first = self._as_tail(self._in_order()[:, :, : self.keep], size - after)
+        first = self.newest.of_rows(self._in_order()[:, :, : self.keep], size - after)
         return mx.concatenate([first.astype(tail.dtype), tail[:, :, size - after :]], axis=2)
-
-    def _reach(self) -> int:
-        return self.max_size - 1
 
     def _after_first(self) -> int:
         """Tokens that the newest one follows without a gap, itself included."""
@@ -133,7 +120,7 @@ class PackedRotatingKVCache(PackedCache):
 
     def _for_batch(self) -> tuple[int, int]:
         prompt, exact = super()._for_batch()
-        return prompt, min(exact, self._after_first() if self._rows is not None else 0)
+        return prompt, min(exact, 0 if self.empty() else self._after_first())
 
     def size(self) -> int:
         return min(self.offset, self.max_size)
@@ -161,24 +148,23 @@ class PackedRotatingKVCache(PackedCache):
         n = min(self.offset, n)
         self.offset -= n
         self._idx -= n
-        self._drop_tail(n, self._idx if self.offset else 0)
+        self._drop(n, self._idx if self.offset else 0)
         return n
 
     def can_rewind(self, n: int) -> bool:
         """Whether the last ``n`` tokens can be taken back although the cache is full: what a
         chunk of several tokens will drop is kept until the next update."""
-        if self.rows is None or self._idx != self.rows.shape[2]:
+        if self.empty() or self._idx != self.stored.filled().shape[2]:
             return False
         left = self._idx - n
         return left >= min(self.offset - n, self.max_size)
 
     def rewind(self, n: int) -> int:
         """Take back the last ``n`` tokens; only after :meth:`can_rewind`."""
-        assert self.rows is not None
         self._idx -= n
         self.offset -= n
-        self.rows = self.rows[..., : self._idx, :]
-        self._drop_tail(n, self._idx)
+        self.rows = self.stored.written()[..., : self._idx, :]
+        self._drop(n, self._idx)
         return n
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
@@ -187,8 +173,7 @@ class PackedRotatingKVCache(PackedCache):
             offset = min(self.max_size - 1, self.offset)
             if offset + N > window_size or return_array:
                 mask = create_causal_mask(N, offset, window_size=window_size)
-                remember_padding(mask, None, window_size)
-                return mask
+                return causal(mask, None, window_size)
             return "causal"
         if window_size is None:
             return None
@@ -197,7 +182,7 @@ class PackedRotatingKVCache(PackedCache):
             idx = 0 if self._idx >= self.max_size else self._idx
             mask_size = min(self.offset + 1, self.max_size)
             mask = mx.arange(mask_size) >= (mask_size - window_size)
-            return mx.roll(mask, idx + 1)
+            return in_ring_order(mx.roll(mask, idx + 1))
         return None
 
     merge = Merge()  # as in mlx-lm, ``keep`` ends there

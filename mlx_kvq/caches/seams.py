@@ -42,7 +42,8 @@ from mlx_lm.models import cache as stock
 from ..stock import factory_of
 from ..stock_names import missing
 from . import batch, batch_rotating, before_032, prompt_file, prompts, rotating, single, trampoline
-from .attention import PackedView, packed_attention
+from .attention import packed_attention
+from .view import PackedView
 
 CLASSES = (
     single.PackedKVCache,

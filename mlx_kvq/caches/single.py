@@ -5,8 +5,8 @@ from mlx_lm.models.cache import create_attention_mask
 
 from ..arguments import integer
 from ..format.format import Format
-from .attention import remember_padding
 from .packed import Merge, PackedCache
+from .view import causal
 
 
 class PackedKVCache(PackedCache):
@@ -25,11 +25,11 @@ class PackedKVCache(PackedCache):
         prev, L = self.offset, keys.shape[2]
         if L == 0:
             return self._nothing(keys)
-        if (tail := self._one_more(keys, values, prev)) is not None:
+        if self._next(keys, values, prev):
             self.offset = prev + 1
-            return self._fetch(tail)
+            return self._fetch(self.tail)
         rows, more = self._pack(keys, values, prev)
-        self._grow_and_write(rows, prev, L)
+        self.stored.append(rows, prev, L, self.step)
         self.offset += L
         return self._updated(L, more)
 
@@ -40,8 +40,7 @@ class PackedKVCache(PackedCache):
         return self.offset
 
     def _in_order(self) -> mx.array:
-        assert self.rows is not None
-        return self.rows[..., : self.offset, :]
+        return self.stored.written()[..., : self.offset, :]
 
     def size(self) -> int:
         return self.offset
@@ -61,13 +60,13 @@ class PackedKVCache(PackedCache):
         integer("n", n, 0)
         n = min(self.offset, n)
         self.offset -= n
-        self._drop_tail(n, self.offset)
+        self._drop(n, self.offset)
         return n
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         mask = create_attention_mask(N, self.offset, return_array, window_size)
         if isinstance(mask, mx.array) and N > 1:
-            remember_padding(mask, None, window_size)
+            return causal(mask, None, window_size)
         return mask
 
     merge = Merge()

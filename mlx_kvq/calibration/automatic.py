@@ -133,7 +133,7 @@ def worst_gain(model: nn.Module, ids: mx.array) -> float:
     head: E[k²] E[q²] over (Σ √(var k · E q²))², the sums over channels."""
     caches, shapes = packable(model)
     gains = [1.0]
-    for m in collect(model, caches, shapes, [(ids, 0)]).values():
+    for m in collect(model, caches, shapes, [ids]).values():
         if m.queries.n:
             q = np.einsum("hdd->hd", m.queries.square)
             least = np.square(np.sqrt(m.keys.variance * q).sum(axis=-1))

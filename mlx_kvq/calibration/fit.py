@@ -22,8 +22,8 @@ from .moments import LayerMoments, collect
 from .set import CalibrationSet, LayerCalibration
 
 TOKENS = 32768  # of text, at most
-# Of one window. μ is a mean over its positions: on contexts of 1024 tokens windows of 512, 2048 and
-# 4096 cost tiny-qwen2 11, 12 and 16 % more KL, on contexts of 4096 tokens 1024 is as good as any.
+# Tokens of a window; μ is a mean over its positions. On contexts of 1024 tokens windows of 512,
+# 2048 and 4096 cost tiny-qwen2 11, 12 and 16 % more KL; on 4096 tokens 1024 is as good as any.
 LENGTH = 1024
 FLOOR = 1e-6  # of the mean power; a channel below it counts as this strong
 
@@ -48,14 +48,13 @@ def calibrate(
     Args:
         model (nn.Module): A model from ``mlx_lm.load``.
         tokenizer: Its tokenizer; anything with ``encode``.
-        texts (str or iterable of str, optional): What the model is likely to read. ``None`` is
+        texts (str or iterable of str, optional): Text like the model's later input. ``None`` is
             the built-in sample text.
         tokens (int): Tokens used at most.
-        length (int): Tokens in a window. Keys are those after RoPE, so windows should be as
-            long as the contexts that matter, or as is affordable.
-        spec (Spec or str, optional): Also find λ of the keys, under the expected error of a
-            logit, for this spec's rotation and seed: the calibration then serves no other.
-            About 2 % less KL (docs/quality.md).
+        length (int): Tokens in a window. Keys are taken after RoPE, so windows should be as long
+            as the later contexts.
+        spec (Spec or str, optional): Also find λ of the keys for this spec's rotation and seed;
+            the calibration then serves no other. About 2 % less KL (docs/quality.md).
         progress (bool): Show a progress bar.
 
     Raises:
@@ -69,7 +68,7 @@ def calibrate(
     if texts is None:
         texts, text = sample_text(), "built-in sample"
     texts = [texts] if isinstance(texts, str) else texts
-    windows = list(_windows(_encode(tokenizer, texts), tokens, length))
+    windows = list(_windows(tokenizer, texts, tokens, length))
     if not windows:
         raise ValueError("The calibration text is empty.")
     return calibrate_tokens(model, windows, text=text, spec=spec, progress=progress)
@@ -83,21 +82,14 @@ def calibrate_tokens(
     spec: Spec | None = None,
     progress: bool = True,
 ) -> CalibrationSet:
-    """:func:`calibrate` with tokens in place of text.
-
-    Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
-        windows (list): Token ids, [n] each; every one is a text of its own.
-        text (str): What the file's metadata calls them.
-        spec (Spec, optional): As there.
-        progress (bool): Show a progress bar.
-    """
+    """:func:`calibrate` with windows of tokens, [n] each, in place of text; ``text`` is their name
+    in the metadata."""
     arguments.model(model)
     if not windows:
         raise ValueError("windows are arrays [n] of tokens, at least one, got none.")
     caches, shapes = packable(model)
     bar = tqdm(windows, desc="calibrating", unit="window", disable=not progress, leave=False)
-    moments = collect(model, caches, shapes, ((w, 0) for w in bar), spec is not None)
+    moments = collect(model, caches, shapes, bar, spec is not None)
     # A layer without queries does not use mlx-lm's shared attention; it is not packed either.
     layers = {path: layer_calibration(m, spec) for path, m in moments.items() if m.queries.n}
     if not layers:
@@ -113,17 +105,12 @@ def calibrate_tokens(
     return CalibrationSet(layers, made)
 
 
-def _encode(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
+def _windows(tokenizer, texts: Iterable[str], tokens: int, length: int) -> Iterator[mx.array]:
+    """At most ``tokens`` tokens of the texts, in windows of at most ``length``."""
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"Calibration texts are strings, got {type(text).__name__}.")
-        yield list(tokenizer.encode(text))
-
-
-def _windows(texts: Iterable[list[int]], tokens: int, length: int) -> Iterator[mx.array]:
-    """At most ``tokens`` tokens of the texts, in windows of at most ``length``."""
-    for ids in texts:
-        ids = ids[:tokens]
+        ids = list(tokenizer.encode(text))[:tokens]
         tokens -= len(ids)
         for i in range(0, len(ids), length):
             yield mx.array(ids[i : i + length])
@@ -146,7 +133,7 @@ def layer_calibration(m: LayerMoments, spec: Spec | None = None) -> LayerCalibra
 
 
 def lambda_of(spec: Spec) -> str:
-    """What a λ belongs to."""
+    """The rotation that a λ belongs to."""
     return f"{spec.rotation}, seed {spec.seed}"
 
 

@@ -1,7 +1,7 @@
 """One pass over text: the moments of queries, keys and values at every attention.
 
-Nothing of a token is kept but its share of the moments, and one window of exact keys and
-values at a time, so the memory does not grow with the text.
+Only the moments and one window of exact keys and values are kept, so the memory does not grow with
+the text.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +13,9 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
+from ..stock import CachePath, map_leaves
+
 CHUNK = 256  # tokens fed at a time
-Path = tuple[int, ...]  # of a cache: (layer,) or (layer, place in a CacheList)
 
 
 class Moments:
@@ -60,8 +61,8 @@ class Moments:
 
 
 class LayerMoments:
-    """The moments of one cache: keys and values per KV head, queries per KV head too, over the
-    query heads that share it; of queries, and if asked of keys, all second moments E[q qᵀ]."""
+    """The moments of one cache, per KV head. Queries are averaged over the query heads of a KV
+    head, with all second moments E[q qᵀ]; keys have those if ``covariance``."""
 
     def __init__(self, covariance: bool = False):
         self.keys, self.values = Moments(covariance), Moments()
@@ -76,56 +77,39 @@ class LayerMoments:
 class _Recorder:
     """The cache of one layer during the pass: exact, and every vector goes to the moments.
 
-    It holds all tokens of its window, also where the model's own cache would drop them; the
-    mask hides those. ``start`` shifts the positions that RoPE sees: a whole window moved along
-    is computed the same, as rotary attention depends on distances only, but its keys are those
-    of the later positions.
+    It holds all tokens of its text, also where the model's own cache would drop them; the mask
+    hides those.
     """
-
-    def __init__(self, moments: LayerMoments, window: int | None, start: int):
-        self.moments = moments
-        self.window = window
-        self.start = start
-        self.kept: tuple[mx.array, mx.array] | None = None
-
-    @property
-    def held(self) -> int:
-        return 0 if self.kept is None else self.kept[0].shape[2]
-
-    @property
-    def offset(self) -> int:
-        return self.start + self.held
-
-    # mlx-lm sends a cache with these two to its quantized attention function, and `bits`
-    # with it: our way back to the layer.
-    @property
-    def bits(self) -> LayerMoments:
-        return self.moments
 
     group_size = None
 
-    @property
-    def state(self):
-        return self.kept
+    def __init__(self, moments: LayerMoments, window: int | None):
+        # mlx-lm routes caches with `bits` and `group_size` to its quantized attention function,
+        # and passes `bits`: there the moments of the layer get the queries.
+        self.bits = moments
+        self.window = window
+        self.offset = 0
+        self.state: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.moments.keys.add(keys)
-        self.moments.values.add(values)
-        if self.kept is not None:
-            keys = mx.concatenate([self.kept[0], keys], axis=2)
-            values = mx.concatenate([self.kept[1], values], axis=2)
-        self.kept = keys, values
+        self.bits.keys.add(keys)
+        self.bits.values.add(values)
+        if self.state is not None:
+            keys = mx.concatenate([self.state[0], keys], axis=2)
+            values = mx.concatenate([self.state[1], values], axis=2)
+        self.state = keys, values
+        self.offset = keys.shape[2]
         return keys, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array] | None:
-        """For layers that read what another one keeps."""
-        return self.kept
+        """For layers that read another layer's cache."""
+        return self.state
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         window = window_size or self.window
-        if window is not None and self.held + N > window:
-            return base.create_causal_mask(N, self.held, window_size=window)
-        return stock.create_attention_mask(N, self.held, return_array, None)
+        if window is not None and self.offset + N > window:
+            return base.create_causal_mask(N, self.offset, window_size=window)
+        return stock.create_attention_mask(N, self.offset, return_array, None)
 
 
 @contextmanager
@@ -150,7 +134,7 @@ def _attention_recorded() -> Iterator[None]:
 
 @contextmanager
 def fast_on_cpu(model: nn.Module) -> Iterator[None]:
-    """On CPU, half precision is emulated: there the pass runs some ten times faster in fp32."""
+    """The model in fp32 on CPU, which emulates half precision: some ten times faster."""
     if mx.default_device().type != mx.DeviceType.cpu:
         yield
         return
@@ -165,32 +149,21 @@ def fast_on_cpu(model: nn.Module) -> Iterator[None]:
 def collect(
     model: nn.Module,
     make_caches: Callable[[], list],
-    paths: Iterable[Path],
-    windows: Iterable[tuple[mx.array, int]],
+    paths: Iterable[CachePath],
+    windows: Iterable[mx.array],
     covariance: bool = False,
-) -> dict[Path, LayerMoments]:
-    """Run ``model`` over token windows and gather the moments of some of its caches.
-
-    Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
-        make_caches: Makes the model's own caches.
-        paths: Which of them to record; ``KVCache`` or ``RotatingKVCache``.
-        windows: Tokens [n] and the position of the first of them.
-        covariance (bool): Of the keys all second moments, not just each channel's.
-    """
+) -> dict[CachePath, LayerMoments]:
+    """Run ``model`` over windows of tokens, [n] each, and gather the moments of its own caches at
+    ``paths``; with ``covariance`` all second moments of the keys."""
     moments = {path: LayerMoments(covariance) for path in paths}
+
+    def recorder(path: CachePath, cache):
+        window = getattr(cache, "max_size", None)
+        return _Recorder(moments[path], window) if path in moments else cache
+
     with _attention_recorded(), fast_on_cpu(model):
-        for tokens, start in windows:
-            caches = [_record(c, (i,), moments, start) for i, c in enumerate(make_caches())]
+        for tokens in windows:
+            caches = map_leaves(recorder, make_caches())
             for i in range(0, tokens.size, CHUNK):
                 mx.eval(model(tokens[None, i : i + CHUNK], cache=caches))
     return moments
-
-
-def _record(cache, path: Path, moments: dict[Path, LayerMoments], start: int):
-    if isinstance(cache, stock.CacheList):
-        parts = enumerate(cache.caches)
-        return stock.CacheList(*(_record(c, (*path, i), moments, start) for i, c in parts))
-    if path not in moments:
-        return cache
-    return _Recorder(moments[path], getattr(cache, "max_size", None), start)

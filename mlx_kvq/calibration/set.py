@@ -1,16 +1,15 @@
-"""What a calibration pass found, for every layer of a model, and its file.
+"""The calibration of every layer of a model, and its file.
 
 The file is safetensors with fp32 tensors ``layers.<layer>.<keys|values>.<mu|sigma|lam>``
 [Hkv, D] and ``layers.<layer>.keys.metric`` [Hkv, D, D] (``layers.<layer>.<n>.…`` for the n-th
-cache of a layer that has several), and JSON metadata that says how it was made. Nothing in it is
-executed.
+cache of a layer that has several), and JSON metadata about its making. Nothing in it is executed.
 """
 
 import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from ..files import TEXT, line, parse_json, printable, quoted, replacing, safetensors_header
 from ..format.transform import Calibration
+from ..stock import CachePath, Shapes
 
 FILE_VERSION = 1
 NAMES = ("mu", "sigma", "lam")
@@ -39,6 +39,9 @@ class LayerCalibration:
     keys: Calibration = Calibration()
     values: Calibration = Calibration()
 
+    def sides(self) -> dict[str, Calibration]:
+        return {"keys": self.keys, "values": self.values}
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -50,7 +53,7 @@ class CalibrationSet:
         metadata (dict): How it was made; JSON values.
     """
 
-    layers: Mapping[tuple[int, ...], LayerCalibration]
+    layers: Mapping[CachePath, LayerCalibration]
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,14 +61,12 @@ class CalibrationSet:
 
     def arrays(self) -> dict[str, mx.array]:
         """Tensor name -> fp32 [Hkv, D]."""
-        found = {}
-        for path, layer in sorted(self.layers.items()):
-            where = "layers." + ".".join(map(str, path))
-            for side in ("keys", "values"):
-                for name in (*NAMES, METRIC):
-                    if (a := getattr(getattr(layer, side), name)) is not None:
-                        found[f"{where}.{side}.{name}"] = a
-        return found
+        return {
+            f"layers.{'.'.join(map(str, path))}.{side}.{name}": a
+            for path, layer in sorted(self.layers.items())
+            for side, calibration in layer.sides().items()
+            for name, a in calibration.arrays().items()
+        }
 
     @property
     def digest(self) -> str:
@@ -75,22 +76,8 @@ class CalibrationSet:
             digest.update(f"{name}{a.shape}".encode() + np.array(a, dtype=np.float32).tobytes())
         return digest.hexdigest()[:16]
 
-    def only(self, keys: Iterable[str] = NAMES, values: Iterable[str] = NAMES) -> "CalibrationSet":
-        """The same with some of ``mu``, ``sigma`` and ``lam`` left neutral."""
-
-        def select(c: Calibration, names: set[str]) -> Calibration:
-            if unknown := names - set(NAMES):
-                raise ValueError(f"Unknown {sorted(unknown)}; a calibration has {NAMES}.")
-            return Calibration(**{n: getattr(c, n) for n in names}, metric=c.metric)
-
-        layers = {
-            path: LayerCalibration(select(c.keys, set(keys)), select(c.values, set(values)))
-            for path, c in self.layers.items()
-        }
-        return CalibrationSet(layers, self.metadata)
-
     def save(self, path: str | Path) -> None:
-        """Write the file; one that was there stays whole until the new one is complete.
+        """Write the file, whole or not at all.
 
         Raises:
             ValueError: If ``path`` is no .safetensors file, or the metadata could not be read back.
@@ -122,9 +109,8 @@ class CalibrationSet:
                 cannot be right; the message says which.
         """
         try:
-            safetensors_header(path)
-            loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-            arrays, header = loaded
+            header, _ = safetensors_header(path)
+            arrays: Any = mx.load(str(path), format="safetensors")
             mx.eval(arrays)
         except FileNotFoundError:
             raise FileNotFoundError(f"There is no calibration '{path}'.") from None
@@ -133,12 +119,12 @@ class CalibrationSet:
                 f"'{path}' is not a readable safetensors file: {line(error)}"
             ) from None
         try:
-            return cls._from(arrays, header)
+            return cls._parse(arrays, header)
         except ValueError as error:
             raise ValueError(f"Calibration '{path}': {line(error)}") from None
 
     @classmethod
-    def _from(cls, arrays: dict[str, mx.array], header: dict[str, str]) -> "CalibrationSet":
+    def _parse(cls, arrays: dict[str, mx.array], header: dict[str, str]) -> "CalibrationSet":
         if header.get("format") != "mlx_kvq calibration":
             raise ValueError("it is not marked as an mlx_kvq calibration.")
         if header.get("version") != str(FILE_VERSION):
@@ -153,49 +139,37 @@ class CalibrationSet:
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is not a JSON object.")
         _check_notes(metadata)
-        parts: dict[tuple[int, ...], dict[str, dict[str, mx.array]]] = {}
+        parts: dict[CachePath, dict[str, dict[str, mx.array]]] = {}
         for name, a in arrays.items():
             if not (match := _TENSOR.fullmatch(name)):
                 raise ValueError(f"unknown tensor {quoted(name)}.")
-            layer, place, *of = match.groups()
-            side, which = (part for part in of if part)
+            layer, place, *found = match.groups()
+            side, which = filter(None, found)
             path = (int(layer),) if place is None else (int(layer), int(place))
             parts.setdefault(path, {"keys": {}, "values": {}})[side][which] = a
         validate(arrays)
         layers = {
-            path: LayerCalibration(Calibration(**p["keys"]), Calibration(**p["values"]))
-            for path, p in parts.items()
+            path: LayerCalibration(*(Calibration(**side) for side in sides.values()))
+            for path, sides in parts.items()
         }
         return cls(layers, metadata)
 
-    def check(self, shapes: Mapping[tuple[int, ...], tuple[int, int, int]]) -> None:
-        """Raise ValueError unless this fits a model's caches.
-
-        Args:
-            shapes: Path -> (Hkv, Dk, Dv) of every cache that is to be packed.
-        """
+    def check(self, shapes: Shapes) -> None:
+        """Raise ValueError unless this fits the caches of ``shapes``."""
         if missing := sorted(set(shapes) - set(self.layers)):
             raise ValueError(f"it has nothing for layer {missing[0][0]}, which is to be packed.")
-        for path, (Hkv, Dk, Dv) in shapes.items():
-            layer = self.layers[path]
-            for side, c, D in (("keys", layer.keys, Dk), ("values", layer.values, Dv)):
-                for name in NAMES:
-                    a = getattr(c, name)
-                    if a is not None and a.shape != (Hkv, D):
+        for path, (Hkv, *dims) in shapes.items():
+            for (side, c), D in zip(self.layers[path].sides().items(), dims, strict=True):
+                for name, a in c.arrays().items():
+                    if a.shape != ((Hkv, D, D) if name == METRIC else (Hkv, D)):
                         raise ValueError(
                             f"{name} of the {side} of layer {path[0]} is {a.shape}, the model "
                             f"has {Hkv} KV heads of {D} channels."
                         )
-            metric = layer.keys.metric
-            if metric is not None and metric.shape != (Hkv, Dk, Dk):
-                raise ValueError(
-                    f"metric of layer {path[0]} is {metric.shape}, the model has {Hkv} KV heads "
-                    f"of {Dk} channels."
-                )
 
 
 def _check_notes(metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError unless these can be shown: they go to the terminal and to model cards."""
+    """Raise ValueError unless these can be printed: they go to the terminal and to model cards."""
     for key, value in metadata.items():
         if not printable(key) or (isinstance(value, str) and not printable(value)):
             raise ValueError(
@@ -214,21 +188,21 @@ def validate(arrays: Mapping[str, mx.array]) -> None:
             axes = "channels, channels" if square else "channels"
             raise ValueError(f"'{name}' is {a.dtype} {a.shape}, not float32 [heads, {axes}].")
         values = np.array(a)
+        low, high = values.min(), values.max()
         if not np.isfinite(values).all():
             raise ValueError(f"'{name}' holds a NaN or an infinity.")
         if square:
             if a.shape[1] != a.shape[2] or not _is_moment(values):
                 raise ValueError(f"'{name}' is not a matrix of second moments.")
-            continue
-        if name.endswith(".mu"):
-            if (most := np.abs(values).max()) > MU_LIMIT:
+        elif name.endswith(".mu"):
+            if (most := max(-low, high)) > MU_LIMIT:
                 raise ValueError(f"'{name}' reaches {most:.3g}, more than any key or value.")
-        elif values.min() <= 0:
-            raise ValueError(f"'{name}' is not positive everywhere (least {values.min():.3g}).")
-        elif values.min() * RATIO_LIMIT < 1 or values.max() > RATIO_LIMIT:
+        elif low <= 0:
+            raise ValueError(f"'{name}' is not positive everywhere (least {low:.3g}).")
+        elif low * RATIO_LIMIT < 1 or high > RATIO_LIMIT:
             raise ValueError(
-                f"'{name}' spans {values.min():.3g} to {values.max():.3g}; scales lie within "
-                f"{1 / RATIO_LIMIT:g} to {RATIO_LIMIT:g}."
+                f"'{name}' spans {low:.3g} to {high:.3g}; scales lie within {1 / RATIO_LIMIT:g} to "
+                f"{RATIO_LIMIT:g}."
             )
 
 

@@ -1,12 +1,13 @@
-"""A calibration of the whole model, cut down to what one rank of a distributed run holds."""
+"""The part of a model's calibration for one rank of a distributed run."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..format.transform import Calibration
+from ..stock import CachePath, Shapes
 from .set import CalibrationSet, LayerCalibration
 
 
@@ -17,31 +18,23 @@ def is_sharded(model: nn.Module) -> bool:
     return any("Sharded" in type(m).__name__ for _, m in model.named_modules())
 
 
-def local(
-    calibration: CalibrationSet,
-    model: nn.Module,
-    shapes: Mapping[tuple[int, ...], tuple[int, int, int]],
-) -> CalibrationSet:
-    """The layers of a pipeline's rank, numbered from 0, and the KV heads of a tensor-parallel
-    rank.
+def _first_layer(model: nn.Module) -> int:
+    return getattr(getattr(model, "model", None), "start_idx", 0) if is_sharded(model) else 0
 
-    Args:
-        calibration (CalibrationSet): Of the whole model.
-        model (nn.Module): What this rank holds.
-        shapes: Path -> (Hkv, Dk, Dv) of its caches.
-    """
+
+def local(calibration: CalibrationSet, model: nn.Module, shapes: Shapes) -> CalibrationSet:
+    """The part of a model's calibration for this rank: the layers of a pipeline's rank, numbered
+    from 0, and the KV heads of a tensor-parallel rank."""
     if not is_sharded(model):
         return calibration
-    rank = mx.distributed.init().rank()
-    first = getattr(getattr(model, "model", None), "start_idx", 0)
+    rank, first = mx.distributed.init().rank(), _first_layer(model)
 
     def heads(c: Calibration, held: int) -> Calibration:
-        cut = {}
-        for name in (f.name for f in fields(c)):
-            a = getattr(c, name)
-            if isinstance(a, mx.array) and a.shape[0] > held and a.shape[0] % held == 0:
-                cut[name] = a[rank * held : (rank + 1) * held]
-        return replace(c, **cut)
+        return replace(c, **{
+            name: a[rank * held : (rank + 1) * held]
+            for name, a in c.arrays().items()
+            if a.shape[0] > held and a.shape[0] % held == 0
+        })  # fmt: skip
 
     layers = {}
     for path, (held, _, _) in shapes.items():
@@ -50,14 +43,14 @@ def local(
     return CalibrationSet(layers, calibration.metadata)
 
 
-def local_paths(policy: Mapping[tuple[int, ...], str], model: nn.Module):
+def local_paths(policy: Mapping[CachePath, str], model: nn.Module) -> dict[CachePath, str]:
     """A policy of the whole model, numbered from this rank's first layer."""
-    first = getattr(getattr(model, "model", None), "start_idx", 0) if is_sharded(model) else 0
+    first = _first_layer(model)
     return {(path[0] - first, *path[1:]): bits for path, bits in policy.items()}
 
 
 def all_ranks(known: bool, model: nn.Module) -> bool:
-    """Whether ``known`` holds on every rank, as what follows if not is done by all together."""
+    """Whether ``known`` holds on every rank; all ranks must take the same way from here."""
     if not is_sharded(model):
         return known
     group = mx.distributed.init()

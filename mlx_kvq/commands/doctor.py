@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     seed = time.time_ns() % 2**32 if args.seed is None else args.seed
     for name, value in machine().items():
         print(f"{name:10} {value}")
-    language = fused.language()
+    language = ops.language()
     if language is None:
         print("backend    reference (no GPU that MLX can use)")
         print("\nNo kernels run on this machine: packed caches work, in plain mx operations.")
@@ -113,7 +113,7 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
     q = mx.random.normal((2, Hq, 1, D)).astype(dtype)
     mx.eval(k, v, q)
     with _on_cpu():
-        rows, tail = plain.quantize_pack_tail(k, v, fmt, None, fmt.recent)
+        rows, tail = plain.quantize_pack(k, v, fmt, None, fmt.recent)
         mx.eval(rows, tail)
 
     def result(op, limit, compare, call):
@@ -124,7 +124,7 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
             return Result(op, name, float("nan"), limit, float("nan"), reason)
 
     def codes():
-        got, kept = fused.quantize_pack_tail(k, v, fmt, None, fmt.recent)
+        got, kept = fused.quantize_pack(k, v, fmt, None, fmt.recent)
         if (off := _relative(kept, tail.astype(mx.float32))) > RELATIVE[dtype]:
             raise RuntimeError(f"the exact tail is off by {off:.1e}")
         kc, vc, *_ = levels.split(got, fmt.layout)
@@ -136,24 +136,24 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
         ]
         return max(_number((d > 0).astype(mx.float32).mean()) for d in apart)
 
-    def attend(q, rows, length):
-        return fused.attend(q, rows, length, fmt, D**-0.5, tail=tail)
+    def attend(q, length):
+        return fused.attend(q, ops.Packed(rows, length, fmt, tail), D**-0.5)
 
     def attention():
         worst = 0.0
         for length in LENGTHS:
-            got = attend(q, rows, length)
+            got = attend(q, length)
             with _on_cpu():
-                wide = q.astype(mx.float32)
-                expected = plain.attend(wide, rows, length, fmt, D**-0.5, tail=tail)
+                held = ops.Packed(rows, length, fmt, tail)
+                expected = plain.attend(q.astype(mx.float32), held, D**-0.5)
                 mx.eval(expected)
             worst = max(worst, _relative(got, expected))
         return worst
 
     def values():
         pairs = zip(
-            fused.dequantize(rows, T, fmt, dtype, tail),
-            plain.dequantize(rows, T, fmt, tail=tail),
+            fused.dequantize(ops.Packed(rows, T, fmt, tail), dtype),
+            plain.dequantize(ops.Packed(rows, T, fmt, tail)),
             strict=True,
         )
         return max(_relative(a, b) for a, b in pairs)
@@ -162,11 +162,14 @@ def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Ite
         "quantize_pack",
         CODES,
         codes,
-        lambda: fused.quantize_pack_tail(k, v, fmt, None, fmt.recent),
+        lambda: fused.quantize_pack(k, v, fmt, None, fmt.recent),
     )
-    yield result("attend", RELATIVE[dtype], attention, lambda: attend(q, rows, T))
+    yield result("attend", RELATIVE[dtype], attention, lambda: attend(q, T))
     yield result(
-        "dequantize", RELATIVE[dtype], values, lambda: fused.dequantize(rows, T, fmt, dtype)
+        "dequantize",
+        RELATIVE[dtype],
+        values,
+        lambda: fused.dequantize(ops.Packed(rows, T, fmt), dtype),
     )
 
 

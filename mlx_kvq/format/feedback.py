@@ -1,4 +1,4 @@
-"""Rounding that makes up for its own errors, weighted by what the queries read.
+"""Rounding that makes up for its own errors, weighted by the queries.
 
 An error e of the stored key y costs ``E[(q̃ · e)²] = eᵀ M e`` with ``M = E[q̃ q̃ᵀ]``. With the
 Cholesky factor ``M = Uᵀ U`` (U upper) the cost is the sum over blocks J of channels of
@@ -6,8 +6,7 @@ Cholesky factor ``M = Uᵀ U`` (U upper) the cost is the sum over blocks J of ch
     | U_JJ (e_J + U_JJ⁻¹ U_JP e_P) |²,        P: the channels after J.
 
 So blocks are rounded from the last to the first, each towards ``y_J + G_JP e_P`` with
-``e = y − ŷ`` and ``G_JP = U_JJ⁻¹ U_JP``. Codes and scales mean what they always mean: nothing
-changes for whoever reads them.
+``e = y − ŷ`` and ``G_JP = U_JJ⁻¹ U_JP``. The meaning of codes and scales stays the same.
 
 The rule is that of GPTQ and LDLQ (Chee et al., arXiv 2307.13304), for a vector at a time.
 """
@@ -22,13 +21,13 @@ if TYPE_CHECKING:
     from .transform import Calibration, Transform
 
 
-BLOCK = 8  # channels rounded at once: 1 is best, 16 keeps two thirds of the gain of 8
+BLOCK = 8  # channels rounded at once; 16 keeps two thirds of the gain
 DAMPING = 0.01  # of the mean of M's diagonal
 WHITENING = 0.5
 
 
 def matrix(keys: "Transform") -> mx.array:
-    """G of one layer's keys, fp32 [Hkv, D, D]; zero but for what lies right of a diagonal block."""
+    """G of one layer's keys, fp32 [Hkv, D, D]; zero but right of the diagonal blocks."""
     c, D = keys.calibration, keys.dim
     # q̃ = A q with A = diag(1/λ) R diag(σ), the transform of the query.
     eye = mx.broadcast_to(mx.eye(D), (1, c.metric.shape[0], D, D))  # type: ignore[union-attr]
@@ -45,8 +44,8 @@ def matrix(keys: "Transform") -> mx.array:
 
 
 def whitened(keys: "Calibration") -> "Calibration":
-    """With feedback the error follows the keys' spread less: σ half-way (geometrically) between
-    the balanced scale and the keys' standard deviation, √E[x²] = σ² √E[q²]."""
+    """With feedback errors follow the keys' spread less: σ is the geometric mean of the balanced
+    scale and the keys' standard deviation, √E[x²] = σ² √E[q²]."""
     if keys.metric is None or keys.sigma is None:
         return keys
     q2 = np.einsum("hdd->hd", np.array(keys.metric, dtype=np.float64))

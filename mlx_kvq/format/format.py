@@ -3,20 +3,49 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
 
 from ..files import quoted
 from . import feedback, rotation
-from .layout import RowLayout, choose_group
+from .layout import MAX_DIM, RowLayout, choose_group
 from .spec import Spec
 from .transform import Calibration, Transform
 
 VERSION = 1  # of the packed row; a saved cache of another version is refused
-MAX_HEAD_SIZE = 4096  # of a saved cache; models have 64 to 576
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What formats have in common that differ in the numbers of a calibration alone: what kernels
+    are compiled for. One object for all of them.
+
+    Args:
+        layout (RowLayout), rotation (str), scale (str), recent (int): Of the format.
+        heads (int, optional): KV heads that it is calibrated for.
+        feedback (bool): Whether keys are rounded with feedback.
+        keys (tuple), values (tuple): Whether there are μ, σ and λ.
+    """
+
+    layout: RowLayout
+    rotation: str
+    scale: str
+    recent: int
+    heads: int | None
+    feedback: bool
+    keys: tuple[bool, bool, bool]
+    values: tuple[bool, bool, bool]
+
+
+_kind = lru_cache(maxsize=None)(Kind)
+
+
+def _present(side: Transform) -> tuple[bool, bool, bool]:
+    c = side.calibration
+    return c.mu is not None, c.sigma is not None, c.lam is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,31 +68,30 @@ class Format:
 
     @cached_property
     def heads(self) -> int | None:
-        """KV heads that it is calibrated for; ``None`` if it is not."""
-        sides = (self.keys.calibration, self.values.calibration)
-        given = (a for c in sides for a in (c.mu, c.sigma, c.lam, c.metric) if a is not None)
-        return next((a.shape[0] for a in given), None)
+        """KV heads of the calibration; ``None`` without one."""
+        return next(iter(_heads(self.keys.calibration, self.values.calibration)), None)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What kernels are compiled for."""
+        sides = _present(self.keys), _present(self.values)
+        spec = self.spec
+        return _kind(
+            self.layout, spec.rotation, spec.scale, spec.recent, self.heads, self._weighted, *sides
+        )
 
     @cached_property
     def signature(self) -> str:
-        """Identifies what a cache holds, how new rows are made and the length of the tail: two
-        caches may be mixed only if these are equal."""
-        lay = self.layout
-        parts = [
-            f"mlx_kvq/{VERSION}",
-            f"{self.spec.bits}-{self.spec.rotation}",
-            f"scale={self.spec.scale}",
-            f"seed={self.spec.seed}",
-            f"dims={lay.k_dim},{lay.v_dim}",
-            f"groups={lay.k_group},{lay.v_group}",
-        ]
-        if self.recent:
-            parts.append(f"recent={self.recent}")
-        if self._weighted:
-            parts.append(f"rounding={self.spec.rounding}")
-        if self._digest:
-            parts.append(f"calibration={self._digest}")
-        return ";".join(parts)
+        """Identifies the content of a cache, how new rows are made and the length of the tail. Only
+        caches with equal signatures may be mixed."""
+        lay, spec = self.layout, self.spec
+        text = (
+            f"mlx_kvq/{VERSION};{spec.bits}-{spec.rotation};scale={spec.scale};seed={spec.seed};"
+            f"dims={lay.k_dim},{lay.v_dim};groups={lay.k_group},{lay.v_group}"
+        )
+        rounding = spec.rounding if self._weighted else ""
+        more = {"recent": self.recent, "rounding": rounding, "calibration": self._digest}
+        return text + "".join(f";{name}={value}" for name, value in more.items() if value)
 
     @cached_property
     def arrays(self) -> tuple[mx.array | None, ...] | None:
@@ -76,34 +104,38 @@ class Format:
 
     @property
     def _weighted(self) -> bool:
-        """Whether the codes of keys are chosen by the metric of the calibration."""
+        """Whether the metric of the calibration chooses the codes of keys."""
         feedback = self.spec.rounding == "feedback" and self.layout.k_bits == 4
         return feedback and self.keys.calibration.metric is not None
 
     @cached_property
     def feedback(self) -> mx.array | None:
-        """What the rounding of keys makes up for (``mlx_kvq.format.feedback``), fp32 [Hkv, Dk, Dk];
-        ``None`` where each channel goes to its nearest level."""
+        """The matrix of ``mlx_kvq.format.feedback`` for keys, fp32 [Hkv, Dk, Dk]; ``None`` where
+        each channel goes to its nearest level."""
         return feedback.matrix(self.keys) if self._weighted else None
 
     def differences(self, wanted: "Format") -> str:
-        """What this one has and ``wanted`` has otherwise, option by option; empty if nothing."""
-        found = []
-        for name, a, b in zip(_OPTIONS, self._options(), wanted._options(), strict=True):
-            if a != b:
-                found.append(f"{name} {a}, asked for {b}")
+        """The options with other values than in ``wanted``, in words; empty if there is none."""
+        found = [
+            f"{name} {own}, asked for {wanted._options[name]}"
+            for name, own in self._options.items()
+            if own != wanted._options[name]
+        ]
         if self._digest and wanted._digest and self._digest != wanted._digest:
             found.append("another calibration")
         return "; ".join(found)
 
-    def _options(self) -> tuple:
-        """What a signature says, in the order of ``_OPTIONS``."""
+    @cached_property
+    def _options(self) -> dict[str, object]:
+        """The content of the signature, in a user's words."""
         lay, spec = self.layout, self.spec
-        sizes = (_one_or_two(lay.k_dim, lay.v_dim), _one_or_two(lay.k_group, lay.v_group))
-        rounding = spec.rounding if self._weighted else "nearest"
-        calibration = "on" if self._digest else "off"
-        parts = (spec.bits, spec.rotation, spec.scale, spec.seed, *sizes, self.recent)
-        return (*parts, rounding, calibration)
+        return {
+            "bits": spec.bits, "rotation": spec.rotation, "scale": spec.scale, "seed": spec.seed,
+            "head size": _one_or_two(lay.k_dim, lay.v_dim),
+            "group_size": _one_or_two(lay.k_group, lay.v_group), "recent": self.recent,
+            "rounding": spec.rounding if self._weighted else "nearest",
+            "calibration": "on" if self._digest else "off",
+        }  # fmt: skip
 
     @cached_property
     def _digest(self) -> str:
@@ -119,22 +151,17 @@ class Format:
         return self  # immutable, and shared by every cache of a layer
 
 
-_OPTIONS = (
-    "bits", "rotation", "scale", "seed", "head size", "group_size", "recent", "rounding",
-    "calibration",
-)  # fmt: skip
-
-
 def _one_or_two(keys: int, values: int) -> str:
     return str(keys) if keys == values else f"{keys} and {values}"
 
 
-def _fitting(side: str, calibration: Calibration | None, D: int) -> Calibration | None:
+def _heads(*calibrations: Calibration) -> set[int]:
+    return {a.shape[0] for c in calibrations for a in c.arrays().values()}
+
+
+def _fitting(side: str, calibration: Calibration | None, D: int) -> Calibration:
     """The calibration in fp32, if its arrays are [Hkv, D] (the metric [Hkv, D, D])."""
-    if calibration is None:
-        return None
-    given = {f.name: getattr(calibration, f.name) for f in fields(calibration)}
-    given = {name: a for name, a in given.items() if a is not None}
+    given = {} if calibration is None else calibration.arrays()
     heads = {a.shape[0] for a in given.values() if a.ndim}
     for name, a in given.items():
         want = (D, D) if name == "metric" else (D,)
@@ -159,15 +186,9 @@ def make_format(
     keys: Calibration | None = None,
     values: Calibration | None = None,
 ) -> Format:
-    """The :class:`Format` of ``spec`` for a layer with these head sizes.
-
-    ``k_group`` and ``v_group`` default to what ``spec`` says. ``keys`` and ``values`` are taken
-    in fp32 whatever their dtype.
-
-    Raises:
-        ValueError: If the head sizes cannot be packed with this spec, or a calibration is not of
-            this head size, or the two are of different numbers of heads; the message says why.
-    """
+    """The :class:`Format` of ``spec`` for a layer with these head sizes. Groups default to the
+    spec's, calibrations are taken in fp32, and formats without one are shared. Raises ValueError if
+    this spec cannot pack the head sizes, or a calibration does not fit them or the other one."""
     if not isinstance(spec, Spec):
         raise ValueError(f"A spec is a Spec, as Spec.parse returns, got {spec!r}.")
     v_dim = k_dim if v_dim is None else v_dim
@@ -176,38 +197,30 @@ def make_format(
             raise ValueError(reason)
     k_group = choose_group(k_dim, spec.group_size if k_group is None else k_group)
     v_group = choose_group(v_dim, spec.group_size if v_group is None else v_group)
-    key = (spec, k_dim, v_dim, k_group, v_group)
-    shared = keys is None and values is None
-    if shared and key in _shared:
+    keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
+    heads, key = _heads(keys, values), (spec, k_dim, v_dim, k_group, v_group)
+    if not heads and key in _shared:
         return _shared[key]
     layout = RowLayout(k_dim, v_dim, spec.k_bits, spec.v_bits, k_group, v_group)
-    keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
-    counts = {
-        a.shape[0]
-        for c in (keys, values)
-        if c is not None
-        for a in (c.mu, c.sigma, c.lam, c.metric)
-        if a is not None
-    }
-    if len(counts) > 1:
+    if len(heads) > 1:
         raise ValueError(
-            f"The calibrations of keys and values are of {' and '.join(map(str, sorted(counts)))} "
+            f"The calibrations of keys and values are of {' and '.join(map(str, sorted(heads)))} "
             "KV heads; a layer has one number of them."
         )
-    if spec.rounding == "feedback" and keys is not None and spec.k_bits == 4:
+    if spec.rounding == "feedback" and spec.k_bits == 4:
         keys = feedback.whitened(keys)
     fmt = Format(
         spec,
         layout,
-        Transform(spec.rotation, spec.seed, rotation.KEYS, k_dim, keys or Calibration()),
-        Transform(spec.rotation, spec.seed, rotation.VALUES, v_dim, values or Calibration()),
+        Transform(spec.rotation, spec.seed, rotation.KEYS, k_dim, keys),
+        Transform(spec.rotation, spec.seed, rotation.VALUES, v_dim, values),
     )
-    if shared:
+    if not heads:
         _shared[key] = fmt
     return fmt
 
 
-_LONGEST = 300  # characters of a signature; every number in one is shorter than that
+_LONGEST = 300  # characters of a signature; bounds every number in it
 _SIGNATURE = re.compile(
     r"mlx_kvq/([0-9]+);([a-z0-9-]+);scale=([a-z]+);seed=([0-9]+);dims=([0-9]+),([0-9]+)"
     r";groups=([0-9]+),([0-9]+)(?:;recent=([0-9]+))?(?:;rounding=([a-z]+))?"
@@ -216,12 +229,9 @@ _SIGNATURE = re.compile(
 
 
 def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = None) -> Format:
-    """The format that a saved cache's signature and calibration describe.
-
-    Raises:
-        ValueError: If the signature is not one, is of another version, names a number out of
-            range, or does not fit ``arrays``.
-    """
+    """The format that a saved cache's signature and calibration describe. Raises ValueError if the
+    signature is not one, is of another version, names a number out of range, or does not fit
+    ``arrays``."""
     match = None
     if isinstance(signature, str) and len(signature) <= _LONGEST:
         match = _SIGNATURE.fullmatch(signature)
@@ -233,42 +243,41 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
             f"The cache was written in format version {version}; this mlx_kvq reads {VERSION}."
         )
     k_dim, v_dim, k_group, v_group = map(int, sizes)
-    if max(k_dim, v_dim, k_group, v_group) > MAX_HEAD_SIZE:
+    if max(k_dim, v_dim, k_group, v_group) > MAX_DIM:
         raise ValueError(
             f"The cache is said to have head sizes {k_dim} and {v_dim} in groups of {k_group} and "
-            f"{v_group}; mlx_kvq reads sizes up to {MAX_HEAD_SIZE}."
+            f"{v_group}; mlx_kvq reads sizes up to {MAX_DIM}."
         )
     spec = Spec.parse(
         f"{name}:scale={scale},seed={seed},recent={recent or 0},rounding={rounding or 'nearest'}"
     )
-    if spec is None:
-        raise ValueError(f"{signature!r} is not the signature of an mlx_kvq cache.")
-    damaged = (
+    assert spec is not None  # fp16 takes no options
+    damaged = ValueError(
         f"The cache's calibration does not belong to its signature {signature!r}: the file is "
         "damaged."
     )
-    k = v = None
-    if arrays is not None:
-        try:
-            mu, sigma, lam, *of_values = arrays[:6]
-            names = [] if rounding is None else ["metric"]
-            metric = dict(zip(names, arrays[6:], strict=True))
-            k = _fitting("keys", Calibration(mu, sigma, lam, **metric), k_dim)
-            v = _fitting("values", Calibration(*of_values), v_dim)
-        except (TypeError, ValueError) as error:
-            raise ValueError(damaged) from error
-    # With `nearest`: σ was saved as `feedback` had changed it, which is done once.
-    fmt = make_format(
-        replace(spec, rounding="nearest"),
-        k_dim,
-        v_dim,
-        k_group=k_group,
-        v_group=v_group,
-        keys=k,
-        values=v,
-    )
+    try:
+        keys, values = _calibrations(arrays, rounding is not None)
+        keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
+    except (TypeError, ValueError) as error:
+        raise damaged from error
+    # With `nearest`: the saved σ is the one that `feedback` has changed, once.
+    nearest = replace(spec, rounding="nearest")
+    groups = {"k_group": k_group, "v_group": v_group}
+    fmt = make_format(nearest, k_dim, v_dim, **groups, keys=keys, values=values)
     if rounding is not None:
         fmt = replace(fmt, spec=spec)
     if fmt.signature != signature:
-        raise ValueError(damaged)
+        raise damaged
     return fmt
+
+
+def _calibrations(
+    arrays: Sequence[mx.array | None] | None, metric: bool
+) -> tuple[Calibration, Calibration]:
+    """Keys' and values' part of :attr:`Format.arrays`."""
+    if arrays is None:
+        return Calibration(), Calibration()
+    if len(arrays) != 6 + metric:
+        raise ValueError(f"{len(arrays)} arrays")
+    return Calibration(*arrays[:3], *arrays[6:]), Calibration(*arrays[3:6])

@@ -1,4 +1,4 @@
-"""The packed row: everything the cache keeps for one token and one KV head.
+"""The packed row: the codes and scales of one token and one KV head.
 
 ``W`` uint32 words, in this order::
 
@@ -19,22 +19,13 @@ MAX_DIM = 4096  # of a head: ten times the largest of a known model
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the parts of a row are, in uint32 words.
+    """The parts of a row, in uint32 words. Raises ValueError if a row cannot be laid out so."""
 
-    Args:
-        k_dim (int), v_dim (int): Head sizes of keys and values, multiples of 8.
-        k_bits (int), v_bits (int): 4 or 8.
-        k_group (int), v_group (int): Channels that share a scale.
-
-    Raises:
-        ValueError: If a row cannot be laid out so.
-    """
-
-    k_dim: int
+    k_dim: int  # head size, a multiple of 8
     v_dim: int
-    k_bits: int
+    k_bits: int  # 4 or 8
     v_bits: int
-    k_group: int
+    k_group: int  # channels that share a scale
     v_group: int
 
     def __post_init__(self):
@@ -78,8 +69,8 @@ class RowLayout:
 
 
 def tail_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """Dtype of the exact tail of keys and values in ``dtype``: a rotated vector is up to √D times
-    as large as its largest channel, which is too large for fp16."""
+    """Dtype of the exact tail for keys and values in ``dtype``. A rotated vector can be √D times as
+    large as its largest channel: too large for fp16."""
     return mx.float32 if dtype == mx.float16 else dtype
 
 
@@ -90,11 +81,8 @@ def check_dim(D: int) -> None:
 
 
 def choose_group(D: int, group_size: int | None) -> int:
-    """The group size for head size D: as asked, or 32, or the next divisor above 32.
-
-    Raises:
-        ValueError: If D cannot be packed, or the asked group size does not divide it.
-    """
+    """The group size for head size D: as asked, or 32, or the next divisor above 32. Raises
+    ValueError if D cannot be packed, or the asked group size does not divide it."""
     check_dim(D)
     if group_size is None:
         return next((g for g in range(32, D, 8) if D % g == 0), D)

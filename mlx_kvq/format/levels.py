@@ -17,13 +17,12 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
         y (mx.array): fp32 [..., D].
         bits (int): 4 or 8.
         group (int): Channels that share a scale.
-        rule (str): ``"search"``, ``"absmax"`` or ``"paper"``; at 8 bits clipping never pays, so
-            ``"search"`` is ``"absmax"``.
+        rule (str): ``"search"``, ``"absmax"`` or ``"paper"``; at 8 bits ``"search"`` is
+            ``"absmax"``, as clipping never pays there.
 
     Returns:
-        Codes uint32 [..., D] and scales fp16 [..., D / group]. A group that holds a NaN or an
-        infinity gets a NaN scale, so the damage shows as it would in fp16. A finite group whose
-        scale would overflow fp16 saturates.
+        Codes uint32 [..., D] and scales fp16 [..., D / group]. A group with a NaN or an infinity
+        gets a NaN scale; a finite scale that would overflow fp16 saturates.
     """
     y = y.reshape(*y.shape[:-1], -1, group)  # [..., G, g]
     damage = (y * 0).sum(axis=-1, keepdims=True)  # 0 or NaN
@@ -35,10 +34,11 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
 
 
 def tried(group: int) -> tuple[float, float]:
-    """Fractions of the abs-max scale that are tried for groups of this size. Chosen by the angle
-    and stored with the length they are as good as three by squared error (docs/quality.md), and
-    the first of them finds the codes of what was quantized before."""
-    return (1.0, 0.94) if group <= 32 else (0.96, 0.89) if group <= 64 else (0.93, 0.86)
+    """Fractions of the abs-max scale that are tried for groups of this size (docs/quality.md). The
+    first of them finds the codes of vectors that were quantized before."""
+    if group <= 32:
+        return 1.0, 0.94
+    return (0.96, 0.89) if group <= 64 else (0.93, 0.86)
 
 
 def _to_half(s: mx.array) -> mx.array:
@@ -46,15 +46,15 @@ def _to_half(s: mx.array) -> mx.array:
 
 
 def _covering(top: mx.array, levels: float) -> mx.array:
-    """The fp16 scale of which ``levels`` reach ``top``. Up to a multiple of fp16's smallest number:
-    rounded down, the smallest scales would clip the largest channel by a third."""
+    """The fp16 scale of which ``levels`` reach ``top``, rounded up: rounded down, the smallest
+    scales would clip the largest channel by a third."""
     scale = mx.ceil(top * (1 / levels / _LEAST)) * _LEAST
     return mx.where(top >= _LEAST, _to_half(scale), 0.0)
 
 
 def _step(y: mx.array, bits: int, rule: str) -> mx.array:
-    """The scale that groups [..., g] are rounded by, fp32 [..., 1]. If it is searched, another one
-    is stored (:func:`_stored`), so it need not be a number of fp16."""
+    """The scale that rounds groups [..., g], fp32 [..., 1]. A searched one need not be a number of
+    fp16: :func:`_stored` replaces it."""
     middle = 1 << (bits - 1)
     top = mx.abs(y).max(axis=-1, keepdims=True)
     if rule == "paper":
@@ -82,8 +82,8 @@ def _codes(y: mx.array, step: mx.array, bits: int, rule: str) -> mx.array:
 
 
 def _stored(y: mx.array, codes: mx.array, step: mx.array, bits: int, rule: str) -> mx.array:
-    """The scale that is stored with the codes of groups [..., g]: it gives them the length of y
-    back where steps were searched."""
+    """The scale that is stored with the codes of groups [..., g]. For a searched step it gives the
+    decoded group the length of y."""
     if rule != "search" or bits == 8:
         return step
     levels = mx.square(codes - zero_code(bits, rule)).sum(axis=-1, keepdims=True)
@@ -94,13 +94,9 @@ def _stored(y: mx.array, codes: mx.array, step: mx.array, bits: int, rule: str) 
 def quantize_with_feedback(
     y: mx.array, bits: int, group: int, rule: str, G: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """As :func:`quantize`, but blocks of channels are rounded one after the other, the last
-    first, each making up for the errors so far (:mod:`mlx_kvq.format.feedback`).
-
-    Args:
-        y (mx.array): fp32 [B, H, L, D].
-        G (mx.array): fp32 [H, D, D].
-    """
+    """:func:`quantize` for y fp32 [B, H, L, D] with the error feedback of G fp32 [H, D, D]
+    (:mod:`mlx_kvq.format.feedback`): blocks of channels are rounded from the last to the first,
+    each making up for the errors so far."""
     D, block = y.shape[-1], feedback.BLOCK
     middle = zero_code(bits, rule)
     codes: list[mx.array] = []

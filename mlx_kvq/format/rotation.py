@@ -32,11 +32,8 @@ def splitmix64(seed: int, stream: int) -> Iterator[int]:
 
 
 def signs(seed: int, stream: int, D: int) -> np.ndarray:
-    """D random signs (float64, ±1).
-
-    Raises:
-        ValueError: If the seed, the stream or D is no number of its range.
-    """
+    """D random signs (float64, ±1). Raises ValueError if the seed, the stream or D is no number of
+    its range."""
     _check_number("A seed", seed, 0, _MASK)
     _check_number("A stream", stream, 0, 1)
     _check_number("A head size", D, 0, _MOST)
@@ -98,16 +95,13 @@ _MATRICES: dict[str, Callable[[int, int, int], np.ndarray]] = {
     "householder": lambda seed, stream, D: dense.householder(splitmix64(seed, stream), D),
     "quaternion": lambda seed, stream, D: dense.quaternion(splitmix64(seed, stream), D),
 }
-NAMES = ("srft", "srht", "none")  # what errors list; dense ones are for evaluation
+NAMES = ("srft", "srht", "none")  # in errors; dense ones are for evaluation
 
 
 @lru_cache(maxsize=64)
 def matrix(rotation: str, seed: int, stream: int, D: int) -> mx.array | None:
-    """R as an fp32 array [D, D] with ``y = x @ R.T``; ``None`` for the identity.
-
-    Raises:
-        ValueError: If there is no such rotation of head size D.
-    """
+    """R as an fp32 array [D, D] with ``y = x @ R.T``; ``None`` for the identity. Raises ValueError
+    if there is no such rotation of head size D."""
     _check(rotation, D)
     if rotation == "none":
         return None
@@ -118,7 +112,7 @@ def matrix(rotation: str, seed: int, stream: int, D: int) -> mx.array | None:
 
 @lru_cache(maxsize=64)
 def _weights(seed: int, stream: int, D: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Signs, and what makes MLX's transforms orthonormal, forth and back; fp32 [D]."""
+    """Signs, and the factors that make MLX's transform and its inverse orthonormal; fp32 [D]."""
     _check("srft", D)
     scale = np.full(D, np.sqrt(2 / D))
     scale[:2] = np.sqrt(1 / D)

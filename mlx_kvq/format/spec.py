@@ -10,26 +10,12 @@ from dataclasses import dataclass
 
 # name -> (bits of a key, bits of a value)
 BITS = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4)}
-ROTATIONS = {
-    "srft": "randomized signs, then a real FFT; every even head size",
-    "srht": "randomized signs, then a Hadamard transform; head sizes that are powers of two",
-    "none": "no rotation",
-}
+ROTATIONS = ("srft", "srht", "none")
 # Accepted, but in no list of caches: slow, and no better (``format.dense``).
 DENSE = ("householder", "quaternion")
-SCALES = {
-    "search": "the better of two scales by angle; the one that is stored keeps the length",
-    "absmax": "the largest magnitude maps to the outermost of the 2^bits half-step levels",
-    "paper": "arXiv 2605.05699: an odd number of levels around zero",
-}
-CALIBRATE = {
-    "auto": "with the calibration given, or one made from a built-in text when there is none",
-    "off": "never: μ = 0, σ = 1, the paper's plain path",
-}
-ROUNDINGS = {
-    "nearest": "every channel to its nearest level",
-    "feedback": "a channel makes up for the errors before it, weighted by what queries read",
-}
+SCALES = ("search", "absmax", "paper")
+CALIBRATE = ("auto", "off")
+ROUNDINGS = ("nearest", "feedback")
 OPTIONS = (
     "group_size", "seed", "scale", "calibrate", "skip", "high", "budget", "rounding", "recent",
 )  # fmt: skip
@@ -43,21 +29,23 @@ class Spec:
 
     Args:
         bits (str): ``"int4"``, ``"int8"`` or ``"k8v4"`` (8-bit keys, 4-bit values).
-        rotation (str): One of ``ROTATIONS``: ``"srft"``, ``"srht"`` or ``"none"``; or of ``DENSE``.
+        rotation (str): Random signs and a real FFT, ``"srft"``, for even head sizes, or a Hadamard
+            transform, ``"srht"``, for powers of two; ``"none"``; or one of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
             the head size. ``None`` takes 32, or the next such divisor above 32.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
-        scale (str): ``"search"``, ``"absmax"`` or ``"paper"``.
-        calibrate (str): ``"auto"`` or ``"off"``.
+        scale (str): ``"search"``: the better of two by angle; ``"absmax"``: the largest magnitude
+            maps to the outermost level; ``"paper"``: an odd number of levels around zero.
+        calibrate (str): ``"auto"``: with the calibration given, or an automatic one; ``"off"``.
         skip (tuple): Layers that keep the model's own cache: numbers, ``"first"``, ``"last"``,
             counted among the layers that can be packed. ``skip=first+last`` in a string.
         high (tuple): Layers kept in 8 bits, likewise.
-        budget (float, optional): Bits per value, scales included, that may be spent on average;
-            what is left over goes to the layers whose error costs most (``mlx_kvq.model.budget``).
-        rounding (str): ``"nearest"`` or ``"feedback"`` (``format.feedback``): how codes of keys
-            are chosen when written; what is stored is read in the same way.
-        recent (int): Tokens before a query, its own included, that it reads as they are, 0 to
-            1024: an exact tail of a few tokens beside the packed rows.
+        budget (float, optional): Bits per value on average, scales included; the layers with the
+            largest error get more than the others (``mlx_kvq.model.bits``).
+        rounding (str): Of keys when written: to the ``"nearest"`` level, or with ``"feedback"``
+            from the errors of other channels (``format.feedback``).
+        recent (int): Newest tokens of a query, its own included, that are also kept unrounded and
+            read from there, 0 to 1024.
 
     Raises:
         ValueError: If a value is unknown or out of range; the message lists what is accepted.
@@ -105,33 +93,19 @@ class Spec:
 
     @property
     def k_bits(self) -> int:
+        """Bits of a key's codes."""
         return BITS[self.bits][0]
 
     @property
     def v_bits(self) -> int:
+        """Bits of a value's codes."""
         return BITS[self.bits][1]
 
     def __str__(self) -> str:
-        options = []
-        if self.group_size is not None:
-            options.append(f"group_size={self.group_size}")
-        if self.seed != 0:
-            options.append(f"seed={self.seed}")
-        if self.scale != "search":
-            options.append(f"scale={self.scale}")
-        if self.calibrate != "auto":
-            options.append(f"calibrate={self.calibrate}")
-        for name in ("skip", "high"):
-            if layers := getattr(self, name):
-                options.append(f"{name}={'+'.join(map(str, layers))}")
-        if self.budget is not None:
-            options.append(f"budget={str(float(self.budget)).removesuffix('.0')}")
-        if self.rounding != "nearest":
-            options.append(f"rounding={self.rounding}")
-        if self.recent != 16:
-            options.append(f"recent={self.recent}")
+        values = {option: getattr(self, option) for option in OPTIONS}
+        given = [f"{o}={_text(v)}" for o, v in values.items() if v != getattr(Spec, o)]
         name = f"{self.bits}-{self.rotation}"
-        return f"{name}:{','.join(options)}" if options else name
+        return f"{name}:{','.join(given)}" if given else name
 
     @classmethod
     def parse(cls, text: "str | Spec") -> "Spec | None":
@@ -196,6 +170,12 @@ def _typed(key: str, value: str):
         parts = (part.strip() for part in value.split("+"))
         return tuple(int(part) if part.isdecimal() else part for part in parts)
     return value
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
+    return str(value).removesuffix(".0")
 
 
 def _unknown(kind: str, given, known: Iterable[str]) -> str:

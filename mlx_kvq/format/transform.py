@@ -1,6 +1,6 @@
 """A layer's transform between vectors and what is stored of them: μ, σ, λ and the rotation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import mlx.core as mx
@@ -21,6 +21,11 @@ class Calibration:
     # E[q qᵀ], [Hkv, D, D]: not part of the transform, used to choose codes (format.feedback).
     metric: mx.array | None = None
 
+    def arrays(self) -> dict[str, mx.array]:
+        """The arrays that are not None, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: a for name, a in named.items() if a is not None}
+
 
 @dataclass(frozen=True, eq=False)
 class Transform:
@@ -39,36 +44,24 @@ class Transform:
     def forward(self, x: mx.array) -> mx.array:
         """x [B, H, L, D] in any float dtype -> y = λ ⊙ R((x − μ) ⊘ σ), fp32."""
         c = self.calibration
-        x = x.astype(mx.float32)
-        if c.mu is not None:
-            x = x - c.mu[:, None]
-        if c.sigma is not None:
-            x = x / c.sigma[:, None]
-        x = self._rotate(x)
-        return x if c.lam is None else x * c.lam[:, None]
+        x = _per_kv_head(mx.subtract, x.astype(mx.float32), c.mu)
+        return _per_kv_head(mx.multiply, self._rotate(_per_kv_head(mx.divide, x, c.sigma)), c.lam)
 
     def query(self, q: mx.array) -> mx.array:
         """q [B, Hq, L, D] -> q̃ = R(q ⊙ σ) ⊘ λ, fp32, so that q̃ · ŷ is the logit."""
         c = self.calibration
-        q = q.astype(mx.float32)
-        if c.sigma is not None:
-            q = _per_kv_head(q, c.sigma, mx.multiply)
-        q = self._rotate(q)
-        return q if c.lam is None else _per_kv_head(q, c.lam, mx.divide)
+        q = _per_kv_head(mx.multiply, q.astype(mx.float32), c.sigma)
+        return _per_kv_head(mx.divide, self._rotate(q), c.lam)
 
     def output(self, o: mx.array) -> mx.array:
         """o [B, Hq, L, D] = Σ p ŷ -> (Rᵀ(o ⊘ λ)) ⊙ σ + μ, fp32."""
         c = self.calibration
-        o = o.astype(mx.float32)
-        if c.lam is not None:
-            o = _per_kv_head(o, c.lam, mx.divide)
+        o = _per_kv_head(mx.divide, o.astype(mx.float32), c.lam)
         if self._fast:
             o = rotation.srft_inverse(o, self.seed, self.stream)
         elif self.matrix is not None:
             o = o @ self.matrix
-        if c.sigma is not None:
-            o = _per_kv_head(o, c.sigma, mx.multiply)
-        return o if c.mu is None else _per_kv_head(o, c.mu, mx.add)
+        return _per_kv_head(mx.add, _per_kv_head(mx.multiply, o, c.sigma), c.mu)
 
     @property
     def _fast(self) -> bool:
@@ -80,9 +73,12 @@ class Transform:
         return x if self.matrix is None else x @ self.matrix.T
 
 
-def _per_kv_head(x: mx.array, c: mx.array, op) -> mx.array:
-    """Apply ``op`` between x [B, Hq, L, D] and c [Hkv, D]; heads of a group share a row of c."""
-    B, Hq, L, D = x.shape
-    Hkv = c.shape[0]
-    x = op(x.reshape(B, Hkv, Hq // Hkv, L, D), c[:, None, None])
-    return x.reshape(B, Hq, L, D)
+def _per_kv_head(op, x: mx.array, c: mx.array | None) -> mx.array:
+    """``op`` of x [B, H, L, D] and c [Hkv, D]; heads of a group share a row of c, ``None`` is
+    neutral."""
+    if c is None:
+        return x
+    B, H, L, D = x.shape
+    if c.shape[0] == H:
+        return op(x, c[:, None])
+    return op(x.reshape(B, c.shape[0], -1, L, D), c[:, None, None]).reshape(B, H, L, D)

@@ -1,43 +1,73 @@
-"""What packed caches are compared with: the model's own cache, rounded to 16 bits, or mlx-lm's
-affine ``kv_bits``; and what a token takes in any of them."""
+"""The kinds of caches that are compared: the model's own, that one rounded to 16 bits, mlx-lm's
+affine ``kv_bits`` and packed ones; and the bytes of a token in each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
+from ..calibration import automatic
 from ..calibration.set import CalibrationSet
+from ..files import line
 from ..format.spec import OFF, Spec
-from ..model.enable import enable, make_prompt_cache
-from ..stock import leaves
+from ..model.plan import make_plan
+from ..model.report import log
+from ..stock import PACKABLE, leaves, own_caches
 
+PLAIN = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 KV_BITS = {"kv4": 4, "kv8": 8}  # mlx-lm's --kv-bits, from the first token on
-KV_GROUP = 64  # and its default group size
+KV_GROUP = 64  # mlx-lm's default group size
+PADDING = 8  # sequences of a batch are up to so many tokens shorter than the longest
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A kind of cache for one model.
+@dataclass
+class Contender:
+    """A kind of cache."""
 
-    Args:
-        name (str): ``"fp16"``, ``"kv4"``, ``"kv8"`` or a spec string.
-        make: Makes the caches of one conversation.
-        note (str): What should be said beside its figures; may be empty.
-    """
+    name: str  # "fp16", "kv4", "kv8" or a spec string
+    make: Callable[[], list]  # empty caches of one sequence
+    note: str = ""  # to be printed beside its figures
+    merges: bool = True  # a batch is in merged caches
+    model: Any = None  # of these caches
 
-    name: str
-    make: Callable[[], list]
-    note: str = ""
+    def batch(self, B: int) -> list:
+        """Empty caches of ``B`` sequences: those of mlx-lm's ``BatchGenerator``. Caches that mlx-lm
+        does not merge, as a ``QuantizedKVCache``, hold the sequences themselves."""
+        caches = self.make()
+        if B == 1 or not self.merges or not all(hasattr(c, "merge") for c in caches):
+            return caches
+        others = [self.make() for _ in range(B - 1)]
+        return [c.merge([c, *rest]) for c, *rest in zip(caches, *others, strict=True)]
+
+
+@contextmanager
+def padded(caches: list, B: int, L: int) -> Iterator[None]:
+    """Around reading ``B`` prompts of up to ``L`` tokens: padding as in ``BatchGenerator``."""
+    padding = [b % min(PADDING, L) if L else 0 for b in range(B)]
+    if max(padding) == 0 or not all(hasattr(c, "prepare") for c in caches):
+        yield
+        return
+    for c in caches:
+        c.prepare(lengths=[L - p for p in padding], right_padding=padding)
+    yield
+    for c in caches:
+        c.finalize()
+    mx.eval([c.state for c in caches])
+
+
+def affine(cache: stock.KVCache, name: str) -> stock.QuantizedKVCache:
+    """mlx-lm's quantized cache in place of a growing one."""
+    return cache.to_quantized(group_size=KV_GROUP, bits=KV_BITS[name])
 
 
 def check_name(name: str | Spec) -> None:
-    """
-    Raises:
-        ValueError: If ``name`` is neither a baseline's nor a spec; the message lists both.
-    """
+    """Raise ValueError if ``name`` is neither a baseline's nor a spec; the message lists both."""
     if name in KV_BITS:
         return
     try:
@@ -53,41 +83,46 @@ def candidate(
     calibration: CalibrationSet | None = None,
     tokenizer=None,
     verbose: bool = False,
-) -> Candidate:
-    """The cache of this name for this model; the rest is as for :func:`mlx_kvq.enable`, but a
-    spec with ``calibrate=off`` goes without ``calibration``.
-
-    Raises:
-        ValueError: If the name is unknown or the model cannot have this cache.
-    """
+) -> Contender:
+    """The cache of this name for this model; the rest is as for :func:`mlx_kvq.enable`, but a spec
+    with ``calibrate=off`` goes without ``calibration``. Layers that are not packed keep 16 bits,
+    also in a model that computes in fp32. Raises ValueError if the name is unknown or the model
+    cannot have this cache."""
     check_name(name)
+    kept = dtype(model)
     if name in KV_BITS:
-        return _affine(model, str(name))
-    if str(name).strip() == OFF:
-        return _sixteen_bits(model)
-    spec = Spec.parse(name)
-    given = None if spec is None or spec.calibrate == "off" else calibration
-    before = vars(model).get("make_cache")
-    try:
-        report = enable(model, name, calibration=given, tokenizer=tokenizer, verbose=verbose)
-        make = model.make_cache
-    finally:
-        if before is not None:
-            model.make_cache = before
-        else:
-            vars(model).pop("make_cache", None)
-    note = "" if report is None or not report.left else str(report).partition("; ")[2]
-    return Candidate(str(name), _with_rest_rounded(model, make), note)
+        contender = _affine(model, str(name))
+    elif (spec := Spec.parse(name)) is None:
+        note = "" if kept == mx.float32 else f"the model's own {_name(kept)}"
+        contender = Contender(OFF, own(model).make, note)
+    else:
+        calibration = None if spec.calibrate == "off" else calibration
+        contender = packed(model, spec, calibration, tokenizer, verbose)
+        contender.name = str(name)
+    if kept == mx.float32:
+        contender.make = partial(_with_rest_rounded, contender.make)
+    return contender
 
 
-def own(model: nn.Module) -> Candidate:
-    """The model's own cache in the model's own dtype, whatever is enabled."""
-    return Candidate(f"own ({_name(dtype(model))})", lambda: make_prompt_cache(model, OFF))
+def own(model: nn.Module) -> Contender:
+    """The own cache of a model, enabled or not, in the model's own dtype."""
+    return Contender(f"own ({_name(dtype(model))})", lambda: own_caches(model), model=model)
+
+
+def packed(
+    model: nn.Module, spec: Spec, calibration=None, tokenizer=None, verbose: bool = False
+) -> Contender:
+    """The packed cache of a spec, as :func:`mlx_kvq.enable` makes it."""
+    say = log if verbose else automatic.silent
+    packing, report = make_plan(model, spec, calibration, tokenizer, say)
+    say(str(report))
+    note = str(report).partition("; ")[2] if report.left else ""
+    return Contender(str(spec), packing, note, model=model)
 
 
 def dtype(model: nn.Module) -> mx.Dtype:
     """The dtype of the keys and values that the model computes."""
-    caches = make_prompt_cache(model, OFF)
+    caches = own_caches(model)
     model(mx.array([[0]]), cache=caches)  # builds the graph, evaluates nothing
     kept = [a for _, c in leaves(caches) for a in _token_arrays(c)]
     return kept[0].dtype if kept else mx.float32
@@ -97,82 +132,58 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _sixteen_bits(model: nn.Module) -> Candidate:
-    kept = dtype(model)
-    note = "" if kept == mx.float32 else f"the model's own {_name(kept)}"
-    return Candidate(OFF, _with_rest_rounded(model, own(model).make), note)
+def _with_rest_rounded(make: Callable[[], list]) -> list:
+    """Caches of which plain ones round to fp16."""
+    caches = make()
+    for _, cache in leaves(caches):
+        if type(cache) in PACKABLE:
+            cache.update_and_fetch = partial(_round, cache.update_and_fetch)
+    return caches
 
 
-def _with_rest_rounded(model: nn.Module, make: Callable[[], list]) -> Callable[[], list]:
-    """Let plain caches keep 16 bits, as they do for those who do not compute in float32."""
-    if dtype(model) != mx.float32:
-        return make
-
-    def rounded(update: Callable) -> Callable:
-        def update_and_fetch(keys, values):
-            kept = update(keys.astype(mx.float16), values.astype(mx.float16))
-            return tuple(a.astype(keys.dtype) for a in kept)
-
-        return update_and_fetch
-
-    def made() -> list:
-        caches = make()
-        for _, cache in leaves(caches):
-            if type(cache) in (stock.KVCache, stock.RotatingKVCache):
-                update = cache.update_and_fetch  # type: ignore[attr-defined]
-                cache.update_and_fetch = rounded(update)  # type: ignore[attr-defined]
-        return caches
-
-    return made
+def _round(update: Callable, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+    kept = update(keys.astype(mx.float16), values.astype(mx.float16))
+    return tuple(a.astype(keys.dtype) for a in kept)
 
 
-def _affine(model: nn.Module, name: str) -> Candidate:
-    bits = KV_BITS[name]
-    caches = make_prompt_cache(model, OFF)
-    growing = [type(c) is stock.KVCache for c in caches]
-    others = sorted({type(c).__name__ for c, g in zip(caches, growing, strict=True) if not g})
-    if not any(growing):
-        raise ValueError(f"{name} is not possible: mlx-lm cannot quantize {', '.join(others)}.")
+def _affine(model: nn.Module, name: str) -> Contender:
+    own = own_caches(model)
+    others = [type(c).__name__ for c in own if type(c) is not stock.KVCache]
+    cannot = f"mlx-lm cannot quantize {', '.join(sorted(set(others)))}"
+    if len(others) == len(own):
+        raise ValueError(f"{name} is not possible: {cannot}.")
 
     def make() -> list:
-        return [
-            c.to_quantized(group_size=KV_GROUP, bits=bits) if type(c) is stock.KVCache else c
-            for c in make_prompt_cache(model, OFF)
-        ]
+        caches = own_caches(model)
+        return [affine(c, name) if type(c) is stock.KVCache else c for c in caches]
 
     try:
         model(mx.array([[0]]), cache=make())
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name} is not possible for this model: {reason}") from error
-    left = f"{growing.count(False)} of {len(growing)} layers stay as they are"
-    note = "" if all(growing) else f"{left}: mlx-lm cannot quantize {', '.join(others)}"
-    return Candidate(name, _with_rest_rounded(model, make), note)
+        raise ValueError(f"{name} is not possible for this model: {line(error)}") from error
+    note = f"{len(others)} of {len(own)} layers stay as they are: {cannot}" if others else ""
+    return Contender(name, make, note, model=model)
 
 
 def _token_arrays(cache) -> list[mx.array]:
-    """The arrays [B, H, tokens, …] of a cache that hold something for every token."""
+    """The arrays [B, H, tokens, …] of a cache."""
     flat = dict(tree_flatten(cache.state)).values()
     return [a for a in flat if isinstance(a, mx.array) and a.ndim == 4]
 
 
 def bytes_per_token(caches: list, tail: bool = True) -> float:
-    """Bytes that one token takes in all caches together, where it is kept.
-
-    An exact tail is shared out over the tokens held, or left out. Of mlx-lm's quantized cache the
-    scales and biases count 2 bytes each, and so do the numbers of a tail of a model run in fp32:
-    that is what they take in one of bf16, whose dtype they follow.
-    """
+    """Bytes of one token in all caches together, where it is kept. An exact tail is shared out over
+    all tokens, or left out. It follows the model's dtype, as scales and biases of mlx-lm's
+    quantized cache do: these count 2 bytes also in a model that computes in fp32."""
     total = 0.0
     for _, cache in leaves(caches):
         exact = getattr(cache, "tail", None)
         for a in _token_arrays(cache):
+            if a is exact and not tail:
+                continue
             follows = isinstance(cache, stock.QuantizedKVCache)
-            follows |= a is exact and cache.dtype == mx.float32  # type: ignore[attr-defined]
+            follows |= a is exact and cache.dtype == mx.float32
             size = 2 if follows and a.dtype == mx.float32 else a.itemsize
-            tokens = a.shape[2]
-            if a is exact:
-                tokens = cache.size()  # type: ignore[attr-defined]
-            if tail or a is not exact:
-                total += size * a.size / (a.shape[0] * tokens)
+            tokens = cache.size() if a is exact else a.shape[2]
+            total += size * a.size / (a.shape[0] * tokens)
     return total

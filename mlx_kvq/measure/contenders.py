@@ -1,4 +1,4 @@
-"""The caches a benchmark compares, filled as decoding fills them.
+"""The caches of one attention layer that a benchmark compares, filled as decoding fills them.
 
 Attention is timed over what ``update_and_fetch`` of the cache class that users get returns: its
 strides, its capacity, its mask. Which kernel runs depends on them. MLX on CUDA decodes through
@@ -6,28 +6,28 @@ cuDNN only where K and V are slices of buffers with a capacity that is a multipl
 filling one buffer, and where there is no array mask.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import KVCache
 
 from .. import ops
 from ..caches import seams
-from ..caches.packed import HELD
+from ..caches.packed import PENDING
 from ..caches.single import PackedKVCache
 from ..format.format import make_format
 from ..format.spec import Spec
+from .baselines import KV_BITS, KV_GROUP, PLAIN, Contender, affine, padded
 
 CHUNK = 2048  # tokens of a prompt that mlx-lm reads at once
 DECODED = 4  # newest tokens of a cache, stored one by one
-PADDING = 8  # sequences of a batch are up to so many tokens shorter than the longest
-PLAIN = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 # A batch of one length in a KVCache, without a mask: no server has it, but fp16 is fastest so.
 EVEN = "fp16-even"
-GROUP = 64  # of mlx-lm's quantized cache
 
 
 @dataclass(frozen=True)
@@ -57,38 +57,23 @@ class Heads:
 
 @dataclass
 class Held:
-    """A cache that holds tokens, and what a decode step's attention is given of it.
+    """A cache that holds tokens, and the operands of a decode step's attention."""
 
-    Args:
-        cache: Of the class that users get.
-        keys, values: What the last ``update_and_fetch`` returned.
-        mask: The mask of that decode step: ``None``, or an array [B, 1, 1, T] of a batch.
-    """
-
-    cache: Any
-    keys: Any
+    cache: Any  # of the class that users get
+    keys: Any  # from the last ``update_and_fetch``
     values: Any
-    mask: mx.array | None
+    mask: mx.array | None  # of that step; [B, 1, 1, T] of a batch
 
 
-@dataclass
-class Contender:
-    """One cache at one shape.
+@dataclass(kw_only=True)
+class LayerContender(Contender):
+    """A contender in one layer."""
 
-    Args:
-        dtype: Of queries, keys and values.
-        make: Makes an empty cache for one sequence.
-        store: (k, v) [B, Hkv, L, D] -> arrays; what the cache computes of new tokens.
-        dequantize: (held, after) -> keys and values as arrays, once ``after`` is computed;
-            ``None`` where they are arrays already.
-        merges: Whether a batch is in the merged cache of mlx-lm's ``BatchGenerator``.
-    """
-
-    dtype: mx.Dtype
-    make: Callable[[], Any]
+    dtype: mx.Dtype  # of queries, keys and values
+    # (k, v) [B, Hkv, L, D] -> the arrays that the cache computes of new tokens.
     store: Callable[[mx.array, mx.array], Any]
+    # (held, after) -> keys and values, once ``after`` is computed; None where they are arrays.
     dequantize: Callable[[Held, list], list] | None = None
-    merges: bool = True
 
     def attend(self, q: mx.array, held: Held) -> mx.array:
         """Attention as mlx-lm's models call it, q [B, Hq, 1, D] -> [B, Hq, 1, D]."""
@@ -97,107 +82,94 @@ class Contender:
         )
 
 
-def contender(name: str, heads: Heads, dtype: mx.Dtype) -> Contender:
+def contender(name: str, heads: Heads, dtype: mx.Dtype) -> LayerContender:
     """``fp16``, ``bf16`` or ``fp32`` (plain arrays), ``fp16-even`` (sequences of one length without
     a mask), ``kv4`` or ``kv8`` (mlx-lm's, group 64), or a spec; the last two kinds with queries,
-    keys and values of ``dtype``.
-
-    Raises:
-        ValueError: If ``name`` is none of these or cannot pack this head size.
-    """
-    if name in PLAIN:
-        return Contender(PLAIN[name], KVCache, lambda k, v: (k, v))
-
-    if name == EVEN:
-        return Contender(mx.float16, KVCache, lambda k, v: (k, v), merges=False)
-
-    if name in ("kv4", "kv8"):
-        bits = int(name[2:])
-
-        def store(k, v):
-            return mx.quantize(k, GROUP, bits), mx.quantize(v, GROUP, bits)
-
-        def back(held, after):
-            k, v = held.keys, held.values
-            if after:
-                k = (mx.depends(k[0], after), *k[1:])
-            return [mx.dequantize(w, s, b, group_size=GROUP, bits=bits) for w, s, b in (k, v)]
-
-        return Contender(dtype, lambda: QuantizedKVCache(GROUP, bits), store, back)
-
-    spec = Spec.parse(name)
-    if spec is None:
+    keys and values of ``dtype``. Raises ValueError if ``name`` is none of these or cannot pack this
+    head size."""
+    if name in PLAIN or name == EVEN:
+        own = PLAIN.get(name, mx.float16)
+        made = LayerContender(name, lambda: [KVCache()], dtype=own, store=lambda k, v: (k, v))
+        made.merges = name != EVEN
+        return made
+    if name in KV_BITS:
+        return _affine(name, dtype)
+    if (spec := Spec.parse(name)) is None:
         raise ValueError(f"{name!r} is no cache to compare.")
+    return _packed(name, spec, heads, dtype)
+
+
+def _affine(name: str, dtype: mx.Dtype) -> LayerContender:
+    bits = KV_BITS[name]
+
+    def store(k, v):
+        return mx.quantize(k, KV_GROUP, bits), mx.quantize(v, KV_GROUP, bits)
+
+    def dequantize(held, after):
+        k, v = held.keys, held.values
+        if after:
+            k = (mx.depends(k[0], after), *k[1:])
+        return [mx.dequantize(w, s, b, group_size=KV_GROUP, bits=bits) for w, s, b in (k, v)]
+
+    return LayerContender(
+        name, lambda: [affine(KVCache(), name)], dtype=dtype, store=store, dequantize=dequantize
+    )
+
+
+def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerContender:
     seams.install()
     fmt = make_format(spec, heads.dim)
     recent = fmt.recent
-    before: dict[int, tuple[mx.array, mx.array]] = {}  # batch size -> tail, pending rows
 
-    def pack(k, v):
+    @functools.cache
+    def before(B: int) -> tuple[mx.array, mx.array | None]:
+        """Tail and pending rows of a cache before a decode step."""
+        tail = random(heads.kv, B, recent, 2 * heads.dim, dtype)
+        rows = mx.zeros((B, heads.kv, min(recent, PENDING), fmt.layout.words), mx.uint32)
+        mx.eval(tail, rows)
+        return tail, rows if rows.shape[2] > 1 else None
+
+    def store(k, v):
         if not recent:
-            return ops.quantize_pack(k, v, fmt)
+            return ops.quantize_pack(k, v, fmt)[0]
         if k.shape[2] > 1:
-            return ops.quantize_pack_tail(k, v, fmt, None, recent)[0]
-        if (B := k.shape[0]) not in before:
-            tail = random(heads.kv, B, recent, 2 * heads.dim, dtype)
-            rows = mx.zeros((B, heads.kv, min(recent, HELD), fmt.layout.words), mx.uint32)
-            mx.eval(tail, rows)
-            before[B] = tail, rows
-        tail, rows = before[B]
-        held = rows if rows.shape[2] > 1 else None
-        return ops.quantize_pack_tail(k, v, fmt, tail, recent, held)
+            return ops.quantize_pack(k, v, fmt, None, recent)[0]
+        tail, rows = before(k.shape[0])
+        return ops.quantize_pack(k, v, fmt, tail, recent, rows)
 
-    def unpack(held, after):
+    def dequantize(held, after):
         rows = held.cache.rows
         rows = mx.depends(rows, after) if after else rows
-        return list(ops.restore(rows, held.keys.shape[2], fmt, dtype))
+        return list(ops.restore(ops.Packed(rows, held.keys.shape[2], fmt), dtype))
 
-    return Contender(dtype, lambda: PackedKVCache(fmt), pack, unpack)
+    return LayerContender(
+        name, lambda: [PackedKVCache(fmt)], dtype=dtype, store=store, dequantize=dequantize
+    )
 
 
-def token_bytes(c: Contender, heads: Heads) -> int:
+def token_bytes(c: LayerContender, heads: Heads) -> int:
     """Bytes that one token takes in all KV heads of a buffer."""
     kv = mx.zeros((1, heads.kv, 2, heads.dim), c.dtype)
     return nbytes(c.store(kv, kv)) // 2
 
 
-def make_cache(c: Contender, B: int) -> Any:
-    """The empty cache of ``B`` sequences that users get: for a batch the merged one of mlx-lm's
-    ``BatchGenerator``. A ``QuantizedKVCache`` has none (mlx-lm does not batch with ``kv_bits``)
-    and holds the sequences itself."""
-    cache = c.make()
-    if B == 1 or not c.merges or not hasattr(cache, "merge"):
-        return cache
-    return cache.merge([c.make() for _ in range(B)])
-
-
-def paddings(B: int, tokens: int) -> list[int]:
-    """By how much each sequence of a batch is shorter than ``tokens``."""
-    return [b % min(PADDING, tokens) for b in range(B)]
-
-
-def fill(c: Contender, heads: Heads, B: int, T: int) -> Held:
+def fill(c: LayerContender, heads: Heads, B: int, T: int) -> Held:
     """A cache of ``B`` sequences and ``T`` random tokens: a prompt in chunks, padded as
     ``BatchGenerator`` pads it, then a few tokens one by one."""
-    cache = make_cache(c, B)
+    (cache,) = caches = c.batch(B)
     prompt = max(0, T - DECODED)
-    n = min(max(prompt, 1), CHUNK)
     # Every chunk is the same: no operation's time depends on the content.
-    k, v = (random(heads.kv, B, n, heads.dim, c.dtype) for _ in "kv")
-    padding = paddings(B, prompt) if prompt and hasattr(cache, "prepare") else [0]
-    if max(padding) > 0:
-        cache.prepare(lengths=[prompt - p for p in padding], right_padding=padding)
-    for done in range(0, prompt, CHUNK):
-        L = min(CHUNK, prompt - done)
-        cache.update_and_fetch(k[:, :, :L], v[:, :, :L])
-        mx.eval(cache.state)
-    if max(padding) > 0:
-        cache.finalize()
-        mx.eval(cache.state)
+    chunk = min(max(prompt, 1), CHUNK)
+    k, v = random_pair(heads, B, chunk, c.dtype)
+    with padded(caches, B, prompt):
+        for done in range(0, prompt, CHUNK):
+            L = min(CHUNK, prompt - done)
+            cache.update_and_fetch(k[:, :, :L], v[:, :, :L])
+            mx.eval(cache.state)
     del k, v
     q = mx.zeros((B, heads.queries, 1, heads.dim), c.dtype)
     for _ in range(T - prompt):
-        one = [random(heads.kv, B, 1, heads.dim, c.dtype) for _ in "kv"]
+        one = random_pair(heads, B, 1, c.dtype)
         mask = base.create_attention_mask(mx.zeros((B, 1, 1)), cache)
         keys, values = cache.update_and_fetch(*one)
         held = Held(cache, keys, values, mask)
@@ -209,11 +181,16 @@ def random(heads: int, B: int, L: int, D: int, dtype: mx.Dtype) -> mx.array:
     return mx.random.normal((B, heads, L, D)).astype(dtype)
 
 
+def random_pair(heads: Heads, B: int, L: int, dtype: mx.Dtype) -> list[mx.array]:
+    """Keys and values of ``L`` tokens."""
+    return [random(heads.kv, B, L, heads.dim, dtype) for _ in range(2)]
+
+
 def nbytes(arrays) -> int:
     """Bytes of a nest of arrays."""
-    return sum(x.nbytes for x in leaves(arrays))
+    return sum(a.nbytes for a in leaves(arrays))
 
 
 def leaves(arrays) -> list[mx.array]:
-    """Its arrays."""
-    return [arrays] if isinstance(arrays, mx.array) else [x for b in arrays for x in leaves(b)]
+    """The arrays of a nest."""
+    return list(dict(tree_flatten(arrays)).values())

@@ -1,10 +1,11 @@
-"""``mlx_kvq evaluate``: what each kind of cache costs in quality, and what it takes in bytes.
+"""``mlx_kvq evaluate``: the quality and the size of each kind of cache.
 
-Text is fed in chunks, so that every token after the first chunk attends to what the cache
-remembers instead of to what was just computed. The baseline is the model's own cache.
+Text is fed in chunks: every token after the first chunk attends to stored tokens. The baseline is
+the model's own cache.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -22,21 +23,16 @@ from ..calibration.set import CalibrationSet
 from ..files import read_text, replacing
 from ..format.spec import Spec
 from ..model.loading import load
-from .baselines import KV_BITS, Candidate, bytes_per_token, candidate, check_name, own
+from .baselines import Contender, bytes_per_token, candidate, check_name, own
 from .quality import Estimate, Result, measure, summarize
 
 
 @dataclass
 class Evaluation:
-    """Everything that was measured in one run; ``print`` gives the table.
+    """The figures of one run; ``print`` gives the table."""
 
-    Args:
-        setting (dict): Model, dtype, windows, tokens, chunk, versions.
-        results (list): One :class:`mlx_kvq.measure.quality.Result` per cache, the baseline first.
-    """
-
-    setting: dict
-    results: list[Result]
+    setting: dict  # model, dtype, windows, tokens, chunk, versions
+    results: list[Result]  # the baseline first
 
     def __getitem__(self, name: str) -> Result:
         return next(r for r in self.results if r.name == name)
@@ -50,37 +46,39 @@ class Evaluation:
         recall = any(r.recall is not None for r in self.results)
         rows = [[*head, "recall"] if recall else head]
         for r in self.results:
-            exact = r is self.results[0]
+            percent = r.change.map(lambda part: 100 * part)
             row = [
                 r.name,
                 f"{r.bytes_per_token:.0f}",
-                "0" if exact else f"{r.kl.mean:.4f}{_half(r.kl, '.4f')}",
-                "0" if exact else f"{r.kl_p99:.3f}",
+                f"{r.kl.mean:.4f}{_half(r.kl, '.4f')}",
+                f"{r.kl_p99:.3f}",
                 f"{100 * r.top1:.1f} %",
                 f"{r.perplexity.mean:.2f}{_range(r.perplexity, '.2f')}",
-                "" if exact else f"{100 * r.change.mean:+.2f} %{_range(r.change.map(_percent))}",
+                f"{percent.mean:+.2f} %{_range(percent, '+.2f')}",
             ]
+            if r is self.results[0]:  # the baseline itself
+                row[2], row[3], row[6] = "0", "0", ""
             rows.append([*row, f"{r.recall}/{r.prompts}"] if recall else row)
         return "\n".join([*_layout(rows, markdown), *self._notes(markdown)])
 
     def _notes(self, markdown: bool) -> list[str]:
-        s = self.setting
         notes = [
-            f"{s['windows']} windows of {s['tokens']} tokens in chunks of {s['chunk']}, the first "
-            f"chunk not scored; KL in nats per token, from {self.results[0].name}; "
-            "95 % intervals over windows, the change's from paired differences."
+            "{windows} windows of {tokens} tokens in chunks of {chunk}, the first chunk not "
+            "scored; KL in nats per token, from {}; 95 % intervals over windows, the change's from "
+            "paired differences.".format(self.results[0].name, **self.setting),
+            *(f"{r.name}: {r.note}." for r in self.results if r.note),
         ]
-        notes += [f"{r.name}: {r.note}." for r in self.results if r.note]
         return ["", "\n\n".join(notes) if markdown else "\n".join(notes)]
 
     def to_dict(self) -> dict:
         return {"setting": self.setting, "results": [asdict(r) for r in self.results]}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything, every window's figures included, as JSON; atomically."""
-        text = json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
+        """Write everything, every window's figures included, as JSON, whole or not at all."""
+        # JSON has no NaN: null stands for the ends of an interval of a single window.
+        found = json.loads(json.dumps(self.to_dict()), parse_constant=lambda name: None)
         with replacing(path) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def evaluate(
@@ -99,21 +97,21 @@ def evaluate(
     """Compare kinds of caches on the same model and text.
 
     Args:
-        model (nn.Module): A model from ``mlx_lm.load``. After ``model.set_dtype(mx.float32)``
-            the model's own rounding does not blur the caches'.
+        model (nn.Module): A model from ``mlx_lm.load``; in fp32 its own rounding does not add to
+            that of the caches.
         tokenizer: Its tokenizer.
         specs (Sequence): Spec strings, and ``"fp16"``, ``"kv8"``, ``"kv4"`` (mlx-lm's own
             quantized cache, group size 64, from the first token on).
-        texts (Sequence): Texts that the model has not seen; ``windows`` are taken from each.
+        texts (Sequence): Texts that the model has not seen.
         windows (int): Windows per text, one after the other from its beginning.
         tokens (int): Tokens in a window, more than ``chunk``.
         chunk (int): Tokens fed at a time; the first chunk of a window is not scored. Up to 8 are
-            read as decoded tokens are, more as a prompt is, which reads its block exactly.
+            read like decoded tokens, more like a prompt, which reads its block exactly.
         recall (Sequence): ``{"prompt": …, "answer": …}``; the answer is exact if the model,
             fed in chunks and then decoding greedily, writes it.
         calibration (CalibrationSet, optional): For every spec that does not say
             ``calibrate=off``; without one they are calibrated as :func:`mlx_kvq.enable` does.
-        progress (bool): Show progress bars, and what each spec does, on stderr.
+        progress (bool): Show progress bars, and a line on each spec, on stderr.
 
     Returns:
         Evaluation: One result per cache, the model's own cache first.
@@ -123,20 +121,7 @@ def evaluate(
             short, or if a size makes no sense.
     """
     arguments.model(model)
-    for name, given in (("windows", windows), ("tokens", tokens), ("chunk", chunk)):
-        arguments.integer(name, given)
-    for name, several in (("specs", specs), ("texts", texts)):
-        if isinstance(several, str | Spec):
-            raise ValueError(f"{name} is a list, got {several!r:.60}.")
-    if tokens <= chunk:
-        raise ValueError(
-            f"{windows} windows of {tokens} tokens in chunks of {chunk}: a window needs more "
-            "tokens than a chunk, and there must be one of each at least."
-        )
-    if not texts:
-        raise ValueError("There is no text to evaluate on.")
-    for spec in specs:
-        check_name(spec)
+    _check(specs, texts, windows, tokens, chunk)
     data = [w for i, t in enumerate(texts) for w in _windows(tokenizer, t, windows, tokens, i)]
     exact = own(model)
     options = {"calibration": calibration, "tokenizer": tokenizer, "verbose": progress}
@@ -155,14 +140,7 @@ def evaluate(
         )
     results = [summarize(c.name, scores[c.name], scores[exact.name], sizes[c.name]) for c in tried]
     for result, c in zip(results, tried, strict=True):
-        result.note = c.note
-        asked = None if c is exact or c.name in KV_BITS else Spec.parse(c.name)
-        if asked is not None and asked.recent and chunk > DECODE_QUERIES:
-            said = f"{c.note}; " if c.note else ""
-            result.note = (
-                f"{said}read as a prompt, whose tokens read their block of {BLOCK} exactly; "
-            )
-            result.note += f"--chunk {DECODE_QUERIES} reads as decoding does"
+        result.note = "; ".join(filter(None, [c.note, _note(c, chunk)]))
     if recall:
         with tqdm(total=len(recall) * len(tried), desc="recall", disable=not progress) as bar:
             for result, c in zip(results, tried, strict=True):
@@ -173,18 +151,42 @@ def evaluate(
     setting = {
         "model": type(model).__module__.rpartition(".")[2],
         "dtype": exact.name.partition("(")[2].rstrip(")"),
-        "texts": len(texts),
-        "windows": len(data),
-        "tokens": tokens,
-        "chunk": chunk,
-        "device": str(mx.default_device()),
-        "platform": platform.platform(),
+        "texts": len(texts), "windows": len(data), "tokens": tokens, "chunk": chunk,
+        "device": str(mx.default_device()), "platform": platform.platform(),
         "versions": {"mlx_kvq": __version__, **{p: version(p) for p in ("mlx", "mlx-lm")}},
-    }
+    }  # fmt: skip
     return Evaluation(setting, results)
 
 
-def answers(model: nn.Module, tokenizer, cache: Candidate, item: dict, chunk: int) -> bool:
+def _check(specs, texts, windows: int, tokens: int, chunk: int) -> None:
+    for name, given in (("windows", windows), ("tokens", tokens), ("chunk", chunk)):
+        arguments.integer(name, given)
+    for name, several in (("specs", specs), ("texts", texts)):
+        if isinstance(several, str | Spec):
+            raise ValueError(f"{name} is a list, got {several!r:.60}.")
+    if tokens <= chunk:
+        raise ValueError(
+            f"{windows} windows of {tokens} tokens in chunks of {chunk}: a window needs more "
+            "tokens than a chunk, and there must be one of each at least."
+        )
+    if not texts:
+        raise ValueError("There is no text to evaluate on.")
+    for spec in specs:
+        check_name(spec)
+
+
+def _note(cache: Contender, chunk: int) -> str:
+    """Chunks of a prompt read more tokens exactly than decoding does."""
+    spec = Spec.parse(cache.name) if "-" in cache.name else None
+    if spec is None or not spec.recent or chunk <= DECODE_QUERIES:
+        return ""
+    return (
+        f"read as a prompt, whose tokens read their block of {BLOCK} exactly; --chunk "
+        f"{DECODE_QUERIES} reads as decoding does"
+    )
+
+
+def answers(model: nn.Module, tokenizer, cache: Contender, item: dict, chunk: int) -> bool:
     """Whether greedy decoding after ``item["prompt"]`` writes ``item["answer"]`` exactly."""
     prompt = mx.array(tokenizer.encode(item["prompt"]))
     answer = item["answer"].strip()
@@ -220,11 +222,8 @@ def _windows(tokenizer, text: str, windows: int, tokens: int, place: int) -> lis
 
 
 def read_recall(path: str | os.PathLike, limit: int | None = None) -> list[dict]:
-    """Key-recall prompts from a JSON-lines file of ``{"prompt": …, "answer": …}``.
-
-    Raises:
-        ValueError: If the file is missing or a line is something else.
-    """
+    """Key-recall prompts from a JSON-lines file of ``{"prompt": …, "answer": …}``. Raises
+    ValueError if the file is missing or a line is something else."""
     items: list[dict] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -242,7 +241,7 @@ def read_recall(path: str | os.PathLike, limit: int | None = None) -> list[dict]
 
 
 def load_model(name: str):
-    """``mlx_lm.load``, with whatever goes wrong in one line."""
+    """:func:`mlx_kvq.model.loading.load`, with a clear error for a missing directory."""
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if local and not Path(name).is_dir():
         raise ValueError(f"There is no model directory {name}.")
@@ -255,27 +254,13 @@ def _layout(rows: list[list[str]], markdown: bool) -> list[str]:
         return [lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))  # noqa: B905
-        for row in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
 
 
-def _percent(part: float) -> float:
-    return 100 * part
-
-
 def _half(e: Estimate, form: str) -> str:
-    return "" if e.low != e.low else f" ± {(e.high - e.low) / 2:{form}}"
+    return "" if math.isnan(e.low) else f" ± {(e.high - e.low) / 2:{form}}"
 
 
-def _range(e: Estimate, form: str = "+.2f") -> str:
-    return "" if e.low != e.low else f" [{e.low:{form}}, {e.high:{form}}]"
-
-
-def _finite(value):
-    """JSON has no NaN: null stands for an interval's end that a single window does not give."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value - value != 0 else value
+def _range(e: Estimate, form: str) -> str:
+    return "" if math.isnan(e.low) else f" [{e.low:{form}}, {e.high:{form}}]"

@@ -1,4 +1,4 @@
-"""What identifies this machine and installation in a report."""
+"""The machine and the installation, for reports."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +9,6 @@ from .. import __version__
 
 
 def machine() -> dict[str, str]:
-    """What identifies this machine and installation in a report."""
     device = mx.default_device()
     info = mx.device_info() if device.type == mx.DeviceType.gpu else {}
     return {

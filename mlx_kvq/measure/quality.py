@@ -18,33 +18,21 @@ LEVEL = 0.95
 
 @dataclass
 class Scores:
-    """What one cache did, one array per window."""
+    """The scores of one cache, one array per window."""
 
     kl: list[np.ndarray] = field(default_factory=list)  # nats, per token
     same: list[np.ndarray] = field(default_factory=list)  # the baseline's top token, per token
     loss: list[np.ndarray] = field(default_factory=list)  # nats, per token with a next one
 
 
-def compare(
-    p: mx.array, exact: mx.array, got: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Per-token figures of a chunk.
-
-    Args:
-        p (mx.array): The baseline's probabilities, fp32 [..., L, vocabulary].
-        exact (mx.array): Their logarithms.
-        got (mx.array): Log-probabilities with the cache under test, the same shape.
-        targets (mx.array): The next tokens, [..., L] or [..., L - 1] at the end of a text.
-
-    Returns:
-        KL(exact || got) [..., L], whether the most likely token is the same [..., L], and the
-        loss of ``got`` in nats, in the shape of ``targets``.
-    """
-    apart = kl(exact, got, p)
+def compare(exact: mx.array, got: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
+    """Per token: KL(exact || got), whether the most likely token is the same, and the loss of
+    ``got`` in nats. ``exact`` and ``got`` are log-probabilities, fp32 [..., L, V], ``targets`` the
+    next tokens, [..., L] or [..., L - 1] at the end of a text."""
     same = exact.argmax(axis=-1) == got.argmax(axis=-1)
-    got = got[..., : targets.shape[-1], :]
-    loss = -mx.take_along_axis(got, targets[..., None], axis=-1).squeeze(-1)
-    return apart, same, loss
+    scored = got[..., : targets.shape[-1], :]
+    loss = -mx.take_along_axis(scored, targets[..., None], axis=-1).squeeze(-1)
+    return kl(exact, got), same, loss
 
 
 def measure(
@@ -58,18 +46,14 @@ def measure(
 ) -> dict[str, Scores]:
     """Feed windows through the same model with each kind of cache, a chunk at a time.
 
-    The first chunk of a window is context and is not scored: a packed cache attends to it
-    exactly, so it would say nothing about what is read back. Only one chunk's logits per cache
-    are in memory at a time.
+    The first chunk of a window is context and is not scored: a packed cache attends to it exactly.
+    Only one chunk's logits per cache are in memory at a time.
 
     Args:
-        model (nn.Module): The model.
         makers (dict): Name -> makes caches; the first one is the baseline.
-        windows (mx.array): Tokens [N, T], T > ``chunk``.
-        chunk (int): Tokens fed at a time.
+        windows (mx.array): Tokens [N, T], T > ``chunk``; ``batch`` of them are fed side by side.
         advance: Called with 1 after each chunk of each cache and batch.
         finished: Called with a name and its caches at the end of the last window.
-        batch (int): Windows fed side by side.
     """
     scores = {name: Scores() for name in makers}
     N, T = windows.shape
@@ -79,17 +63,16 @@ def measure(
         parts: dict[str, list] = {name: [] for name in makers}
         for start in range(0, T, chunk):
             tokens, targets = some[:, start : start + chunk], some[:, start + 1 : start + chunk + 1]
-            p: mx.array | None = None
+            exact: mx.array | None = None
             for name, cache in caches.items():
                 logits = model(tokens, cache=cache)
                 if start == 0:
                     mx.eval([c.state for c in cache])
                 else:
                     got = nn.log_softmax(logits.astype(mx.float32), axis=-1)
-                    if p is None:
-                        p, exact = mx.exp(got), got
-                    figures = compare(p, exact, got, targets)
-                    mx.eval(p, exact, figures)
+                    exact = got if exact is None else exact
+                    figures = compare(exact, got, targets)
+                    mx.eval(exact, figures)
                     parts[name].append([np.array(f) for f in figures])
                 advance(1)
         for name, part in parts.items():
@@ -119,52 +102,37 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
+    def of(cls, values: Sequence[float] | np.ndarray) -> "Estimate":
         x = np.asarray(values, dtype=np.float64)
-        if len(x) < 2:
-            return cls(float(x.mean()), np.nan, np.nan)
-        half = t_quantile(len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+        half = np.nan
+        if len(x) > 1:
+            half = t_quantile(len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
         return cls(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
     def map(self, function: Callable) -> "Estimate":
-        """The estimate of an increasing function of what was estimated."""
+        """The estimate of an increasing function of this quantity."""
         return Estimate(*(float(function(v)) for v in (self.mean, self.low, self.high)))
 
 
 @dataclass
 class Result:
-    """The figures of one cache.
-
-    Args:
-        name (str): As it was asked for.
-        bytes_per_token (float): Over all layers, where a token is kept.
-        kl (Estimate): Mean KL from the baseline, nats per token.
-        kl_p99 (float): Its 99th percentile over all tokens.
-        top1 (float): Part of the tokens whose most likely next token is the baseline's.
-        perplexity (Estimate): exp of the mean loss.
-        change (Estimate): Perplexity over the baseline's, minus 1, from the windows' paired
-            differences.
-        recall (int, optional): Prompts answered exactly.
-        prompts (int): Of so many.
-        note (str): What was left out, if anything.
-        windows (dict): Mean KL and loss of every window.
-    """
+    """The figures of one cache."""
 
     name: str
-    bytes_per_token: float
-    kl: Estimate
-    kl_p99: float
-    top1: float
-    perplexity: Estimate
-    change: Estimate
-    recall: int | None = None
-    prompts: int = 0
+    bytes_per_token: float  # in all layers, where a token is kept
+    kl: Estimate  # from the baseline, nats per token
+    kl_p99: float  # 99th percentile over all tokens
+    top1: float  # part of the tokens with the baseline's most likely next token
+    perplexity: Estimate  # exp of the mean loss
+    change: Estimate  # perplexity over the baseline's, minus 1, paired by window
+    recall: int | None = None  # prompts answered exactly,
+    prompts: int = 0  # of so many
     note: str = ""
-    windows: dict[str, list[float]] = field(default_factory=dict)
+    windows: dict[str, list[float]] = field(default_factory=dict)  # mean KL and loss of each
 
 
 def summarize(name: str, scores: Scores, baseline: Scores, bytes_per_token: float) -> Result:
-    """The figures of ``scores``; perplexity is also paired, window by window, with ``baseline``."""
+    """The figures of ``scores``; the change of perplexity is paired with ``baseline`` by window."""
     loss = np.array([x.mean() for x in scores.loss])
     difference = loss - np.array([x.mean() for x in baseline.loss])
     kl = [float(x.mean()) for x in scores.kl]
@@ -174,7 +142,7 @@ def summarize(name: str, scores: Scores, baseline: Scores, bytes_per_token: floa
         Estimate.of(kl),
         float(np.quantile(np.concatenate(scores.kl), 0.99)),
         float(np.concatenate(scores.same).mean()),
-        Estimate.of(list(loss)).map(np.exp),
-        Estimate.of(list(difference)).map(np.expm1),
-        windows={"kl": kl, "loss": [float(x) for x in loss]},
+        Estimate.of(loss).map(np.exp),
+        Estimate.of(difference).map(np.expm1),
+        windows={"kl": kl, "loss": loss.tolist()},
     )

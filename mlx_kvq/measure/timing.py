@@ -1,16 +1,15 @@
 """Side-by-side timing: dependent chains, warm-up, interleaved rounds, medians."""
 
 import os
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 
-@dataclass
-class Spread:
+class Spread(NamedTuple):
     """A median and the quartiles around it."""
 
     median: float
@@ -19,16 +18,20 @@ class Spread:
 
 
 def spread(values: list[float]) -> Spread:
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
+    return Spread(*np.quantile(values, (0.5, 0.25, 0.75)).tolist())
 
 
 def speedup(base: list[float], own: list[float]) -> Spread:
-    """How many times faster ``own`` is than ``base``: quotients round by round, because what
-    disturbs the machine for a while disturbs both."""
+    """How many times faster ``own`` is than ``base``: quotients round by round, because a machine
+    that is slow for a while is slow for both."""
     return spread([b / o for b, o in zip(base, own, strict=False)])
+
+
+def speedups(key: str, times: dict[str, list[float]], name: str, bases) -> dict[str, list[float]]:
+    """``f"{key}_{base}"`` -> median and quartiles of the speedup of ``name``, for the ``bases``
+    that were timed."""
+    timed = [base for base in bases if base in times]
+    return {f"{key}_{base}": list(speedup(times[base], times[name])) for base in timed}
 
 
 def interleave(
@@ -41,18 +44,16 @@ def interleave(
     seconds: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Time several contenders in turn, so that a drifting clock meets all of them.
+    """Seconds per call, by contender and round. Contenders are timed in turn, so that a drifting
+    clock meets all of them.
 
     Args:
-        chains (dict): Name -> a function that runs and evaluates a chain of so many calls, each
-            of which depends on the one before, as the steps of decoding do.
-        steps (int): Calls in a chain; fewer where a chain would take more than ``longest``.
-        rounds (int): Timed passes; a contender leaves, after three, once it has had ``seconds``.
-        warm_up (float): Seconds of untimed calls first (at least two each): compilation, clocks.
-        clock: ``time.process_time`` leaves out what others do to a shared CPU.
-
-    Returns:
-        Seconds per call, by contender and round.
+        chains (dict): Name -> runs and evaluates so many calls, each of which depends on the one
+            before, as the steps of decoding do.
+        steps (int): Calls in a chain; fewer where a chain would take more than ``longest`` seconds.
+        rounds (int): Timed passes; a contender stops after three once it has had ``seconds``.
+        warm_up (float): Seconds of untimed calls first, at least two each.
+        clock: ``time.process_time`` leaves out other processes on a shared CPU.
     """
     lengths, turns = {}, {}
     start = clock()

@@ -12,7 +12,7 @@ from ..calibration import automatic
 from ..calibration.set import CalibrationSet
 from ..format.spec import Spec
 from ..stock import CacheFactory, factory_of, own_caches, same_layers
-from .plan import _check_size, make_plan
+from .plan import make_plan
 from .report import Report, log
 
 
@@ -28,25 +28,22 @@ def enable(
     """Make every mlx-lm entry point use a packed cache for this model.
 
     Layers with a ``KVCache`` get a packed growing cache, sliding layers a packed rotating one;
-    caches of other kinds stay as they are. A wrapper and the language model in it are enabled
-    together. Weights that change afterwards are noticed with the next cache: one warning, and
-    what is saved from then on belongs to the new weights.
+    caches of other kinds stay as they are. A wrapper and its language model are enabled together.
+    If weights change afterwards, the next cache warns once; files then belong to the new weights.
 
     Args:
         model (nn.Module): A model from ``mlx_lm.load``.
         spec (str or Spec): For example ``"int4-srft"``; ``"fp16"`` is :func:`disable`.
-        calibration (CalibrationSet or path, optional): From :func:`mlx_kvq.calibrate`. Without
-            one a converted repository's own is used (``mlx_kvq.repositories``); any other model
-            is calibrated on a built-in text, once: the result is kept in the user's cache
-            directory (``mlx_kvq.calibration.automatic``). ``calibrate=off`` in the spec leaves
-            calibration out.
+        calibration (CalibrationSet or path, optional): From :func:`mlx_kvq.calibrate`. Default:
+            the converted repository's own, or an automatic one on a built-in text, kept in the
+            user's cache directory (``mlx_kvq.calibration.automatic``).
         tokenizer (optional): For that text; without it random tokens are used.
         policy (dict, optional): Path of every cache to pack -> ``"int4"``, ``"k8v4"`` or
-            ``"int8"``, in place of what ``skip``, ``high`` and ``budget`` of the spec say.
-        verbose (bool): Print one line to stderr that says what was applied.
+            ``"int8"``; replaces ``skip``, ``high`` and ``budget`` of the spec.
+        verbose (bool): Print one line to stderr about the result.
 
     Returns:
-        Report: What was packed and what was left; ``None`` for ``"fp16"``.
+        Report: The packed layers and the others; ``None`` for ``"fp16"``.
 
     Raises:
         ValueError: If the spec is not valid, nothing in this model can be packed, or the
@@ -69,8 +66,7 @@ def enable(
 
 
 def disable(model: nn.Module) -> None:
-    """Give the model, and the other half of a wrapper, its own cache back. Does nothing to a model
-    that is not enabled."""
+    """Give a model, or both halves of a wrapper, its own cache back."""
     while (factory := factory_of(model)) is not None:
         for part in factory.holders:
             if getattr(vars(part).get("make_cache"), "holders", None) is factory.holders:
@@ -99,7 +95,7 @@ def make_prompt_cache(
     """
     arguments.model(model)
     parsed = Spec.parse(spec)
-    _check_size(max_kv_size)
+    arguments.integer("max_kv_size", max_kv_size, optional=True)
     if parsed is None:
         return own_caches(model, max_kv_size)
     packing, _ = make_plan(model, parsed, calibration, tokenizer, automatic.silent)

@@ -1,8 +1,7 @@
-"""Loading a model: code that its repository brings along runs only if the user says so.
+"""Loading a model. Code of its repository runs only if the user says so, never because a file does.
 
-mlx-lm from 0.32 asks for ``trust_remote_code`` before it imports the ``model_file`` that a
-``config.json`` names; an older one imports it without asking. Neither may take the answer from a
-file.
+mlx-lm from 0.32 asks for ``trust_remote_code`` before it imports the ``model_file`` of a
+``config.json``; an older one does not ask.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,18 +16,11 @@ from ..files import line, quoted
 
 
 def load(name: str, *, trust: bool = False) -> tuple[Any, Any]:
-    """The model and tokenizer of a repository, local or of the hub.
-
-    Args:
-        name (str): As for ``mlx_lm.load``.
-        trust (bool): Run the repository's own model and tokenizer code.
-
-    Raises:
-        ValueError: If they cannot be loaded; one line says why.
-    """
+    """The model and tokenizer of a repository, local or of the hub; with ``trust`` its own code may
+    run. Raises ValueError if they cannot be loaded; one line says why."""
+    tokenizer = {"trust_remote_code": trust}
     try:
         with code_allowed(trust):
-            tokenizer = {"trust_remote_code": trust}
             options = code_options(mlx_lm.load, trust)
             loaded = mlx_lm.load(name, tokenizer_config=tokenizer, **options)
     except Exception as error:  # of the hub's client, of transformers, of the model
@@ -37,14 +29,14 @@ def load(name: str, *, trust: bool = False) -> tuple[Any, Any]:
 
 
 def code_options(load: Callable, trust: bool) -> dict[str, Any]:
-    """How to tell a ``load`` or ``load_model`` of mlx-lm whether to run a repository's code."""
+    """The argument that lets a ``load`` or ``load_model`` of mlx-lm run a repository's code."""
     asks = "trust_remote_code" in signature(load).parameters
     return {"trust_remote_code": trust} if asks else {}
 
 
 @contextmanager
 def code_allowed(trust: bool) -> Iterator[None]:
-    """In here an mlx-lm that does not ask loads no model that brings code along, unless trusted."""
+    """In here an mlx-lm that does not ask loads no model with code of its own, unless trusted."""
     original = utils.load_config
     if trust or code_options(utils.load_model, trust):
         yield

@@ -1,25 +1,24 @@
-"""Which caches of a model are packed, and how: the steps from a spec to formats."""
+"""From a spec to packed caches: which caches of a model are packed, and in which format."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.nn as nn
-from mlx_lm.models import cache as stock
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from .. import arguments
+from .. import arguments, stock
 from ..caches import seams
 from ..caches.packed import PackedCache
 from ..caches.rotating import PackedRotatingKVCache
 from ..caches.single import PackedKVCache
 from ..calibration import automatic, shards
 from ..calibration.fit import lambda_of
-from ..calibration.set import CalibrationSet
+from ..calibration.set import CalibrationSet, LayerCalibration
 from ..format.format import Format, make_format
 from ..format.spec import Spec
-from ..stock import KEEP, PACKABLE, Identity, head_sizes, is_packable, kinds_of, leaves, own_caches
-from .budget import STEPS, allocate
-from .policy import bits_by_policy, bits_by_spec
+from ..stock import PACKABLE, CachePath, Identity, Shapes, leaves, own_caches
+from .bits import STEPS, allocate, bits_by_policy, bits_by_spec
 from .report import Report, log
 from .trial import batch_failure, first_failure
 
@@ -27,57 +26,59 @@ LATENT = "latent attention (MLA), whose cache is small already"
 SPARSE = "sparse attention, which reads the arrays of its caches"
 
 
-def _check_size(max_kv_size: object) -> None:
-    if max_kv_size is not None:
-        arguments.integer("max_kv_size", max_kv_size)
-
-
 @dataclass
 class Packing:
-    """Makes the caches of a model, packed where they can be.
-
-    Args:
-        model (nn.Module): That was enabled.
-        formats (dict): Path of a packed cache -> its format.
-        as_arrays (set): Paths of those that attend without mlx-lm's shared function.
-    """
+    """Makes the caches of an enabled model, packed where they can be."""
 
     model: nn.Module
-    formats: dict[tuple[int, ...], Format] = field(default_factory=dict)
-    as_arrays: set[tuple[int, ...]] = field(default_factory=set)
-    alone: bool = False
+    formats: dict[CachePath, Format] = field(default_factory=dict)
+    # Layers that attend without mlx-lm's shared function.
+    as_arrays: set[CachePath] = field(default_factory=set)
+    alone: bool = False  # the model itself fails in a batch
     calibrated: bool = False
-    identity: Identity | None = None
-    _of: str = ""  # the identity that it was made for
+    identity: Identity | None = None  # of the model, for the caches' files
+    made_for: str = ""  # ``identity()`` when the formats were made
     _warned: bool = False
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         seams.install()  # unpickled where nothing was enabled yet
 
-    def made(self, identity: Identity) -> None:
-        """From now on say of which model the caches are."""
-        self.identity, self._of = identity, identity()
-
     def __call__(self, max_kv_size: int | None = None) -> list:
-        _check_size(max_kv_size)
-        name = "" if self.identity is None else self.identity()
-        if name != self._of and not self._warned:
+        arguments.integer("max_kv_size", max_kv_size, optional=True)
+        identity = "" if self.identity is None else self.identity()
+        if identity != self.made_for and not self._warned:
             self._warned = True
             stays = "; its calibration is of the weights before" if self.calibrated else ""
             log(
                 "warning: the model's weights have changed since its cache was packed first: new "
                 f"caches belong to the new ones{stays}. enable() makes it anew"
             )
-        made = [
-            _pack(c, (i,), self.formats, max_kv_size) for i, c in enumerate(own_caches(self.model))
-        ]
+        made = pack_caches(own_caches(self.model), self.formats, max_kv_size)
         for path, cache in leaves(made):
             if isinstance(cache, PackedCache):
                 if path in self.as_arrays:
                     cache.as_arrays = True
-                cache.model, cache.alone = name, self.alone
+                cache.model, cache.alone = identity, self.alone
         return made
+
+
+def pack_caches(
+    caches: list, formats: Mapping[CachePath, Format], max_kv_size: int | None = None
+) -> list:
+    """Empty caches in place of a model's own ones: packed at the paths in ``formats``, growing
+    ones bounded by ``max_kv_size``."""
+
+    def packed(path: CachePath, cache):
+        if type(cache) is KVCache and max_kv_size is not None:
+            cache = RotatingKVCache(max_kv_size, stock.KEEP)
+        if (fmt := formats.get(path)) is None:
+            return cache
+        if isinstance(cache, RotatingKVCache):
+            return PackedRotatingKVCache(fmt, cache.max_size, cache.keep)
+        return PackedKVCache(fmt)
+
+    return stock.map_leaves(packed, caches)
 
 
 def make_plan(
@@ -86,152 +87,184 @@ def make_plan(
     calibration: CalibrationSet | str | Path | None,
     tokenizer,
     say: Callable[[str], None],
-    policy: Mapping[tuple[int, ...], str] | None = None,
+    policy: Mapping[CachePath, str] | None = None,
 ) -> tuple[Packing, Report]:
-    """Find the layers that can be packed, by running the model without evaluating anything,
-    then calibrate them and apply the spec's policy."""
+    """How ``spec`` packs the caches of ``model``; arguments and errors of
+    :func:`mlx_kvq.enable`."""
+    given = _given_calibration(model, spec, calibration)
+    arguments.instance("policy", policy, (Mapping,), "a dict of paths and bits")
+    plan = _Plan(model, spec)
+    plan.find_packable()
+    plan.leave_failing()
+    plan.calibrate(given, tokenizer, say)
+    plan.choose_bits(policy)
+    plan.check_calibration()
+    plan.packing.formats = plan.formats_of(plan.bits)
+    if spec.budget is not None and policy is None:
+        plan.spend_budget(tokenizer)
+    plan.finish()
+    return plan.packing, plan.report
+
+
+def _given_calibration(model, spec: Spec, calibration) -> CalibrationSet | None:
+    """The calibration given, or that of the repository the model was loaded from."""
     arguments.instance(
         "calibration", calibration, (CalibrationSet, str, Path), "a CalibrationSet or a file"
     )
-    arguments.instance("policy", policy, (Mapping,), "a dict of paths and bits")
     if isinstance(calibration, str | Path):
         calibration = CalibrationSet.load(calibration)
     if calibration is not None and spec.calibrate == "off":
         raise ValueError(f"{spec} says calibrate=off, but a calibration is given.")
     source = vars(model).get("_mlx_kvq_repository")  # attached when the model was loaded
     if calibration is None and spec.calibrate == "auto" and source is not None:
-        own_calibration: CalibrationSet | None = source.offered(spec)
-        calibration = own_calibration
-    report = Report(spec)
-    make = Packing(model)
-    formats, as_arrays = make.formats, make.as_arrays
-    shapes = head_sizes(model, own_caches(model))
-    own = dict(leaves(own_caches(model)))
-    kinds = kinds_of(shapes)
-    for path, cache in own.items():
-        layer = path[0]
-        if type(cache) not in PACKABLE:
-            report.left[layer] = f"{type(cache).__name__} is not a plain key/value cache"
-        elif path not in shapes:
-            report.left[layer] = "not reached by a forward pass"
-        elif kinds[layer].indexed:  # read in longer prompts only than those that are tried below
-            report.left[layer] = LATENT if kinds[layer].latent else SPARSE
-        else:
-            try:
-                formats[path] = make_format(spec, *shapes[path][1:])
-            except ValueError as error:
-                report.left[layer] = str(error)
+        return source.offered(spec)
+    return calibration
 
-    seams.install()
-    while formats and (failed := first_failure(model, make())):
-        path, failure = failed
-        alike = [p for p in formats if kinds[p[0]].latent]
-        reason = LATENT
-        if not alike:
-            # Layers of the same kind run the same code.
-            alike = [
-                p
-                for p in formats
-                if path and kinds[p[0]] == kinds[path[0]] and shapes[p] == shapes.get(path)
-            ]
-            if not alike:
+
+class _Plan:
+    """The steps of :func:`make_plan` and their results."""
+
+    def __init__(self, model: nn.Module, spec: Spec):
+        self.model, self.spec = model, spec
+        self.report, self.packing = Report(spec), Packing(model)
+        self.own = dict(leaves(own_caches(model)))
+        self.shapes = stock.head_sizes(model, own_caches(model))
+        self.kinds = stock.kinds_of(self.shapes)
+        self.bits: dict[CachePath, str] = {}
+        self.calibration: CalibrationSet | None = None
+
+    def find_packable(self) -> None:
+        """A first format for every cache whose class and head sizes allow one."""
+        for path, cache in self.own.items():
+            reason = self._why_not(path, cache)
+            if not reason:
+                try:
+                    self.packing.formats[path] = make_format(self.spec, *self.shapes[path][1:])
+                except ValueError as error:
+                    reason = str(error)
+            if reason:
+                self.report.left[path[0]] = reason
+
+    def _why_not(self, path: CachePath, cache) -> str:
+        if type(cache) not in PACKABLE:
+            return f"{type(cache).__name__} is not a plain key/value cache"
+        if path not in self.shapes:
+            return "not reached by a forward pass"
+        kind = self.kinds[path[0]]
+        if kind.indexed:  # only prompts longer than those of the trial run show it
+            return LATENT if kind.latent else SPARSE
+        return ""
+
+    def leave_failing(self) -> None:
+        """Try the model on packed caches. Layers that fail are given arrays to attend to, and keep
+        their own caches if they fail again."""
+        seams.install()
+        formats, as_arrays = self.packing.formats, self.packing.as_arrays
+        while formats and (failed := first_failure(self.model, self.packing())):
+            path, error = failed
+            latent = [p for p in formats if self.kinds[p[0]].latent]
+            if latent:
+                self._leave(latent, LATENT)
+            elif not (alike := self._alike(path)):
                 raise ValueError(
-                    f"{spec} cannot be used with this model: running it on packed caches raised "
-                    f"{type(failure).__name__}: {failure}"
-                ) from failure
-            if path not in as_arrays:
+                    f"{self.spec} cannot be used with this model: running it on packed caches "
+                    f"raised {type(error).__name__}: {error}"
+                ) from error
+            elif path not in as_arrays:
                 as_arrays.update(alike)
-                continue
-            reason = f"its attention is not mlx-lm's shared one ({type(failure).__name__})"
-        for other in alike:
-            del formats[other]
-            report.left[other[0]] = reason
-    if not formats:
-        reasons = "; ".join(dict.fromkeys(report.left.values())) or "it makes no caches"
-        raise ValueError(f"{spec} cannot pack any layer of this model: {reasons}.")
-    # What calibrates is watched in the shared attention function.
-    watched = {path: shapes[path] for path in formats if path not in as_arrays}
-    if calibration is not None:
-        calibration = shards.local(calibration, model, watched)
-    elif spec.calibrate == "auto" and watched:
-        calibration = automatic.automatic(model, tokenizer, say)
-    report.calibration = calibration
-    if spec.rounding == "feedback" and (
-        calibration is None or any(c.keys.metric is None for c in calibration.layers.values())
-    ):
-        raise ValueError(f"{spec}: rounding=feedback needs a calibration that holds 'metric'.")
-    if policy is None:
-        bits = bits_by_spec(spec, formats, report)
-    else:
-        bits = bits_by_policy(policy, formats, report, model)
-    if calibration is not None:
+            else:
+                shared = f"its attention is not mlx-lm's shared one ({type(error).__name__})"
+                self._leave(alike, shared)
+        if not formats:
+            reasons = "; ".join(dict.fromkeys(self.report.left.values())) or "it makes no caches"
+            raise ValueError(f"{self.spec} cannot pack any layer of this model: {reasons}.")
+
+    def _alike(self, path: CachePath) -> list[CachePath]:
+        """The packed caches that the same code reads."""
+        if not path:
+            return []
+        same = (self.kinds[path[0]], self.shapes.get(path))
+        return [p for p in self.packing.formats if (self.kinds[p[0]], self.shapes[p]) == same]
+
+    def _leave(self, paths: list[CachePath], reason: str) -> None:
+        for path in paths:
+            del self.packing.formats[path]
+            self.report.left[path[0]] = reason
+
+    def calibrate(self, given: CalibrationSet | None, tokenizer, say) -> None:
+        """The part of a given calibration that this rank needs, or an automatic one."""
+        if given is not None:
+            self.calibration = shards.local(given, self.model, self._to_calibrate())
+        elif self.spec.calibrate == "auto" and self._to_calibrate():
+            self.calibration = automatic.automatic(self.model, tokenizer, say)
+        self.report.calibration = self.calibration
+        layers = () if self.calibration is None else self.calibration.layers.values()
+        if self.spec.rounding == "feedback" and not (
+            layers and all(layer.keys.metric is not None for layer in layers)
+        ):
+            raise ValueError(
+                f"{self.spec}: rounding=feedback needs a calibration that holds 'metric'."
+            )
+
+    def _to_calibrate(self) -> Shapes:
+        """Shapes of the packed caches read by the shared attention function, where calibrating
+        watches."""
+        paths = [p for p in self.packing.formats if p not in self.packing.as_arrays]
+        return {path: self.shapes[path] for path in paths}
+
+    def choose_bits(self, policy: Mapping[CachePath, str] | None) -> None:
+        """The bits of every cache; a cache without bits keeps 16."""
+        paths = list(self.packing.formats)
+        if policy is None:
+            self.bits = bits_by_spec(self.spec, paths)
+        else:
+            self.bits = bits_by_policy(policy, paths, self.report, self.model)
+        self._leave([p for p in paths if p not in self.bits], "skipped")
+
+    def check_calibration(self) -> None:
+        if self.calibration is None:
+            return
         try:
-            calibration.check({path: s for path, s in watched.items() if path in formats})
+            self.calibration.check(self._to_calibrate())
         except ValueError as error:
             raise ValueError(f"The calibration does not fit this model: {error}") from None
-        if (of := calibration.metadata.get("lambda")) not in (None, lambda_of(spec)):
+        wanted, found = lambda_of(self.spec), self.calibration.metadata.get("lambda")
+        if found not in (None, wanted):
             raise ValueError(
-                f"The calibration holds λ for {of}, but {spec} is {lambda_of(spec)}: make one for "
+                f"The calibration holds λ for {found}, but {self.spec} is {wanted}: make one for "
                 "it, or one without λ."
             )
-    formats.update(_formats(spec, bits, shapes, calibration))
-    if spec.budget is not None and policy is None:
-        bits = allocate(
-            model,
-            # Without an exact tail: it would hide much of what is compared.
-            lambda bits: _mixed(
-                model, _formats(replace(spec, recent=0), bits, shapes, calibration)
-            ),
-            bits,
-            {p: {b: _formats(spec, {p: b}, shapes, None)[p].layout for b in STEPS} for p in bits},
-            spec.budget,
-            tokenizer,
-        )
-        formats.update(_formats(spec, bits, shapes, calibration))
-    for path, fmt in formats.items():
-        report.packed[path[0]] = fmt
-        report.left.pop(path[0], None)
-        if path in as_arrays:
-            report.unpacked.append(path[0])
-    report.alone = batch_failure(model, make)
-    make.alone, make.calibrated = bool(report.alone), calibration is not None
-    sizes = {p: s for p, s in shapes.items() if is_packable(own[p], kinds[p[0]])}
-    make.made(Identity(model, sizes))
-    return make, report
 
+    def formats_of(self, bits: Mapping[CachePath, str], **changes) -> dict[CachePath, Format]:
+        """Calibrated formats with these bits, and ``changes`` of the spec."""
+        calibrated = {} if self.calibration is None else self.calibration.layers
+        formats = {}
+        for path, name in bits.items():
+            spec = replace(self.spec, bits=name, **changes)
+            c = calibrated.get(path, LayerCalibration())
+            formats[path] = make_format(spec, *self.shapes[path][1:], keys=c.keys, values=c.values)
+        return formats
 
-def _formats(
-    spec: Spec,
-    bits: dict[tuple[int, ...], str],
-    shapes: dict[tuple[int, ...], tuple[int, int, int]],
-    calibration: CalibrationSet | None,
-) -> dict[tuple[int, ...], Format]:
-    formats = {}
-    for path, name in bits.items():
-        layer = None if calibration is None else calibration.layers.get(path)
-        formats[path] = make_format(
-            replace(spec, bits=name),
-            *shapes[path][1:],
-            keys=None if layer is None else layer.keys,
-            values=None if layer is None else layer.values,
-        )
-    return formats
+    def spend_budget(self, tokenizer) -> None:
+        """More bits where they lower the error most."""
 
+        def caches(bits: dict[CachePath, str]) -> list:
+            # Without the exact tail, which would hide much of the error.
+            return pack_caches(own_caches(self.model), self.formats_of(bits, recent=0))
 
-def _mixed(model: nn.Module, formats: dict[tuple[int, ...], Format]) -> list:
-    """Caches of which some are packed and the others the model's own."""
-    return [_pack(c, (i,), formats, None) for i, c in enumerate(own_caches(model))]
+        layouts = {p: {b: self.formats_of({p: b})[p].layout for b in STEPS} for p in self.bits}
+        assert self.spec.budget is not None
+        bits = allocate(self.model, caches, self.bits, layouts, self.spec.budget, tokenizer)
+        self.packing.formats = self.formats_of(bits)
 
-
-def _pack(cache, path: tuple[int, ...], formats: dict, max_kv_size: int | None):
-    if isinstance(cache, stock.CacheList):
-        parts = enumerate(cache.caches)
-        return stock.CacheList(*(_pack(c, (*path, i), formats, max_kv_size) for i, c in parts))
-    fmt = formats.get(path)
-    if isinstance(cache, stock.RotatingKVCache) and fmt is not None:
-        return PackedRotatingKVCache(fmt, cache.max_size, cache.keep)
-    if type(cache) is stock.KVCache and max_kv_size is not None:
-        if fmt is None:
-            return stock.RotatingKVCache(max_kv_size, KEEP)
-        return PackedRotatingKVCache(fmt, max_kv_size, KEEP)
-    return cache if fmt is None else PackedKVCache(fmt)
+    def finish(self) -> None:
+        """Complete the report, try a batch and note the model's identity."""
+        report, packing = self.report, self.packing
+        for path, fmt in packing.formats.items():
+            report.packed[path[0]] = fmt
+            report.left.pop(path[0], None)
+        report.unpacked += [path[0] for path in packing.formats if path in packing.as_arrays]
+        report.alone = batch_failure(self.model, packing)
+        packing.alone, packing.calibrated = bool(report.alone), self.calibration is not None
+        packing.identity = Identity(self.model, stock.packable_shapes(self.own, self.shapes))
+        packing.made_for = packing.identity()

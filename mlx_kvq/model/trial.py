@@ -1,27 +1,34 @@
-"""Trial runs of a model on packed caches, to find what it cannot run on."""
+"""Trial runs of a model on packed caches, which not every model can attend to."""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..stock import watch
+from ..stock import CachePath, watch
 
 
-def first_failure(model: nn.Module, caches: list) -> tuple[tuple[int, ...], Exception] | None:
-    """The cache after whose update the model raises, if it does on a prompt, a chunk, a token."""
-    last: list[tuple[int, ...]] = [()]
-    watch(caches, lambda path, keys, values: last.__setitem__(0, path))
+def first_failure(model: nn.Module, caches: list) -> tuple[CachePath, Exception] | None:
+    """The error of a prompt, a chunk and a token, if any, and the path of the cache updated last
+    before it."""
+    last: CachePath = ()
+
+    def seen(path: CachePath, keys, values) -> None:
+        nonlocal last
+        last = path
+
+    watch(caches, seen)
     try:
         for tokens in ([0, 0], [0, 0], [0]):
             model(mx.array([tokens]), cache=caches)
     except Exception as error:
-        return last[0], error
+        return last, error
     return None
 
 
 def batch_failure(model: nn.Module, make: Callable) -> str:
-    """What the model raises on three sequences together, if mlx-lm's server would try that."""
+    """Name of the error that three sequences raise together; empty if there is none, or if
+    mlx-lm's server would not batch these caches."""
     singles = []
     for length in (3, 1, 2):
         singles.append(make())

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..format.format import Format
 
-_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _MOST = 2**31 - 1  # kernels count in int32
 
 
@@ -35,17 +35,17 @@ def _check_each(what: str, x: mx.array, count: int, of: str, kind: mx.DtypeCateg
         raise ValueError(f"{what} are one {name} for each of {count} {of}, got {found}.")
 
 
-def _check_held(held: mx.array, shape: tuple[int, ...], fmt: Format) -> None:
+def _check_pending(pending: mx.array, shape: tuple[int, ...], fmt: Format) -> None:
     wanted = (*shape[:2], fmt.layout.words)
     if (
-        held.ndim != 4
-        or (*held.shape[:2], held.shape[3]) != wanted
-        or held.shape[2] < shape[2]
-        or held.dtype != mx.uint32
+        pending.ndim != 4
+        or (*pending.shape[:2], pending.shape[3]) != wanted
+        or pending.shape[2] < shape[2]
+        or pending.dtype != mx.uint32
     ):
         raise ValueError(
-            f"Held rows are uint32 [{wanted[0]}, {wanted[1]}, at least {shape[2]}, {wanted[2]}], "
-            f"got {held.dtype} {held.shape}."
+            f"Pending rows are uint32 [{wanted[0]}, {wanted[1]}, at least {shape[2]}, "
+            f"{wanted[2]}], got {pending.dtype} {pending.shape}."
         )
 
 
@@ -56,7 +56,7 @@ def check_tail(tail: mx.array, heads: tuple[int, ...], least: int, fmt: Format) 
         tail.ndim != 4
         or (*tail.shape[:2], tail.shape[3]) != wanted
         or tail.shape[2] < least
-        or tail.dtype not in _FLOATS
+        or tail.dtype not in FLOATS
     ):
         raise ValueError(
             f"The tail is [{heads[0]}, {heads[1]}, at least {max(0, least)} tokens, {wanted[2]}] "
@@ -64,17 +64,160 @@ def check_tail(tail: mx.array, heads: tuple[int, ...], least: int, fmt: Format) 
         )
 
 
-def check_mask(mask: mx.array | str, q: mx.array, length: int) -> None:
-    if not isinstance(mask, mx.array):
-        if mask != "causal":
-            raise ValueError(f"A mask is None, 'causal' or an array, got {mask!r}.")
+def check_mask_parts(causal, window, starts, array) -> None:
+    """What no query and no row is needed for."""
+    if type(causal) is not bool:
+        raise ValueError(f"A mask is causal or not, got {causal!r}.")
+    if window is not None:
+        _check_whole("A window", window, 1)
+    if starts is not None:
+        whole = isinstance(starts, mx.array) and mx.issubdtype(starts.dtype, mx.integer)
+        if not whole or starts.ndim != 1:
+            found = f"{starts.dtype} {starts.shape}" if isinstance(starts, mx.array) else starts
+            raise ValueError(f"Starts are one integer for each sequence, got {found}.")
+    if array is None:
         return
-    if mask.dtype != mx.bool_ and mask.dtype not in _FLOATS:
-        raise ValueError(f"A mask is boolean (True attends) or a float to add, got {mask.dtype}.")
+    if not isinstance(array, mx.array):
+        raise ValueError(f"A mask is None, 'causal' or an array, got {array!r}.")
+    if array.dtype != mx.bool_ and array.dtype not in FLOATS:
+        raise ValueError(f"A mask is boolean (True attends) or a float to add, got {array.dtype}.")
+    if causal:
+        raise ValueError("A mask is causal or an array, got both.")
+
+
+def _check_mask(mask: mx.array, q: mx.array, length: int) -> None:
     scores = (*q.shape[:3], length)
     # From the right, each axis is that of the scores or 1.
     pairs = zip(mask.shape[::-1], scores[::-1], strict=False)
     if mask.ndim > 4 or any(m not in (1, s) for m, s in pairs):
         raise ValueError(
             f"A mask {mask.shape} does not broadcast to the scores [B, Hq, L, length] = {scores}."
+        )
+
+
+def check_format(fmt: Format) -> None:
+    if not isinstance(fmt, Format):
+        raise ValueError(
+            f"A format is what mlx_kvq.format.format.make_format returns, got {fmt!r}."
+        )
+
+
+def _check_kv_heads(H: int, fmt: Format) -> None:
+    if (heads := fmt.heads) is not None and heads != H:
+        raise ValueError(f"The format is calibrated for {heads} KV heads, got {H}.")
+
+
+def check_vectors(k: mx.array, v: mx.array, fmt: Format) -> None:
+    check_format(fmt)
+    lay = fmt.layout
+    if k.shape[:-1] != v.shape[:-1] or k.ndim != 4:
+        raise ValueError(f"Keys {k.shape} and values {v.shape} are not [B, Hkv, L, D] of one size.")
+    if k.shape[-1] != lay.k_dim or v.shape[-1] != lay.v_dim:
+        raise ValueError(
+            f"Keys {k.shape} and values {v.shape} do not fit the cache's head sizes "
+            f"{lay.k_dim} and {lay.v_dim}."
+        )
+    if k.dtype not in FLOATS or v.dtype not in FLOATS:
+        raise ValueError(
+            f"Keys and values are float16, bfloat16 or float32, got {k.dtype} and {v.dtype}."
+        )
+    _check_kv_heads(k.shape[1], fmt)
+
+
+_MOST_BEFORE = 1 << 16  # zeros that a first tail may begin with
+
+
+def check_pack(k, v, fmt, tail, size, pending, capacity) -> None:
+    """Arguments of ``quantize_pack``."""
+    check_vectors(k, v, fmt)
+    if size == 0 and type(size) is int and tail is pending is capacity is None:
+        return
+    L = k.shape[2]
+    _check_whole("A tail's number of tokens to keep", size, 1, L + _MOST_BEFORE)
+    if tail is not None:
+        check_tail(tail, k.shape[:2], size - L, fmt)
+    if pending is not None:
+        _check_pending(pending, k.shape, fmt)
+    if capacity is not None:
+        _check_whole("A capacity", capacity, L)
+        if pending is not None:
+            raise ValueError(
+                f"A capacity is for rows without pending ones, got {capacity} and those."
+            )
+
+
+def check_length(packed, L: int) -> None:
+    """The length, and where a ring of ``packed`` begins for L queries."""
+    _check_span(packed)
+    if packed.ring is not None and packed.tail is not None:
+        _check_ring(packed.ring, packed.length, L)
+
+
+def _check_span(packed) -> None:
+    length = packed.length
+    if type(length) is not int:
+        _check_whole("A length", length, 1)
+    if not 0 < length <= packed.rows.shape[2]:
+        raise ValueError(f"Length {length} is not 1 to the capacity {packed.rows.shape[2]}.")
+
+
+def check_rows(packed) -> None:
+    """Rows, length and format of a ``Packed``."""
+    rows, fmt = packed.rows, packed.format
+    check_format(fmt)
+    if rows.ndim != 4 or rows.shape[3] != fmt.layout.words or rows.dtype != mx.uint32:
+        raise ValueError(
+            f"Rows are uint32 [B, Hkv, capacity, {fmt.layout.words}] for {fmt.signature}, "
+            f"got {rows.dtype} {rows.shape}."
+        )
+    _check_span(packed)
+    _check_kv_heads(rows.shape[1], fmt)
+
+
+def check_unpack(packed, dtype, chunk) -> None:
+    """Arguments of ``dequantize`` and ``restore``."""
+    check_rows(packed)
+    rows, fmt = packed.rows, packed.format
+    if not isinstance(dtype, mx.Dtype) or dtype not in FLOATS:
+        raise ValueError(f"The dtype is float16, bfloat16 or float32, got {dtype}.")
+    if packed.tail is not None:
+        check_tail(packed.tail, rows.shape[:2], 0, fmt)
+    if chunk is None:
+        return
+    if not isinstance(chunk, (tuple, list)) or len(chunk) != 2:
+        raise ValueError(f"A chunk is a pair of keys and values, got {type(chunk).__name__}.")
+    check_vectors(chunk[0], chunk[1], fmt)
+    if chunk[0].shape[:2] != rows.shape[:2]:
+        raise ValueError(f"A chunk {chunk[0].shape} does not follow rows {rows.shape}.")
+
+
+def check_attend(q, packed, scale, mask, sinks) -> None:
+    check_rows(packed)
+    rows, fmt = packed.rows, packed.format
+    if q.ndim != 4 or q.dtype not in FLOATS:
+        raise ValueError(
+            f"Queries are float16, bfloat16 or float32 [B, Hq, L, {fmt.layout.k_dim}], "
+            f"got {q.dtype} {q.shape}."
+        )
+    (B, Hq, L, D), Hkv = q.shape, rows.shape[1]
+    if B != rows.shape[0] or (Hq % Hkv if Hkv else Hq) or fmt.layout.k_dim != D:
+        raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
+    _check_scale(scale)
+    if mask.array is not None:
+        _check_mask(mask.array, q, packed.length)
+    if sinks is not None:
+        _check_each("Sinks", sinks, Hq, "query heads", mx.floating)
+    if mask.starts is not None:
+        _check_each("Starts", mask.starts, B, "sequences", mx.integer)
+    if packed.tail is not None:
+        check_tail(packed.tail, rows.shape[:2], fmt.recent + L - 1, fmt)
+    check_length(packed, L)
+
+
+def _check_ring(ring: tuple[int, int], length: int, L: int) -> None:
+    pair = isinstance(ring, tuple) and len(ring) == 2 and all(type(n) is int for n in ring)
+    if not pair or not 0 <= ring[0] < ring[1] <= length or (L > 1 and ring[1] < length):
+        raise ValueError(
+            f"A ring of {length} rows for {L} queries is (keep, idx) with 0 <= keep < "
+            f"idx <= {length}, of which idx is {length} for several queries, got {ring}."
         )

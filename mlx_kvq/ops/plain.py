@@ -21,38 +21,37 @@ from ..format.levels import (
     split,
     zero_code,
 )
+from .packed import EVERY, Mask, Packed
 
 _PACK_BLOCK = 1024  # vectors quantized at a time, 32 times as many on GPUs
 _KEY_BLOCK = 4096  # keys whose codes are unpacked at a time
 
 
-def quantize_pack(k: mx.array, v: mx.array, fmt: Format) -> mx.array:
-    """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W]."""
-    return _in_blocks(k, v, fmt, 0)[0]
-
-
-def quantize_pack_tail(
+def quantize_pack(
     k: mx.array,
     v: mx.array,
     fmt: Format,
-    tail: mx.array | None,
-    keep: int,
-    held: mx.array | None = None,
+    tail: mx.array | None = None,
+    size: int = 0,
+    pending: mx.array | None = None,
     capacity: int | None = None,
-) -> tuple[mx.array, mx.array]:
-    """As :func:`quantize_pack`, with the tail; see :func:`mlx_kvq.ops.quantize_pack_tail`."""
+) -> tuple[mx.array, mx.array | None]:
+    """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W], and the new tail
+    [B, H, size, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack`."""
     B, H, L, _ = k.shape
-    rows, y = _in_blocks(k, v, fmt, min(L, keep))
-    y = y.astype(tail_dtype(k.dtype))
-    if held is not None:
-        rows = mx.concatenate([held[:, :, L:], rows], axis=2)
+    rows, y = _in_blocks(k, v, fmt, min(L, size))
+    if pending is not None:
+        rows = mx.concatenate([pending[:, :, L:], rows], axis=2)
     elif capacity is not None and capacity > L:
         rows = mx.concatenate([rows, mx.zeros((B, H, capacity - L, rows.shape[3]), rows.dtype)], 2)
-    if keep <= L:
+    if not size:
+        return rows, None
+    y = y.astype(tail_dtype(k.dtype))
+    if size <= L:
         return rows, y
     if tail is None:
-        tail = mx.zeros((B, H, keep - L, y.shape[3]), y.dtype)
-    older = tail[:, :, tail.shape[2] + L - keep :].astype(y.dtype)
+        tail = mx.zeros((B, H, size - L, y.shape[3]), y.dtype)
+    older = tail[:, :, tail.shape[2] + L - size :].astype(y.dtype)
     return rows, mx.concatenate([older, y], axis=2)
 
 
@@ -105,38 +104,28 @@ def _on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def dequantize(
-    rows: mx.array,
-    length: int,
-    fmt: Format,
-    dtype: mx.Dtype = mx.float32,
-    tail: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
+def dequantize(packed: Packed, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
     """Rows to rotated keys and values; see :func:`mlx_kvq.ops.dequantize`."""
+    fmt, tail, length = packed.format, packed.tail, packed.length
     lay = fmt.layout
-    packed = length if tail is None else max(0, length - tail.shape[2])
+    n = length if tail is None else max(0, length - tail.shape[2])  # from rows
     parts: list[tuple[mx.array, mx.array]] = []
-    if packed:
-        kc, vc, ks, vs = split(rows[..., :packed, :], lay)
+    if n:
+        kc, vc, ks, vs = split(packed.rows[..., :n, :], lay)
         k = read_levels(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
         parts.append((k, read_levels(vc, vs, lay.v_bits, lay.v_group, fmt.scale)))
     if tail is not None:
-        last = tail[:, :, tail.shape[2] - (length - packed) :]
+        last = tail[:, :, tail.shape[2] - (length - n) :]
         parts.append((last[..., : lay.k_dim], last[..., lay.k_dim :]))
     k, v = (_joined([saturated(x, dtype) for x in side]) for side in zip(*parts, strict=True))
     return k, v
 
 
 def restore(
-    rows: mx.array,
-    length: int,
-    fmt: Format,
-    dtype: mx.Dtype,
-    tail: mx.array | None = None,
-    chunk: tuple[mx.array, mx.array] | None = None,
+    packed: Packed, dtype: mx.Dtype, chunk: tuple[mx.array, mx.array] | None = None
 ) -> tuple[mx.array, mx.array]:
     """As :func:`dequantize`, but out of the rotation; see :func:`mlx_kvq.ops.restore`."""
-    k, v = dequantize(rows, length, fmt, mx.float32, tail)
+    fmt, (k, v) = packed.format, dequantize(packed)
     sides = [[saturated(side.output(x), dtype)] for side, x in ((fmt.keys, k), (fmt.values, v))]
     for side, new in zip(sides, chunk or (), strict=False):
         side.append(saturated(new, dtype))
@@ -235,85 +224,106 @@ def visible(query: mx.array, key: mx.array, causal: bool, window: int | None) ->
 
 def attend(
     q: mx.array,
-    rows: mx.array,
-    length: int,
-    fmt: Format,
+    packed: Packed,
     scale: float,
-    mask: mx.array | str | None = None,
+    mask: Mask = EVERY,
     sinks: mx.array | None = None,
-    starts: mx.array | None = None,
-    window: int | None = None,
-    tail: mx.array | None = None,
-    ring: tuple[int, int] | None = None,
 ) -> mx.array:
     """Attention over the first ``length`` rows; shapes as in :func:`mlx_kvq.ops.attend`."""
-    lay = fmt.layout
-    B, Hq, L, _ = q.shape
-    Hkv = rows.shape[1]
-    key, query = mx.arange(length), mx.arange(length - L, length)
-    n = 0  # of the last keys, which some query reads from the tail
-    packed = length  # of the first ones, which some query reads from its row
-    if tail is not None:
-        keep = 0
-        if ring is not None:
-            rows, mask = in_token_order(rows, mask, length, *ring)
-            keep = ring[0]
-        n = min(fmt.recent + L - 1, length - keep)
-        last = tail[:, :, tail.shape[2] - n :].astype(mx.float32)
-        if L == 1:  # what is left out would add zeros: the sums are the same to the last bit
-            packed = length - n
-        own = None if L == 1 else key[length - n :] > query[:, None] - fmt.recent
+    fmt, (B, Hq, L, _) = packed.format, q.shape
+    length, Hkv = packed.length, packed.rows.shape[1]
+    rows, array, exact = packed.rows, mask.array, None
+    if packed.tail is not None:
+        keep, idx = packed.ring or (0, length)
+        rows, array = in_token_order(rows, array, length, keep, idx)
+        exact = _Exact(packed.tail, fmt, length, L, length - keep)
+    n = length if exact is None else exact.packed  # from rows
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
-    qr = qr.reshape(B, Hkv, -1, lay.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
-    parts = [_scores(qr, rows, packed, fmt).reshape(B, Hq, L, packed)] if packed else []
-    if n:
-        exact = (qr @ last[..., : lay.k_dim].swapaxes(-1, -2)).reshape(B, Hq, L, n)
-        if own is not None:
-            exact = mx.where(own, exact, parts[0][..., length - n :])
-            parts[0] = parts[0][..., : length - n]
-        parts.append(exact)
-    scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-    least = mx.finfo(mx.float32).min
-    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-        # A mask of -inf alone must not make the softmax of a row NaN.
-        scores = mx.maximum(scores + mask, least)
-    elif isinstance(mask, mx.array):
-        scores = mx.where(mask, scores, least)
-    allowed = visible(query, key, mask == "causal" if isinstance(mask, str) else False, window)
-    if allowed is not None:
-        scores = mx.where(allowed, scores, least)
-    if starts is not None:
-        scores = mx.where(key >= starts.reshape(B, 1, 1, 1), scores, least)
-    if sinks is not None:
-        sink = sinks.astype(mx.float32).reshape(1, Hq, 1, 1)
-        if (mu := fmt.keys.calibration.mu) is not None:
-            # The centre was taken off every key; beside a sink it no longer cancels.
-            q32 = q.astype(mx.float32).reshape(B, Hkv, -1, lay.k_dim)
-            dot = (q32 * mu[:, None]).sum(axis=-1).reshape(B, Hq, L, 1)
-            sink = sink - scale * dot
-        scores = mx.concatenate([mx.broadcast_to(sink, (B, Hq, L, 1)), scores], axis=-1)
-    p = mx.softmax(scores, axis=-1, precise=True)
-    if sinks is not None:
-        p = p[..., 1:]
+    qr = qr.reshape(B, Hkv, -1, fmt.layout.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
+    scores = _scores(qr, rows, n, fmt).reshape(B, Hq, L, n) if n else mx.zeros((B, Hq, L, 0))
+    if exact is not None:
+        scores = exact.scores(qr, scores)
+    p = _probabilities(q, _masked(scores, mask, array), scale, fmt, sinks)
     sums: list[mx.array] = []
-    rest = p[..., :packed]
+    rest = p
+    if exact is not None:
+        o, rest = exact.mix(p, Hkv)
+        sums.append(o)
     if n:
-        exact = p[..., length - n :]
-        if own is not None:
-            exact = mx.where(own, exact, 0.0)
-            rest = mx.concatenate([p[..., : length - n], p[..., length - n :] - exact], axis=-1)
-        sums.append(exact.reshape(B, Hkv, -1, n) @ last[..., lay.k_dim :])
-    if packed:
-        sums.append(_mix(rest.reshape(B, Hkv, -1, packed), rows, packed, fmt))
+        sums.append(_mix(rest.reshape(B, Hkv, -1, n), rows, n, fmt))
     o = sums[0] if len(sums) == 1 else sums[0] + sums[1]
-    p = p.reshape(B, Hkv, -1, length)
-    return _output(o.reshape(B, Hq, L, lay.v_dim), p, fmt, q.dtype, sinks is not None)
+    o = o.reshape(B, Hq, L, fmt.layout.v_dim)
+    return _output(o, p.reshape(B, Hkv, -1, length), fmt, q.dtype, sinks is not None)
+
+
+class _Exact:
+    """The newest keys, which queries read from the tail: ``n`` that some query reads there, and
+    ``packed`` that some query reads from its row."""
+
+    def __init__(self, tail: mx.array, fmt: Format, length: int, L: int, most: int):
+        self.n = min(fmt.recent + L - 1, most)
+        self.length, self.dim = length, fmt.layout.k_dim
+        self.tail = tail[:, :, tail.shape[2] - self.n :].astype(mx.float32)
+        self.packed, self.own = length, None
+        if L == 1:  # what is left out would add zeros: the sums are the same to the last bit
+            self.packed = length - self.n
+        else:
+            query = mx.arange(length - L, length)
+            self.own = mx.arange(length - self.n, length) > query[:, None] - fmt.recent
+
+    def scores(self, q: mx.array, of_rows: mx.array) -> mx.array:
+        """Of all keys, [B, Hq, L, length]."""
+        first = self.length - self.n
+        exact = q @ self.tail[..., : self.dim].swapaxes(-1, -2)
+        exact = exact.reshape(*of_rows.shape[:3], self.n)
+        if self.own is not None:
+            exact = mx.where(self.own, exact, of_rows[..., first:])
+        return mx.concatenate([of_rows[..., :first], exact], axis=-1)
+
+    def mix(self, p: mx.array, Hkv: int) -> tuple[mx.array, mx.array]:
+        """The tail's part of the output, and the probabilities of the rows."""
+        first = self.length - self.n
+        exact, rest = p[..., first:], p[..., :first]
+        if self.own is not None:
+            exact = mx.where(self.own, exact, 0.0)
+            rest = mx.concatenate([rest, p[..., first:] - exact], axis=-1)
+        exact = exact.reshape(p.shape[0], Hkv, -1, self.n)
+        return exact @ self.tail[..., self.dim :], rest
+
+
+def _masked(scores: mx.array, mask: Mask, array: mx.array | None) -> mx.array:
+    L, length = scores.shape[2:]
+    least = mx.finfo(mx.float32).min
+    if array is not None:
+        # A mask of -inf alone must not make the softmax of a row NaN.
+        boolean = array.dtype == mx.bool_
+        scores = mx.where(array, scores, least) if boolean else mx.maximum(scores + array, least)
+    key, query = mx.arange(length), mx.arange(length - L, length)
+    if (allowed := visible(query, key, mask.causal, mask.window)) is not None:
+        scores = mx.where(allowed, scores, least)
+    if mask.starts is not None:
+        scores = mx.where(key >= mask.starts.reshape(-1, 1, 1, 1), scores, least)
+    return scores
+
+
+def _probabilities(q, scores: mx.array, scale: float, fmt: Format, sinks) -> mx.array:
+    """Softmax over the keys, and over the sinks, which are then left out."""
+    if sinks is None:
+        return mx.softmax(scores, axis=-1, precise=True)
+    B, Hq, L, _ = q.shape
+    sink = sinks.astype(mx.float32).reshape(1, Hq, 1, 1)
+    if (mu := fmt.keys.calibration.mu) is not None:
+        # The centre was taken off every key; beside a sink it no longer cancels.
+        q32 = q.astype(mx.float32).reshape(B, mu.shape[0], -1, fmt.layout.k_dim)
+        sink = sink - scale * (q32 * mu[:, None]).sum(axis=-1).reshape(B, Hq, L, 1)
+    sink = mx.broadcast_to(sink, (B, Hq, L, 1))
+    return mx.softmax(mx.concatenate([sink, scores], axis=-1), axis=-1, precise=True)[..., 1:]
 
 
 def in_token_order(
-    rows: mx.array, mask: mx.array | str | None, length: int, keep: int, idx: int
-) -> tuple[mx.array, mx.array | str | None]:
-    """Rows of a ring, and an array mask over them, in the order of the tokens."""
+    rows: mx.array, mask: mx.array | None, length: int, keep: int, idx: int
+) -> tuple[mx.array, mx.array | None]:
+    """Rows of a ring, and a mask over them, in the order of the tokens."""
     if idx == length:
         return rows, mask
 
@@ -323,7 +333,7 @@ def in_token_order(
         return a.swapaxes(axis, 0)
 
     rows = ordered(rows, 2)
-    if isinstance(mask, mx.array) and mask.shape[-1] == length:
+    if mask is not None and mask.shape[-1] == length:
         mask = ordered(mask, mask.ndim - 1)
     return rows, mask
 

@@ -1,7 +1,7 @@
 """The model card (README.md) of a converted repository, as the Hugging Face hub reads it.
 
-A card that is there keeps its text and its metadata; ours is a block between two comments, which
-the next conversion replaces.
+An existing card keeps its text and its metadata; ours is a block between two comments, which the
+next conversion replaces.
 """
 
 import platform
@@ -20,19 +20,37 @@ if TYPE_CHECKING:
 
 
 TAGS = ("mlx", "mlx_kvq", "kv-cache-quantization")
-OURS = "kv_cache"  # argument of our results' metrics, by which the next conversion finds them
+OURS = "kv_cache"  # argument of our results' metrics: the next conversion replaces those
 _BLOCK = re.compile(r"<!-- mlx_kvq -->.*?<!-- /mlx_kvq -->\n?", re.DOTALL)
+_TEXT = """\
+<!-- mlx_kvq -->
+## KV cache
+
+Keys and values of this model are kept as `{spec}`: {what}. Where mlx_kvq is installed beside \
+mlx-lm, no option is needed:
+
+```sh
+mlx_lm.generate --model {name} --prompt "Hello"
+```
+
+`--kv-cache fp16` turns it off and another `--kv-cache` replaces it. Without mlx_kvq this is an \
+ordinary mlx-lm model.
+
+| cache | bytes per token, all layers |
+|---|--:|
+| fp16 | {fp16:.0f} |
+| {spec} | {packed:.0f} ({times:.2f} times fewer) |
+
+{more}<!-- /mlx_kvq -->
+"""
 
 
 def load(folder: Path) -> ModelCard:
-    """The card of the repository in ``folder``, an empty one if there is none.
-
-    Raises:
-        ValueError: If the metadata of its README.md cannot be read.
-    """
+    """The card of the repository in ``folder``, an empty one if there is none. Raises ValueError if
+    the metadata of its README.md cannot be read."""
     path = folder / "README.md"
     try:
-        return ModelCard.load(path) if path.is_file() else _empty()
+        return ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n")
     except Exception as error:  # of the YAML library or of huggingface_hub
         raise ValueError(f"The metadata of '{path}' cannot be read: {line(error)}") from error
 
@@ -46,28 +64,18 @@ def make(
     texts: list[str],
     note: str = "",
 ) -> ModelCard:
-    """The card of the repository in ``folder``, with what it says of the cache.
-
-    Args:
-        folder (Path): The repository; its README.md is read, not written.
-        name (str): What a user types to load it.
-        report (Report): What the cache does to the model.
-        sizes (list): Bytes per token, measured: in fp16 and packed.
-        evaluation (Evaluation, optional): fp16 and the cache on ``texts``.
-        texts (list): Their names.
-        note (str): What else is to be said of the evaluation.
-
-    Raises:
-        ValueError: As :func:`load`.
-    """
+    """The card of the repository in ``folder``, which users call ``name``, with a block about the
+    cache: ``sizes`` are bytes per token in fp16 and packed, ``evaluation`` has both on ``texts``,
+    ``note`` is a sentence about it. Errors as in :func:`load`."""
     card = load(folder)
     data: Any = card.data
     data.library_name = data.library_name or "mlx"
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     tags = [data.tags] if isinstance(data.tags, str) else list(data.tags or ())
     data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
-    others = [r for r in data.eval_results or () if OURS not in (r.metric_args or {})]
-    results = others if evaluation is None else others + _results(evaluation, texts)
+    results = [r for r in data.eval_results or () if OURS not in (r.metric_args or {})]
+    if evaluation is not None:
+        results += _results(evaluation, texts)
     data.eval_results = results or None
     data.model_name = (data.model_name or name) if results else None
     block = _block(name, report, sizes, evaluation, texts, note)
@@ -81,7 +89,7 @@ def make(
 
 
 def write(folder: Path, card: ModelCard) -> None:
-    """Write README.md; one that was there stays whole until the new one is complete."""
+    """Write README.md, whole or not at all."""
     target = folder / "README.md"
     with replacing(target) as part:
         card.save(part)
@@ -89,52 +97,22 @@ def write(folder: Path, card: ModelCard) -> None:
             shutil.copymode(target, part)
 
 
-def _empty() -> ModelCard:
-    return ModelCard("---\n{}\n---\n")
-
-
 def _block(name, report, sizes, evaluation, texts, note) -> str:
-    before, after = sizes
-    what = str(report).removeprefix(f"{report.spec}: ")
-    lines = [
-        "<!-- mlx_kvq -->",
-        "## KV cache",
-        "",
-        f"Keys and values of this model are kept as `{report.spec}`: {what}. Where mlx_kvq is "
-        "installed beside mlx-lm, no option is needed:",
-        "",
-        "```sh",
-        f'mlx_lm.generate --model {name} --prompt "Hello"',
-        "```",
-        "",
-        "`--kv-cache fp16` turns it off and another `--kv-cache` replaces it. Without mlx_kvq "
-        "this is an ordinary mlx-lm model.",
-        "",
-        "| cache | bytes per token, all layers |",
-        "|---|--:|",
-        f"| fp16 | {before:.0f} |",
-        f"| {report.spec} | {after:.0f} ({before / after:.2f} times fewer) |",
-        "",
-    ]
-    if recent := report.spec.recent:
-        lines += [f"To them come, for each sequence, the newest {recent} tokens as in fp16.", ""]
+    spec, (fp16, packed), more = report.spec, sizes, ""
+    if spec.recent:
+        more = f"To them come, for each sequence, the newest {spec.recent} tokens as in fp16.\n\n"
     if evaluation is not None:
         s = evaluation.setting
+        unit = "GPU" if "gpu" in s["device"] else "CPU"
         versions = ", ".join(f"{k} {v}" for k, v in s["versions"].items())
-        lines += [
-            f"### Measured on {', '.join(texts)}",
-            "",
-            evaluation.table(markdown=True),
-            "",
-            f"{note}Computed in {s['dtype']} on {_machine(s['device'])}; {versions}.",
-            "",
-        ]
-    return "\n".join([*lines, "<!-- /mlx_kvq -->", ""])
-
-
-def _machine(device: str) -> str:
-    where = "GPU" if "gpu" in device else "CPU"
-    return f"the {where} of a machine with {platform.system()} {platform.machine()}"
+        more += (
+            f"### Measured on {', '.join(texts)}\n\n{evaluation.table(markdown=True)}\n\n"
+            f"{note}Computed in {s['dtype']} on the {unit} of a machine with {platform.system()} "
+            f"{platform.machine()}; {versions}.\n\n"
+        )
+    values = {"spec": spec, "what": str(report).removeprefix(f"{spec}: "), "name": name}
+    times = fp16 / packed
+    return _TEXT.format(fp16=fp16, packed=packed, times=times, more=more, **values)
 
 
 def _results(evaluation: "Evaluation", texts: list[str]) -> list[EvalResult]:

@@ -1,22 +1,22 @@
-"""``mlx_kvq convert``: a model repository that brings its cache along.
+"""``mlx_kvq convert``: a model repository with its KV cache.
 
 Either ``mlx_lm.convert``, with all its options, and then the cache; or the cache alone, added in
-place to a repository that is there. The repository is complete or not there at all, and one that
-was there stays usable whenever this is interrupted.
+place. A new repository is complete or does not exist, and an interruption leaves an old one usable.
 """
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
 from ..caches.packed import PackedCache
@@ -34,7 +34,7 @@ from . import repository
 
 WINDOW, WINDOWS = 1024, 16  # tokens and windows of an evaluation, at most
 LEAST = 512  # tokens of a text to evaluate on
-SAMPLE, HELD_OUT = "built-in sample", "held-out text"  # what a card calls them
+SAMPLE, HELD_OUT = "built-in sample", "held-out text"  # names of texts in a card
 
 
 def convert(
@@ -57,17 +57,15 @@ def convert(
         hf_path (str, optional): As for ``mlx_lm.convert``. Without it ``mlx_path`` is a local
             repository that gets the cache in place.
         mlx_path (str or Path): The repository.
-        kv_cache (str or Spec): What the repository is to say, for example ``"int4-srft"``.
-        calibration_text (str or Sequence of str, optional): What the model is likely to read;
-            ``None`` is the built-in sample text.
+        kv_cache (str or Spec): The repository's cache, for example ``"int4-srft"``.
+        calibration_text (str or Sequence of str, optional): As for :func:`mlx_kvq.calibrate`.
         evaluate_on (dict, optional): Name -> text that the model has not seen. The model card
-            then says what the cache costs on it: perplexity, KL, and ``recall`` if given. The
-            names are published with it.
+            then has perplexity, KL and ``recall`` on it, and the names.
         recall (Sequence): ``{"prompt": …, "answer": …}``, as for :func:`mlx_kvq.evaluate`.
         upload_repo (str, optional): Repository of the Hugging Face hub to upload to.
         private (bool): Make that repository a private one.
         progress (bool): Show progress bars.
-        options: What else ``mlx_lm.convert`` takes: ``quantize``, ``q_bits``, ``dtype`` …
+        options: Those of ``mlx_lm.convert``: ``quantize``, ``q_bits``, ``dtype`` …
 
     Returns:
         Path: ``mlx_path``.
@@ -85,32 +83,19 @@ def convert(
     if private and upload_repo is None:
         raise ValueError("Nothing is uploaded that could be private: give --upload-repo.")
     if upload_repo is not None:
-        from huggingface_hub.utils import validate_repo_id
-
         validate_repo_id(upload_repo)
-    target = Path(mlx_path)
-    add = partial(
-        _add,
-        spec=spec,
-        name=upload_repo or target.absolute().name,
-        texts=calibration_text,
-        evaluate_on=evaluate_on or {},
-        recall=recall,
-        trust=bool(options.get("trust_remote_code")),
-        progress=progress,
-    )
     if unknown := set(options) - set(_defaults()):
         raise TypeError(f"mlx_lm.convert takes no {', '.join(sorted(unknown))}.")
+    target = Path(mlx_path)
+    name = upload_repo or target.absolute().name
+    trust = bool(options.get("trust_remote_code"))
     try:
         if hf_path is None:
             _check_in_place(target, options)
             if upload_repo is not None:
                 repository.contents(target)
-            add(target)
-        else:
-            with _new(target) as part:
-                _convert(hf_path, part, options)
-                add(part)
+        with nullcontext(target) if hf_path is None else _converted(hf_path, target, options) as at:
+            _add(at, name, spec, calibration_text, evaluate_on or {}, recall, trust, progress)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"'{target}' cannot be written: {reason}.") from error
@@ -120,6 +105,7 @@ def convert(
 
 
 def _check_in_place(target: Path, options: dict) -> None:
+    """Errors before the minutes of work."""
     defaults = _defaults()
     for name, value in options.items():
         if value != defaults[name] and name != "trust_remote_code":
@@ -131,14 +117,13 @@ def _check_in_place(target: Path, options: dict) -> None:
             f"There is no repository '{target}' to add a cache to: give its --mlx-path, or "
             "--hf-path to convert a model."
         )
-    # Whatever can be wrong is found before the minutes of work.
     repository.read_config(target)
     model_card.load(target)
 
 
 @contextmanager
-def _new(target: Path) -> Iterator[Path]:
-    """A folder that becomes ``target`` when all has gone well."""
+def _converted(hf_path: str, target: Path, options: dict) -> Iterator[Path]:
+    """The folder of a converted model, which becomes ``target`` when the block ends."""
     if target.exists():
         raise ValueError(
             f"'{target}' exists already. Give another --mlx-path; or leave --hf-path out to add "
@@ -147,8 +132,14 @@ def _new(target: Path) -> Iterator[Path]:
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as folder:
-        yield Path(folder) / "model"
-        os.rename(Path(folder) / "model", target)
+        part = Path(folder) / "model"
+        try:
+            with repository.unread(), code_allowed(bool(options.get("trust_remote_code"))):
+                import_module("mlx_lm.convert").convert(hf_path, str(part), **options)
+        except Exception as error:
+            raise ValueError(f"'{hf_path}' cannot be converted: {line(error)}") from error
+        yield part
+        os.rename(part, target)
 
 
 def _defaults() -> dict:
@@ -156,64 +147,38 @@ def _defaults() -> dict:
     return {k: p.default for k, p in parameters.items() if k not in ("hf_path", "mlx_path")}
 
 
-def _convert(hf_path: str, target: Path, options: dict) -> None:
-    try:
-        with repository.unread(), code_allowed(bool(options.get("trust_remote_code"))):
-            import_module("mlx_lm.convert").convert(hf_path, str(target), **options)
-    except Exception as error:
-        raise ValueError(f"'{hf_path}' cannot be converted: {line(error)}") from error
-
-
 def _add(
-    folder: Path,
-    *,
-    spec: Spec,
-    name: str,
-    texts: str | Sequence[str] | None,
-    evaluate_on: dict[str, str],
-    recall: Sequence[dict],
-    trust: bool,
-    progress: bool,
-) -> None:
+    folder: Path, name: str, spec: Spec, texts: str | Sequence[str] | None,
+    evaluate_on: dict[str, str], recall: Sequence[dict], trust: bool, progress: bool,
+) -> None:  # fmt: skip
+    """Calibrate, evaluate and write the section, its file and the card."""
     with repository.unread():
         model, tokenizer = load(str(folder), trust=trust)
     windows = _windows(tokenizer, evaluate_on) if evaluate_on else {}
     calibration = None
+    made = {"mlx_kvq": __version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
     if spec.calibrate != "off":
         calibration = calibrate(model, tokenizer, texts, progress=progress)
+        made |= {k: calibration.metadata[k] for k in ("text", "tokens", "length")}
     report = enable(model, spec, calibration=calibration, tokenizer=tokenizer, verbose=False)
-    assert report is not None  # which it is for fp16 alone
-    layers = {
-        path: cache.format.spec.bits
-        for path, cache in leaves(model.make_cache())
-        if isinstance(cache, PackedCache)
-    }
+    assert report is not None  # fp16 is refused
+    own = leaves(model.make_cache())
+    layers = {path: c.format.spec.bits for path, c in own if isinstance(c, PackedCache)}
     evaluation = None
     if evaluate_on:
         if mx.default_device().type == mx.DeviceType.cpu:
-            model.set_dtype(mx.float32)  # as half precision is only emulated there
-        evaluation = evaluate(
-            model,
-            tokenizer,
-            [OFF, str(spec)],
-            list(evaluate_on.values()),
-            **windows,
-            recall=recall,
-            calibration=calibration,
-            progress=progress,
-        )
+            model.set_dtype(mx.float32)  # half precision is only emulated there
+        options: dict[str, Any] = {"recall": recall, "calibration": calibration, **windows}
+        specs, held_out = [OFF, str(spec)], list(evaluate_on.values())
+        evaluation = evaluate(model, tokenizer, specs, held_out, progress=progress, **options)
     sizes = [_bytes_per_token(model, tokenizer, c, calibration) for c in (OFF, spec)]
-    made: dict[str, str | int] = {"mlx_kvq": __version__}
-    made |= {p: version(p) for p in ("mlx", "mlx-lm")}
-    if calibration is not None:
-        made |= {k: calibration.metadata[k] for k in ("text", "tokens", "length")}
-    # The card first: it is made of all that can still go wrong.
-    seen = evaluate_on.get(SAMPLE) is not None and calibration is not None and texts is None
+    seen = SAMPLE in evaluate_on and calibration is not None and texts is None
     note = "The calibration is from this text, which flatters the cache. " if seen else ""
+    # The card first: it can fail.
     card = model_card.make(folder, name, report, sizes, evaluation, list(evaluate_on), note)
     repository.write(folder, spec, layers, calibration, made)
     model_card.write(folder, card)
-    print(f"[mlx_kvq] {name}: {report}", file=sys.stderr)
+    log(f"{name}: {report}")
 
 
 def _windows(tokenizer, texts: dict[str, str]) -> dict[str, int]:
@@ -229,21 +194,15 @@ def _windows(tokenizer, texts: dict[str, str]) -> dict[str, int]:
 
 
 def _bytes_per_token(model, tokenizer, spec, calibration) -> float:
-    kind = candidate(model, spec, calibration=calibration, tokenizer=tokenizer)
-    caches = kind.make()
+    caches = candidate(model, spec, calibration=calibration, tokenizer=tokenizer).make()
     model(mx.array([tokenizer.encode(sample_text())[:128]]), cache=caches)
     return bytes_per_token(caches, tail=False)
 
 
 def upload(folder: str | Path, name: str, *, private: bool = False) -> None:
-    """Create the repository ``name`` on the hub if need be and upload in one commit what the local
-    one consists of (:func:`mlx_kvq.repositories.repository.contents`), listed on stderr first.
-
-    Raises:
-        ValueError: If that fails; the folder is whole all the same.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
+    """Upload the files of a repository (:func:`mlx_kvq.repositories.repository.contents`) to the
+    hub's repository ``name`` in one commit; lists them on stderr first. Raises ValueError if that
+    fails; the folder stays whole."""
     folder = Path(folder)
     files = repository.contents(folder)
     log(f"uploading to {name}:")
@@ -267,6 +226,6 @@ def upload(folder: str | Path, name: str, *, private: bool = False) -> None:
         again = f"upload({str(folder)!r}, {name!r}{', private=True' if private else ''})"
         raise ValueError(
             f"'{folder}' is complete but could not be uploaded to '{name}': {line(error)} "
-            f'Try again with: python -c "from mlx_kvq.convert import upload; {again}"'
+            f'Try again with: python -c "from mlx_kvq.repositories.convert import upload; {again}"'
         ) from error
     log(f"uploaded to {url}")

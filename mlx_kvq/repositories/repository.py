@@ -1,8 +1,8 @@
-"""The cache that a converted model repository brings along: its section, its file, its use.
+"""The KV cache of a converted model repository: its section, its file, its use.
 
-``config.json`` gains an object ``kv_cache``, and ``kv_cache.safetensors`` beside it holds the
-calibration (``mlx_kvq.calibration.set``); ``docs/repositories.md`` lists the fields. mlx-lm ignores
-both. What a repository says is checked before it is used, and nothing of it is executed.
+The object ``kv_cache`` of ``config.json`` (:mod:`.section`), and ``kv_cache.safetensors`` with the
+calibration; ``docs/repositories.md`` lists the fields. mlx-lm ignores both. Both are checked before
+use, and nothing in them is executed.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 import mlx.nn as nn
+from mlx_lm import utils
 
 from ..calibration.set import METRIC, CalibrationSet, LayerCalibration
 from ..files import line, parse_json, printable, quoted, regular
@@ -29,8 +30,8 @@ from .section import FORMAT, KEY, Layers, RepositoryError, Section
 FILE = "kv_cache.safetensors"
 LARGEST = 1 << 30  # bytes of a calibration file; 80 layers of 8 heads take 42 MB with the metric
 LARGEST_CONFIG = 1 << 26  # bytes of config.json; those of quantized models have some 10^5
-# What a model repository consists of, by the names that transformers and mlx-lm give to its files;
-# code comes to them as far as config.json and its like name it.
+# The files of a model repository, by transformers' and mlx-lm's names, beside code that config.json
+# and its like name.
 CONTENTS = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -46,29 +47,22 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class Repository:
-    """Where a model came from, if that has a section.
+    """A repository with a section."""
 
-    Args:
-        folder (Path): With ``config.json``; that of a snapshot if the model is from a hub.
-        given (object): The section as it was read from JSON.
-        name (str): What was asked for: a folder or a repository of the hub.
-        revision (str, optional): Of the hub's repository.
-    """
-
-    folder: Path
-    given: object
-    name: str
-    revision: str | None = None
+    folder: Path  # holds config.json; a snapshot if the model is from a hub
+    given: object  # the section as JSON gave it, unchecked
+    name: str  # the folder, or the repository of the hub
+    revision: str | None = None  # of the hub's repository
 
     @property
     def said(self) -> str:
-        """The spec, where no more than its name matters."""
+        """The spec, unchecked, for a message."""
         spec = self.given.get("spec") if isinstance(self.given, dict) else None
         return str(spec) if printable(spec) else "cache"
 
     @property
     def other(self) -> str | None:
-        """The program, other than this one, that the section says it is of."""
+        """Name of the program that reads this section, if that is not this one."""
         name = self.given.get("format") if isinstance(self.given, dict) else None
         return name if isinstance(name, str) and name != FORMAT else None
 
@@ -78,38 +72,27 @@ class Repository:
 
     @cached_property
     def calibration(self) -> CalibrationSet | None:
-        """From the file, which is fetched if mlx-lm has not done so.
-
-        Raises:
-            RepositoryError: If it is missing, not the one that the section is of, or damaged.
-        """
+        """From the file, which is fetched if need be. Raises RepositoryError if it is missing,
+        damaged, or not the one of the section."""
         if self.section.sha256 is None:
             return None
         path = self.path
         if (size := path.stat().st_size) > LARGEST:
             raise RepositoryError(f"{FILE} has {size} bytes, more than any calibration.")
-        found = _file_sha256(path)
-        if found != self.section.sha256:
+        if (found := _file_sha256(path)) != self.section.sha256:
             raise RepositoryError(
                 f"{FILE} has the SHA-256 {found[:16]}…, and config.json is of "
                 f"{self.section.sha256[:16]}…: it is damaged, or of another conversion."
             )
         try:
-            calibration = CalibrationSet.load(path)
+            return CalibrationSet.load(path)
         except ValueError as error:
             raise RepositoryError(line(error).replace(str(path), FILE)) from None
-        return calibration
 
     @property
     def path(self) -> Path:
-        """Of the calibration file, from the hub if need be: mlx-lm fetches ``model*.safetensors``
-        only.
-
-        Raises:
-            RepositoryError: If there is none.
-        """
-        from mlx_lm import utils
-
+        """The calibration file, from the hub if need be: mlx-lm fetches only
+        ``model*.safetensors``. Raises RepositoryError if there is none."""
         path = self.folder / FILE
         if os.path.lexists(path):
             try:
@@ -130,14 +113,12 @@ class Repository:
         return path
 
     def offered(self, spec: Spec) -> CalibrationSet | None:
-        """The calibration that a spec gets from here; ``None`` if that is nothing.
-
-        Raises:
-            RepositoryError: If the repository's cache cannot be used.
-        """
+        """The calibration, if there is one with all that ``spec`` needs. Raises RepositoryError if
+        the repository's cache cannot be used."""
         if self.other:
             return None
-        found = _told(self, lambda: self.calibration)
+        with _told(self):
+            found = self.calibration
         if found is None or spec.rounding != "feedback":
             return found
         return found if all(c.keys.metric is not None for c in found.layers.values()) else None
@@ -148,7 +129,7 @@ _unread = False
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """``mlx_lm.load`` without a repository's own cache, for what is about to write one."""
+    """In here ``mlx_lm.load`` ignores a repository's section."""
     global _unread
     before, _unread = _unread, True
     try:
@@ -159,22 +140,18 @@ def unread() -> Iterator[None]:
 
 def attach(model: nn.Module, folder: Path, given: object) -> None:
     """Remember where ``model`` was loaded from."""
-    if _unread:
-        return
-    model._mlx_kvq_repository = Repository(Path(folder), given, str(folder))
+    if not _unread:
+        model._mlx_kvq_repository = Repository(Path(folder), given, str(folder))
 
 
 def of(model: nn.Module) -> Repository | None:
-    """The repository with a section that a model was loaded from, if it was."""
+    """The repository that a model was loaded from, if it has a section."""
     return vars(model).get("_mlx_kvq_repository")
 
 
 def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
-    """Enable the cache that the model's repository says, if it says one.
-
-    Raises:
-        RepositoryError: If that cannot be used for this model.
-    """
+    """Enable the cache of the model's repository, if it has one. Raises RepositoryError if it
+    cannot be used for this model."""
     repository = of(model)
     if repository is None:
         return None
@@ -184,25 +161,20 @@ def apply(model: nn.Module, *, verbose: bool = True) -> Report | None:
             log(f"the KV cache in config.json is not mlx_kvq's but {name}'s, and not used")
         return None
 
-    def enabled() -> Report | None:
-        section = repository.section
-        return enable(
-            model,
-            section.spec,
-            calibration=repository.calibration,
-            policy=section.layers,
-            verbose=False,
-        )
-
-    report = _told(repository, enabled)
+    with _told(repository):
+        section, calibration = repository.section, repository.calibration
+        options = {"calibration": calibration, "policy": section.layers, "verbose": False}
+        report = enable(model, section.spec, **options)  # type: ignore[arg-type]
     if verbose:
         log(f"{report}; as the model's repository says")
     return report
 
 
-def _told(repository: Repository, work):
+@contextmanager
+def _told(repository: Repository) -> Iterator[None]:
+    """Errors say which repository, and how to run without its cache."""
     try:
-        return work()
+        yield
     except ValueError as error:
         raise RepositoryError(
             f"The KV cache of '{repository.name}' cannot be used: {line(error)} The model runs "
@@ -211,8 +183,7 @@ def _told(repository: Repository, work):
 
 
 def copy(model: nn.Module, folder: str | Path) -> None:
-    """Put the calibration file of a model's repository beside a ``config.json`` that was written
-    with its section."""
+    """Copy the calibration file beside a ``config.json`` that was written with its section."""
     repository = of(model)
     if repository is None or repository.other or repository.section.sha256 is None:
         return
@@ -221,10 +192,7 @@ def copy(model: nn.Module, folder: str | Path) -> None:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict:
-    """
-    Raises:
-        RepositoryError: If there is no readable ``config.json``, or no other of that name.
-    """
+    """Raise RepositoryError if there is no readable ``config.json``, or no other of that name."""
     path = folder / name
     try:
         if (size := regular(path).st_size) > LARGEST_CONFIG:
@@ -246,12 +214,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
 
 
 def contents(folder: Path) -> list[Path]:
-    """The files that a repository consists of, and nothing else that lies in its folder.
-
-    Raises:
-        RepositoryError: If one of them is no file, or a link to a place that is not in the hub's
-            own cache: whoever follows it may publish what was never meant to be.
-    """
+    """The files of a repository, and nothing else in its folder. Raises RepositoryError if one of
+    them is no file, or a link out of the hub's own cache, which may publish a private file."""
     found = {path for pattern in CONTENTS for path in folder.glob(pattern)}
     # A glob without a star passes over a link to nothing.
     found |= {folder / name for name in CONTENTS if os.path.lexists(folder / name)}
@@ -277,7 +241,7 @@ def _check_link(path: Path, folder: Path) -> None:
 
 
 def _code(folder: Path) -> set[Path]:
-    """The Python files that ``config.json`` and its like name, and those that these import."""
+    """The Python files that ``config.json`` and its like name, and the files that these import."""
     from transformers.dynamic_module_utils import get_relative_imports
 
     modules: set[str] = set()
@@ -286,9 +250,9 @@ def _code(folder: Path) -> set[Path]:
             config = read_config(folder, name)
             modules.add(str(config.get("model_file", "")).removesuffix(".py"))
             named = config.get("auto_map")
-            for entry in named.values() if isinstance(named, dict) else ():
-                for of in entry if isinstance(entry, list) else [entry]:
-                    modules.add(str(of).partition(".")[0])
+            entries = named.values() if isinstance(named, dict) else ()
+            classes = [c for e in entries for c in (e if isinstance(e, list) else [e])]
+            modules.update(str(c).partition(".")[0] for c in classes)
     found: set[Path] = set()
     while modules:
         module = modules.pop()
@@ -308,10 +272,10 @@ def write(
     calibration: CalibrationSet | None,
     made: Mapping[str, str | int],
 ) -> Section:
-    """Put a section and its file into a repository, in place of one that was there.
+    """Write or replace a repository's section and its file.
 
-    Whenever this is interrupted, the repository is whole: with the old section, without one, or
-    with the new one, but never with a section and a file that do not belong together.
+    An interruption leaves the old section, none or the new one, but never a section with another
+    one's file.
     """
     config = read_config(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{KEY}-") as name:
@@ -341,7 +305,7 @@ def _write_json(path: Path, config: dict, folder: Path) -> None:
 
 
 def _without_metric(calibration: CalibrationSet) -> CalibrationSet:
-    """The metric [Hkv, D, D] is D times as large as the rest, and only ``feedback`` reads it."""
+    """For all but ``feedback``: the metric [Hkv, D, D] is D times as large as the rest."""
     layers = {
         path: LayerCalibration(replace(c.keys, **{METRIC: None}), c.values)
         for path, c in calibration.layers.items()

@@ -1,4 +1,4 @@
-"""``kv_cache`` of a ``config.json``: what it may say, checked before it is used."""
+"""``kv_cache`` of a ``config.json``, checked before it is used."""
 
 import re
 from collections.abc import Mapping
@@ -15,24 +15,17 @@ Layers = Mapping[tuple[int, ...], str]
 
 
 class RepositoryError(ValueError):
-    """What a repository says of its cache cannot be used; one line says why."""
+    """A repository's cache cannot be used; one line says why."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """``kv_cache`` of a ``config.json``.
-
-    Args:
-        spec (Spec): What the converter was asked for.
-        layers (dict): Path of every packed cache -> its bits, a name of ``spec.BITS``.
-        sha256 (str, optional): Of the calibration file; ``None`` with ``calibrate=off``.
-        made (dict): How it was made: notes, not used.
-    """
+    """``kv_cache`` of a ``config.json``."""
 
     spec: Spec
-    layers: Layers
-    sha256: str | None = None
-    made: Mapping[str, str | int] = field(default_factory=dict)
+    layers: Layers  # path of every packed cache -> a name of spec.BITS
+    sha256: str | None = None  # of the calibration file; None with calibrate=off
+    made: Mapping[str, str | int] = field(default_factory=dict)  # notes, not used
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -47,10 +40,7 @@ class Section:
 
     @classmethod
     def parse(cls, given: object) -> "Section":
-        """
-        Raises:
-            RepositoryError: If ``given``, from JSON, is not a section of this version.
-        """
+        """Raise RepositoryError if ``given``, from JSON, is not a section of this version."""
         if not isinstance(given, dict):
             raise RepositoryError(f"'{KEY}' in config.json is {quoted(given)}, not an object.")
         if nested(given):

@@ -1,32 +1,26 @@
-"""``mlx_kvq inspect``: what a converted repository brings along, without its weights.
+"""``mlx_kvq inspect``: the cache of a converted repository, without the model's weights.
 
-From a hub only ``config.json`` and its like and ``kv_cache.safetensors`` are fetched. The model
-is built from them, but nothing of it is computed, to see whether the cache fits it.
+From a hub only the JSON files and ``kv_cache.safetensors`` are fetched. The model is built from
+them, but not computed, to see whether the cache fits it.
 """
 
-from pathlib import Path
-
-import mlx.core as mx
 from mlx_lm import utils
 
 from ..calibration.set import NAMES, CalibrationSet
 from ..files import line, quoted, size
 from ..model.loading import code_allowed, code_options
 from ..model.report import Report, layer_ranges
+from ..stock import Shapes
 from . import repository
-from . import section as repositories_section
 from .repository import FILE, Repository
-from .section import KEY
+from .section import KEY, VERSION
 
 LAYERS = 10_000  # of a model, at most: each is made, before any weight
 
 
 def find(name: str, revision: str | None = None) -> Repository:
-    """The repository of a local folder, or of the hub, from where its small files are fetched.
-
-    Raises:
-        ValueError: If there is none, or it has no section of ours.
-    """
+    """The repository of a local folder or of the hub, whose small files are fetched. Raises
+    ValueError if there is none, or it has no section."""
     try:
         folder = utils._download(name, revision=revision, allow_patterns=["*.json", FILE])
     except Exception as error:
@@ -50,11 +44,8 @@ def find(name: str, revision: str | None = None) -> Repository:
 
 
 def build(source: Repository, trust: bool = False):
-    """The model as it is made from ``config.json``, with weights that are not computed.
-
-    Raises:
-        ValueError: If mlx-lm cannot build it.
-    """
+    """The model of ``config.json``, with weights that are not computed. Raises ValueError if mlx-lm
+    cannot build it."""
     try:
         code = code_options(utils.load_model, trust)
         with code_allowed(trust):
@@ -65,52 +56,45 @@ def build(source: Repository, trust: bool = False):
     return model
 
 
-def describe(source: Repository, report: Report, shapes: dict) -> list[tuple[str, str]]:
+def describe(source: Repository, report: Report, shapes: Shapes) -> list[tuple[str, str]]:
     """(label, text) of every line above the table of ranges."""
     section = source.section
-    made, recent = dict(section.made), section.spec.recent
+    made, spec = dict(section.made), section.spec
     fp16 = sum(2 * H * (Dk + Dv) for H, Dk, Dv in shapes.values())
     packed = sum(
         4 * report.packed[p[0]].layout.words * H if p in section.layers else 2 * H * (Dk + Dv)
         for p, (H, Dk, Dv) in shapes.items()
     )
     bits = {b: [p[0] for p, c in section.layers.items() if c == b] for b in section.layers.values()}
-    lines = [
-        (
-            "cache",
-            f"{section.spec}, seed {section.spec.seed}, format {repositories_section.VERSION}",
-        ),
-        ("layers", "; ".join(f"{b} in {layer_ranges(layers)}" for b, layers in bits.items())),
-        ("left", "; ".join(f"{layer}: {why}" for layer, why in report.left.items())),
-        ("token", f"{packed} bytes in all layers, fp16 {fp16}: {fp16 / packed:.2f} times fewer"),
-        ("exact", f"the newest {recent} tokens, beside the others" if recent else ""),
-        ("sizes", ", ".join(f"{line(p.name)} {size(p)}" for p in _files(source.folder))),
-    ]
+    weights = sorted(source.folder.glob("*.safetensors"))  # the calibration's file, too
+    calibration = ""
     if source.calibration is not None:
-        text = f"{made.pop('text', '?')}, {made.pop('tokens', '?')} tokens in windows of "
-        text += (
-            f"{made.pop('length', '?')}; SHA-256 {(section.sha256 or '')[:16]}…, as it should be"
-        )
-        lines.append(("calibration", text))
-    lines.append(("made by", ", ".join(f"{k} {v}" for k, v in made.items())))
-    return [(label, text) for label, text in lines if text]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == FILE)
+        text, tokens, length = (made.pop(note, "?") for note in ("text", "tokens", "length"))
+        calibration = f"{text}, {tokens} tokens in windows of {length}; SHA-256 "
+        calibration += f"{(section.sha256 or '')[:16]}…, as it should be"
+    lines = {
+        "cache": f"{spec}, seed {spec.seed}, format {VERSION}",
+        "layers": "; ".join(f"{b} in {layer_ranges(layers)}" for b, layers in bits.items()),
+        "left": "; ".join(f"{layer}: {why}" for layer, why in report.left.items()),
+        "token": f"{packed} bytes in all layers, fp16 {fp16}: {fp16 / packed:.2f} times fewer",
+        "exact": f"the newest {spec.recent} tokens, beside the others" if spec.recent else "",
+        "sizes": ", ".join(f"{line(path.name)} {size(path)}" for path in weights),
+        "calibration": calibration,
+        "made by": ", ".join(f"{k} {v}" for k, v in made.items()),
+    }
+    return [(label, text) for label, text in lines.items() if text]
 
 
 def ranges(calibration: CalibrationSet) -> list[str]:
     """A table: least and largest μ, σ, λ of the keys and values of each layer."""
     rows = [["layer", "", "heads x D", *NAMES]]
     for path, layer in sorted(calibration.layers.items()):
-        for side, c in (("keys", layer.keys), ("values", layer.values)):
-            arrays = [getattr(c, name) for name in NAMES]
-            shape = next((" x ".join(map(str, a.shape)) for a in arrays if a is not None), "-")
-            rows.append([".".join(map(str, path)), side, shape, *map(_range, arrays)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for side, c in layer.sides().items():
+            spans = {
+                n: f"{a.min().item():.3g} to {a.max().item():.3g}" for n, a in c.arrays().items()
+            }
+            shape = next((" x ".join(map(str, a.shape)) for a in c.arrays().values()), "-")
+            row = [".".join(map(str, path)), side, shape]
+            rows.append(row + [spans.get(name, "-") for name in NAMES])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def _range(a: mx.array | None) -> str:
-    return "-" if a is None else f"{a.min().item():.3g} to {a.max().item():.3g}"

@@ -118,7 +118,7 @@ def run(args, found):
     models = {}
     for key, text, name, outlier, missing in tqdm(wanted, desc="blocks"):
         if (name, outlier) not in models:
-            model, tokenizer = load(name)
+            model, tokenizer = load(name)[:2]
             model.set_dtype(mx.float32)
             make_outlier(model, outlier)
             models[name, outlier] = model, tokenizer, calibrated(model, tokenizer, key, args)
@@ -132,7 +132,7 @@ def run(args, found):
 
 def report(found):
     """Markdown: for every text and group the KL of all caches, then more about int4."""
-    cells = {}  # (text, group) -> column -> name -> figures
+    cells: dict = {}  # (text, group) -> column -> name -> figures
     for key, figures in found.items():
         text, model, outlier = key.split(" ")
         column = model.removeprefix("tiny-") + ("" if outlier == "none" else f", {outlier}")

@@ -27,12 +27,13 @@ from mlx_kvq.caches import seams
 from mlx_kvq.calibration.fit import balanced_scale
 from mlx_kvq.format import rotation
 from mlx_kvq.format.feedback import whitened
-from mlx_kvq.format.format import make_format
+from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure, summarize
-from mlx_kvq.model.plan import _pack
+from mlx_kvq.model.plan import pack_caches
+from mlx_kvq.stock import CachePath
 
 RANDOM = ("none", "srft", "srht", "householder", "quaternion")
 # name -> (base, objective, λ too)
@@ -64,7 +65,7 @@ PER_TOKEN = [
 @contextmanager
 def recorded(caches):
     """Collects (q, k, v) of every attention while the block runs, per layer."""
-    found = [([], [], []) for _ in caches]
+    found: list[tuple[list, list, list]] = [([], [], []) for _ in caches]
     last = [0]
     attention = mx.fast.scaled_dot_product_attention
 
@@ -90,7 +91,7 @@ def recorded(caches):
 
 def collect(model, windows, chunk):
     """Samples of keys and of values for every layer."""
-    parts = [([], [], []) for _ in model.layers]
+    parts: list[tuple[list, list, list]] = [([], [], []) for _ in model.layers]
     for window in windows:
         caches = own(model).make()
         with recorded(caches) as found:
@@ -105,8 +106,7 @@ def collect(model, windows, chunk):
         H, D = k.shape[0], k.shape[2]
         q = q.reshape(H, -1, D)  # the query heads of a group together
         out = layer.self_attn.o_proj.weight.reshape(-1, H, q.shape[1] // k.shape[1], D)
-        gram = sum(mx.einsum("ohd,ohe->hde", out[:, :, i], out[:, :, i]) for i in range(
-            out.shape[2]))  # fmt: skip
+        gram = mx.einsum("ohid,ohie->hde", out, out)
         centred = k - k.mean(axis=1, keepdims=True)
         square = [np.array(mx.square(a).mean(axis=1), dtype=np.float64) for a in (centred, q)]
         sigma = mx.array(balanced_scale(*square).astype(np.float32))
@@ -129,7 +129,7 @@ def base(name, stream, D, seed=0):
 
 def maker(model, spec, layers):
     """Caches whose layers hold these (samples, R, λ) for keys and for values."""
-    formats = {}
+    formats: dict[CachePath, Format] = {}
     for i, sides in enumerate(layers):
         calibrations = [
             Calibration(
@@ -146,7 +146,7 @@ def maker(model, spec, layers):
             transform.__dict__["matrix"] = R  # in place of the cached property
         formats[(i,)] = fmt
     make = own(model).make
-    return lambda: [_pack(c, (i,), formats, None) for i, c in enumerate(make())]
+    return lambda: pack_caches(make(), formats)
 
 
 def mean_errors(layers, spec):
@@ -187,7 +187,7 @@ def study(samples, group, steps, wanted):
         for name, (start, objective, with_lambda) in learned.items():
             if wanted is not None and name not in wanted:
                 continue
-            layers = []
+            layers: list[list] = []
             for sides in tqdm(data, desc=name + suffix, leave=False):
                 layers.append([])
                 for t, s in enumerate(sides):
@@ -250,7 +250,7 @@ def main():
     args = parser.parse_args()
 
     seams.install()
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model)[:2]
     model.set_dtype(mx.float32)
     make_outlier(model, args.outlier)
     text = windows_of(tokenizer, args.text, args.windows, args.tokens)
@@ -269,7 +269,7 @@ def main():
     steps = args.windows * len(makers) * -(-args.tokens // args.chunk)
     with tqdm(total=steps, desc="text") as bar:
         scores = measure(model, makers, text, args.chunk, bar.update)
-    rows = []
+    rows: list[dict] = []
     for name in makers:
         r = summarize(name, scores[name], scores["own"], 0)
         rows.append({"name": name, "kl": r.kl.mean, "kl_windows": r.windows["kl"],

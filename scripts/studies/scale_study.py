@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--chunk", type=int, default=128)
     args = parser.parse_args()
 
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model)[:2]
     model.set_dtype(mx.float32)
     windows = windows_of(tokenizer, args.text, args.windows, args.tokens)
     given = CalibrationSet.load(args.calibration)

@@ -19,6 +19,7 @@ from texts import windows_of
 from tqdm import tqdm
 
 import mlx_kvq
+from mlx_kvq import ops
 from mlx_kvq.calibration.set import CalibrationSet
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure, summarize
@@ -32,7 +33,9 @@ class Cache:
 
     def __init__(self, fmt, window, recent, sink):
         self.format, self.window, self.recent, self.sink = fmt, window, recent, sink
-        self.offset, self.exact, self.rounded = 0, None, None
+        self.offset = 0
+        self.exact: tuple | list = ()
+        self.rounded: tuple | list = ()
 
     @property
     def bits(self):  # leads mlx-lm to its quantized attention, and that to this cache
@@ -43,13 +46,13 @@ class Cache:
         return self.exact, self.rounded
 
     def update_and_fetch(self, k, v):
-        rows = plain.quantize_pack(k, v, self.format)
-        kept = plain.dequantize(rows, k.shape[2], self.format)
+        rows, _ = plain.quantize_pack(k, v, self.format)
+        kept = plain.dequantize(ops.Packed(rows, k.shape[2], self.format))
         sides = self.format.keys, self.format.values
         new = [side.output(y) for side, y in zip(sides, kept, strict=True)]
         if self.offset:
-            k, v = (mx.concatenate(a, axis=2) for a in zip(self.exact, (k, v), strict=True))
-            new = [mx.concatenate(a, axis=2) for a in zip(self.rounded, new, strict=True)]
+            k, v = (mx.concatenate([*a], axis=2) for a in zip(self.exact, (k, v), strict=True))
+            new = [mx.concatenate([*a], axis=2) for a in zip(self.rounded, new, strict=True)]
         self.offset, self.exact, self.rounded = k.shape[2], (k, v), new
         return k, v
 
@@ -78,7 +81,7 @@ def attention(q, keys, values, scale, mask, bits, **_):
 
 
 def maker(model, spec, calibration, recent=0, sink=0):
-    packed = mlx_kvq.make_prompt_cache(model, spec, calibration=calibration)
+    packed: list = mlx_kvq.make_prompt_cache(model, spec, calibration=calibration)
     layers = [(c.format, getattr(c, "max_size", None)) for c in packed]
     layouts = [fmt.layout for fmt, _ in layers]
     bits = np.mean([32 * lay.words / (lay.k_dim + lay.v_dim) for lay in layouts])
@@ -99,7 +102,7 @@ def main():
     parser.add_argument("--chunk", type=int, default=128)
     args = parser.parse_args()
 
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model)[:2]
     model.set_dtype(mx.float32)
     calibration = CalibrationSet.load(args.calibration)
     settings = [(args.spec, 0, 0)]
@@ -111,7 +114,7 @@ def main():
         makers[name], stored = maker(model, spec, calibration, recent, sink)
         part = min(1.0, (recent + sink) / args.tokens)
         bits[name] = 16 * part + (1 - part) * stored
-    base.quantized_scaled_dot_product_attention = attention
+    base.quantized_scaled_dot_product_attention = attention  # type: ignore[assignment]
     steps = len(makers) * -(-args.tokens // args.chunk)
     windows = windows_of(tokenizer, args.text, args.windows, args.tokens)
     with tqdm(total=steps, desc="chunks") as bar:

@@ -28,9 +28,12 @@ def test_study(study, tmp_path, monkeypatch, capsys):
     file, text = tmp_path / "study.json", ROOT / "examples" / "text" / "novel.txt"
     measured = []
     block = module.block
-    monkeypatch.setattr(
-        module, "block", lambda *a: (measured.append((a[3].split("/")[-1], a[4])), block(*a))[1]
-    )
+
+    def watched(*a):
+        measured.append((a[3].split("/")[-1], a[4]))
+        return block(*a)
+
+    monkeypatch.setattr(module, "block", watched)
 
     def go(*more):
         run(
@@ -60,7 +63,7 @@ def test_study(study, tmp_path, monkeypatch, capsys):
 
 def test_kv4_is_what_mlx_lm_computes(study):
     """Rounded when written and kept unpacked is mlx-lm's quantized cache."""
-    model, tokenizer = load(str(ROOT / "examples" / "models" / "tiny-qwen2-8bit"))
+    model, tokenizer = load(str(ROOT / "examples" / "models" / "tiny-qwen2-8bit"))[:2]
     model.set_dtype(mx.float32)
     ids = mx.array(tokenizer.encode("It was a dark night, and the old man"))[None]
     made = (candidate(model, "kv4").make, study[0].affine(model, 4, mx.float32))

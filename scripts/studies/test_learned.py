@@ -80,7 +80,12 @@ def test_the_gradient_through_cayley(monkeypatch):
         learned, "_loss", lambda R, log_lam, *rest: (R * mx.array(K.astype(np.float32))).sum()
     )
     seen = []
-    monkeypatch.setattr(learned, "_adam", lambda like: lambda g: seen.append(g) or g)
+
+    def keep(g):
+        seen.append(g)
+        return g
+
+    monkeypatch.setattr(learned, "_adam", lambda like: keep)
     learn_rotation(samples(0, 10), mx.array(B.astype(np.float32)), group=GROUP, steps=3)
 
     def loss(A):
@@ -101,6 +106,7 @@ def test_the_gradient_through_cayley(monkeypatch):
 def test_signs():
     seen, unseen = samples(0), samples(1)
     R = rotation.matrix("srft", 0, 0, D)
+    assert R is not None
     signs = choose_signs(seen, R, group=GROUP)
     assert signs.shape == (H, D) and set(np.array(signs).flatten()) == {-1.0, 1.0}
     turned = Samples(unseen.x, unseen.weight, unseen.mu, unseen.sigma * signs)

@@ -26,12 +26,13 @@ import mlx_kvq
 from mlx_kvq.caches import seams
 from mlx_kvq.calibration.fit import balanced_scale
 from mlx_kvq.format import rotation
-from mlx_kvq.format.format import make_format
+from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.baselines import own
 from mlx_kvq.measure.quality import measure
-from mlx_kvq.model.plan import _pack
+from mlx_kvq.model.plan import pack_caches
+from mlx_kvq.stock import CachePath
 
 SHIPPED = "**μ and σ on keys, μ on values**"
 # name -> what keys get, what values get
@@ -90,13 +91,14 @@ def part(s, names, stream, spec):
     )
     R = rotation.matrix(spec.rotation, spec.seed, stream, s.mu.shape[1])
     if "signs" in names:
+        assert R is not None, "no rotation, no signs"
         s = replace(s, sigma=s.sigma * choose_signs(s, R, group=spec.group_size))
     return Calibration(s.mu, s.sigma, balanced_lambda(s, R) if "lam" in names else None)
 
 
 def maker(model, samples, names, spec):
     """Caches whose keys and values get these parts."""
-    formats = {}
+    formats: dict[CachePath, Format] = {}
     for i, sides in enumerate(samples):
         keys, values = (
             part(s, n.split(), stream, spec)
@@ -105,7 +107,7 @@ def maker(model, samples, names, spec):
         dims = (s.mu.shape[1] for s in sides)
         formats[(i,)] = make_format(spec, *dims, keys=keys, values=values)
     make = own(model).make
-    return lambda: [_pack(c, (i,), formats, None) for i, c in enumerate(make())]
+    return lambda: pack_caches(make(), formats)
 
 
 def column(model, tokenizer, args):
@@ -130,8 +132,8 @@ def column(model, tokenizer, args):
     seeds = {0: kl[SHIPPED]} | {n: kl.pop(f"seed {n}") for n in range(1, args.seeds)}
     kl[f"the seed of {args.seeds} with the least error on calibration text"] = seeds[chosen]
     means = {n: x.mean() for n, x in seeds.items()}
-    kl["the best seed in hindsight"] = seeds[min(means, key=means.get)]
-    kl["the worst"] = seeds[max(means, key=means.get)]
+    kl["the best seed in hindsight"] = seeds[min(means, key=lambda n: means[n])]
+    kl["the worst"] = seeds[max(means, key=lambda n: means[n])]
     return kl
 
 
@@ -159,7 +161,7 @@ def main():
     seams.install()
     columns = {}
     for outlier in tqdm(args.outliers, desc=Path(args.model).name):
-        model, tokenizer = load(args.model)
+        model, tokenizer = load(args.model)[:2]
         model.set_dtype(mx.float32)
         columns[outlier] = column(make_outlier(model, outlier), tokenizer, args)
     title = Path(args.model).name

@@ -45,7 +45,7 @@ class Batches(CacheMachine):
     def _single(self, tokens, kind) -> Pair:
         return Pair.growing(tokens) if kind is None else Pair.rotating(tokens, *kind)
 
-    def _merge(self, pairs) -> BatchPair:
+    def _merge(self, pairs):
         return self.keep(BatchPair.merge(pairs))
 
     @rule(target=singles, tokens=formats, kind=kinds, lengths=st.lists(st.integers(1, 20)))

@@ -1,5 +1,7 @@
 """Where a cached prompt goes on, and what mlx-lm's loops tell the caches of a prompt."""
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
@@ -31,6 +33,10 @@ def ring(max_size, recent=3):
     return PackedRotatingKVCache(growing(recent).format, max_size)
 
 
+def singles(caches) -> list[Any]:
+    return [cache for _, cache in leaves(caches)]
+
+
 def feed(cache, n):
     x = mx.ones((1, 2, n, D))
     cache.update_and_fetch(x, x)
@@ -38,7 +44,7 @@ def feed(cache, n):
 
 def read(n, *caches, decoded=0):
     """Caches of a prompt of n tokens, and some that were decoded after it."""
-    for _, cache in leaves(caches):
+    for cache in singles(caches):
         cache.reading = n
         feed(cache, n)
         for _ in range(decoded):
@@ -105,7 +111,7 @@ def resumed(caches, at, end):
     """The token from which ``caches`` are to be fed, which is where all of them end."""
     found = prompts.resume(caches, at, end)
     if found:
-        assert {c.offset for _, c in leaves(caches)} == {found}
+        assert {single.offset for single in singles(caches)} == {found}
     return found
 
 
@@ -251,7 +257,7 @@ class Told:
 
     def _look(self, caches):
         self.caches = caches
-        self.reading = caches and [c.reading for _, c in leaves(caches)]
+        self.reading = caches and [single.reading for single in singles(caches)]
         yield self.reading
 
     def alone(self, prompt, model, *, max_kv_size=None, prompt_cache=None, input_embeddings=None):

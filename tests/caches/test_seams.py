@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import types
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -141,7 +142,7 @@ def test_a_name_that_our_modules_import_is_gone(name):
 
 def command(name, *without):
     """A stand-in for a module of mlx-lm with all that we need of it, but for some names."""
-    module = types.ModuleType(f"mlx_lm.{name}")
+    module: Any = types.ModuleType(f"mlx_lm.{name}")
     module.argparse = argparse
     for wanted in plugin.NEEDED[name]:
         outer, _, inner = wanted.partition(".")
@@ -368,7 +369,7 @@ def test_sizes_are_positive_integers(enabled, name, given):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_smallest_sizes_work(enabled, size):
     """With fewer tokens than mlx-lm's 4 first ones; its own cache then keeps no new one."""
-    own = mlx_kvq.make_prompt_cache(enabled, "fp16", size)
+    own: list = mlx_kvq.make_prompt_cache(enabled, "fp16", size)
     caches = stock.make_prompt_cache(enabled, size)
     for ours, theirs in zip(caches, own, strict=True):
         assert (ours.max_size, ours.keep) == (theirs.max_size, size - 1)

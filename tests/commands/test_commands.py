@@ -154,8 +154,8 @@ def _lm_eval():
 
     root, api = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.api")
     model, registry = types.ModuleType("lm_eval.api.model"), types.ModuleType("lm_eval.registry")
-    root.simple_evaluate, model.LM = simple_evaluate, LM
-    registry.register_model = lambda name: lambda cls: cls
+    vars(root)["simple_evaluate"], vars(model)["LM"] = simple_evaluate, LM
+    vars(registry)["register_model"] = lambda name: lambda cls: cls
     return {
         "lm_eval": root,
         "lm_eval.api": api,

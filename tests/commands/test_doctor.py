@@ -11,8 +11,10 @@ from mlx_kvq.cli import main
 from mlx_kvq.commands import doctor
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
-from mlx_kvq.ops.gpu import fused, tuning
+from mlx_kvq.ops import gpu as fused
+from mlx_kvq.ops.gpu import quantize, tuning
 from tests.emulator import emulated
+from tests.support import calls
 
 ARGS = argparse.Namespace(seed=3)
 
@@ -47,13 +49,13 @@ def test_a_wrong_kernel_fails_and_the_exit_status_says_it(few, capsys, monkeypat
 
 
 def test_a_wrong_tail_fails(few, capsys, monkeypatch):
-    right = fused.quantize_pack_tail
+    right = fused.quantize_pack
 
     def wrong(*args):
         rows, tail = right(*args)
-        return rows, 1.01 * tail
+        return rows, None if tail is None else 1.01 * tail
 
-    monkeypatch.setattr(fused, "quantize_pack_tail", wrong)
+    monkeypatch.setattr(fused, "quantize_pack", wrong)
     with emulated("checked"):
         assert doctor.run(ARGS) == 1
     assert capsys.readouterr().out.count("RuntimeError: the exact tail is off by 1.0e-02") >= 2
@@ -97,7 +99,7 @@ def test_an_unsupported_head_size_falls_back_with_one_line(capsys):
     fmt = make_format(Spec.parse("int4-srft"), 88)
     with emulated("fast") as e:
         for _ in range(2):
-            rows = ops.quantize_pack(*arrays(fmt), fmt)
+            rows = calls.quantize_pack(ops, *arrays(fmt), fmt)
             mx.eval(rows)
         assert not e.counters
     (line,) = capsys.readouterr().err.splitlines()
@@ -108,7 +110,7 @@ def test_an_unsupported_head_size_falls_back_with_one_line(capsys):
 def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(capsys, monkeypatch):
     fmt = make_format(Spec.parse("int4-srft"), 64)
     k, v = arrays(fmt)
-    expected = ops.quantize_pack(k, v, fmt)
+    expected = calls.quantize_pack(ops, k, v, fmt)
 
     def broken(*args, **kwargs):
         raise RuntimeError("program_source:12: error: no matching function")
@@ -116,7 +118,7 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(capsys, monk
     with emulated("fast"):
         monkeypatch.setattr(fused, "quantize_pack", broken)
         for _ in range(2):
-            assert mx.array_equal(ops.quantize_pack(k, v, fmt), expected)
+            assert mx.array_equal(calls.quantize_pack(ops, k, v, fmt), expected)
     (line,) = capsys.readouterr().err.splitlines()
     assert "warning: the quantize_pack kernel failed on this machine" in line
     assert "no matching function" in line
@@ -128,13 +130,13 @@ def test_what_compiles_for_a_token_is_tried_again_for_a_prompt(capsys, monkeypat
     fmt = make_format(Spec.parse("int4-srft"), 64)
     k, v = (mx.random.normal((2, 16, 80, 64)) for _ in "kv")
     q = mx.random.normal((2, 16, 1, 64))
-    rows = ops.quantize_pack(k, v, fmt)
+    rows = calls.quantize_pack(ops, k, v, fmt)
     pack, attend = fused.quantize_pack, fused.attend
 
-    def only_few(k, v, fmt):
-        if fused.pack_pairs(fmt, k.shape[2]) > 1:
+    def only_few(k, v, fmt, *more):
+        if quantize.pairs(fmt.kind, k.shape[2], tail=False) > 1:
             raise RuntimeError("too many registers")
-        return pack(k, v, fmt)
+        return pack(k, v, fmt, *more)
 
     def only_one(q, *args):
         if q.shape[0] > 1:
@@ -146,11 +148,11 @@ def test_what_compiles_for_a_token_is_tried_again_for_a_prompt(capsys, monkeypat
     with emulated("fast"):
         monkeypatch.setattr(fused, "quantize_pack", only_few)
         monkeypatch.setattr(fused, "attend", only_one)
-        mx.eval(ops.quantize_pack(k[:, :, :1], v[:, :, :1], fmt))
-        mx.eval(ops.attend(q[:1], rows[:1], 70, fmt, 0.1))
+        mx.eval(calls.quantize_pack(ops, k[:, :, :1], v[:, :, :1], fmt))
+        mx.eval(calls.attend(ops, q[:1], rows[:1], 70, fmt, 0.1))
         assert not capsys.readouterr().err
-        assert mx.array_equal(ops.quantize_pack(k, v, fmt), rows)
-        mx.eval(ops.attend(q, rows, 70, fmt, 0.1))
+        assert mx.array_equal(calls.quantize_pack(ops, k, v, fmt), rows)
+        mx.eval(calls.attend(ops, q, rows, 70, fmt, 0.1))
     first, second = capsys.readouterr().err.splitlines()
     assert "quantize_pack kernel failed" in first and "registers" in first
     assert "attend kernel failed" in second and "threadgroup memory" in second

@@ -64,7 +64,7 @@ def loads(monkeypatch):
         calls.append((args, kwargs))
         return load(*args, **kwargs)
 
-    watched.__signature__ = inspect.signature(load)
+    vars(watched)["__signature__"] = inspect.signature(load)
     monkeypatch.setattr(mlx_lm, "load", watched)
     return calls
 

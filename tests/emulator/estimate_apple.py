@@ -35,12 +35,15 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_kvq import ops
 from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import Spec
+from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
-from mlx_kvq.ops.gpu import fused
+from mlx_kvq.ops.gpu import attention
 from tests.emulator import Counters, arithmetic, emulated, run, toolchain
 from tests.emulator.mlx_kernels import mlx_source
+from tests.support import calls
 
 # cycles in the four main pipelines, and in the one for the rest (metal-benchmarks, "Instruction
 # Throughputs" and "ALU Layout"). A class that is not here is free: modifiers, and conversions
@@ -185,13 +188,13 @@ class Ours:
         self.combine = {parts: self._combined(parts) for parts in (2, 16)}
 
     def _counted(self, T: int, parts: int) -> list[Counters]:
-        rows = plain.quantize_pack(
-            random(1, self.Hkv, T, self.D), random(1, self.Hkv, T, self.D), self.fmt
+        rows = calls.quantize_pack(
+            plain, random(1, self.Hkv, T, self.D), random(1, self.Hkv, T, self.D), self.fmt
         )
         q = random(1, self.Hq, 1, self.D)
         mx.eval(rows, q)
         with emulated("counted") as e:
-            mx.eval(fused.attend(q, rows, T, self.fmt, self.D**-0.5, parts=parts))
+            mx.eval(calls.attend(fused, q, rows, T, self.fmt, self.D**-0.5, parts=parts))
         return e.counters
 
     def _attend(self, kernel: str):
@@ -222,20 +225,21 @@ class Ours:
 
     def parts(self, T: int) -> int:
         with emulated():  # the launch sizes of Metal
-            fused.forget()
-            return fused.attend_parts(self.fmt, 1, self.Hq, self.Hkv, 1, T)
+            q = mx.zeros((1, self.Hq, 1, self.D))
+            rows = mx.zeros((1, self.Hkv, T, self.fmt.layout.words), mx.uint32)
+            return attention.grid(q, ops.Packed(rows, T, self.fmt)).parts(T, 1, None)
 
     def vectors(self, op: str, L: int) -> Work:
         """quantize_pack or dequantize of L tokens."""
         n = min(L, 512)
         k, v = random(1, self.Hkv, n, self.D), random(1, self.Hkv, n, self.D)
-        rows = plain.quantize_pack(k, v, self.fmt)
+        rows = calls.quantize_pack(plain, k, v, self.fmt)
         mx.eval(k, v, rows)
         with emulated("counted") as e:
             if op == "quantize_pack":
-                mx.eval(fused.quantize_pack(k, v, self.fmt))
+                mx.eval(calls.quantize_pack(fused, k, v, self.fmt))
             else:
-                mx.eval(fused.dequantize(rows, n, self.fmt, mx.float16))
+                mx.eval(calls.dequantize(fused, rows, n, self.fmt, mx.float16))
         token = self.Hkv * (4 * self.D + 4 * self.fmt.layout.words)
         return work_of(e.counters[0], token * n).times(L / n)
 

@@ -1,14 +1,15 @@
 """A stand-in for ``mx.fast.metal_kernel`` that runs where there is no Metal."""
 
-import importlib
 import struct
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+
+from mlx_kvq import ops
+from mlx_kvq.ops.gpu import machine
 
 from .arrays import to_mlx
 from .counters import Counters
@@ -149,9 +150,8 @@ def metal_kernel(
 def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
     """Inside, ``mx.fast.metal_kernel`` is the emulator's, and mlx_kvq believes in Metal.
 
-    ``mlx_kvq.ops.gpu.fused.language`` returns ``"metal"``. Kernels that module keeps in functools
-    caches are dropped on both ways, so none built outside runs inside, nor the reverse; so is
-    what ``mlx_kvq.ops`` remembers of earlier attempts.
+    ``mlx_kvq.ops.gpu.machine.language`` returns ``"metal"``. What ``mlx_kvq.ops`` remembers is
+    dropped on both ways, so no kernel built outside runs inside, nor the reverse.
 
     Raises:
         KernelError: On leaving, the first one that the package swallowed to fall back to other
@@ -162,29 +162,15 @@ def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
     def stand_in(*args, **keywords):
         return metal_kernel(*args, **keywords, mode=mode, seed=seed, seen=seen)
 
-    try:
-        fused = importlib.import_module("mlx_kvq.ops.gpu.fused")
-    except ModuleNotFoundError:
-        fused = None
-    before, language = mx.fast.metal_kernel, getattr(fused, "language", None)
-
-    def clear():
-        for module in (fused, sys.modules.get("mlx_kvq.ops.gpu.jit")):
-            for value in vars(module).values() if module else ():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
-        getattr(sys.modules.get("mlx_kvq.ops"), "_known", {}).clear()
-
-    clear()
+    before, language = mx.fast.metal_kernel, machine.language
+    ops.forget()
     mx.fast.metal_kernel = stand_in
-    if fused:
-        fused.language = lambda: "metal"
+    machine.language = lambda: "metal"
     try:
         yield seen
     finally:
         mx.fast.metal_kernel = before
-        if fused:
-            fused.language = language
-        clear()
+        machine.language = language
+        ops.forget()
     if seen.errors:
         raise seen.errors[0]

@@ -22,7 +22,7 @@ def random(*shape, dtype=mx.float32):
 
 def close(found: np.ndarray, expected: mx.array, tolerance: float) -> bool:
     found = to_mlx(found, expected.dtype).astype(mx.float32)
-    return mx.allclose(found, expected.astype(mx.float32), rtol=tolerance, atol=tolerance).item()
+    return bool(mx.allclose(found, expected.astype(mx.float32), rtol=tolerance, atol=tolerance))
 
 
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}

@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-import types
-from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 import tests.emulator
+from mlx_kvq import ops
+from mlx_kvq.ops import memo
 from tests.emulator import KernelError, emulated, metal_kernel, toolchain
 
 DOUBLE = "o[thread_position_in_grid.x] = 2 * a[thread_position_in_grid.x];"
@@ -42,17 +42,16 @@ def test_emulated_replaces_and_restores():
         double(mx.arange(8.0))
 
 
-def test_emulated_makes_the_package_believe_in_metal(monkeypatch):
-    fused = types.ModuleType("mlx_kvq.ops.gpu.fused")
-    fused.language = lambda: None
-    fused.built = cache(lambda: mx.fast.metal_kernel)
-    monkeypatch.setitem(sys.modules, "mlx_kvq.ops.gpu.fused", fused)
-    outside = fused.built()
+def test_emulated_makes_the_package_believe_in_metal():
+    def made():
+        return memo.kernel("built", lambda: mx.fast.metal_kernel)
+
+    outside = made()
     with emulated():
-        assert fused.language() == "metal"
-        assert fused.built() is mx.fast.metal_kernel is not outside
-    assert fused.language() is None
-    assert fused.built() is outside
+        assert ops.language() == "metal"
+        assert made() is mx.fast.metal_kernel is not outside
+    assert ops.language() is None
+    assert made() is outside
 
 
 def swallow(forget):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_kvq.format.format import VERSION, Format, make_format, parse_signature
-from mlx_kvq.format.spec import BITS, ROTATIONS, SCALES, Spec
+from mlx_kvq.format.spec import BITS, DENSE, ROTATIONS, SCALES, Spec
 from mlx_kvq.format.transform import Calibration, Transform
 from tests.support import oracle
 
@@ -45,7 +45,7 @@ def test_the_signature_is_frozen():
     assert fmt.signature == f"{PLAIN};recent=16;calibration=ef34f5bad13d702a"
 
 
-@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("rotation", [*ROTATIONS, *DENSE])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sizes", [(64, 64, None, None), (128, 64, 8, 32), (256, 256, 256, 16)])

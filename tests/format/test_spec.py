@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mlx_kvq.format.spec import (
     BITS,
     CALIBRATE,
+    DENSE,
     OFF,
     OPTIONS,
     ROTATIONS,
@@ -16,7 +17,7 @@ from mlx_kvq.format.spec import (
     names,
 )
 
-NAMES = [f"{bits}-{rotation}" for bits in BITS for rotation in ROTATIONS]
+NAMES = [f"{bits}-{rotation}" for bits in BITS for rotation in (*ROTATIONS, *DENSE)]
 # fmt: off
 WRONG = {
     "int5-srft": "unknown cache 'int5-srft'. Did you mean 'int8-srft'?",
@@ -72,7 +73,7 @@ def test_the_vocabulary():
     assert {"srft", "srht", "none"} <= set(ROTATIONS)
     assert {"search", "absmax", "paper"} <= set(SCALES)
     assert {"group_size", "seed", "scale"} <= set(OPTIONS) <= set(vars(Spec("int4", "srft")))
-    assert names() == ["fp16", *NAMES]
+    assert names() == ["fp16", *(n for n in NAMES if n.partition("-")[2] not in DENSE)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,7 +123,7 @@ layers = st.sampled_from(["first", "last"]) | st.integers(0, 99)
 specs = st.builds(
     Spec,
     st.sampled_from(list(BITS)),
-    st.sampled_from(list(ROTATIONS)),
+    st.sampled_from([*ROTATIONS, *DENSE]),
     group_size=st.none() | st.integers(1, 64).map(lambda n: 8 * n),
     seed=st.just(0) | st.integers(0, 2**32 - 1),
     scale=st.sampled_from(list(SCALES)),

@@ -12,8 +12,9 @@ from mlx_kvq import cli, ops
 from mlx_kvq.caches.batch import PackedBatchKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.commands import benchmark
-from mlx_kvq.measure import contenders, model_speed, op_speed, shapes, timing
+from mlx_kvq.measure import baselines, contenders, model_speed, op_speed, shapes, timing
 from mlx_kvq.measure.contenders import Heads, contender
+from tests.support import calls
 
 MODEL = "examples/models/tiny-qwen2-8bit"
 TINY = {
@@ -78,13 +79,13 @@ def exact(q, k, v):
 def test_contenders_attend_to_what_they_store(name, tolerance):
     """Also: what is taken out again are the values, in their own or a rotated domain."""
     c = contender(name, HEADS, mx.float16)
-    k, v = (contenders.random(2, 2, 40, 64, c.dtype) for _ in "kv")
+    k, v = contenders.random_pair(HEADS, 2, 40, c.dtype)
     q = contenders.random(4, 2, 1, 64, c.dtype)
-    cache = contenders.make_cache(c, 2)
+    cache = c.batch(2)[0]
     mask = cache.make_mask(40, return_array=False, window_size=None)
     held = contenders.Held(cache, *cache.update_and_fetch(k, v), None)
     if "-" in name:  # a prompt's chunk reads itself: go on to what a decode step reads
-        one = [contenders.random(2, 2, 1, 64, c.dtype) for _ in "kv"]
+        one = contenders.random_pair(HEADS, 2, 1, c.dtype)
         mask = cache.make_mask(1, return_array=False, window_size=None)
         held = contenders.Held(cache, *cache.update_and_fetch(*one), mask)
         k, v = (mx.concatenate([x, y], axis=2) for x, y in zip((k, v), one, strict=True))
@@ -131,7 +132,7 @@ def test_operands_are_laid_out_as_the_users_cache_lays_them_out(name, T):
     """Slices of buffers with room, not copies: MLX on CUDA takes another kernel for a copy."""
     c = contender(name, HEADS, mx.float16)
     held = contenders.fill(c, HEADS, 1, T)
-    cache = KVCache() if name in contenders.PLAIN else QuantizedKVCache(64, int(name[2:]))
+    cache = KVCache() if name in baselines.PLAIN else QuantizedKVCache(64, int(name[2:]))
     assert type(held.cache) is type(cache)
     want, mask = decoded(cache, 1, T, c.dtype)
     operands = contenders.leaves([held.keys, held.values])
@@ -171,6 +172,7 @@ def test_batches_are_in_the_cache_of_mlx_lms_batch_generator(name):
     held = contenders.fill(c, HEADS, 3, 300)
     want, mask = decoded(BatchKVCache([0] * 3), 3, 300, c.dtype)
     assert type(held.cache) is BatchKVCache
+    assert held.cache.keys is not None
     assert [layout(x) for x in (held.keys, held.values)] == [layout(x) for x in want]
     assert held.cache.keys.shape[2] == 512
     assert held.cache.left_padding.tolist() == [0, 1, 2]
@@ -195,7 +197,7 @@ def test_packed_caches_are_those_of_decoding(B, T):
     assert held.keys.shape == (B, 2, T, 64) and held.cache.tail.shape[2] >= 16
     q = contenders.random(4, B, 1, 64, c.dtype)
     out = c.attend(q, held)
-    ordinary = ops.attend(
+    ordinary = calls.attend(ops,
         q, held.cache.rows, T, held.cache.format, 64**-0.5, tail=held.cache.tail,
         starts=None if B == 1 else held.cache.left_padding,
     )  # fmt: skip
@@ -279,7 +281,7 @@ def test_operations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_contender_that_fails_is_a_row(monkeypatch):
-    original = op_speed.contender
+    original = contenders.contender
 
     def broken(name, heads, dtype):
         c = original(name, heads, dtype)
@@ -287,7 +289,7 @@ def test_a_contender_that_fails_is_a_row(monkeypatch):
             c.attend = lambda q, buffer: mx.zeros((2, 3)) @ mx.zeros((2, 3))
         return c
 
-    monkeypatch.setattr(op_speed, "contender", broken)
+    monkeypatch.setattr(contenders, "contender", broken)
     args = _arguments("--heads", "4,2,64", "--contexts", "16", "--kv-cache", "kv8", "fp16",
                       "--rounds", "2", "--ops", "attend", "--beyond", "0")  # fmt: skip
     ((failed, ran),) = op_speed.measure(args, 1e9)
@@ -349,7 +351,7 @@ def test_a_run_goes_back_to_where_it_was(monkeypatch):
     """Chains of the same length measure the same context, and decode as mlx-lm does."""
     args = _arguments("--model", MODEL)
     model, tokenizer = model_speed._model(args, mx.float32)
-    entry = model_speed._entry("fp16", model, tokenizer)
+    entry = model_speed._contender("fp16", model, tokenizer)
     tokens = mx.array([[3, 5, 7, 11, 13, 17, 19]])
     run_ = model_speed._Run(entry, tokens)
     run_.prefill()
@@ -378,7 +380,7 @@ def test_a_batch_runs_as_in_mlx_lms_batch_generator(name):
     """In batch caches, padded on the left; each sequence gets the token it gets alone."""
     args = _arguments("--model", MODEL)
     model, tokenizer = model_speed._model(args, mx.float32)
-    entry = model_speed._entry(name, model, tokenizer)
+    entry = model_speed._contender(name, model, tokenizer)
     tokens = mx.array([[3, 5, 7, 11, 13, 17], [19, 23, 29, 31, 37, 41]])
     run_ = model_speed._Run(entry, tokens)
     run_.prefill()
@@ -399,7 +401,7 @@ def test_compiling_takes_no_prefill_rounds(monkeypatch):
     """On CUDA the first prefill compiles kernels for half a minute, the next takes 50 ms."""
     args = _arguments("--model", MODEL, "--rounds", "1", "--tokens", "1", "--prefill-rounds", "3")
     model, tokenizer = model_speed._model(args, mx.float32)
-    entries = {"fp16": model_speed._entry("fp16", model, tokenizer)}
+    entries = {"fp16": model_speed._contender("fp16", model, tokenizer)}
     seconds = [29.0, 0.05, 0.04, 0.05, 0.06]
     original = model_speed._Run.prefill
 
@@ -436,12 +438,14 @@ def test_an_item_that_does_not_fit_is_left_out(monkeypatch, capsys):
 def test_mlx_lms_quantized_cache_is_what_it_makes():
     args = _arguments("--model", MODEL)
     model, tokenizer = model_speed._model(args, mx.float32)
-    run_ = model_speed._Run(model_speed._entry("kv8", model, tokenizer), mx.zeros((1, 5), mx.int32))
+    run_ = model_speed._Run(
+        model_speed._contender("kv8", model, tokenizer), mx.zeros((1, 5), mx.int32)
+    )
     run_.prefill()
     assert all(c.bits == 8 and c.offset == 5 for c in run_.cache)
     gemma, tokenizer = model_speed._model(_arguments("--model", GEMMA), mx.float32)
     with pytest.raises(ValueError, match="RotatingKVCache"):
-        model_speed._entry("kv8", gemma, tokenizer)
+        model_speed._contender("kv8", gemma, tokenizer)
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)

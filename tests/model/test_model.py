@@ -145,8 +145,9 @@ def test_no_history_stays_unpacked(loaded, model):
     for _ in stream_generate(model, loaded[1], PROMPT, max_tokens=4, prompt_cache=caches):
         pass
     for c in caches:
-        arrays = {k for k, v in vars(c).items() if isinstance(v, mx.array)}
-        assert arrays == {"_rows", "tail"}  # on a GPU 16 rows to write, too
+        parts = c, c.stored, c.newest
+        arrays = [k for part in parts for k, v in vars(part).items() if isinstance(v, mx.array)]
+        assert arrays == ["array", "array"]  # rows and tail; on a GPU 16 rows to write, too
         assert c.tail.shape[2] == 16  # the newest tokens
 
 
@@ -155,7 +156,7 @@ def test_bytes_at_4k_tokens(model, dtype):
     """At least 3.5x smaller than the model's own cache, which holds ``dtype``; of an fp16 model,
     whose exact tail is fp32, a little less."""
 
-    packed = mlx_kvq.make_prompt_cache(model, "int4-srft")
+    packed: list = mlx_kvq.make_prompt_cache(model, "int4-srft")
     own = stock.make_prompt_cache(model)
     for a, b in zip(own, packed, strict=True):
         k = mx.zeros((1, model.args.num_key_value_heads, 4096, b.format.layout.k_dim), dtype)
@@ -181,7 +182,7 @@ def test_generates_as_an_unpacked_fake_quantized_cache_does(name, recent):
         return [step.token for step in steps]
 
     own = stock.make_prompt_cache(model)
-    ours = mlx_kvq.make_prompt_cache(model, f"int4-srft:recent={recent}")
+    ours: list = mlx_kvq.make_prompt_cache(model, f"int4-srft:recent={recent}")
     fakes = [fake_quantized(c, o.format) for c, o in zip(own, ours, strict=True)]
     expected = tokens(fakes)
     assert len(expected) == n

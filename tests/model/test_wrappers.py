@@ -9,6 +9,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
 from mlx_kvq.caches.prompt_file import check
+from mlx_kvq.measure.baselines import candidate
+from mlx_kvq.stock import factory_of
 from tests.support.families import build
 from tests.support.float32 import load_float32, prompts, write_float32
 
@@ -59,6 +61,13 @@ def test_in_a_batch(wrapped):
     for prompt, tokens in zip(many, found, strict=True):
         alone = stream_generate(model, tokenizer, prompt, max_tokens=8)
         assert [s.token for s in alone] == tokens
+
+
+def test_a_candidate_leaves_both_halves_as_they_were(wrapped):
+    model, _ = wrapped
+    mlx_kvq.disable(model)
+    candidate(model, "int4-srft:calibrate=off")
+    assert factory_of(model) is None
 
 
 def kinds(model, *size):

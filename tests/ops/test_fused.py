@@ -10,16 +10,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_kvq import ops
 from mlx_kvq.format import levels
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.rotation import real_fft
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
+from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
-from mlx_kvq.ops.gpu import fused, jit, tables, tuning
+from mlx_kvq.ops.gpu import attention, jit, tables, tuning
 from mlx_kvq.ops.gpu.sources import kernel_source, kernels_path
 from tests.emulator import emulated
-from tests.support import op_matrix
+from tests.support import calls, op_matrix
 
 # Of an output vector, relative to its largest channel: queries, probabilities and dequantized
 # values are fp16 (2^-11) in the kernel; then the output is rounded (bf16: 2^-9).
@@ -56,10 +58,10 @@ def launches(monkeypatch):
 
     def change(**sizes):
         monkeypatch.setitem(tuning.TUNING, "metal", replace(tuning.TUNING["metal"], **sizes))
-        fused.forget()
+        ops.forget()
 
     yield change
-    fused.forget()
+    ops.forget()
 
 
 def rng(*seed):
@@ -97,15 +99,15 @@ def packed(fmt, B, H, T, spare=5):
     """Rows of random tokens, and behind them spare capacity full of NaN scales."""
     lay = fmt.layout
     k, v = normal(B, H, T, lay.k_dim, seed=1), normal(B, H, T, lay.v_dim, seed=2)
-    rows = plain.quantize_pack(k, v, fmt)
+    rows = calls.quantize_pack(plain, k, v, fmt)
     full = mx.full((B, H, spare, lay.words), 0xFFFFFFFF, dtype=mx.uint32)
     return mx.concatenate([rows, full], axis=2)
 
 
 def assert_attends(q, rows, length, fmt, **arguments):
-    got = fused.attend(q, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
+    got = calls.attend(fused, q, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
     exact = q.astype(mx.float32)
-    want = plain.attend(exact, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
+    want = calls.attend(plain, exact, rows, length, fmt, q.shape[-1] ** -0.5, **arguments)
     assert (got.dtype, got.shape) == (q.dtype, want.shape)
     got, want = (np.array(x.astype(mx.float32)) for x in (got, want))
     error = np.abs(got - want) / np.abs(want).max(axis=-1, keepdims=True)
@@ -201,8 +203,8 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
     fmt = format_of(spec, Dk, Dv, what)
     dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
     k, v = transposed(2, 2, 5, Dk, dtype, seed=3), transposed(2, 2, 5, Dv, dtype, seed=4)
-    got = np.array(fused.quantize_pack(k, v, fmt))
-    want = plain.quantize_pack(k, v, fmt)
+    got = np.array(calls.quantize_pack(fused, k, v, fmt))
+    want = calls.quantize_pack(plain, k, v, fmt)
     words = np.array(want)
     # A code, or with its scale a group, may fall to the other side of a tie.
     lay = fmt.layout
@@ -210,8 +212,8 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
     assert differ <= lay.words * 0.02, f"{differ} of {lay.words} words of a row"
     length = 4
     for a, b in zip(
-        fused.dequantize(want, length, fmt, dtype),
-        plain.dequantize(want, length, fmt, dtype),
+        calls.dequantize(fused, want, length, fmt, dtype),
+        calls.dequantize(plain, want, length, fmt, dtype),
         strict=True,
     ):
         assert a.dtype == dtype
@@ -233,7 +235,7 @@ def test_quantize_strange_vectors(emulator, spec):
     k[0, 0, 6, 3] = np.nan
     k[0, 0, 7, 60] = -np.inf
     k, v = mx.array(k), mx.array(k[..., ::-1].copy())
-    got, want = fused.quantize_pack(k, v, fmt), plain.quantize_pack(k, v, fmt)
+    got, want = calls.quantize_pack(fused, k, v, fmt), calls.quantize_pack(plain, k, v, fmt)
     # Which NaN a damaged group's scale is depends on the platform.
     for a, b in zip(levels.split(got, fmt.layout), levels.split(want, fmt.layout), strict=True):
         assert mx.array_equal(a, b, equal_nan=a.dtype == mx.float16)
@@ -247,28 +249,10 @@ def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, D
     fmt = format_of(f"int4-srft:group_size={group}", D)
     k = normal(1, 2, D, 77, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
     v = normal(2, 1, 77, 2 * D, dtype=mx.float16).swapaxes(0, 1)[..., D:]
-    want = plain.quantize_pack(k, v, fmt)
-    assert mx.array_equal(fused.quantize_pack(k, v, fmt), want)
+    want = calls.quantize_pack(plain, k, v, fmt)
+    assert mx.array_equal(calls.quantize_pack(fused, k, v, fmt), want)
     if sizes:
         assert emulator.counters[-1].threadgroups == 2  # one for each of the two heads
-
-
-@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
-def test_rotate_queries_and_outputs(emulator, spec, Dk, Dv, what):
-    """Rounded once: within half a step of the dtype from the reference."""
-    fmt = format_of(spec, Dk, Dv, what)
-    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
-    step = {mx.float16: 2**-11, mx.bfloat16: 2**-8, mx.float32: 1e-6}[dtype]
-    for D, rotate, want in (
-        (Dk, fused.rotate_queries, fmt.keys.query),
-        (Dv, fused.rotate_outputs, fmt.values.output),
-    ):
-        x = transposed(2, 6, 5, D, dtype, seed=8)
-        got = rotate(x, fmt, 2)
-        assert (got.dtype, got.shape) == (dtype, x.shape)
-        exact = np.array(want(x.astype(mx.float32)))
-        error = np.abs(np.array(got.astype(mx.float32)) - exact)
-        assert (error <= 1.01 * step * np.abs(exact).max(axis=-1, keepdims=True)).all()
 
 
 # ---- attend -----------------------------------------------------------------------------------
@@ -357,10 +341,10 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros(emulator, launches, singl
     q = transposed(1, 2, 2, 64)
     mask = np.ones((2, 100), bool)
     mask[1] = False
-    out = fused.attend(q, rows, 100, fmt, 0.1, mx.array(mask))
+    out = calls.attend(fused, q, rows, 100, fmt, 0.1, mx.array(mask))
     assert mx.all(mx.isfinite(out)).item()
     assert not mx.any(out[:, :, 1]).item()
-    want = plain.attend(q, rows, 100, fmt, 0.1, mx.array(mask))
+    want = calls.attend(plain, q, rows, 100, fmt, 0.1, mx.array(mask))
     assert mx.allclose(out[:, :, 0], want[:, :, 0], atol=2e-3).item()
 
 
@@ -368,12 +352,14 @@ def test_damage_shows_where_it_is_attended_to(emulator):
     fmt = format_of("int4-srft", 64)
     k = np.array(normal(1, 2, 90, 64, seed=1))
     k[0, 1, 70, 3] = np.nan
-    rows = plain.quantize_pack(mx.array(k), normal(1, 2, 90, 64, seed=2), fmt)
+    rows = calls.quantize_pack(plain, mx.array(k), normal(1, 2, 90, 64, seed=2), fmt)
     q = transposed(1, 4, 1, 64)
-    out = np.array(fused.attend(q, rows, 90, fmt, 0.1).astype(mx.float32))
+    out = np.array(calls.attend(fused, q, rows, 90, fmt, 0.1).astype(mx.float32))
     assert np.isnan(out[0, 2:]).all()
     assert np.isfinite(out[0, :2]).all()
-    assert np.isfinite(np.array(fused.attend(q, rows, 64, fmt, 0.1).astype(mx.float32))).all()
+    assert np.isfinite(
+        np.array(calls.attend(fused, q, rows, 64, fmt, 0.1).astype(mx.float32))
+    ).all()
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 3e4, 1e6])
@@ -382,13 +368,13 @@ def test_values_of_any_size_survive_fp16_operands(emulator, spec, size):
     """Scales beyond 2^8 and below 2^-10: fp16 would overflow, or keep few bits."""
     fmt = format_of(spec, 64)
     k, v = normal(1, 1, 80, 64, seed=1), size * normal(1, 1, 80, 64, seed=2)
-    rows = plain.quantize_pack(size * k, v, fmt)
+    rows = calls.quantize_pack(plain, size * k, v, fmt)
     assert_attends(normal(1, 2, 1, 64) / size, rows, 80, fmt)
 
 
 def test_more_splits_than_tiles(emulator, monkeypatch):
     """A threadgroup without a tile writes an empty partial sum."""
-    monkeypatch.setattr(fused, "splits", lambda *_: 7)
+    monkeypatch.setattr(attention, "splits", lambda *_: 7)
     fmt = format_of("int4-srft", 64)
     assert_attends(transposed(1, 2, 1, 64), packed(fmt, 1, 1, 50), 50, fmt)
     assert emulator.counters[-2].threadgroups == 7
@@ -398,12 +384,12 @@ def test_the_buffer_may_be_a_view(emulator):
     fmt = format_of("int4-srft", 64)
     rows = packed(fmt, 3, 4, 40, spare=24)[1:, ::2]
     assert_attends(transposed(2, 4, 1, 64), rows, 40, fmt)
-    k, v = fused.dequantize(rows, 40, fmt, mx.float16)
-    for a, b in zip((k, v), plain.dequantize(rows, 40, fmt, mx.float16), strict=True):
+    k, v = calls.dequantize(fused, rows, 40, fmt, mx.float16)
+    for a, b in zip((k, v), calls.dequantize(plain, rows, 40, fmt, mx.float16), strict=True):
         assert mx.array_equal(a, b)
 
 
-# The first cases: test_ops.py has all of them on the reference, scripts/check_gpu.py --matrix
+# The first cases: test_ops.py has all of them on the reference, tests/support/check_gpu.py --matrix
 # on a GPU.
 @pytest.mark.parametrize("case", op_matrix.CASES[:10], ids=str)
 def test_op_matrix(emulator, case):
@@ -427,7 +413,7 @@ def test_attend_reads_each_row_once(emulator, launches, gqa):
 def test_quantize_pack_reads_and_writes_once(emulator):
     fmt = format_of("int4-srft", 128)
     k, v = transposed(1, 2, 5, 128), transposed(1, 2, 5, 128, seed=1)
-    fused.quantize_pack(k, v, fmt)
+    calls.quantize_pack(fused, k, v, fmt)
     (counters,) = emulator.counters
     assert (counters.reads["k"] == 1).all()
     assert (counters.reads["v"] == 1).all()
@@ -441,7 +427,7 @@ def test_launches_and_threadgroups(emulator):
     rows = packed(fmt, 1, 2, 1100)
     for length, launched in ((10, 1), (128, 1), (300, 2), (1100, 2)):
         before = len(emulator.counters)
-        mx.eval(fused.attend(transposed(1, 4, 1, 128), rows, length, fmt, 0.1))
+        mx.eval(calls.attend(fused, transposed(1, 4, 1, 128), rows, length, fmt, 0.1))
         assert len(emulator.counters) - before == launched
     for counters in emulator.counters:
         assert counters.threads <= 512 * counters.threadgroups
@@ -459,7 +445,9 @@ def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
     ):
         for single in (0, 1000):
             launches(single=single)
-            fused.attend(transposed(1, 2 * gqa, L, 64), rows, length, fmt, 0.1, mask, window=window)
+            calls.attend(
+                fused, transposed(1, 2 * gqa, L, 64), rows, length, fmt, 0.1, mask, window=window
+            )
     names = {counters.kernel for counters in emulator.counters}
     assert len(names) == 3  # attend with and without an end, combine
 
@@ -484,9 +472,11 @@ def test_why_not():
     assert "512" in fused.why_not(format_of("int4-srft", 512))
     assert "88" in fused.why_not(format_of("int4-srft", 88))
     assert "float64" in fused.why_not(format_of("int4-srft", 128), mx.float64)
-    assert fused.language() is None  # the tests run on the CPU
+    assert ops.language() is None  # the tests run on the CPU
     with pytest.raises(RuntimeError, match="GPU"):
-        fused.quantize_pack(normal(1, 1, 1, 64), normal(1, 1, 1, 64), format_of("int4-srft", 64))
+        calls.quantize_pack(
+            fused, normal(1, 1, 1, 64), normal(1, 1, 1, 64), format_of("int4-srft", 64)
+        )
 
 
 # SIMD-group, threadgroup and type vocabulary that the kernels may use: machine.cuh has all of it.

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from mlx_kvq import ops
+from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain as reference
-from mlx_kvq.ops.gpu import fused
+from mlx_kvq.ops.gpu import attention
 from tests.ops.test_fused import (  # the fixtures are used by name
     assert_attends,
     emulator,
@@ -16,6 +17,7 @@ from tests.ops.test_fused import (  # the fixtures are used by name
     packed,
     transposed,
 )
+from tests.support import calls
 
 __all__ = ["emulator", "launches"]
 
@@ -45,7 +47,7 @@ def test_attend(emulator, launches, spec, Dk, Dv, what, L, single):
     tail = tail_of(fmt, 2, 2, fmt.recent + L + 1, dtype)
     for length in (70, L):
         got = assert_attends(q, rows, length, fmt, mask="causal", tail=tail)
-    plain = np.array(fused.attend(q, rows, L, fmt, Dk**-0.5, "causal").astype(mx.float32))
+    plain = np.array(calls.attend(fused, q, rows, L, fmt, Dk**-0.5, "causal").astype(mx.float32))
     assert np.abs(got - plain).max() > 0.1  # the tail shows
 
 
@@ -117,15 +119,15 @@ def test_the_tail_may_be_a_view(emulator):
     rows, q = packed(fmt, 2, 2, 40), transposed(2, 4, 2, 64)
     assert_attends(q, rows, 40, fmt, mask="causal", tail=tail)
     for a, b in zip(
-        fused.dequantize(rows, 40, fmt, mx.float16, tail),
-        reference.dequantize(rows, 40, fmt, mx.float16, tail),
+        calls.dequantize(fused, rows, 40, fmt, mx.float16, tail),
+        calls.dequantize(reference, rows, 40, fmt, mx.float16, tail),
         strict=True,
     ):
         assert mx.array_equal(a, b)
 
 
 def test_more_splits_than_tiles(emulator, monkeypatch):
-    monkeypatch.setattr(fused, "splits", lambda *_: 7)
+    monkeypatch.setattr(attention, "splits", lambda *_: 7)
     fmt = format_of("int4-srft:recent=30", 64)
     rows, tail = packed(fmt, 1, 1, 50), tail_of(fmt, 1, 1, 30)
     assert_attends(transposed(1, 2, 1, 64), rows, 50, fmt, tail=tail, ring=(0, 7))
@@ -137,8 +139,8 @@ def test_dequantize(emulator, dtype, length):
     fmt = format_of("k8v4-srft:recent=9", 64, 128)
     rows, tail = packed(fmt, 2, 2, 40), tail_of(fmt, 2, 2, 12, mx.bfloat16)
     for op in ("dequantize", "restore"):
-        got = getattr(fused, op)(rows, length, fmt, dtype, tail)
-        want = getattr(reference, op)(rows, length, fmt, dtype, tail)
+        got = getattr(calls, op)(fused, rows, length, fmt, dtype, tail)
+        want = getattr(calls, op)(reference, rows, length, fmt, dtype, tail)
         for a, b in zip(got, want, strict=True):
             assert (a.dtype, a.shape) == (dtype, b.shape)
             if op == "dequantize":
@@ -156,15 +158,15 @@ def test_quantize_pack_tail(emulator, spec, Dk, Dv, what, L, keep):
     fmt = format_of(spec, Dk, Dv, what)
     dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
     k, v = transposed(2, 2, L, Dk, dtype, seed=3), transposed(2, 2, L, Dv, dtype, seed=4)
-    want = fused.quantize_pack(k, v, fmt)
+    want = calls.quantize_pack(fused, k, v, fmt)
     kept = ops.tail_dtype(dtype)
     step = 2**-7 if dtype == mx.bfloat16 else 1e-6
     # The last one is as in files of version 0.1.0.
     views = (tail_of(fmt, 3, 2, 7, t)[1:, :, 1:6] for t in (kept, mx.float16))
     for tail in (None, *views):
-        rows, moved = fused.quantize_pack_tail(k, v, fmt, tail, keep)
+        rows, moved = fused.quantize_pack(k, v, fmt, tail, keep)
         assert mx.array_equal(rows, want)
-        _, expected = reference.quantize_pack_tail(k, v, fmt, tail, keep)
+        _, expected = reference.quantize_pack(k, v, fmt, tail, keep)
         assert (moved.dtype, moved.shape) == (kept, expected.shape)
         old = max(0, keep - L)
         assert mx.array_equal(moved[:, :, :old], expected[:, :, :old])  # as they were
@@ -178,8 +180,8 @@ def test_rows_are_held(emulator):
     held, tail = packed(fmt, 2, 2, 4, spare=0), tail_of(fmt, 2, 2, 5)
     for L in (1, 3, 4):
         k, v = (transposed(2, 2, L, 64, seed=s) for s in (3, 4))
-        rows, moved = fused.quantize_pack_tail(k, v, fmt, tail, 5, held)
-        alone, same = fused.quantize_pack_tail(k, v, fmt, tail, 5)
+        rows, moved = fused.quantize_pack(k, v, fmt, tail, 5, held)
+        alone, same = fused.quantize_pack(k, v, fmt, tail, 5)
         assert mx.array_equal(rows, mx.concatenate([held[:, :, L:], alone], axis=2))
         assert mx.array_equal(moved, same)
 
@@ -200,7 +202,7 @@ def test_attend_reads_each_row_and_token_once(emulator, launches):
 def test_quantize_pack_tail_reads_and_writes_once(emulator):
     fmt = format_of("int4-srft:recent=16", 128)
     k, v = transposed(1, 2, 1, 128), transposed(1, 2, 1, 128, seed=1)
-    fused.quantize_pack_tail(k, v, fmt, tail_of(fmt, 1, 2, 16), 16)
+    fused.quantize_pack(k, v, fmt, tail_of(fmt, 1, 2, 16), 16)
     (counters,) = emulator.counters
     assert (counters.reads["k"] == 1).all()
     assert (counters.reads["v"] == 1).all()

@@ -31,7 +31,8 @@ def test_nothing_else_changes(title):
 def kernels(title: str, T: int, chip: str) -> tuple[int, int]:
     """Of storing and attention in a layer, with int4 and with fp16."""
     build = count.MODELS[title]
-    return tuple(count.storing(count.per_layer(build, n, T, chip)) for n in ("int4-srft", "fp16"))
+    int4, fp16 = (count.storing(count.per_layer(build, n, T, chip)) for n in ("int4-srft", "fp16"))
+    return int4, fp16
 
 
 @pytest.mark.parametrize("chip", count.CHIPS)

@@ -9,10 +9,10 @@ import pytest
 
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
+from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain as reference
-from mlx_kvq.ops.gpu import fused
 from tests.emulator import emulated
-from tests.support import oracle
+from tests.support import calls, oracle
 
 D, RECENT, TOKENS, LARGE = 64, 4, 7, 3
 BACKENDS = {"reference": (reference, nullcontext), "kernels": (fused, emulated)}
@@ -46,11 +46,13 @@ def decode(backend, fmt, q, k, v):
     buffer = mx.zeros((1, k.shape[1], TOKENS, fmt.layout.words), mx.uint32)
     tail, outputs = None, []
     for t in range(TOKENS):
-        rows, tail = backend.quantize_pack_tail(
+        rows, tail = backend.quantize_pack(
             k[:, :, t : t + 1], v[:, :, t : t + 1], fmt, tail, fmt.recent
         )
         buffer[:, :, t : t + 1] = rows
-        outputs.append(backend.attend(q[:, :, t : t + 1], buffer, t + 1, fmt, D**-0.5, tail=tail))
+        outputs.append(
+            calls.attend(backend, q[:, :, t : t + 1], buffer, t + 1, fmt, D**-0.5, tail=tail)
+        )
     return mx.concatenate(outputs, axis=2), buffer, tail
 
 
@@ -112,7 +114,7 @@ def test_damage_shows(backend, side, bad, rotation):
     module, context = BACKENDS[backend]
     with context():
         got, rows, _ = decode(module, fmt, q, k, v)
-        restored = module.restore(rows, TOKENS, fmt, mx.float16)
+        restored = calls.restore(module, rows, TOKENS, fmt, mx.float16)
         mx.eval(got, rows, restored)
     got = np.array(got)[0, 0]
     assert np.isfinite(got[0]).all()
@@ -131,11 +133,11 @@ def test_fp16_saturates(backend):
     k = mx.array(np.broadcast_to(x, (1, 1, 3, D)).astype(np.float32)).astype(mx.float16)
     module, context = BACKENDS[backend]
     with context():
-        rows, tail = module.quantize_pack_tail(k, k, fmt, None, 2)
-        found = [*module.dequantize(rows, 3, fmt, mx.float16, tail)]
-        found += module.dequantize(rows, 3, fmt, mx.float16)
-        found += module.restore(rows, 3, fmt, mx.float16, tail)
-        found += module.restore(rows, 3, fmt, mx.float16)
+        rows, tail = module.quantize_pack(k, k, fmt, None, 2)
+        found = [*calls.dequantize(module, rows, 3, fmt, mx.float16, tail)]
+        found += calls.dequantize(module, rows, 3, fmt, mx.float16)
+        found += calls.restore(module, rows, 3, fmt, mx.float16, tail)
+        found += calls.restore(module, rows, 3, fmt, mx.float16)
         mx.eval(tail, found)
     assert tail.dtype == mx.float32
     assert np.abs(np.array(tail)).max() > 5e5

@@ -13,7 +13,7 @@ from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import plain as reference
-from tests.support import oracle
+from tests.support import calls, oracle
 
 RULES = [(4, "search"), (4, "absmax"), (4, "paper"), (8, "search"), (8, "absmax"), (8, "paper")]
 any_rule = st.sampled_from(RULES)
@@ -117,16 +117,16 @@ def test_a_centre_absorbs_what_all_keys_share(form, seed, k, shift):
     mu = mx.array([shift], dtype=mx.float32) / 64
     plain = make_format(Spec.parse(form), 64)
     centred = make_format(Spec.parse(form), 64, keys=Calibration(mu=mu))
-    rows = reference.quantize_pack(k, v, plain)
-    shifted = reference.quantize_pack(k + mu, v, centred)
+    rows = calls.quantize_pack(reference, k, v, plain)
+    shifted = calls.quantize_pack(reference, k + mu, v, centred)
     assert mx.array_equal(rows, shifted)
     T = len(k[0, 0])
-    a = reference.attend(q, rows, T, plain, 1.0)
-    b = reference.attend(q, shifted, T, centred, 1.0)
+    a = calls.attend(reference, q, rows, T, plain, 1.0)
+    b = calls.attend(reference, q, shifted, T, centred, 1.0)
     assert mx.array_equal(a, b)
     remembered = [
         oracle.backward(y, plain.spec.rotation, 0, stream)
-        for stream, y in enumerate(reference.dequantize(rows, T, plain))
+        for stream, y in enumerate(calls.dequantize(reference, rows, T, plain))
     ]
     exact = oracle.attend_exact(q, remembered[0] + np.array(mu), remembered[1], 1.0)
     np.testing.assert_allclose(b, exact, atol=2e-4)
@@ -139,9 +139,9 @@ def test_the_order_of_keys_does_not_matter(form, seed, order, sinks):
     k, v, q = (normal(2, h, 13, 64, seed=seed + i) for i, h in enumerate((2, 2, 4)))
     mask = normal(2, 1, 13, 13, seed=seed + 3)
     sinks = mx.array([0.0, 1.0, -1.0, 2.0]) if sinks else None
-    rows = reference.quantize_pack(k, v, fmt)
-    a = reference.attend(q, rows, 13, fmt, 0.125, mask, sinks)
-    b = reference.attend(q, rows[:, :, order], 13, fmt, 0.125, mask[..., order], sinks)
+    rows = calls.quantize_pack(reference, k, v, fmt)
+    a = calls.attend(reference, q, rows, 13, fmt, 0.125, mask, sinks)
+    b = calls.attend(reference, q, rows[:, :, order], 13, fmt, 0.125, mask[..., order], sinks)
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
@@ -151,10 +151,10 @@ def test_queries_together_or_one_by_one(form, seed, L, before):
     """A causal chunk gives what its tokens give alone, each over the rows up to its own."""
     fmt, T = make_format(Spec.parse(form), 64), before + L
     k, v = normal(1, 2, T, 64, seed=seed), normal(1, 2, T, 64, seed=seed + 1)
-    q, rows = normal(1, 4, L, 64, seed=seed + 2), reference.quantize_pack(k, v, fmt)
-    together = reference.attend(q, rows, T, fmt, 0.125, "causal")
+    q, rows = normal(1, 4, L, 64, seed=seed + 2), calls.quantize_pack(reference, k, v, fmt)
+    together = calls.attend(reference, q, rows, T, fmt, 0.125, "causal")
     for i in range(L):
-        alone = reference.attend(q[:, :, i : i + 1], rows, before + i + 1, fmt, 0.125)
+        alone = calls.attend(reference, q[:, :, i : i + 1], rows, before + i + 1, fmt, 0.125)
         np.testing.assert_allclose(together[:, :, i : i + 1], alone, atol=2e-6)
 
 
@@ -162,11 +162,11 @@ def test_queries_together_or_one_by_one(form, seed, L, before):
 def test_batch_and_heads_are_independent(form):
     fmt = make_format(Spec.parse(form), 64)
     k, v, q = (normal(3, h, 20, 64, seed=h + i) for i, h in enumerate((2, 2, 6)))
-    rows = reference.quantize_pack(k, v, fmt)
-    out = reference.attend(q, rows, 20, fmt, 0.125, "causal")
+    rows = calls.quantize_pack(reference, k, v, fmt)
+    out = calls.attend(reference, q, rows, 20, fmt, 0.125, "causal")
     for b, h in np.ndindex(3, 2):
         mine = (slice(b, b + 1), slice(3 * h, 3 * h + 3))
-        alone = reference.attend(q[mine], rows[b, None, h, None], 20, fmt, 0.125, "causal")
+        alone = calls.attend(reference, q[mine], rows[b, None, h, None], 20, fmt, 0.125, "causal")
         np.testing.assert_allclose(out[mine], alone, atol=2e-6)
 
 
@@ -177,12 +177,12 @@ def test_blocks_change_nothing(form, L, monkeypatch):
     D = 72 if "24" in form else 64
     fmt = make_format(Spec.parse(form), D)
     k, v, q = (normal(2, h, n, D, seed=n + i) for i, (h, n) in enumerate([(2, L), (2, L), (6, 1)]))
-    rows = reference.quantize_pack(k, v, fmt)
-    whole = reference.attend(q, rows, L, fmt, 0.125)
+    rows = calls.quantize_pack(reference, k, v, fmt)
+    whole = calls.attend(reference, q, rows, L, fmt, 0.125)
     monkeypatch.setattr(reference, "_PACK_BLOCK", 12)
     monkeypatch.setattr(reference, "_KEY_BLOCK", 7)
-    assert mx.array_equal(reference.quantize_pack(k, v, fmt), rows)
-    assert mx.array_equal(reference.attend(q, rows, L, fmt, 0.125), whole)
+    assert mx.array_equal(calls.quantize_pack(reference, k, v, fmt), rows)
+    assert mx.array_equal(calls.attend(reference, q, rows, L, fmt, 0.125), whole)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
@@ -193,13 +193,15 @@ def test_a_mask_of_minus_infinity(dtype, sinks):
     k, v, q = (
         normal(1, h, n, 64, seed=n + i) for i, (h, n) in enumerate([(2, 40), (2, 40), (4, 3)])
     )
-    rows = reference.quantize_pack(k, v, fmt)
+    rows = calls.quantize_pack(reference, k, v, fmt)
     mask = mx.where(mx.arange(40) >= mx.array([0, 40, 5])[:, None], 0.0, -mx.inf).astype(dtype)
     sinks = mx.zeros((4,)) if sinks else None
-    out = reference.attend(q, rows, 40, fmt, 0.125, mask, sinks)
+    out = calls.attend(reference, q, rows, 40, fmt, 0.125, mask, sinks)
     assert mx.all(mx.isfinite(out))
     for i in (0, 2):
-        same = reference.attend(q[:, :, i : i + 1], rows, 40, fmt, 0.125, mask[i] == 0, sinks)
+        same = calls.attend(
+            reference, q[:, :, i : i + 1], rows, 40, fmt, 0.125, mask[i] == 0, sinks
+        )
         np.testing.assert_allclose(out[:, :, i : i + 1], same, atol=2e-6)
 
 
@@ -224,8 +226,10 @@ def test_the_way_of_gpus_gives_the_same(form, D, monkeypatch):
     k, v, q = (
         normal(2, h, n, D, seed=n + i) for i, (h, n) in enumerate([(2, 70), (2, 70), (4, 2)])
     )
-    rows = reference.quantize_pack(k, v, fmt)
-    out = reference.attend(q, rows, 70, fmt, 0.125, "causal")
+    rows = calls.quantize_pack(reference, k, v, fmt)
+    out = calls.attend(reference, q, rows, 70, fmt, 0.125, "causal")
     monkeypatch.setattr(reference, "_on_gpu", lambda: True)
-    assert mx.array_equal(reference.quantize_pack(k, v, fmt), rows)
-    np.testing.assert_allclose(reference.attend(q, rows, 70, fmt, 0.125, "causal"), out, atol=5e-6)
+    assert mx.array_equal(calls.quantize_pack(reference, k, v, fmt), rows)
+    np.testing.assert_allclose(
+        calls.attend(reference, q, rows, 70, fmt, 0.125, "causal"), out, atol=5e-6
+    )

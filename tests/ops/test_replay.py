@@ -1,6 +1,6 @@
 """What CUDA's launches are handed, on any machine: a kernel that mixes all it gets stands in.
 
-That replayed launches compute the same on a GPU is checked there, by scripts/check_gpu.py.
+That replayed launches compute the same on a GPU is checked there, by tests/support/check_gpu.py.
 """
 
 import gc
@@ -13,7 +13,11 @@ from mlx_kvq import ops
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
-from mlx_kvq.ops.gpu import fused, jit, steps
+from mlx_kvq.ops import gpu as fused
+from mlx_kvq.ops import memo, trial
+from mlx_kvq.ops.gpu import jit, machine
+from mlx_kvq.ops.gpu.launch import Launch
+from tests.support import calls
 
 
 @pytest.fixture
@@ -42,13 +46,12 @@ def cuda(monkeypatch):
     def same(*key):
         return kernels.setdefault(key, kernel(*key))
 
-    monkeypatch.setattr(fused, "language", lambda: "cuda")
+    monkeypatch.setattr(machine, "language", lambda: "cuda")
     monkeypatch.setattr(jit, "kernel", same)
+    monkeypatch.setattr(trial, "works", lambda *_: True)
     ops.forget()
-    fused.forget()
     yield kernels
     ops.forget()
-    fused.forget()
 
 
 def formats():
@@ -62,8 +65,8 @@ def formats():
     return [*calibrated, make_format(spec, 64)]
 
 
-def steps_of():
-    return [step for known in ops._known.values() for step in known.steps.values()]
+def launches(kind):
+    return [x for x in memo.launches.values() if isinstance(x, kind)]
 
 
 @pytest.mark.parametrize("starts, window", [(None, None), ([0, 3], None), (None, 300)])
@@ -78,14 +81,14 @@ def test_decode_steps_launch_what_plain_launches_do(cuda, starts, window):
         for fmt in layers:
             options = {"starts": starts, "window": window}
             for _ in range(2):  # the first may prepare the step
-                got = ops.attend(q, rows, length, fmt, 0.1, **options)
-            want = fused.attend(q, rows, length, fmt, 0.1, **options)
+                got = calls.attend(ops, q, rows, length, fmt, 0.1, **options)
+            want = calls.attend(fused, q, rows, length, fmt, 0.1, **options)
             assert mx.array_equal(got, want), (length, options)
             seen.add(want[0, 0, 0, 0].item())
             one = mx.random.normal((2, 2, 1, 64))
             for _ in range(2):
-                got = ops.quantize_pack(one, 2 * one, fmt)
-            assert mx.array_equal(got, fused.quantize_pack(one, 2 * one, fmt))
+                got = calls.quantize_pack(ops, one, 2 * one, fmt)
+            assert mx.array_equal(got, calls.quantize_pack(fused, one, 2 * one, fmt))
     assert len(seen) > 20  # they do differ
 
 
@@ -95,39 +98,49 @@ def test_layers_share_their_traces(cuda):
     q = mx.random.normal((1, 6, 1, 64))
     for fmt in layers:
         for length in (800, 801, 801):
-            ops.attend(q, rows, length, fmt, 0.1)
-    first, second = (s for f in layers for s in ops._of(f).steps.values())
-    assert first.token is second.token
-    assert len(first.token.runs) <= 2  # by splits, not by layer or length
+            calls.attend(ops, q, rows, length, fmt, 0.1)
+    assert len(launches(dict)) == 1  # not by layer
+    traces = [key for key in memo.launches if isinstance(key[0], Launch)]
+    assert len(traces) == 1  # by splits, not by layer or length
 
 
 def test_prefill_gets_every_output(cuda):
     fmt = formats()[0]
     rows = mx.random.randint(0, 1000, (1, 2, 300, fmt.layout.words)).astype(mx.uint32)
     for _ in range(2):
-        k, v = ops.dequantize(rows, 280, fmt, mx.float32)
+        k, v = calls.dequantize(ops, rows, 280, fmt, mx.float32)
         assert k.shape == v.shape == (1, 2, 280, 64)
         assert mx.array_equal(v, k + 1)  # the second output
         q = mx.random.normal((1, 4, 9, 64))
-        assert ops.rotate_queries(q, fmt, 2).shape == q.shape
-        assert ops.rotate_outputs(q, fmt, 2).shape == q.shape
-        assert ops.quantize_pack(q[:, :2], q[:, :2], fmt).shape == (1, 2, 9, fmt.layout.words)
+        assert calls.quantize_pack(ops, q[:, :2], q[:, :2], fmt).shape == (
+            1,
+            2,
+            9,
+            fmt.layout.words,
+        )
 
 
-def test_a_step_is_not_taken_on_another_device(cuda, monkeypatch):
+def test_a_launch_is_not_taken_on_another_device(cuda, monkeypatch):
     fmt = formats()[0]
     rows = mx.zeros((1, 2, 256, fmt.layout.words), mx.uint32)
     q = mx.random.normal((1, 4, 1, 64))
-    ops.attend(q, rows, 100, fmt, 0.1)
-    (step,) = steps_of()
-    taken = []
-    monkeypatch.setattr(steps.AttendStep, "__call__", lambda *_: taken.append(1))
-    ops.attend(q, rows, 101, fmt, 0.1)
-    assert taken == [1]
-    (step,) = steps_of()
-    step.device = "another"
-    ops.attend(q, rows, 102, fmt, 0.1)
-    assert taken == [1]
+    for _ in range(2):
+        calls.attend(ops, q, rows, 100, fmt, 0.1)
+    assert len(launches(dict)) == 1
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    calls.attend(ops, q, rows, 100, fmt, 0.1)
+    assert len(launches(dict)) == 2
+
+
+def test_the_table_of_launches_has_an_end(cuda, monkeypatch):
+    monkeypatch.setattr(memo, "MOST", 20)
+    fmt = formats()[0]
+    rows = mx.zeros((1, 2, 256, fmt.layout.words), mx.uint32)
+    q = mx.random.normal((1, 4, 1, 64))
+    for length in range(1, 100):
+        got = calls.attend(ops, q, rows, length, fmt, 0.1)
+        assert mx.array_equal(got, calls.attend(fused, q, rows, length, fmt, 0.1))
+        assert len(memo.launches) <= 20
 
 
 def test_what_is_known_of_a_format_goes_with_it(cuda):
@@ -135,11 +148,10 @@ def test_what_is_known_of_a_format_goes_with_it(cuda):
     k, q = mx.zeros((1, 2, 1, 64)), mx.zeros((1, 4, 1, 64))
     tail = mx.zeros((1, 2, 4, 128))
     for _ in range(2):
-        rows, tail = ops.quantize_pack_tail(k, k, fmt, tail, 4)
-        ops.attend(q, rows, 1, fmt, 0.1, tail=tail)
-    assert len(steps_of()) == 1
+        rows, tail = ops.quantize_pack(k, k, fmt, tail, 4)
+        calls.attend(ops, q, rows, 1, fmt, 0.1, tail=tail)
+    assert len(launches(dict)) == 1
     gone = weakref.ref(fmt)
     del fmt
     gc.collect()
     assert gone() is None
-    assert not steps_of()

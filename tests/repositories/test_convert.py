@@ -69,10 +69,10 @@ def unquantized(tmp_path_factory):
     del config["layer_types"]
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(3)
-    weights = tree_flatten(Model(ModelArgs.from_dict(config)).parameters())
+    weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
     (folder / "model.safetensors.index.json").unlink()
     mx.save_safetensors(
-        str(folder / "model.safetensors"), {k: v.astype(mx.bfloat16) for k, v in weights}
+        str(folder / "model.safetensors"), {k: v.astype(mx.bfloat16) for k, v in weights.items()}
     )
     (folder / "README.md").unlink()
     return folder
@@ -354,7 +354,7 @@ def test_a_full_disk_is_one_line(place, tmp_path, monkeypatch, capsys):
     assert {p: (folder / p).read_bytes() for p in os.listdir(folder)} == before
 
 
-ERRORS = {
+ERRORS: dict = {
     "fp16": (["--hf-path", QWEN, "--kv-cache", "fp16"], "use mlx_lm.convert"),
     "unknown cache": (["--hf-path", QWEN, "--kv-cache", "int5-srft"], "unknown cache 'int5-srft'"),
     "no repository": (["--mlx-path", "NEW"], "There is no repository '"),

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -138,7 +139,7 @@ def test_another_spec_takes_the_repositorys_calibration(folder, capsys):
     model = load_quietly(folder)
     report = mlx_kvq.enable(model, "k8v4-srft:seed=3", verbose=False)
     assert report.calibration.metadata["text"] == "made up"
-    cache = mlx_kvq.make_prompt_cache(model, "int8-srft")[0]
+    cache: Any = mlx_kvq.make_prompt_cache(model, "int8-srft")[0]
     assert mx.array_equal(cache.format.keys.calibration.mu, made_up().layers[0,].keys.mu)
     off = mlx_kvq.enable(model, "int4-srft:calibrate=off", verbose=False)
     assert off.calibration is None

@@ -193,7 +193,7 @@ def build(name: str) -> nn.Module:
 def _random(model: nn.Module) -> nn.Module:
     """Matrices that neither vanish nor explode; zeros, as of biases and sinks, get values too."""
     changed = []
-    for name, w in tree_flatten(model.parameters()):
+    for name, w in dict(tree_flatten(model.parameters())).items():
         if w.ndim >= 2 and mx.issubdtype(w.dtype, mx.floating):
             scale = 1.0 if "embed" in name or "wte" in name else math.sqrt(1 / w.shape[-1])
             changed.append((name, scale * mx.random.normal(w.shape)))
@@ -246,7 +246,7 @@ def error(found: mx.array, expected: mx.array) -> float:
     found, expected = found[20:], expected[20:]
     spread = mx.linalg.norm(expected - expected.mean(axis=-1, keepdims=True), axis=-1)
     each = mx.sort(mx.linalg.norm(found - expected, axis=-1) / spread)
-    return each[each.size // 2].item()
+    return float(each[each.size // 2])
 
 
 def batch_difference(model: nn.Module) -> float:
@@ -263,7 +263,7 @@ def batch_difference(model: nn.Module) -> float:
         token = ids[:, step : step + 1]
         together = model(token, cache=batch)
         alone = [model(token[i : i + 1], cache=c) for i, c in enumerate(singles)]
-        worst = max(worst, mx.abs(together - mx.concatenate(alone)).max().item())
+        worst = max(worst, float(mx.abs(together - mx.concatenate(alone)).max()))
     return worst
 
 

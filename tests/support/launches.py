@@ -39,7 +39,8 @@ from mlx_lm.models.cache import make_prompt_cache as stock_cache
 import mlx_kvq
 from mlx_kvq import ops
 from mlx_kvq.caches import attention
-from mlx_kvq.ops.gpu import fused
+from mlx_kvq.ops import trial
+from mlx_kvq.ops.gpu import machine
 
 VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape",
@@ -135,12 +136,14 @@ def as_on_metal() -> Iterator[None]:
             replace(mx.fast, name, same(name))
         replace(mx.fast, "scaled_dot_product_attention", sdpa)
         replace(mx, "quantize", quantize)
-        replace(fused, "language", lambda: "metal")
+        replace(machine, "language", lambda: "metal")
         replace(attention, "_compute_dtype", lambda dtype: dtype)
         # The first launch is otherwise tried, and evaluated.
-        replace(ops, "_works", lambda *args, **kwargs: True)
+        replace(trial, "works", lambda *_: True)
+        ops.forget()
         yield
     finally:
+        ops.forget()
         for owner, name, value in reversed(replaced):
             setattr(owner, name, value)
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
-FACTORS = {
+FACTORS: dict[str, list] = {
     "dims": [(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 192), (256, 256)]
     + [(192, 128), (64, 128), (256, 64)],
     "group": [None, 8, 16, 24, 32, 40, 56, 64, 96, 128, "D"],  # None: the default; "D": one scale

@@ -1,6 +1,6 @@
 """The op matrix: one list of cases for the three operations, checked on every backend.
 
-A backend is a module with ``quantize_pack(_tail)``, ``dequantize`` and ``attend`` as in
+A backend is a module with ``quantize_pack``, ``dequantize`` and ``attend`` as in
 ``mlx_kvq.ops.plain``; ``check(backend, case)`` compares it with the float64 oracle on fresh random
 data. The seed is printed, and ``MLX_KVQ_SEED`` repeats it.
 
@@ -19,7 +19,7 @@ import numpy as np
 from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import BITS, Spec
 from mlx_kvq.format.transform import Calibration
-from tests.support import oracle
+from tests.support import calls, oracle
 from tests.support.op_cases import CASES, Case, product
 
 __all__ = ["CASES", "Case", "check", "product"]
@@ -80,7 +80,7 @@ class _Data:
         at = np.arange(T)
         order = np.concatenate([at[:keep], at[idx:], at[keep:idx]])
         rotation, seed = self.spec.rotation, self.spec.seed
-        y = [
+        sides = [
             np.nan_to_num(
                 oracle.forward(x, rotation, seed, stream, *params), posinf=0.0, neginf=0.0
             )
@@ -88,7 +88,7 @@ class _Data:
                 ((self.k64, self.k_params), (self.v64, self.v_params))
             )
         ]
-        y = np.concatenate(y, axis=-1)
+        y = np.concatenate(sides, axis=-1)
         R = case.recent + L - 1 + int(rng.integers(3))
         newest = y[:, :, order][:, :, -R:]
         before = rng.standard_normal((B, H, R - newest.shape[2], y.shape[3]))  # of no row
@@ -219,7 +219,7 @@ def check(backend, case: Case, seed: int | None = None, *, fused: bool = False) 
 
 
 def _check(backend, case: Case, data: _Data, fused: bool) -> dict[str, float]:
-    rows = backend.quantize_pack(data.k, data.v, data.format)
+    rows = calls.quantize_pack(backend, data.k, data.v, data.format)
     (B, H), T = case.heads, case.length
     layout = _layout(data)
     assert (rows.dtype, rows.shape) == (mx.uint32, (B, H, T, oracle.row_words(*layout)))
@@ -338,7 +338,7 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
 def _check_dequantize(data: _Data, backend, buffer: mx.array, stored) -> None:
     """Values are products of an fp16 scale and a short level: exact in fp32, then rounded once."""
     for dtype in (mx.float32, data.dtype):
-        got = backend.dequantize(buffer, data.case.length, data.format, dtype)
+        got = calls.dequantize(backend, buffer, data.case.length, data.format, dtype)
         for a, want in zip(got, stored, strict=True):
             want = mx.array(_saturated(want, dtype).astype(np.float32)).astype(dtype)
             assert (a.dtype, a.shape) == (dtype, want.shape)
@@ -348,7 +348,9 @@ def _check_dequantize(data: _Data, backend, buffer: mx.array, stored) -> None:
             last = np.array(data.tail[:, :, data.tail.shape[2] - n :].astype(mx.float32))
             last = mx.array(_saturated(last, dtype)).astype(dtype)
             ends = last[..., : data.case.dims[0]], last[..., data.case.dims[0] :]
-            found = backend.dequantize(buffer, data.case.length, data.format, dtype, data.tail)
+            found = calls.dequantize(
+                backend, buffer, data.case.length, data.format, dtype, data.tail
+            )
             for a, b, end in zip(found, got, ends, strict=True):
                 b[:, :, b.shape[2] - n :] = end
                 assert mx.array_equal(a, b, equal_nan=True), f"dequantize to {dtype} with a tail"
@@ -370,10 +372,10 @@ def _check_restore(data: _Data, backend, buffer: mx.array, stored) -> None:
             n, D = min(tail.shape[2], T), data.case.dims[0]
             last = np.array(tail[:, :, tail.shape[2] - n :].astype(mx.float32)).astype(np.float64)
             ends = last[..., :D], last[..., D:]
-        got = backend.restore(buffer, T, data.format, data.dtype, tail)
+        got = calls.restore(backend, buffer, T, data.format, data.dtype, tail)
         some = slice(start := int(data.rng.integers(T)), start + int(data.rng.integers(1, 40)))
         chunk = data.k[:, :, some], data.v[:, :, some]
-        more = backend.restore(buffer, T, data.format, data.dtype, tail, chunk)
+        more = calls.restore(backend, buffer, T, data.format, data.dtype, tail, chunk)
         for x, y, z in zip(got, chunk, more, strict=True):
             assert mx.array_equal(mx.concatenate([x, y], axis=2), z, equal_nan=True)
         for a, y, end, (stream, params) in zip(got, stored, ends, sides, strict=True):
@@ -416,16 +418,16 @@ def _check_tail(data: _Data, backend, rows: mx.array) -> None:
                 waiting, L = 1 + int(rng.integers(min(5, T))), b - a
                 held = mx.concatenate([rows[:, :, :L], rows[:, :, :waiting]], axis=2)
                 held = mx.contiguous(held[:, :, ::-1])
-                part, tail = backend.quantize_pack_tail(*arguments, held)
+                part, tail = backend.quantize_pack(*arguments, held)
                 assert mx.array_equal(part[:, :, :waiting], held[:, :, L:])
                 part = part[:, :, waiting:]
             elif rng.random() < 0.5:  # with room for more
                 room = int(rng.integers(20))
-                part, tail = backend.quantize_pack_tail(*arguments, None, b - a + room)
+                part, tail = backend.quantize_pack(*arguments, None, b - a + room)
                 assert part.shape[2] == b - a + room and not part[:, :, b - a :].any()
                 part = part[:, :, : b - a]
             else:
-                part, tail = backend.quantize_pack_tail(*arguments)
+                part, tail = backend.quantize_pack(*arguments)
             parts.append(part)
             if rng.random() < 0.5 and tail.shape[2] > 1:
                 tail = tail[:, :, 1:]  # a view, as where tokens are taken back
@@ -456,7 +458,7 @@ def _check_tail(data: _Data, backend, rows: mx.array) -> None:
 def _check_attend(data: _Data, backend, buffer: mx.array, stored, fused) -> dict[str, float]:
     case, Hq = data.case, data.q.shape[1]
     options = (data.mask, data.sinks, data.starts, data.window, data.tail, data.ring)
-    got = backend.attend(data.q, buffer, case.length, data.format, data.scale, *options)
+    got = calls.attend(backend, data.q, buffer, case.length, data.format, data.scale, *options)
     assert (got.dtype, got.shape) == (data.dtype, (*data.q.shape[:3], case.dims[1]))
     got = np.array(got.astype(mx.float32)).astype(np.float64)
 

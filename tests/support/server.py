@@ -70,7 +70,7 @@ class Server:
                 break
             except ConnectionResetError:  # more callers at once than its socket lets wait
                 assert self.process.poll() is None, self.log.read_text()
-        found = {"text": "", "times": [], "status": response.status}
+        found: dict = {"text": "", "times": [], "status": response.status}
         for line in response:
             if line.startswith(b"data: {"):
                 piece = json.loads(line[6:])

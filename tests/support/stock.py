@@ -107,7 +107,8 @@ class Tokens:
 
     def exact(self, ids) -> tuple[mx.array, mx.array]:
         """What a model computes: ids [B, L] -> [B, H, L, Dk] and [B, H, L, Dv]."""
-        return tuple(_take(t, ids).astype(self.dtype) for t in (self.exact_k, self.exact_v))
+        k, v = (_take(t, ids).astype(self.dtype) for t in (self.exact_k, self.exact_v))
+        return k, v
 
     def kept(self, ids) -> tuple[mx.array, mx.array]:
         """What the cache should remember of it, in the original domain, fp32."""
@@ -168,9 +169,9 @@ class Pair:
         if stock.empty():
             assert ours.nbytes == stock.nbytes == 0
             return
-        assert ours._rows.shape[2] == stock.keys.shape[2]  # capacity
+        assert ours.stored.array.shape[2] == stock.keys.shape[2]  # capacity
         row, token = 4 * self.tokens.format.layout.words, 4 * (K_DIM + V_DIM)
-        beside = sum(a.nbytes for a in (ours.tail, ours._held) if a is not None)
+        beside = sum(a.nbytes for a in (ours.tail, ours.stored.pending) if a is not None)
         assert (ours.nbytes - beside) * token == stock.nbytes * row
         self._check_stored()
 
@@ -179,14 +180,15 @@ class Pair:
         ids = self.tokens.ids_in_stock(*self.stock.keys_and_values())
         self.tokens.check_rows(self._rows()[:, :, : ids.shape[1]], ids)
         self._check_tail()
-        if not self.ours._waiting:
+        if not self.ours.stored.count:
             self._check_views(self.ours.keys_and_values(), self.stock.keys_and_values())
 
     def _rows(self) -> np.ndarray:
         """All rows, those that wait in their places."""
-        rows, n, at = np.array(self.ours._rows), self.ours._waiting, self.ours._place
+        stored = self.ours.stored
+        rows, n, at = np.array(stored.array), stored.count, stored.place
         if n:
-            rows[:, :, at : at + n] = np.array(self.ours._held)[:, :, -n:]
+            rows[:, :, at : at + n] = np.array(stored.pending)[:, :, -n:]
         return rows
 
     def _check_tail(self) -> None:
@@ -387,7 +389,7 @@ class Pair:
 
     def trim(self, n: int) -> int:
         """Trim as mlx-lm does, which asks ``is_trimmable`` first."""
-        trimmed = trim_prompt_cache([self.ours], n)
+        trimmed: int = trim_prompt_cache([self.ours], n)
         assert trimmed == trim_prompt_cache([self.stock], n)
         self._take_off_tails(trimmed)
         self.check()

@@ -35,12 +35,16 @@ class BatchPair(Pair):
     """
 
     @classmethod
-    def growing(cls, tokens: PaddedTokens, left_padding: list[int]) -> "BatchPair":
+    def growing(  # type: ignore[override]
+        cls, tokens: PaddedTokens, left_padding: list[int]
+    ) -> "BatchPair":
         ours = PackedBatchKVCache(tokens.format, left_padding)
         return cls(tokens, ours, BatchKVCache(left_padding))
 
     @classmethod
-    def rotating(cls, tokens: PaddedTokens, max_size: int, left_padding: list[int]) -> "BatchPair":
+    def rotating(  # type: ignore[override]
+        cls, tokens: PaddedTokens, max_size: int, left_padding: list[int]
+    ) -> "BatchPair":
         ours = PackedBatchRotatingKVCache(tokens.format, max_size, left_padding)
         stock = BatchRotatingKVCache(max_size, left_padding)
         return cls(tokens, ours, stock)
@@ -101,14 +105,16 @@ class BatchPair(Pair):
         if stock.empty():
             assert ours.nbytes == stock.nbytes == 0
             return
-        assert ours._rows.shape[:3] == stock.keys.shape[:3]
+        assert ours.stored.array.shape[:3] == stock.keys.shape[:3]
         self._check_stored()
 
     def _order(self, T: int) -> np.ndarray:
         at = np.arange(T)
         return np.roll(at, -self.stock._idx) if getattr(self.stock, "rotated", False) else at
 
-    def step(self, ids, ends: list[int] | None = None, **mask_arguments) -> mx.array:
+    def step(  # type: ignore[override]
+        self, ids, ends: list[int] | None = None, **mask_arguments
+    ) -> mx.array:
         """Mask, update, attend; only queries that may attend to something, and are no padding to
         the right, are compared.
         """
@@ -143,12 +149,12 @@ class BatchPair(Pair):
         lengths = [len(i) for i in ids]
         longest = max(lengths)
         padding = [longest - n for n in lengths]
-        ids = np.array([[*i, *[self.filler] * p] for i, p in zip(ids, padding, strict=True)])
+        padded = np.array([[*i, *[self.filler] * p] for i, p in zip(ids, padding, strict=True)])
         if max(padding):
             for cache in (self.ours, self.stock):
                 cache.prepare(lengths=lengths, right_padding=padding)
         for at in range(0, longest, chunk):
-            piece = ids[:, at : at + chunk]
+            piece = padded[:, at : at + chunk]
             ends = [min(max(n - at, 0), piece.shape[1]) for n in lengths] if max(padding) else None
             _ = self.step(piece, ends) if attend else self.update(piece, ends)
         if max(padding):

@@ -69,9 +69,9 @@ def test_the_search_is_the_smaller_angle(group):
         nearest = np.abs(y[..., None] - grid).argmin(axis=-1) - 7.5  # of all levels
         longer = np.linalg.norm(y, axis=-1) / np.linalg.norm(nearest, axis=-1)
         tried.append(np.linalg.norm(longer[:, None] * nearest - y, axis=-1))
-    lengths = [np.linalg.norm(x, axis=-1) for x in (values, y)]
-    np.testing.assert_allclose(*lengths, rtol=2.0**-11)
-    scaled = values * (lengths[1] / lengths[0])[:, None]
+    found, expected = (np.linalg.norm(x, axis=-1) for x in (values, y))
+    np.testing.assert_allclose(found, expected, rtol=2.0**-11)
+    scaled = values * (expected / found)[:, None]
     np.testing.assert_allclose(np.linalg.norm(scaled - y, axis=-1), np.min(tried, axis=0))
     assert len(np.unique(np.argmin(tried, axis=0))) == 2  # each wins somewhere
 

@@ -1,4 +1,4 @@
-"""Kernels from their sources, and their launches: Metal, or the same sources on CUDA."""
+"""Kernels from their sources: Metal, or the same sources on CUDA."""
 
 import hashlib
 import re
@@ -7,8 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import memo
 from .sources import kernel_source, kernels_path
-from .tuning import TUNING
 
 # Arrays that a launch may do without -> the constant that says whether it has them. Each costs
 # the host time at every launch.
@@ -64,18 +64,6 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("rows", "info", "tail", "new_k", "new_v", "tables"),
         ("keys", "values"),
     ),
-    "rotate_queries": (
-        ("rotate", "levels", "vectors"),
-        ("rotate_queries",),
-        ("x", "info", "table"),
-        ("out",),
-    ),
-    "rotate_outputs": (
-        ("rotate", "levels", "vectors"),
-        ("rotate_outputs",),
-        ("x", "info", "table"),
-        ("out",),
-    ),
 }
 Constants = tuple[tuple[str, Any], ...]  # compile-time constants of a kernel
 
@@ -88,10 +76,14 @@ def _source(name: str) -> str:
     return "\n".join(line for raw in text.splitlines() if (line := raw.strip())) + "\n"
 
 
-@lru_cache(maxsize=256)
 def kernel(machine: str, name: str, constants: Constants):
     """A kernel with its compile-time constants. They stand in its source and not in ``template``,
     which MLX would convert and format again at every call, a few microseconds of decoding."""
+    key = (machine, name, constants)
+    return memo.kernel(key, lambda: _kernel(*key))
+
+
+def _kernel(machine: str, name: str, constants: Constants):
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
     absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
@@ -144,42 +136,3 @@ def _include(*names: str) -> str:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         lines.append(f'#include "{path.as_posix()}"  // {digest}\n')
     return "".join(lines)
-
-
-@lru_cache(maxsize=512)
-def replayed(function, grid, threadgroup, shapes, dtypes, inputs: tuple, results: int = 1):
-    """A launch that MLX traced once and replays for the same shapes of ``inputs``; gives the first
-    of the kernel's outputs, or the first ``results`` of them.
-
-    Calling a kernel builds its source text, 1 to 2 KB, and hashes it; replaying a trace does not
-    (H100: 12 to 20 us of the host's time a launch before, see docs/performance.md). One function
-    for each set of shapes, since MLX looks through a function's traces one by one.
-    """
-
-    def launch(*arrays):
-        made = function(
-            inputs=list(arrays),
-            grid=grid,
-            threadgroup=threadgroup,
-            output_shapes=list(shapes),
-            output_dtypes=list(dtypes),
-        )
-        return made[0] if results == 1 else tuple(made[:results])
-
-    return mx.compile(launch)
-
-
-def run(machine, name, constants, inputs, grid, threadgroup, shapes, dtypes):
-    """Launch a kernel, or replay it where that pays; all outputs."""
-    function = kernel(machine, name, constants)
-    if TUNING[machine].replay:
-        like = tuple((a.shape, a.dtype) for a in inputs)
-        made = replayed(function, grid, threadgroup, shapes, dtypes, like, len(shapes))(*inputs)
-        return (made,) if len(shapes) == 1 else made
-    return function(
-        inputs=inputs,
-        grid=grid,
-        threadgroup=threadgroup,
-        output_shapes=list(shapes),
-        output_dtypes=list(dtypes),
-    )

@@ -5,11 +5,14 @@ tables (``srft`` only), then the channels' factors. Kernels that work on both si
 and the values' in one array: each that a launch is given costs the host time.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
 
+from ...format.format import Format
 from ...format.rotation import signs
 from ...format.transform import Transform
 
@@ -73,11 +76,6 @@ def stretch(rotation: str, D: int) -> float:
     return {"srft": np.sqrt(2 * D), "srht": np.sqrt(D)}.get(rotation, 1.0)
 
 
-def calibrated(side: Transform) -> bool:
-    c = side.calibration
-    return c.mu is not None or c.sigma is not None or c.lam is not None
-
-
 def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
     """A table for one side of the cache.
 
@@ -91,8 +89,8 @@ def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
     ones = np.ones(D) if side.rotation == "none" else signs(side.seed, side.stream, D)
     s = mx.array((ones / stretch(side.rotation, D)).astype(np.float32))
     table = mx.array(rotation_table(side.rotation, D, wide))
-    if calibrated(side):
-        c = side.calibration
+    c = side.calibration
+    if c.mu is not None or c.sigma is not None or c.lam is not None:
         shape = next(a.shape for a in (c.mu, c.sigma, c.lam) if a is not None)
         one, zero = mx.ones(shape), mx.zeros(shape)
         mu, sigma, lam = (
@@ -112,11 +110,31 @@ def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
     return table
 
 
-def both_tables(
-    keys: Transform, k_purpose: str, values: Transform, v_purpose: str, wide: bool
-) -> mx.array:
-    """The keys' table and, after it, the values'."""
-    sides = [channel_table(keys, k_purpose, wide), channel_table(values, v_purpose, wide)]
-    table = mx.concatenate(sides)
+@dataclass(frozen=True)
+class Tables:
+    """Of one format: the keys' table and, after it, the values'."""
+
+    packs: mx.array
+    attends: mx.array
+    restores: mx.array
+
+
+_tables: "WeakKeyDictionary[Format, Tables]" = WeakKeyDictionary()
+
+
+def of(fmt: Format) -> Tables:
+    """The tables of a format, made once and gone with it."""
+    if (found := _tables.get(fmt)) is None:
+        found = _tables[fmt] = Tables(
+            packs=_both(fmt, "pack", "pack", wide=False),
+            attends=_both(fmt, "query", "output", wide=True),
+            restores=_both(fmt, "output", "output", wide=False),
+        )
+    return found
+
+
+def _both(fmt: Format, of_keys: str, of_values: str, wide: bool) -> mx.array:
+    keys, values = (fmt.keys, of_keys), (fmt.values, of_values)
+    table = mx.concatenate([channel_table(*side, wide) for side in (keys, values)])
     mx.eval(table)
     return table

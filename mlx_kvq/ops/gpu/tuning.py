@@ -61,7 +61,7 @@ TUNING = {
     # Not measured: no Mac at hand; by scripts/estimate_apple.py. One split of 512 keys would leave
     # all but one core per KV head idle and take twice the time of several and a second launch.
     "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=128, least=1),
-    # H200, mlx 0.32.4, scripts/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
+    # H200, mlx 0.32.4, tests/support/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
     # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
     # threadgroups 0.253 ms, 4 and 264 (all that fits of the sizes for D = 128) 0.280 ms.

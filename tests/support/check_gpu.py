@@ -1,15 +1,25 @@
 """Check the fused kernels on this machine's GPU (Metal or CUDA), or search for launch sizes.
 
-    python scripts/check_gpu.py                  # the op matrix of tests/, against the oracle
-    python scripts/check_gpu.py --full           # every format, dtype and rule (thousands of cases)
-    python scripts/check_gpu.py --launches 3     # every kernel once, for compute-sanitizer
-    python scripts/check_gpu.py --tune --batch 32 --length 32768
+    python -m tests.support.check_gpu                  # the op matrix of tests/, against the oracle
+    python -m tests.support.check_gpu --full           # each format, dtype, rule (thousands)
+    python -m tests.support.check_gpu --launches 3     # every kernel once, for compute-sanitizer
+    python -m tests.support.check_gpu --tune --batch 32 --length 32768
 
-The matrix runs in several processes, because most of its time goes into compiling kernels. Under
-compute-sanitizer (here format 3 of LAUNCHES, our kernels only):
+The matrix runs in several processes, because most of its time goes into compiling kernels: MLX on
+CUDA takes 3 to 5 s for each and keeps none. Cases come in the order of the list, the most telling
+first; a line tells of every few. Where time is short, a limit, or slices by the cases' names, which
+are their values in the order of tests/support/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
+
+    python -m tests.support.check_gpu --limit 300         # seconds; says what is left then
+    python -m tests.support.check_gpu --match '^(64|80|96|112)x'         # about half of the cases
+    python -m tests.support.check_gpu --match '^(128|192|256)x'          # the other half
+    python -m tests.support.check_gpu --match 'decode steps'             # prepared steps alone
+
+The exit status is 1 if a case failed, 2 if none did and some are left. Under compute-sanitizer
+(here format 3 of LAUNCHES, our kernels only):
 
     compute-sanitizer --tool racecheck --kernel-name kernel_substring=kvq \\
-        python scripts/check_gpu.py --launches 3
+        python -m tests.support.check_gpu --launches 3
 """
 
 import argparse
@@ -21,22 +31,25 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from dataclasses import replace
-from pathlib import Path
+from importlib.metadata import version
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlx_kvq import ops
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.timing import interleave
-from mlx_kvq.ops.gpu import fused, tuning
-from tests.support import op_matrix
+from mlx_kvq.ops import gpu as fused
+from mlx_kvq.ops.gpu import attention, tuning
+from tests.support import calls, op_matrix
+
+CHUNK = 4  # cases that a process takes at a time
+STEPS = "decode steps"  # the name of check_steps among the cases
 
 # Specs, head sizes, calibrated or not: each way through each kernel at least once.
 LAUNCHES = [
@@ -54,7 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="the product of formats and dtypes")
     parser.add_argument("--match", default="", metavar="REGEX", help="only cases with such names")
-    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=min(15, os.cpu_count() or 1))
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for the op matrix")
     parser.add_argument("--launches", type=int, metavar="N", help="kernels of LAUNCHES[N], once")
     parser.add_argument("--tune", action="store_true", help="search for launch sizes of attention")
     parser.add_argument("--spec", default="int4-srft")
@@ -63,61 +77,72 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=4096)
     args = parser.parse_args()
-    machine = fused.language()
+    machine = ops.language()
     if machine is None:
         raise SystemExit("The default device is neither a Metal nor a CUDA GPU.")
-    print(f"{machine}: {mx.device_info()['device_name']}, mlx {mx.__version__}")
+    print(f"{machine}: {mx.device_info()['device_name']}, mlx {version('mlx')}")
     if args.launches is not None:
         launch_all(*LAUNCHES[args.launches])
     elif args.tune:
         Hq, Hkv = (int(x) for x in args.heads.split(","))
         tune(args.spec, args.dim, Hq, Hkv, args.batch, args.length, machine)
     else:
-        check_steps()
-        cases = list(op_matrix.product() if args.full else op_matrix.CASES)
+        cases = [STEPS, *(op_matrix.product() if args.full else op_matrix.CASES)]
         cases = [case for case in cases if re.search(args.match, str(case))]
-        sys.exit(check_matrix(cases, args.processes))
+        if not cases:
+            parser.error(f"no case has a name that matches {args.match!r}")
+        sys.exit(check_matrix(cases, args.processes, args.limit))
 
 
 # ---- the op matrix ----------------------------------------------------------------------------
-def check_matrix(cases: list, processes: int) -> int:
-    """Every case on fresh random data; prints what failed and the largest errors, returns the
-    number of failures."""
-    started, failures = time.perf_counter(), 0
+def check_matrix(cases: list, processes: int, limit: float) -> int:
+    """Every case on fresh random data, as far as ``limit`` seconds allow; prints what failed and
+    the largest errors. 1 if a case failed, 2 if none did and some are left."""
+    started, finished, failures = time.time(), 0, 0
     largest: dict[str, float] = {}
-    numbers = [list(range(i, len(cases), 4 * processes)) for i in range(4 * processes)]
+    some = [cases[i : i + CHUNK] for i in range(0, len(cases), CHUNK)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(check_some, [cases[i] for i in some]) for some in numbers if some]
-        bar = tqdm(total=len(cases), desc="cases", disable=None)
+        jobs = [pool.submit(check_some, chunk, started + limit) for chunk in some]
         for job in as_completed(jobs):
-            for case, errors, failure in job.result():
-                bar.update()
+            try:
+                found = job.result()
+            except BrokenProcessPool as error:
+                print(f"FAIL a process died: {error}", flush=True)
+                failures += 1
+                break
+            for case, errors, failure in found:
+                finished += 1
                 if failure:
                     failures += 1
-                    tqdm.write(f"FAIL {case}: {failure}")
+                    print(f"FAIL {case}: {failure}", flush=True)
                 for name, error in errors.items():
                     name = f"{name} {case.dtype}" if name == "attend" else name
                     largest[name] = max(largest.get(name, 0.0), error)
-        bar.close()
+            seconds = time.time() - started
+            print(f"{seconds:4.0f} s: {finished} of {len(cases)}, {failures} failed", flush=True)
     print("largest errors: " + ", ".join(f"{k} {v:.2g}" for k, v in sorted(largest.items())))
-    print(
-        f"{len(cases) - failures} passed, {failures} failed, {time.perf_counter() - started:.0f} s"
-    )
-    return min(failures, 1)
+    left = len(cases) - finished
+    seconds = time.time() - started
+    print(f"{finished} of {len(cases)} done, {failures} failed, {left} left, {seconds:.0f} s")
+    return 1 if failures else 2 if left else 0
 
 
-def check_some(cases: list) -> list[tuple]:
+def check_some(cases: list, end: float) -> list[tuple]:
+    """Case, errors, failure of each; no case is begun after ``end``, in seconds since 1970."""
     found = []
-    with open(os.devnull, "w") as quiet:
-        sys.stdout = quiet  # each case prints its seed
-        for case in cases:
-            errors, failure = {}, ""
+    for case in cases:
+        if time.time() > end:
+            break
+        errors, failure = {}, ""
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):  # a case prints its seed
             try:
-                errors = op_matrix.check(fused, case, fused=True)
+                if case == STEPS:
+                    check_steps()
+                else:
+                    errors = op_matrix.check(fused, case, fused=True)
             except Exception as error:
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            found.append((case, errors, failure))
-        sys.stdout = sys.__stdout__
+        found.append((case, errors, failure))
     return found
 
 
@@ -128,7 +153,7 @@ def check_steps() -> None:
     formats = [make_format(Spec.parse(spec), 128) for spec in specs]
     for B, window in ((1, None), (3, None), (1, 400)):
         k = mx.random.normal((B, 2, 2048, 128)).astype(mx.float16)
-        rows = fused.quantize_pack(k, k, formats[0])
+        rows = calls.quantize_pack(fused, k, k, formats[0])
         starts = None if B == 1 else mx.array([0, 5, 300], mx.int32)
         for length in (*range(250, 2048, 97), 300, 2048):
             held = rows[:, :, : -(-length // 256) * 256]
@@ -138,20 +163,19 @@ def check_steps() -> None:
                 if f.recent:
                     tail = mx.random.normal((B, 2, f.recent, 256))  # fp32 beside fp16 keys
                 options = {"starts": starts, "window": window, "tail": tail}
-                got = ops.attend(q, held, length, f, 0.1, **options)
-                want = fused.attend(q, held, length, f, 0.1, **options)
+                got = calls.attend(ops, q, held, length, f, 0.1, **options)
+                want = calls.attend(fused, q, held, length, f, 0.1, **options)
                 assert mx.array_equal(got, want), f"step of {length} tokens, {options}"
                 one = k[:, :, length - 1 : length]
                 if tail is None:
-                    got, want = ops.quantize_pack(one, one, f), fused.quantize_pack(one, one, f)
+                    got, want = (calls.quantize_pack(m, one, one, f) for m in (ops, fused))
                     assert mx.array_equal(got, want), f"packing token {length}"
                     continue
                 for waiting in (None, mx.contiguous(rows[:, :, :16])):
                     arguments = one, one, f, tail, f.recent, waiting
-                    got, want = (m.quantize_pack_tail(*arguments) for m in (ops, fused))
+                    got, want = (m.quantize_pack(*arguments) for m in (ops, fused))
                     same = [mx.array_equal(a, b) for a, b in zip(got, want, strict=True)]
                     assert all(same), f"packing token {length} with a tail"
-    print("decode steps: equal to plain launches")
 
 
 # ---- launches for compute-sanitizer -----------------------------------------------------------
@@ -169,26 +193,25 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
     both = {"keys": calibration(), "values": calibration()} if calibrate else {}
     fmt = make_format(Spec.parse(spec), D, **both)
     k, v = (array(2, 77, 2, D).swapaxes(1, 2) for _ in "kv")  # as models hand them over
-    rows = fused.quantize_pack(k, v, fmt)
-    _, tail = fused.quantize_pack_tail(k, v, fmt, None, 20)
+    rows = calls.quantize_pack(fused, k, v, fmt)
+    _, tail = fused.quantize_pack(k, v, fmt, None, 20)
     one = k[:, :, :1], v[:, :, :1], fmt
-    mx.eval(fused.quantize_pack(*one), fused.quantize_pack_tail(*one, tail, 16))
-    mx.eval(fused.quantize_pack_tail(*one, tail[:, :, 1:], 16, mx.contiguous(rows[:, :, :16])))
-    mx.eval(fused.quantize_pack_tail(k, v, fmt, tail, 30, rows))
-    mx.eval(fused.quantize_pack_tail(k, v, fmt, tail, 16, None, 256))
+    mx.eval(calls.quantize_pack(fused, *one), fused.quantize_pack(*one, tail, 16))
+    mx.eval(fused.quantize_pack(*one, tail[:, :, 1:], 16, mx.contiguous(rows[:, :, :16])))
+    mx.eval(fused.quantize_pack(k, v, fmt, tail, 30, rows))
+    mx.eval(fused.quantize_pack(k, v, fmt, tail, 16, None, 256))
     rows = mx.array(np.concatenate([np.array(rows)] * 4, axis=2))
     old = tail.astype(mx.float16)  # as in files of version 0.1.0
-    mx.eval(fused.quantize_pack_tail(*one, old, 16))
+    mx.eval(fused.quantize_pack(*one, old, 16))
     for dtype, end in itertools.product((mx.float16, mx.bfloat16, mx.float32), (None, tail, old)):
-        mx.eval(fused.dequantize(rows, 75, fmt, dtype, end))
+        mx.eval(calls.dequantize(fused, rows, 75, fmt, dtype, end))
         for chunk in (None, (k, v)):
-            mx.eval(fused.restore(rows, 75, fmt, dtype, end, chunk))
+            mx.eval(calls.restore(fused, rows, 75, fmt, dtype, end, chunk))
     q = array(2, 5, 12, D).swapaxes(1, 2)
-    mx.eval(fused.rotate_queries(q, fmt, 2), fused.rotate_outputs(q, fmt, 2))
     starts, sinks = mx.array([3, 40], mx.int32), array(12, dtype=np.float32)
     T = 300
-    for L, parts, arrivals in itertools.product((1, 5), (1, 3), (fused._ARRIVALS, 0)):
-        fused._ARRIVALS = arrivals  # 0: the second launch that Metal takes
+    for L, parts, arrivals in itertools.product((1, 5), (1, 3), (attention.ARRIVALS, 0)):
+        attention.ARRIVALS = arrivals  # 0: the second launch that Metal takes
         x = q[:, :, :L]
         for options in (
             {"mask": "causal", "starts": starts, "window": 90},
@@ -197,7 +220,7 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
             {"mask": "causal", "tail": tail, "ring": (3, T if L > 1 else 7)},
             {"mask": "causal", "tail": old},
         ):
-            mx.eval(fused.attend(x, rows, T, fmt, 0.1, parts=parts, **options))
+            mx.eval(calls.attend(fused, x, rows, T, fmt, 0.1, parts=parts, **options))
     print(f"launched every kernel of {spec}, D = {D}")
 
 
@@ -207,7 +230,7 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
     fmt = make_format(Spec.parse(spec), D)
     # As a cache lays them out: room to a multiple of 256, and the exact tail.
     k = mx.random.normal((B, Hkv, -(-T // 256) * 256, D)).astype(mx.float16)
-    first = fused.quantize_pack(k, k, fmt)
+    first = calls.quantize_pack(fused, k, k, fmt)
     tail = None
     if fmt.recent:
         tail = mx.random.normal((B, Hkv, fmt.recent, 2 * D)).astype(mx.float16)
@@ -220,10 +243,10 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
     def chain(sizes: tuning.Tuning):
         def run(steps: int) -> None:
             tuning.TUNING[machine] = sizes
-            fused.forget()
+            ops.forget()
             x = q
             for i in range(steps):
-                x = fused.attend(x, buffers[i % len(buffers)], T, fmt, 0.1, tail=tail)
+                x = calls.attend(fused, x, buffers[i % len(buffers)], T, fmt, 0.1, tail=tail)
             mx.eval(x)
 
         return run
@@ -234,7 +257,7 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
             chains[f"keys={keys} simd_groups={groups} threadgroups={total}"] = chain(sizes)
     times = {name: statistics.median(t) for name, t in interleave(chains).items()}
     tuning.TUNING[machine] = normal
-    fused.forget()
+    ops.forget()
     print(f"{spec}, {Hq} q / {Hkv} kv, D = {D}, batch {B}, {T} tokens: microseconds")
     for name, t in sorted(times.items(), key=lambda item: item[1])[:12]:
         print(f"{1e6 * t:8.1f}  {name}")

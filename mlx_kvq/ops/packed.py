@@ -1,0 +1,73 @@
+"""What attention is given: packed keys and values, and what a query may see of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from ..format.format import Format
+from .check import check_mask_parts
+
+
+@dataclass(eq=False)
+class Packed:
+    """The packed keys and values of a layer. The whole buffer and a length, never a slice.
+
+    Args:
+        rows (mx.array): uint32 [B, Hkv, capacity, W] (``mlx_kvq.format.layout``).
+        length (int): Rows that hold tokens, 1 to capacity.
+        format (Format): The layer's format.
+        tail (mx.array, optional): The newest tokens as they are, rotated, [B, Hkv, R, Dk + Dv] in a
+            float dtype (``ops.quantize_pack``), the newest last.
+        ring (tuple, optional): ``(keep, idx)`` where rows are not in the order of their tokens,
+            which is [:keep], [idx:length], [keep:idx].
+    """
+
+    rows: mx.array
+    length: int
+    format: Format
+    tail: mx.array | None = None
+    ring: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """What a query may see; made once a step, where the mask is made.
+
+    Args:
+        causal (bool): The L queries are the last L tokens, and see none after their own.
+        window (int, optional): The query at position p sees positions above p - window.
+        starts (mx.array, optional): Integers [B], the first position each sequence sees.
+        array (mx.array, optional): Broadcastable to [B, Hq, L, length], boolean (True is seen) or
+            a float to add. Not with ``causal``.
+
+    Raises:
+        ValueError: If one of them is something else.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    starts: mx.array | None = None
+    array: mx.array | None = None
+    key: tuple = field(init=False)  # what launches depend on
+
+    def __post_init__(self):
+        check_mask_parts(self.causal, self.window, self.starts, self.array)
+        key: tuple[Any, ...] = (self.causal, self.window)
+        for a in (self.starts, self.array):
+            key += (None,) if a is None else (a.shape, a.dtype)
+        object.__setattr__(self, "key", key)
+
+    @staticmethod
+    def of(mask: "mx.array | str | None") -> "Mask":
+        """The mask that mlx-lm's models pass: ``None``, ``"causal"`` or an array."""
+        if mask is None:
+            return EVERY
+        if isinstance(mask, mx.array):
+            return Mask(array=mask)
+        if mask != "causal":
+            raise ValueError(f"A mask is None, 'causal' or an array, got {mask!r}.")
+        return CAUSAL
+
+
+EVERY, CAUSAL = Mask(), Mask(causal=True)

@@ -1,0 +1,123 @@
+"""The first use of a kernel on this machine: random data, compared with plain operations. Kernels
+are compiled when they are evaluated, which is too late to fall back."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import mlx.core as mx
+
+from ..format.format import Format
+from . import gpu, memo, plain
+from .gpu.attention import Attend
+from .gpu.launch import Launch
+from .packed import Mask, Packed
+
+TOKENS = 64  # enough for every constant of a kernel
+_TOLERANCE = 0.05  # of the largest number: rounding is far below, a wrong layout far above
+_CODES = 0.1  # part of the rows' words that rounding may turn
+_said: set[str] = set()
+
+
+def say(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        print(f"[mlx_kvq] {line}", file=sys.stderr)
+
+
+def works(op: str, launches: Sequence[Launch], dtypes: tuple, run: Callable) -> bool:
+    """Whether these kernels do what plain operations do; ``run(backend)`` gives their outputs."""
+    key = (op, *dtypes, *((x.name, x.constants) for x in launches))
+    return memo.kernel(key, lambda: _works(op, run))
+
+
+def _works(op: str, run: Callable) -> bool:
+    try:
+        off = [_apart(got, want) for got, want in zip(run(gpu), run(plain), strict=True)]
+        if max(off) <= 1:
+            return True
+        reason = "its results are wrong"
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    say(
+        f"warning: the {op} kernel failed on this machine ({reason}). Using plain mx "
+        "operations, which are slower. Please report the output of 'mlx_kvq doctor'."
+    )
+    return False
+
+
+def _apart(got: mx.array, want: mx.array) -> float:
+    """How far apart they are, in units of what is allowed."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("inf")
+    if got.dtype == mx.uint32:
+        return cast(float, (got != want).astype(mx.float32).mean().item()) / _CODES
+    got, want = got.astype(mx.float32), want.astype(mx.float32)
+    off = mx.abs(got - want).max() / mx.maximum(mx.abs(want).max(), 1e-6)
+    value = cast(float, off.item())
+    return value / _TOLERANCE if value == value else float("inf")
+
+
+def _normal(shape: Sequence[int], dtype: mx.Dtype, key: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(key)).astype(dtype)
+
+
+def _rows(B: int, H: int, tokens: int, fmt: Format) -> mx.array:
+    lay = fmt.layout
+    k, v = (_normal((B, H, tokens, D), mx.float32, D) for D in (lay.k_dim, lay.v_dim))
+    return mx.contiguous(plain.quantize_pack(k, v, fmt)[0])
+
+
+def pack(launch: Launch, k, v, fmt: Format, tail, size: int, pending) -> bool:
+    H, tokens = k.shape[1], min(k.shape[2], TOKENS)
+
+    def run(backend):
+        args = [_normal((1, H, tokens, x.shape[3]), x.dtype, i) for i, x in enumerate((k, v))]
+        end = None if tail is None else _normal((1, H, 2, tail.shape[3]), tail.dtype, 2)
+        old = None if pending is None else _rows(1, H, tokens, fmt)
+        rows, kept = backend.quantize_pack(*args, fmt, end, min(size, 2), old)
+        return [rows] if kept is None else [rows, kept]
+
+    dtypes = k.dtype, v.dtype, None if tail is None else tail.dtype
+    return works("quantize_pack", [launch], dtypes, run)
+
+
+def unpack(launch: Launch, packed: Packed, dtype: mx.Dtype, chunk) -> bool:
+    fmt, H = packed.format, packed.rows.shape[1]
+
+    def run(backend):
+        tail = packed.tail
+        end = None if tail is None else _normal((1, H, 2, tail.shape[3]), tail.dtype, 2)
+        some = Packed(_rows(1, H, 5, fmt), 5, fmt, end)
+        if launch.name == "dequantize":
+            return backend.dequantize(some, dtype)
+        new = None if chunk is None else [_normal((1, *x.shape[1:]), x.dtype, 3) for x in chunk]
+        return backend.restore(some, dtype, new)
+
+    arrays = (packed.tail, *(chunk or ()))
+    dtypes = dtype, *(None if x is None else x.dtype for x in arrays)
+    return works(launch.name, [launch], dtypes, run)
+
+
+def attend(shape: Attend, parts: int, q, packed: Packed, scale: float, mask: Mask, sinks) -> bool:
+    fmt, (B, Hkv), L = packed.format, packed.rows.shape[:2], q.shape[2]
+    if parts in shape.tried:
+        return shape.tried[parts]
+
+    def run(backend):
+        tail = packed.tail
+        end = None if tail is None else _normal((B, Hkv, *tail.shape[2:]), tail.dtype, 2)
+        some = Packed(_rows(B, Hkv, TOKENS, fmt), TOKENS, fmt, end)
+        starts = None if mask.starts is None else (mx.arange(B) % 3).astype(mask.starts.dtype)
+        array = None
+        if mask.array is not None:
+            array = _normal((L, TOKENS), mx.float32, 4)
+            array = (array > 0) if mask.array.dtype == mx.bool_ else array.astype(mask.array.dtype)
+        seen = Mask(mask.causal, mask.window, starts, array)
+        args = _normal(q.shape, q.dtype, 5), some, scale, seen, sinks
+        return [backend.attend(*args, min(2, parts)) if backend is gpu else backend.attend(*args)]
+
+    arrays = (q, packed.tail, mask.array, mask.starts, sinks)
+    dtypes = tuple(None if a is None else a.dtype for a in arrays)
+    shape.tried[parts] = works("attend", shape.launches(parts), dtypes, run)
+    return shape.tried[parts]
