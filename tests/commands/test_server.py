@@ -11,6 +11,7 @@ from mlx_lm import batch_generate
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 import mlx_kvq
+from mlx_kvq.caches.attention import BLOCK
 from tests.support.float32 import load_float32, prompts, write_float32
 from tests.support.server import BIN, REQUESTS, Server, most_at_once, requests
 
@@ -43,14 +44,14 @@ def test_a_text_depends_on_its_request_alone(folder, spec):
     assert len(set(texts)) > REQUESTS // 2
     assert most_at_once(together) > 8 > most_at_once(alone) == 1
     # The second round found its prompts in the prompt cache; with an exact tail from a multiple of
-    # 256 tokens.
+    # BLOCK tokens.
     reused = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in again]
     asked = [a["usage"]["prompt_tokens"] for a in again]
     if spec == "int4-srft" and folder.name == "tiny-gemma3-8bit":
-        assert max(reused) > 256  # of full windows nothing can be taken back
+        assert max(reused) > BLOCK  # of full windows nothing can be taken back
     elif spec == "int4-srft":
-        assert set(reused) > {0, 256}
-        assert all(r >= n - 256 - 16 for r, n in zip(reused, asked, strict=True))
+        assert set(reused) >= {0, BLOCK}
+        assert all(r >= n - BLOCK - 16 for r, n in zip(reused, asked, strict=True))
     else:
         assert sum(reused) > 0.8 * sum(asked)
     n = LAYERS[folder.name]
@@ -99,11 +100,11 @@ def test_bytes_of_the_prompt_cache():
 @pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srft:recent=0"])
 def test_prefix_reuse(spec):
     """LRUPromptCache: a copy of the nearest cache goes on from where the rest of the prompt is read
-    as if it were read at once: with an exact tail from a multiple of 256 tokens."""
+    as if it were read at once: with an exact tail from a multiple of BLOCK tokens."""
     model, tokenizer = load_float32("tiny-qwen2-8bit")
     mlx_kvq.enable(model, spec, verbose=False)
-    (prompt,) = prompts(tokenizer, [600])
-    other = [*prompt[:500], prompt[500] + 1, *prompt[:20]]
+    (prompt,) = prompts(tokenizer, [900])
+    other = [*prompt[:700], prompt[700] + 1, *prompt[:20]]
     cache = make_prompt_cache(model)
     logits = model(mx.array([prompt]), cache=cache)
     mx.eval(logits)
@@ -112,10 +113,10 @@ def test_prefix_reuse(spec):
     assert lru.nbytes == sum(c.nbytes for c in cache) > 0
 
     found, rest = lru.fetch_nearest_cache("model", other)
-    at = 500 if "recent=0" in spec else 256
+    at = 700 if "recent=0" in spec else BLOCK
     assert rest == other[at:]
     assert [c.offset for c in found] == [at] * len(cache)
-    assert [c.offset for c in cache] == [600] * len(cache)
+    assert [c.offset for c in cache] == [900] * len(cache)
     cold = make_prompt_cache(model)
     expected = model(mx.array([other]), cache=cold)[:, at:]
     warm = model(mx.array([rest]), cache=found)

@@ -44,7 +44,7 @@ def test_no_more_kernels_than_fp16(title, T, chip):
 
 
 @pytest.mark.parametrize("title", MODELS)
-@pytest.mark.parametrize("T, L, blocks", [(512, 256, 1), (512, 512, 2), (1000, 300, 3)])
+@pytest.mark.parametrize("T, L, blocks", [(512, 256, 1), (512, 1024, 2), (1000, 600, 3)])
 def test_a_chunk_of_a_prompt(title, T, L, blocks):
     """Quantize-pack with room for more and its rows after those before; for each block that it is
     in, what is before the block out of the rotation, and attention."""

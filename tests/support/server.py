@@ -14,7 +14,7 @@ from mlx_lm.utils import load_tokenizer
 from tests.support.float32 import TEXT
 
 REQUESTS = 32
-WORDS = [1, 2, 60, 5, 260, 3, 330, 8]  # of the prompts, in turn
+WORDS = [1, 2, 60, 5, 420, 3, 500, 8]  # of the prompts, in turn
 TOKENS = [16, 6, 24, 11]  # asked for, in turn
 BIN = Path(sys.executable).parent
 
@@ -100,7 +100,7 @@ def requests(folder: Path) -> list[tuple[str, int]]:
     found: dict[int, tuple[str, int]] = {}
     for i in range(len(words)):
         n = len(found)
-        prompt = " ".join(((words[i:] + words) * 4)[: WORDS[n % len(WORDS)]])
+        prompt = " ".join(((words[i:] + words) * 6)[: WORDS[n % len(WORDS)]])
         found.setdefault(tokenizer.encode(prompt)[0], (prompt, TOKENS[n % len(TOKENS)]))
     assert len(found) >= REQUESTS
     first = list(found.values())[:REQUESTS]
