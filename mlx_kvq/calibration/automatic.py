@@ -24,7 +24,9 @@ from .shards import all_ranks, is_sharded
 RANDOM_TOKENS = 512
 SAMPLE_TOKENS = 2048
 LENGTH = 1024  # of a window
-PROBE = 128  # tokens read to see how long all take; if need be they are enough (docs/quality.md)
+PROBE = (
+    128  # tokens read to see how long all take; if need be they are enough (docs/calibration.md)
+)
 FIRST = 16  # tokens that say whether a model can do without
 # Expected squared error of a logit without calibration over that with it, in the worst head: 11,000
 # in Qwen2.5-0.5B, whose family is ruined without; 23 in SmolLM2-135M, where KL is 1.6 times as
@@ -118,8 +120,11 @@ def _read(
     n = ids.size if is_sharded(model) else min(ids.size, int(SECONDS / each))
     if n <= PROBE:
         return found, True
+    if n * each > 10:
+        part = f"{n} of {ids.size}" if n < ids.size else str(n)
+        say(f"reading {part} tokens, about {n * each:.0f} s; Ctrl-C goes on with the first {PROBE}")
     # A bar with few steps says little of the time that is left.
-    length = LENGTH if each * LENGTH < 5 else max(PROBE, LENGTH // 4)
+    length = LENGTH if each * LENGTH < 5 else 2 * PROBE
     windows = [ids[i : min(n, i + length)] for i in range(0, n, length)]
     try:
         return calibrate_tokens(model, windows, text=text, progress=say is not silent), True

@@ -71,8 +71,10 @@ def test_a_slow_machine_reads_less(each, tokens, length, monkeypatch):
 def test_windows_are_short_where_each_takes_long(monkeypatch):
     monkeypatch.setattr(automatic, "SAMPLE_TOKENS", 1024)
     monkeypatch.setattr(automatic.time, "perf_counter", Clock(128 * 0.05))
-    found = automatic.automatic(Model(Attention()), Words())
+    lines = []
+    found = automatic.automatic(Model(Attention()), Words(), lines.append)
     assert found.metadata["tokens"] == 1024 and found.metadata["length"] == 256
+    assert lines[1] == "reading 1024 tokens, about 51 s; Ctrl-C goes on with the first 128"
 
 
 def test_ctrl_c_goes_on_with_what_was_read(kept, monkeypatch, capsys):
