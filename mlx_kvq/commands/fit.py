@@ -4,7 +4,6 @@ import argparse
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -99,8 +98,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"| {name} | {plan.bytes(1, 1) - plan.fixed:,.0f} | {' | '.join(cells)} |")
     notes.append(
         "Tokens of context of each of so many sequences. *: the model's own limit, elsewhere "
-        "memory binds. "
-        "–: mlx-lm does not batch its quantized cache."
+        "memory binds. –: mlx-lm does not batch its quantized cache."
     )
     print("\n" + "\n".join(notes))
     if args.plot:
@@ -125,18 +123,23 @@ def wired(memory: int | None) -> tuple[int, str]:
     return int(memory * part), text + gb(memory * part)
 
 
+def number(given: object, key: str, otherwise: float = 0) -> float:
+    """A positive number out of a file, if it says one."""
+    value = given.get(key) if isinstance(given, dict) else None
+    return value if isinstance(value, int | float) and 0 < value < 1e15 else otherwise
+
+
 def weight_bytes(model, folder: Path, config: dict, bits: int | None) -> tuple[int, str]:
     """Of all weights, and how that is known."""
-    index, files = folder / "model.safetensors.index.json", folder.glob("model*.safetensors")
-    if bits is None and index.exists():
-        given = read_config(folder, index.name).get("metadata")
-        total = given.get("total_size") if isinstance(given, dict) else None
-        if type(total) is int and total > 0:
-            return total, "as model.safetensors.index.json says"
-    if bits is None and (total := sum(p.stat().st_size for p in files)):
-        return total, "the size of its files"
-    quantized = {} if bits else config.get("quantization") or {}
-    bits, group = bits or int(quantized.get("bits", 16)), int(quantized.get("group_size", 64))
+    if bits is None:
+        index = folder / "model.safetensors.index.json"
+        metadata = read_config(folder, index.name).get("metadata") if index.exists() else None
+        if total := number(metadata, "total_size"):
+            return int(total), "as model.safetensors.index.json says"
+        if total := sum(p.stat().st_size for p in folder.glob("model*.safetensors")):
+            return total, "the size of its files"
+    given = None if bits else config.get("quantization")
+    bits, group = bits or int(number(given, "bits", 16)), int(number(given, "group_size", 64))
     packed = 16.0 if bits == 16 else bits + 32 / group
     arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore
     total = sum(
@@ -178,10 +181,10 @@ def longest(config: dict) -> int | None:
     """Tokens that a model was made for. YaRN's factor is of an original length; llama3's is
     contained in max_position_embeddings."""
     inner = config.get("text_config")
-    text: dict[str, Any] = config | (inner if isinstance(inner, dict) else {})
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    scaled = rope.get("factor") or 0, rope.get("original_max_position_embeddings") or 0
-    return max(int(text.get("max_position_embeddings") or 0), int(scaled[0] * scaled[1])) or None
+    text = config | (inner if isinstance(inner, dict) else {})
+    rope = text.get("rope_scaling") or text.get("rope_parameters")
+    scaled = number(rope, "factor") * number(rope, "original_max_position_embeddings")
+    return int(max(number(text, "max_position_embeddings"), scaled)) or None
 
 
 class Plan:

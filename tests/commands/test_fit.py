@@ -140,6 +140,23 @@ def test_mistakes(options, message, llama):
         cli.main(["fit", str(llama), *options])
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"quantization": {"bits": "x", "group_size": -1}}, None),
+        ({"rope_scaling": None, "max_position_embeddings": -5}, None),
+        ({"quantization": ["x"]}, "cannot be built"),  # which mlx-lm reads itself
+        ({"text_config": 3}, "cannot be built"),
+    ],
+)
+def test_nonsense_in_a_config(change, said, llama, capsys):
+    (llama / "config.json").write_text(json.dumps(LLAMA | change))
+    with pytest.raises(SystemExit, match=said) as exit_:
+        cli.main(["fit", str(llama), "--memory", "64GB", "--kv-cache", "int4"])
+    assert ("| int4-srft | 36,864 |" in capsys.readouterr().out) == (exit_.value.code is None)
+    assert "\n" not in str(exit_.value.code)
+
+
 def test_too_many_layers_are_refused_before_they_are_made(llama):
     (llama / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 10**9}))
     with pytest.raises(SystemExit, match="more than 10000 layers"):
