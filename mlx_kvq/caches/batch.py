@@ -55,6 +55,10 @@ class PackedBatch(PackedCache):
             max(0, min(n + L, end) - max(n, 0)) for n, end in zip(self._seen, ends, strict=True)
         ]
 
+    def _in_place(self, L: int) -> bool:
+        # A padded prompt may end in a chunk of one token, where mlx-lm's own cache raises.
+        return super()._in_place(L) and self._lengths is None
+
     def keys_and_values(self) -> tuple:
         self.stored.whole()
         # While chunks are padded, the tail ends with each sequence's last token, and rows do not.
@@ -191,8 +195,11 @@ class PackedBatchKVCache(PackedBatch):
         prev, L = self._idx, keys.shape[2]
         if L == 0:
             return self._nothing(keys)
-        rows, more = self._pack(keys, values, prev)
-        self.stored.append(rows, prev, L, self.step)
+        if self._next(keys, values, prev):
+            more = {"tail": self.tail}
+        else:
+            rows, more = self._pack(keys, values, prev)
+            self.stored.append(rows, prev, L, self.step)
         self._idx += L
         self._add(L)
         return self._updated(L, more, self.offset)

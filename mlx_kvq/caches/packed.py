@@ -149,7 +149,7 @@ class PackedCache(_BaseCache, ABC):
         after it: as :meth:`_pack` and ``Rows.write``, in less of the host's time. False where they
         must do it."""
         rows, tail = self.stored, self.newest.array
-        if not rows.goes_on(at) or keys.shape[2] != 1 or self.reading or tail is None:
+        if not rows.goes_on(at) or tail is None or not self._in_place(keys.shape[2]):
             return False
         if tail.dtype != ops.tail_dtype(keys.dtype):
             return False
@@ -159,7 +159,7 @@ class PackedCache(_BaseCache, ABC):
         )
         rows.count += 1
         if self.newest.filling:
-            self.newest.got(recent, [1])
+            self.newest.got(recent, self._counts(1))
         return True
 
     def _pack(
