@@ -14,6 +14,8 @@
 //   own online softmax, without a barrier between them; sums are merged at the end. The length
 //   and the number of splits are run-time values: one compilation serves every context.
 // Then attend_finish.metal (one split: the output) or attend_store.metal (partial sums).
+// HOLD_QUERIES, PREFETCH (mlx_kvq/ops/gpu/tuning.py): what stays in registers. All of it at D = 128
+//   is 76 registers of 32 bits beside 32 sums, of 128 on Apple GPUs and of 255 on NVIDIA's.
 // Limits: as quantize_pack; NSG a power of two, NSG * TK * W words of threadgroup memory < 32 KB.
 // Reasons: matrix tiles (8 query rows at the price of one) because at 4 bits the arithmetic per
 //   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
@@ -33,7 +35,7 @@ constexpr int MEMORY_SUMS = NSG / 2 * SUMS > 8 * VD ? NSG / 2 * SUMS : 8 * VD;
 constexpr int MEMORY = MEMORY_TILES > MEMORY_SUMS ? MEMORY_TILES : MEMORY_SUMS;
 
 threadgroup uint4 memory[(MEMORY + 3) / 4];
-threadgroup half2 queries[4 * QUERY_PAIRS];  // rows 2 * pair and 2 * pair + 1 of a channel in a word
+threadgroup half2 queries[4 * QUERY_PAIRS];  // in a word a channel of rows 2 * pair and + 1
 threadgroup float2 shared_offsets[4 * (HOLD_QUERIES == 0 ? OFFSETS : 1)];
 threadgroup float query_scale[8];
 threadgroup float maxima[8 * NSG];

@@ -1,10 +1,10 @@
 // End of attend with several splits on CUDA, after attend_store.metal: the last threadgroup of a
-// query block to finish merges the partial sums. A second launch would cost about 17 us of host time
-// through MLX, more than this merge.
+// query block to finish merges the partial sums. A second launch would cost about 17 us of host
+// time through MLX, more than this merge.
 //
 // `arrivals` holds a zero for each query block; atomicInc resets it for the next call. Metal has no
-// fence for device memory between threadgroups on all systems that MLX supports: Apple GPUs take the
-// second launch (combine.metal).
+// fence for device memory between threadgroups on all systems that MLX supports: Apple GPUs take
+// the second launch (combine.metal).
 threadgroup bool is_last;
 __threadfence();
 threadgroup_barrier(mem_flags::mem_threadgroup);

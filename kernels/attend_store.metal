@@ -1,8 +1,8 @@
 // End of attend with several splits: write partial sums for combine.metal or attend_join.cuh.
 //
-// partial [B, Hq, L, splits * (VD + 2)], fp32: sums [splits, VD], unnormalised, in the rotated domain,
-// then maximum and total [splits, 2]. fp16 sums would overflow on outlier values. One array, because
-// each array costs the host time.
+// partial [B, Hq, L, splits * (VD + 2)], fp32: sums [splits, VD], unnormalised, in the rotated
+// domain, then maximum and total [splits, 2]. fp16 sums would overflow on outlier values. One
+// array, because each array costs the host time.
 for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
   const int row = first_row + r;
   const auto sums =

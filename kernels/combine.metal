@@ -1,10 +1,10 @@
 // combine: merge the splits' partial sums, invert the values' rotation, write the output.
 //
-// Layout: partial [B, Hq, L, splits * (VD + 2)] from attend_store; out [B, Hq, L, VD] in the query's
-//   dtype. info, tables and sinks as in attend.
-// Grid: one threadgroup of NSG SIMD groups per output row. SIMD groups take splits in turn, AHEAD of
-//   them in flight; their sums are added in threadgroup memory and the first SIMD group inverts the
-//   rotation.
+// Layout: partial [B, Hq, L, splits * (VD + 2)] from attend_store; out [B, Hq, L, VD] in the
+//   query's dtype. info, tables and sinks as in attend.
+// Grid: one threadgroup of NSG SIMD groups per output row. SIMD groups take splits in turn, AHEAD
+//   of them in flight; their sums are added in threadgroup memory and the first SIMD group inverts
+//   the rotation.
 // Limits: as attend.
 threadgroup float merged[NSG * VD];
 

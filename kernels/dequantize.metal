@@ -3,9 +3,10 @@
 //
 // Layout: rows uint32 [B, H, capacity, W], any batch and head strides; outputs row contiguous. If
 //   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD].
-// Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS rows:
-//   one word of 4-bit or two words of 8-bit codes each. Neighbouring threads write neighbouring 16
-//   bytes in half precision; with a store per channel the kernel took 0.42 TB/s of an H100's 3.
+// Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS
+//   rows: one word of 4-bit or two words of 8-bit codes each. Neighbouring threads write
+//   neighbouring 16 bytes in half precision; with a store per channel the kernel took 0.42 TB/s of
+//   an H100's 3.
 // Limits: head sizes are multiples of 8, length * (KD + VD) / 8 is below 2^31. fp32 arithmetic,
 //   rounded once.
 constexpr int EIGHTS = (KD + VD) / 8;

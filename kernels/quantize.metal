@@ -1,8 +1,8 @@
 // Quantization of rotated channels in the registers of a SIMD group: scales, codes, words.
 //
 // A lane has CH neighbouring channels of one group, which SPAN lanes share. If SPAN is a power of
-// two, these lanes differ in the bits of MASK * (SPAN - 1); otherwise they are neighbours, from lane
-// `first` on. The arithmetic is that of `mlx_kvq.format.levels.quantize`.
+// two, these lanes differ in the bits of MASK * (SPAN - 1); otherwise they are neighbours, from
+// lane `first` on. The arithmetic is that of `mlx_kvq.format.levels.quantize`.
 namespace kvq {
 
 enum : int { SEARCH = 0, ABSMAX = 1, PAPER = 2 };  // template value RULE
@@ -104,7 +104,8 @@ INLINE void keep_better(
   best_length = better ? length : best_length;
 }
 
-// Writes CH * BITS / 32 words and the bits of the group's fp16 scale.
+// Writes CH * BITS / 32 words and the bits of the group's fp16 scale. `zero` is 0, which no compiler
+// knows: added to a loop's end, it keeps the loop from being unrolled.
 template <int CH, int BITS, int RULE, int SPAN, int MASK, bool EXACT>
 INLINE void quantize_channels(
     thread uint* words,
@@ -260,8 +261,8 @@ constexpr int shared_points(int D, int GROUP, int ROTATION, int SET) {
                                    : SET * D / 2;
 }
 
-// Packs the keys or the values of a head's L tokens by one SIMD group: every `workers`-th set of SET
-// tokens, from set `worker` on. x and rows begin with the head's first token; `shared` has
+// Packs the keys or the values of a head's L tokens by one SIMD group: every `workers`-th set of
+// SET tokens, from set `worker` on. x and rows begin with the head's first token; `shared` has
 // shared_points. KEEPS: rotated vectors of tokens from `drop` on go to `kept`, KEPT channels apart.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,

@@ -2,13 +2,13 @@
 //
 // Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
 // Layout: k, v with any strides, read once; rows written once.
-//   KEEPS: keep holds KEPT and ROWS. y of the newest tokens also goes to kept [B, H, KEPT, KD + VD],
-//   newest last. Places for more than L tokens are filled from tail [B, H, R, KD + VD] if TAIL, else
-//   with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros; or, if HOLDS, the last rows of
-//   held [B, H, ROWS, W], then the new ones.
-// Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even group of a pair does
-//   keys, the odd one values, of sets of as many tokens as a SIMD group holds vectors (4 at D = 128),
-//   with the head's factors and twiddles in registers.
+//   KEEPS: keep holds KEPT and ROWS. y of the newest tokens also goes to kept [B, H, KEPT, KD +
+//   VD], newest last. Places for more than L tokens are filled from tail [B, H, R, KD + VD] if
+//   TAIL, else with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros; or, if HOLDS, the
+//   last rows of held [B, H, ROWS, W], then the new ones.
+// Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even group of a pair
+//   does keys, the odd one values, of sets of as many tokens as a SIMD group holds vectors (4 at D
+//   = 128), with the head's factors and twiddles in registers.
 // Limits: head sizes 32 to 256 with D / 2 = r * 2^m, r <= 9; PAIRS at most 4 (256 threads).
 // Reasons: a vector on 8 lanes of 16 channels each, not on 32 of 4, because all 32 lanes then
 //   quantize, in registers, and the FFT at D = 128 is two in-lane ones with a swap through

@@ -18,7 +18,8 @@ INLINE void read_output_factors(thread lane_factors<D>& f, const device float* f
   }
 }
 
-// Reads a lane's channels of one row: codes from word FIRST, scales from half SCALE after word CODES.
+// Reads a lane's channels of one row: codes from word FIRST, scales from half SCALE after word
+// CODES.
 template <int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int CODES, int SCALE>
 INLINE void read_levels(thread float2* z, const device uint* row, uint lane) {
   const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);

@@ -10,8 +10,9 @@
 // srht: Hadamard butterflies, sqrt(D) times too long; lane l holds n = R * l + a. none: the same
 // placement, no arithmetic. The channel factors (vectors.metal) divide by these lengths.
 //
-// Twiddles come from the host in float64, rounded once (`rotation_table` in mlx_kvq/ops/gpu/tables.py,
-// which this file's offsets must match); half precision or fast sines here would cost quality.
+// Twiddles come from the host in float64, rounded once (`rotation_table` in
+// mlx_kvq/ops/gpu/tables.py, which this file's offsets must match); half precision or fast sines
+// here would cost quality.
 namespace kvq {
 
 enum : int { SRFT = 0, SRHT = 1 };  // template value ROTATION; 2 is none
@@ -19,8 +20,8 @@ constexpr bool is_none(int ROTATION) {
   return ROTATION == 2;
 }
 
-// Lanes that share a vector. WIDE (an enumerator of mlx_kvq/ops/gpu/jit.py): as many as divide D / 2,
-// for a single vector that others wait for. Otherwise few, because shuffles cost more than
+// Lanes that share a vector. WIDE (an enumerator of mlx_kvq/ops/gpu/jit.py): as many as divide D /
+// 2, for a single vector that others wait for. Otherwise few, because shuffles cost more than
 // arithmetic, but at most eight points a lane if D allows it.
 constexpr int lanes_of(int D) {
   int m = 1;

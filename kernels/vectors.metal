@@ -2,8 +2,8 @@
 // rotated back, scaled, centred and written.
 //
 // A table (mlx_kvq/ops/gpu/tables.py) holds the FFT's twiddles and then channel factors. Of each
-// calibrated head: D before the rotation, D after it, D of the centre. Uncalibrated: D signs for all
-// heads, on the unrotated side.
+// calibrated head: D before the rotation, D after it, D of the centre. Uncalibrated: D signs for
+// all heads, on the unrotated side.
 namespace kvq {
 
 template <int D, int ROTATION, bool CALIBRATED>
@@ -142,8 +142,8 @@ constexpr float log2_e() {
   return 1.44269504088896f;
 }
 
-// Logits are in units of log 2; m is their maximum, l the sum of exp2(logit - m). Returns the factor
-// of the sums and the probability of the keys (less than 1 beside a sink).
+// Logits are in units of log 2; m is their maximum, l the sum of exp2(logit - m). Returns the
+// factor of the sums and the probability of the keys (less than 1 beside a sink).
 INLINE float2 normalise(float m, float l) {
   // A query that may attend to nothing has l = 0 and gets 0; a NaN stays one.
   return l == 0.0f ? float2(0.0f, 0.0f) : float2(1.0f / l, 1.0f);

@@ -69,7 +69,7 @@ class Tuning:
 
 
 TUNING = {
-    # Not measured: no Mac at hand; by scripts/estimate_apple.py. One split of 512 keys would leave
+    # Not measured: no Mac at hand; by tests/emulator/estimate_apple.py. One split of 512 keys would leave
     # all but one core per KV head idle and take twice the time of several and a second launch.
     "metal": Tuning(
         keys=16,
