@@ -69,8 +69,8 @@ class Tuning:
 
 
 TUNING = {
-    # Not measured: no Mac at hand; by tests/emulator/estimate_apple.py. One split of 512 keys would leave
-    # all but one core per KV head idle and take twice the time of several and a second launch.
+    # Not measured: no Mac at hand; by tests/emulator/estimate_apple.py. One split of 512 keys would
+    # leave all but one core per KV head idle and take twice the time of several and a second one.
     "metal": Tuning(
         keys=16,
         simd_groups=8,
