@@ -10,7 +10,7 @@ model, tokenizer = load(str(Path(__file__).parent / "models" / "tiny-qwen2-8bit"
 mlx_kvq.enable(model, "int4-srft", tokenizer=tokenizer)
 
 prompts = [
-    "It was a dark night, and the old man",
+    "They walked along the river",
     "The letter",
     "She turned to the window and said",
 ]

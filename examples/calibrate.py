@@ -14,7 +14,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", default="examples/models/tiny-qwen2-8bit")
 parser.add_argument("--text", help="A text file; without one the built-in sample text.")
 parser.add_argument("--calibration", default="calibration.safetensors")
-parser.add_argument("--prompt", default="It was a dark night, and the old man")
+parser.add_argument("--prompt", default="They walked along the river")
 args = parser.parse_args()
 
 model, tokenizer = load(args.model)

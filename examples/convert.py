@@ -27,4 +27,4 @@ with tempfile.TemporaryDirectory() as folder:
     print((repository / "README.md").read_text(encoding="utf-8"))
 
     model, tokenizer = load(str(repository))  # says on stderr which cache it found
-    print(generate(model, tokenizer, "It was a dark night, and the old man", max_tokens=40))
+    print(generate(model, tokenizer, "They walked along the river", max_tokens=40))

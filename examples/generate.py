@@ -8,7 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_kvq
 
 MODELS = Path(__file__).parent / "models"
-PROMPT = "It was a dark night, and the old man"
+PROMPT = "They walked along the river"
 
 for name in ("tiny-qwen2-8bit", "tiny-gemma3-8bit"):
     model, tokenizer = load(str(MODELS / name))

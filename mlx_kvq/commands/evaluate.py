@@ -87,6 +87,11 @@ def run(args: argparse.Namespace) -> None:
     )
     evaluation.setting.update(model=Path(args.model).name, texts=[Path(t).name for t in args.text])
     print(evaluation.table(args.markdown))
+    if any("-" in name and "recent=0" not in name for name in args.kv_cache):
+        print(
+            f"\nbytes/token contain the exact tail, shared out over {args.tokens} tokens: the "
+            "longer the context, the fewer."
+        )
     if args.json:
         evaluation.save(args.json)
     if args.plot:

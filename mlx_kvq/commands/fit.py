@@ -4,7 +4,6 @@ import argparse
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,7 +15,6 @@ from ..format.format import make_format
 from ..format.spec import OFF, Spec
 from ..measure import plots
 from ..measure.baselines import KV_BITS, KV_GROUP
-from ..model.report import megabytes
 from ..repositories.repository import Repository, read_config
 from ..repositories.summary import LAYERS, build
 from ..stock import head_sizes, is_packable, kinds_of, leaves, own_caches
@@ -79,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
     lines = {
         "model": f"{Path(args.model).name}, {len(kept)} key/value caches, {made_for}",
         "memory": why,
-        "weights": f"{megabytes(weights)}, {how}",
-        "reserve": f"{megabytes(args.reserve)} for a prompt's chunk and MLX's buffers (--reserve)",
-        "caches": f"{megabytes(max(left, 0))} are left for them",
+        "weights": f"{gb(weights)}, {how}",
+        "reserve": f"{gb(args.reserve)} for a prompt's chunk and MLX's buffers (--reserve)",
+        "caches": f"{gb(max(left, 0))} are left for them",
     }
     for label, text in lines.items():
         print(f"{label:8} {text}")
@@ -100,12 +98,16 @@ def run(args: argparse.Namespace) -> None:
         print(f"| {name} | {plan.bytes(1, 1) - plan.fixed:,.0f} | {' | '.join(cells)} |")
     notes.append(
         "Tokens of context of each of so many sequences. *: the model's own limit, elsewhere "
-        "memory binds. "
-        "–: mlx-lm does not batch its quantized cache."
+        "memory binds. –: mlx-lm does not batch its quantized cache."
     )
     print("\n" + "\n".join(notes))
     if args.plot:
         draw(found, weights + args.reserve, limit, most, f"{lines['model']}; {why}", args.plot)
+
+
+def gb(n: float) -> str:
+    """As memory is sold: 1 GB is 1024³ bytes."""
+    return f"{n / (1 << 30):.3g} GB"
 
 
 def wired(memory: int | None) -> tuple[int, str]:
@@ -115,24 +117,29 @@ def wired(memory: int | None) -> tuple[int, str]:
         if not mx.metal.is_available():
             raise ValueError("Of which machine? Give --memory, such as --memory 16GB.")
         own = int(mx.device_info()["max_recommended_working_set_size"])
-        return own, f"{megabytes(own)}, as this machine says (max_recommended_working_set_size)"
+        return own, f"{gb(own)}, as this machine says (max_recommended_working_set_size)"
     part, share = (2 / 3, "2/3") if memory <= 36 << 30 else (3 / 4, "3/4")
-    text = f"{memory / (1 << 30):g} GB, of which macOS lets a process wire {share} by default: "
-    return int(memory * part), text + megabytes(memory * part)
+    text = f"{gb(memory)}, of which macOS lets a process wire {share} by default: "
+    return int(memory * part), text + gb(memory * part)
+
+
+def number(given: object, key: str, otherwise: float = 0) -> float:
+    """A positive number out of a file, if it says one."""
+    value = given.get(key) if isinstance(given, dict) else None
+    return value if isinstance(value, int | float) and 0 < value < 1e15 else otherwise
 
 
 def weight_bytes(model, folder: Path, config: dict, bits: int | None) -> tuple[int, str]:
     """Of all weights, and how that is known."""
-    index, files = folder / "model.safetensors.index.json", folder.glob("model*.safetensors")
-    if bits is None and index.exists():
-        given = read_config(folder, index.name).get("metadata")
-        total = given.get("total_size") if isinstance(given, dict) else None
-        if type(total) is int and total > 0:
-            return total, "as model.safetensors.index.json says"
-    if bits is None and (total := sum(p.stat().st_size for p in files)):
-        return total, "the size of its files"
-    quantized = {} if bits else config.get("quantization") or {}
-    bits, group = bits or int(quantized.get("bits", 16)), int(quantized.get("group_size", 64))
+    if bits is None:
+        index = folder / "model.safetensors.index.json"
+        metadata = read_config(folder, index.name).get("metadata") if index.exists() else None
+        if total := number(metadata, "total_size"):
+            return int(total), "as model.safetensors.index.json says"
+        if total := sum(p.stat().st_size for p in folder.glob("model*.safetensors")):
+            return total, "the size of its files"
+    given = None if bits else config.get("quantization")
+    bits, group = bits or int(number(given, "bits", 16)), int(number(given, "group_size", 64))
     packed = 16.0 if bits == 16 else bits + 32 / group
     arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore
     total = sum(
@@ -174,10 +181,10 @@ def longest(config: dict) -> int | None:
     """Tokens that a model was made for. YaRN's factor is of an original length; llama3's is
     contained in max_position_embeddings."""
     inner = config.get("text_config")
-    text: dict[str, Any] = config | (inner if isinstance(inner, dict) else {})
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    scaled = rope.get("factor") or 0, rope.get("original_max_position_embeddings") or 0
-    return max(int(text.get("max_position_embeddings") or 0), int(scaled[0] * scaled[1])) or None
+    text = config | (inner if isinstance(inner, dict) else {})
+    rope = text.get("rope_scaling") or text.get("rope_parameters")
+    scaled = number(rope, "factor") * number(rope, "original_max_position_embeddings")
+    return int(max(number(text, "max_position_embeddings"), scaled)) or None
 
 
 class Plan:
@@ -235,10 +242,10 @@ def draw(plans: dict, before: float, limit: float, most: int | None, title: str,
     axes = figure.subplots()
     for name, plan in plans.items():
         x = [T * i // 64 for i in range(65)]
-        y = [(before + plan.bytes(t, 1)) / 1e9 for t in x]
+        y = [(before + plan.bytes(t, 1)) / (1 << 30) for t in x]
         axes.plot(x, y, color=COLORS.get(name), label=name)
-    axes.axhline(limit / 1e9, color="red", lw=0.8, ls="--", label="may be wired")
-    axes.set_ylim(0, 1.25 * limit / 1e9)
+    axes.axhline(limit / (1 << 30), color="red", lw=0.8, ls="--", label="may be wired")
+    axes.set_ylim(0, 1.25 * limit / (1 << 30))
     axes.set_xlim(0, T)
     axes.set_xticks(range(0, T + 1, 1 << max(8, (T // 6).bit_length())))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t / 1024:.0f}K"))

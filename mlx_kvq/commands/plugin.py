@@ -272,8 +272,6 @@ def _with_the_calibration(save):
 
 
 def _enabling(load, is_server: bool):
-    signature = inspect.signature(load)
-
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
         global _packed_file, _loaded
@@ -302,8 +300,8 @@ def _enabling(load, is_server: bool):
 
             _loaded += 1
             if _asked is not None:
-                given = signature.bind(*args, **kwargs).arguments
-                with about(str(next(iter(given.values()))) if _loaded > 1 else ""):
+                name = getattr(vars(loaded[0]).get("_mlx_kvq_loaded"), "name", "")
+                with about(name if _loaded > 1 else ""):
                     enable(loaded[0], _asked, tokenizer=loaded[1], verbose=not _quiet())
             if caches is not None:
                 check(caches, loaded[0])

@@ -59,20 +59,22 @@ class Clock:
 
 @pytest.mark.parametrize(
     "each, tokens, length",
-    [(0.001, 256, 256), (0.01, 256, 256), (0.25, 240, 240), (0.9, 66, 66), (2.0, 64, 64)],
+    [(0.001, 256, 256), (0.01, 256, 256), (0.25, 240, 240), (0.4, 150, 150), (2.0, 128, 128)],
 )
 def test_a_slow_machine_reads_less(each, tokens, length, monkeypatch):
     """60 seconds of ``each`` per token; 256 tokens in the tests, where 2048 are read elsewhere."""
-    monkeypatch.setattr(automatic.time, "perf_counter", Clock(64 * each))
+    monkeypatch.setattr(automatic.time, "perf_counter", Clock(128 * each))
     found = automatic.automatic(Model(Attention()), Words())
     assert found.metadata["tokens"] == tokens and found.metadata["length"] == length
 
 
 def test_windows_are_short_where_each_takes_long(monkeypatch):
     monkeypatch.setattr(automatic, "SAMPLE_TOKENS", 1024)
-    monkeypatch.setattr(automatic.time, "perf_counter", Clock(64 * 0.05))
-    found = automatic.automatic(Model(Attention()), Words())
+    monkeypatch.setattr(automatic.time, "perf_counter", Clock(128 * 0.05))
+    lines = []
+    found = automatic.automatic(Model(Attention()), Words(), lines.append)
     assert found.metadata["tokens"] == 1024 and found.metadata["length"] == 256
+    assert lines[1] == "reading 1024 tokens, about 51 s; Ctrl-C goes on with the first 128"
 
 
 def test_ctrl_c_goes_on_with_what_was_read(kept, monkeypatch, capsys):
@@ -87,8 +89,31 @@ def test_ctrl_c_goes_on_with_what_was_read(kept, monkeypatch, capsys):
 
     monkeypatch.setattr(automatic, "calibrate_tokens", interrupted)
     report = mlx_kvq.enable(Model(Attention()), "int4-srft", tokenizer=Words())
-    assert calls == [64, 256] and report.calibration.metadata["tokens"] == 64
-    assert "interrupted: going on with what the first 64 tokens gave" in capsys.readouterr().err
+    assert calls == [128, 256] and report.calibration.metadata["tokens"] == 128
+    assert "interrupted: going on with what the first 128 tokens gave" in capsys.readouterr().err
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("shift, bearable", [(0.0, True), (200.0, False)])
+def test_ctrl_c_at_once_goes_on_uncalibrated_if_the_model_can(
+    shift, bearable, kept, monkeypatch, capsys
+):
+    """``shift`` is a constant in all channels of the keys, as in Qwen2.5."""
+
+    def interrupted(model, windows, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(automatic, "calibrate_tokens", interrupted)
+    model = Model(Attention(shift=shift))
+    gain = automatic.worst_gain(model, automatic.random_tokens(model)[:16])
+    assert (gain < 10) if bearable else (gain > 1e3)
+    if bearable:
+        assert mlx_kvq.enable(model, "int4-srft", tokenizer=Words()).calibration is None
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            mlx_kvq.enable(model, "int4-srft", tokenizer=Words())
+    said = "going on uncalibrated" if bearable else "this model cannot do without"
+    assert f"interrupted: {said}, a logit's error is" in capsys.readouterr().err
     assert not kept.exists()
 
 

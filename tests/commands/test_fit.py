@@ -41,7 +41,7 @@ def test_llama_on_16_gb(llama, capsys):
         cli.main(["fit", str(llama), "--memory", "16GB", "--weight-bits", "4"])
     assert exit_.value.code is None
     out = capsys.readouterr().out
-    assert "made for 131,072 tokens" in out and "2/3 by default: 11.5 GB" in out
+    assert "made for 131,072 tokens" in out and "2/3 by default: 10.7 GB" in out
     rows = table(out)
     assert rows["cache"] == ["bytes/token", "1", "2", "4", "8", "16", "32"]
     weights = 8030261248 - 266240  # of which norms have 16 bits
@@ -138,6 +138,23 @@ def test_mistakes(options, message, llama):
         pytest.skip("this machine's memory is known")
     with pytest.raises(SystemExit, match=message):
         cli.main(["fit", str(llama), *options])
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"quantization": {"bits": "x", "group_size": -1}}, None),
+        ({"rope_scaling": None, "max_position_embeddings": -5}, None),
+        ({"quantization": ["x"]}, "cannot be built"),  # which mlx-lm reads itself
+        ({"text_config": 3}, "cannot be built"),
+    ],
+)
+def test_nonsense_in_a_config(change, said, llama, capsys):
+    (llama / "config.json").write_text(json.dumps(LLAMA | change))
+    with pytest.raises(SystemExit, match=said) as exit_:
+        cli.main(["fit", str(llama), "--memory", "64GB", "--kv-cache", "int4"])
+    assert ("| int4-srft | 36,864 |" in capsys.readouterr().out) == (exit_.value.code is None)
+    assert "\n" not in str(exit_.value.code)
 
 
 def test_too_many_layers_are_refused_before_they_are_made(llama):

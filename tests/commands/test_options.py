@@ -85,15 +85,22 @@ def test_help_explains_the_options(capsys):
     assert all(name in text for name in OPTIONS)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "benchmark", "convert", "pack-cache"])
-def test_every_command_takes_the_same_names(command, capsys):
+@pytest.mark.parametrize("command", ["evaluate", "benchmark", "convert", "pack-cache", "fit"])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            "turboquant",
+            "there is no 'turboquant' here. The nearest is 'int4-srft'.\nKnown:\nfp16\n",
+        ),
+        ("int4-srfft", "Did you mean 'int4-srft'?\nKnown:\nfp16\nint4-srft"),
+        ("int4-srft:group=32", "unknown option 'group'"),
+    ],
+)
+def test_every_command_takes_the_same_names(command, text, said, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main([command, "--kv-cache", "turboquant"])
-    assert exit_.value.code == 2
-    assert (
-        "there is no 'turboquant' here. The nearest is 'int4-srft'.\nKnown:\nfp16\nint4-srft"
-        in (capsys.readouterr().err)
-    )
+        cli.main([command, "--kv-cache", text])
+    assert exit_.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

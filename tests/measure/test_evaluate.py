@@ -433,9 +433,6 @@ def bad_recall(tmp_path):
 
 
 ERRORS = {
-    "unknown spec": (["--kv-cache", "int4-srfft"], "Did you mean 'int4-srft'?"),
-    "unknown name": (["--kv-cache", "kv3"], "mlx-lm's own: kv4, kv8."),
-    "bad option": (["--kv-cache", "int4-srft:group=32"], "unknown option 'group'"),
     "missing text": (["--text", "nowhere.txt"], "nowhere.txt cannot be read: No such file"),
     "text is no text": (["--text", QWEN / "model.safetensors"], "it is not UTF-8 text"),
     "too little text": (["--text", NOVEL, "--windows", "9999"], "Text 1 has "),

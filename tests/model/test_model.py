@@ -93,7 +93,7 @@ def test_one_line_says_what_was_applied(model, capsys, tmp_path, monkeypatch):
     mlx_kvq.enable(model, "int4-srft")
     line = (
         f"[mlx_kvq] int4-srft: packed {n} of {n} layers, 4.50 bits per value, "
-        "3.56x smaller than fp16, the newest 16 tokens exact, calibrated (random tokens)\n"
+        "3.56x smaller than fp16, the newest 16 tokens exact, calibrated (built-in sample)\n"
     )
     assert capsys.readouterr() == ("", line)
     mlx_kvq.enable(model, "k8v4-srft:group_size=64", verbose=False)
