@@ -21,7 +21,8 @@ class ReadmeHook(MetadataHookInterface):
     """README.md with absolute links: PyPI shows it where no other file of the project is."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        files = metadata["urls"]["Repository"] + "/blob/main/"
+        address = metadata["urls"]["Repository"]
         text = Path(self.root, "README.md").read_text(encoding="utf-8")
-        text = re.sub(r"\]\((?!https?://|#)", f"]({files}", text)
+        text = re.sub(r"(!\[[^]]*\]\()(?!https?://)", rf"\g<1>{address}/raw/main/", text)  # images
+        text = re.sub(r"\]\((?!https?://|#)", f"]({address}/blob/main/", text)
         metadata["readme"] = {"content-type": "text/markdown", "text": text}

@@ -1,4 +1,4 @@
-"""What the reference path's choices on CPU were chosen by, in processor time.
+"""Processor times behind the choices of the reference path on CPU.
 
     python scripts/bench_cpu.py
 

@@ -1,4 +1,5 @@
-"""The rooms of the package: imports run downward only. docs/architecture.md draws them."""
+"""The rooms of the package: imports run downward only. docs/architecture.md draws them. Tests and
+scripts do not import each other, and documents name files that exist."""
 
 import ast
 import re

@@ -149,14 +149,14 @@ def test_the_readme_on_pypi_has_no_relative_link(archives):
         (name,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
         text = wheel.read(name).decode()
     links = re.findall(r"\]\(([^)]*)\)", text)
-    own = re.findall(
-        r"\]\(((?!https?://)[^)]*)\)", (ROOT / "README.md").read_text(encoding="utf-8")
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    own = re.findall(r"(!?)\[[^]]*\]\(((?!https?://|#)[^)]*)\)", readme)
     assert own
     assert all(link.startswith(("https://", "#")) for link in links)
-    for link in own:
+    for image, link in own:
         assert (ROOT / link.partition("#")[0]).exists(), link
-        assert any(found.endswith(f"/mlx-kvq/blob/main/{link}") for found in links), link
+        kind = "raw" if image else "blob"
+        assert any(found.endswith(f"/mlx-kvq/{kind}/main/{link}") for found in links), link
 
 
 def test_the_tests_of_the_sdist_are_complete(archives, tmp_path):

@@ -1,5 +1,5 @@
 """Batches of packed caches: what mlx-lm's BatchGenerator asks of them, and texts that do not
-depend on the company."""
+depend on the other sequences."""
 
 import copy
 import functools

@@ -221,7 +221,7 @@ def test_ctrl_c_while_a_command_enables(monkeypatch, capsys):
     monkeypatch.setattr("mlx_kvq.model.enable.enable", interrupted)
     monkeypatch.setattr(plugin, "_asked", "int4-srft")
     with pytest.raises(SystemExit) as stop:
-        plugin._enabling(lambda: (None, None), is_server=False)()
+        plugin._enabling(lambda: (types.SimpleNamespace(), None), is_server=False)()
     assert (stop.value.code, capsys.readouterr().err) == (130, "[mlx_kvq] interrupted\n")
 
 

@@ -1,4 +1,4 @@
-"""Functions that are changed in place, for whoever holds them."""
+"""Functions changed in place, also for modules that imported them by name."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""mlx_lm.server with --kv-cache: batching stays on, and nobody's text depends on the others."""
+"""mlx_lm.server with --kv-cache: it batches, and a text does not depend on other requests."""
 
 import os
 import subprocess

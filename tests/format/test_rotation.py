@@ -1,4 +1,4 @@
-"""The rotations: orthonormal, the oracle's, and the same signs for ever."""
+"""The rotations: orthonormal, the oracle's, and the same signs in every version."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What the table of ``families`` has no size for, or another one, by family."""
+"""Settings of single families, in place of those in the table of ``families``."""
 
 from tests.support.families import LAYERS, WINDOW, text_config
 

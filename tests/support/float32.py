@@ -1,5 +1,5 @@
-"""The bundled models in fp32: half precision is emulated, hence slow, on CPU, and in fp32 mlx on
-CPU computes a token alike whether it comes alone, in a chunk or in a batch."""
+"""The bundled models in fp32. Half precision is emulated on CPU, hence slow. In fp32 a token gets
+the same result alone, in a chunk and in a batch, but for the last bits where a batch is padded."""
 
 import json
 import shutil

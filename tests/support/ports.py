@@ -1,4 +1,4 @@
-"""Ports for what tests start."""
+"""Free ports for the processes that tests start."""
 
 import random
 import socket
