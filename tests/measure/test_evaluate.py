@@ -17,6 +17,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 import mlx_kvq
 import mlx_kvq.measure.evaluate
 from mlx_kvq import cli
+from mlx_kvq.caches.attention import BLOCK
 from mlx_kvq.calibration.set import CalibrationSet, LayerCalibration
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure import baselines, plots, quality
@@ -359,7 +360,9 @@ def test_what_a_chunk_reads_exactly_is_said(qwen, chunk):
     specs = ["kv8", PLAIN, "int4-srft:calibrate=off,recent=2"]
     e = evaluate(*qwen, specs, [text], windows=1, tokens=64, chunk=chunk, progress=False)
     notes = [e[s].note for s in specs]
-    note = "read as a prompt, whose tokens read their block of 256 exactly; --chunk 8 reads as "
+    note = (
+        f"read as a prompt, whose tokens read their block of {BLOCK} exactly; --chunk 8 reads as "
+    )
     note += "decoding does"
     assert notes == ["", "", note if chunk > 8 else ""]
     assert e[specs[2]].kl.mean < e[PLAIN].kl.mean
