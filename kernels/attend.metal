@@ -19,24 +19,22 @@
 //   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
 //   in units of log 2. Queries are fp16 after division by their largest magnitude, so any
 //   model's range fits; probabilities and dequantized values are fp16, every sum is fp32.
-constexpr int K_WORDS = KD * KB / 32;
-constexpr int CODES = K_WORDS + VD * VB / 32;
-constexpr int SCALES = KD / KG + VD / VG;
-constexpr int W = CODES + (SCALES + 1) / 2;
 constexpr int WIDTH = W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1;  // words a load; rows are whole loads
 constexpr int TILE = TK * W;
 constexpr int STAGE = (TILE / WIDTH + 31) / 32 * WIDTH;
 constexpr int Q_TILES = kvq::key_slots(KD, KB) * kvq::per_word(KB);
+constexpr int QUERY_PAIRS = 8 * Q_TILES + 1;  // one more, so that lanes are on banks of their own
 constexpr int V_TILES = kvq::value_tiles(VD, VB);
 constexpr bool WHOLE = kvq::whole_slots(KB, KG);
-constexpr int OFFSETS = WHOLE ? KD / KG : 1;
+constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
 constexpr int MEMORY_TILES = NSG * TILE;
 constexpr int MEMORY_SUMS = NSG / 2 * SUMS > 8 * VD ? NSG / 2 * SUMS : 8 * VD;
 constexpr int MEMORY = MEMORY_TILES > MEMORY_SUMS ? MEMORY_TILES : MEMORY_SUMS;
 
 threadgroup uint4 memory[(MEMORY + 3) / 4];
-threadgroup half queries[8 * KD];
+threadgroup half2 queries[4 * QUERY_PAIRS];  // rows 2 * pair and 2 * pair + 1 of a channel in a word
+threadgroup float2 shared_offsets[4 * (HOLD_QUERIES == 0 ? OFFSETS : 1)];
 threadgroup float query_scale[8];
 threadgroup float maxima[8 * NSG];
 threadgroup float totals[8 * NSG];
@@ -45,12 +43,12 @@ const uint lane = thread_index_in_simdgroup;
 const int group = int(simdgroup_index_in_threadgroup);
 const int split = int(threadgroup_position_in_grid.x);
 const int splits = int(threadgroups_per_grid.x);
-const int length = info[0];
-const int heads = info[1];
-const int L = info[2];
-const float scale = as_type<float>(info[3]);
-const bool causal = info[4] != 0;
-const int window = info[5];
+const int length = info[kvq::LENGTH];
+const int heads = info[kvq::HEADS];
+const int L = info[kvq::QUERIES];
+const float scale = as_type<float>(info[kvq::SCALE]);
+const bool causal = info[kvq::CAUSAL] != 0;
+const int window = info[kvq::WINDOW];
 const int query_rows = heads * L;
 const int blocks = (query_rows + 7) / 8;
 const int b = int(threadgroup_position_in_grid.z);
@@ -69,23 +67,22 @@ const int low_edge = max(start, window > 0 ? length - window : 0);
 int high_edge = causal ? offset + 1 : length;
 // Rows of tokens that are read from the tail: in a ring [hole, idx) and those from `end` on,
 // otherwise the last ones.
-const int recent = TAIL ? info[6] : 0;
-const int keep = TAIL ? info[7] : 0;
-const int idx = TAIL ? info[8] : length;
+const int recent = TAIL ? info[kvq::RECENT] : 0;
+const int keep = TAIL ? info[kvq::KEEP] : 0;
+const int idx = TAIL ? info[kvq::NEXT] : length;
 const bool is_ring = TAIL && idx < length;
 const int hole = is_ring ? max(keep, idx - recent) : length;
 const int end = is_ring ? min(length, length - recent + idx - keep) : length - recent;
 if (TAIL) high_edge = min(high_edge, is_ring ? end : offset + 1 - recent);
 
-// This SIMD group's first rows are on their way while the queries are rotated.
 const auto head_rows = rows + (b * rows_strides[0] + kv_head * rows_strides[1]);
 const int first_tile = lowest / TK;
 const int tiles = max(0, (end + TK - 1) / TK - first_tile);
 const int share = (tiles + splits - 1) / splits;
 const int tile_end = first_tile + min(tiles, (split + 1) * share);
 int tile = first_tile + split * share + group;
-uint stage[STAGE];
-if (tile < tile_end) {
+uint stage[PREFETCH != 0 ? STAGE : 1];
+if (PREFETCH != 0 && tile < tile_end) {  // in flight while the queries are rotated
   kvq::load_tile<TILE, WIDTH>(
       stage, head_rows + int64_t(tile) * TILE, min(TK, length - tile * TK) * W, lane);
 }
@@ -109,39 +106,50 @@ for (int r = group; r < 8; r += NSG) {
   const float inverse = peak > 1e-30f ? 1.0f / peak : 0.0f;
   if (lane < uint(kvq::lanes_of(KD))) {
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
-      const int c = r * KD + 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
-      queries[c] = half(z[a].x * inverse);
-      queries[c + 1] = half(z[a].y * inverse);
+      const int c = 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
+      kvq::store_query<KB, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, z[a], inverse);
     }
   }
+  for (int c = KD + 2 * int(lane); c < 8 * Q_TILES; c += 64) {  // of the last word's channels
+    kvq::store_query<KB, WHOLE>(
+        queries + r / 2 * QUERY_PAIRS + c, r % 2, float2(0.0f, 0.0f), 0.0f);
+  }
   if (lane == 0) {
-    query_scale[r] = peak * scale * 1.44269504088896f;
+    query_scale[r] = peak * scale * kvq::log2_e();
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // From here on a lane has two query rows: columns 2 * pair and 2 * pair + 1 of every product.
-half2 query[Q_TILES];
-UNROLL for (int i = 0; i < Q_TILES; i++) {
-  const int c = kvq::query_channel<KB>(i, int(at.row));
-  const float up = WHOLE && kvq::is_upper(KB, i) ? 0.0625f : 1.0f;
-  const float x = c < KD ? float(queries[int(at.pair) * 2 * KD + min(c, KD - 1)]) * up : 0.0f;
-  const float y = c < KD ? float(queries[int(at.pair) * 2 * KD + KD + min(c, KD - 1)]) * up : 0.0f;
-  query[i] = kvq::right_operand(half2(half(x), half(y)));
+const auto pair_queries = queries + int(at.pair) * QUERY_PAIRS;
+const auto pair_offsets = shared_offsets + int(at.pair) * (HOLD_QUERIES == 0 ? OFFSETS : 1);
+half2 query[HOLD_QUERIES != 0 ? Q_TILES : 1];
+float2 offsets[HOLD_QUERIES != 0 ? OFFSETS : 1];
+if (HOLD_QUERIES != 0) {
+  UNROLL for (int i = 0; i < Q_TILES; i++) {
+    query[i] = kvq::read_query<KB>(pair_queries, i, at);
+  }
 }
-float2 offsets[OFFSETS];
-if (WHOLE) {
-  kvq::score_offset<KD, KB, WHOLE ? KG : KD, HALF_STEP>(offsets, query, queries, at);
+constexpr int GROUP = WHOLE ? KG : KD;
+if (WHOLE && HOLD_QUERIES != 0) {
+  UNROLL for (int g = 0; g < OFFSETS; g++) {
+    offsets[g] = kvq::PRODUCTS_ARE_CHEAP != 0
+        ? kvq::score_offset<KB, GROUP, HALF_STEP>(query, g)
+        : kvq::score_offset<KB, GROUP, HALF_STEP>(pair_queries, g, at);
+  }
+} else if (WHOLE) {
+  for (int g = group; g < OFFSETS; g += NSG) {
+    const float2 x = kvq::score_offset<KB, GROUP, HALF_STEP>(pair_queries, g, at);
+    if (at.row == 0) pair_offsets[g] = x;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 const float2 factor = float2(query_scale[2 * at.pair], query_scale[2 * at.pair + 1]);
-int low[2], high[2], limit[2];
+int position[2];
 int64_t mask_at[2];
 UNROLL for (int i = 0; i < 2; i++) {
   const int row = min(first_row + 2 * int(at.pair) + i, query_rows - 1);
-  const int position = offset + row % L;
-  low[i] = max(start, window > 0 ? position - window + 1 : 0);
-  limit[i] = causal ? position + 1 : length;
-  high[i] = TAIL ? min(limit[i], is_ring ? end : max(keep, position + 1 - recent)) : limit[i];
+  position[i] = offset + row % L;
   mask_at[i] = 0;
   if (MASK != 0) {
     mask_at[i] = b * mask_strides[0] + (kv_head * heads + row / L) * mask_strides[1] +
@@ -165,10 +173,12 @@ if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
     const auto y = tail +
         (b * tail_strides[0] + kv_head * tail_strides[1] +
          (tail_shape[2] - 1 - age) * tail_strides[2]);
-    float exact_key[KD / 8], exact_value[V_TILES];  // both on their way at once
-    kvq::read_exact<KD, KD / 8>(exact_key, y, int(at.row) * (KD / 8));
-    kvq::read_exact<VD, V_TILES>(exact_value, y + KD, kvq::value_channel<VD, VB>(0, at.row));
-    float2 s = kvq::exact_score<KD>(exact_key, queries, at);
+    float exact_value[PREFETCH != 0 ? V_TILES : 1];
+    const int exact_channel = kvq::value_channel<VD, VB>(0, at.row);
+    if (PREFETCH != 0) {  // key and value in flight at once
+      kvq::read_exact<VD, V_TILES>(exact_value, y + KD, exact_channel);
+    }
+    float2 s = kvq::exact_score<KD, KB, WHOLE>(y, pair_queries, at);
     s = float2(s.x * factor.x, s.y * factor.y);
     if (MASK != 0) {
       const auto x = mask[mask_at[0] + key * mask_strides[3]];
@@ -176,12 +186,16 @@ if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
       if (MASK == 1) {
         s = float2(x ? s.x : masked, z ? s.y : masked);
       } else {
-        s = float2(s.x + float(x) * 1.44269504088896f, s.y + float(z) * 1.44269504088896f);
+        s = float2(s.x + float(x) * kvq::log2_e(), s.y + float(z) * kvq::log2_e());
       }
     }
-    s = float2(
-        key >= low[0] && key < limit[0] && (is_ring || key >= high[0]) ? s.x : masked,
-        key >= low[1] && key < limit[1] && (is_ring || key >= high[1]) ? s.y : masked);
+    bool seen[2];
+    UNROLL for (int i = 0; i < 2; i++) {
+      const int low = max(start, window > 0 ? position[i] - window + 1 : 0);
+      seen[i] = key >= low && key < (causal ? position[i] + 1 : length) &&
+          (is_ring || key >= max(keep, position[i] + 1 - recent));
+    }
+    s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
     const float2 top = float2(max(m.x, s.x), max(m.y, s.y));
     const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
     const float2 p = float2(fast::exp2(s.x - top.x), fast::exp2(s.y - top.y));
@@ -190,15 +204,30 @@ if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
     UNROLL for (int i = 0; i < V_TILES; i++) {
       sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
     }
-    kvq::add_exact<V_TILES>(sums, exact_value, float2(256.0f * p.x, 256.0f * p.y));
+    const float2 large = float2(256.0f * p.x, 256.0f * p.y);
+    if (PREFETCH != 0) {
+      kvq::add_exact<V_TILES>(sums, exact_value, large);
+    } else {
+      constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
+      UNROLL for (int i = 0; i < V_TILES; i += PART) {
+        float part[PART];
+        kvq::read_exact<VD, PART>(part, y + KD, exact_channel + i);
+        kvq::add_exact<PART>(sums + i, part, large);
+      }
+    }
     m = top;
   }
 }
 for (; tile < tile_end; tile += NSG) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  kvq::store_tile<TILE, WIDTH>(own, stage, lane);
+  if (PREFETCH != 0) {
+    kvq::store_tile<TILE, WIDTH>(own, stage, TILE, lane);
+  } else {
+    kvq::copy_tile<TILE, WIDTH>(
+        own, head_rows + int64_t(tile) * TILE, min(TK, length - tile * TK) * W, lane);
+  }
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  if (tile + NSG < tile_end) {
+  if (PREFETCH != 0 && tile + NSG < tile_end) {
     kvq::load_tile<TILE, WIDTH>(
         stage,
         head_rows + int64_t(tile + NSG) * TILE,
@@ -207,12 +236,13 @@ for (; tile < tile_end; tile += NSG) {
   }
   auto key_lift = kvq::no_lift();
   if (!WHOLE) {
-    key_lift = kvq::lift_of<TK, W, CODES, 0, KD / KG>(own, lane);
+    key_lift = kvq::lift_of<TK, W, CODES, 0, K_SCALES>(own, lane);
   }
   float2 s[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i += 2) {
     kvq::scores<KD, KB, KG, HALF_STEP, W, CODES>(
-        s[i], s[i + 1], own + 8 * i * W, query, offsets, key_lift.operand, at);
+        s[i], s[i + 1], own + 8 * i * W, query, offsets, pair_queries, pair_offsets,
+        key_lift.operand, at);
   }
   const int first_key = tile * TK;
   const bool edge = first_key < low_edge || first_key + TK > high_edge ||
@@ -229,15 +259,19 @@ for (; tile < tile_end; tile += NSG) {
           s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
         } else {
           s[i] = float2(
-              s[i].x + float(x) * 1.44269504088896f, s[i].y + float(y) * 1.44269504088896f);
+              s[i].x + float(x) * kvq::log2_e(), s[i].y + float(y) * kvq::log2_e());
         }
       }
     }
     if (edge) {
-      const bool there = !TAIL || key < hole || key >= idx;
-      s[i] = float2(
-          there && key >= low[0] && key < high[0] ? s[i].x : masked,
-          there && key >= low[1] && key < high[1] ? s[i].y : masked);
+      bool seen[2];
+      UNROLL for (int j = 0; j < 2; j++) {
+        const int low = max(start, window > 0 ? position[j] - window + 1 : 0);
+        int high = causal ? position[j] + 1 : length;
+        if (TAIL) high = min(high, is_ring ? end : max(keep, position[j] + 1 - recent));
+        seen[j] = key >= low && key < high && (!TAIL || key < hole || key >= idx);
+      }
+      s[i] = float2(seen[0] ? s[i].x : masked, seen[1] ? s[i].y : masked);
     }
     top = float2(max(top.x, s[i].x), max(top.y, s[i].y));
   }
@@ -251,7 +285,7 @@ for (; tile < tile_end; tile += NSG) {
     m = top;
   }
   // Probabilities are 2^8 times as large, so that the small ones have all bits of fp16.
-  const auto lift = kvq::lift_of<TK, W, CODES, KD / KG, VD / VG>(own, lane);
+  const auto lift = kvq::lift_of<TK, W, CODES, K_SCALES, VD / VG>(own, lane);
   const float enlarge = 256.0f * lift.back;
   half2 p[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i++) {
@@ -261,7 +295,7 @@ for (; tile < tile_end; tile += NSG) {
     p[i] = kvq::right_operand(half2(half(x * enlarge), half(y * enlarge)));
   }
   UNROLL for (int i = 0; i < TK / 8; i += 2) {
-    kvq::add_values<VD, VB, VG, HALF_STEP, W, K_WORDS, CODES, KD / KG>(
+    kvq::add_values<VD, VB, VG, HALF_STEP, W, K_WORDS, CODES, K_SCALES>(
         sums, own + 8 * i * W, p[i], p[i + 1], lift.operand, at);
   }
 }

@@ -1,10 +1,10 @@
-// End of attend on CUDA with several splits, after attend_store.metal: the threadgroup that
-// finishes last of its query block merges the partial sums, so no second launch is needed. A
-// launch costs about 17 us of host time through MLX, more than this merge (see mlx_kvq/ops/gpu/tuning.py).
+// End of attend with several splits on CUDA, after attend_store.metal: the last threadgroup of a
+// query block to finish merges the partial sums. A second launch would cost about 17 us of host time
+// through MLX, more than this merge.
 //
-// `arrivals` holds a zero for each query block; atomicInc makes it zero again for the next call.
-// Metal has no fence that orders device memory between threadgroups on every system that MLX
-// supports, so Apple GPUs take the second launch (combine.metal).
+// `arrivals` holds a zero for each query block; atomicInc resets it for the next call. Metal has no
+// fence for device memory between threadgroups on all systems that MLX supports: Apple GPUs take the
+// second launch (combine.metal).
 threadgroup bool is_last;
 __threadfence();
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -16,7 +16,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 if (is_last) {
   __threadfence();
   constexpr int CHANNELS = (VD + 31) / 32;
-  // Partial sums on their way at once, since each costs the latency of L2.
+  // Loads in flight: each has the latency of L2.
   constexpr int AHEAD = CHANNELS > 4 ? 8 : 16;
   for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
     const int row = first_row + r;
@@ -60,19 +60,17 @@ if (is_last) {
       if (c < VD) merged[r * VD + c] = row_sums[i];
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    const float sink = kvq::sink_logit<KD, ROTATION, K_CALIBRATED, K_CENTRED, SINKS>(
-        SINKS ? float(sinks[head]) : 0.0f,
-        q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
-        q_strides[3], k_table, kv_head, scale, lane);
-    const float2 normal = kvq::normalise(row_top, row_total, SINKS, sink);
-    kvq::finish_row<VD, ROTATION, V_CALIBRATED>(
+    kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
         out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
         merged + r * VD,
-        1,
-        normal,
+        float2(row_top, row_total),
+        SINKS ? float(sinks[head]) : 0.0f,
+        q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
+        q_strides[3],
+        k_table,
         v_table,
         kv_head,
-        lane < uint(kvq::lanes_of(VD)),
+        scale,
         lane);
   }
 }

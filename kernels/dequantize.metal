@@ -3,20 +3,15 @@
 //
 // Layout: rows uint32 [B, H, capacity, W], any batch and head strides; outputs row contiguous. If
 //   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD].
-// Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS
-//   rows, on their way at once: one word of 4-bit or two words of 8-bit codes each, and
-//   neighbouring threads write neighbouring channels, 16 bytes
-//   each in half precision: with a store per channel it took 0.42 TB/s of an H100's 3.
+// Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS rows:
+//   one word of 4-bit or two words of 8-bit codes each. Neighbouring threads write neighbouring 16
+//   bytes in half precision; with a store per channel the kernel took 0.42 TB/s of an H100's 3.
 // Limits: head sizes are multiples of 8, length * (KD + VD) / 8 is below 2^31. fp32 arithmetic,
 //   rounded once.
-constexpr int K_WORDS = KD * KB / 32;
-constexpr int CODES = K_WORDS + VD * VB / 32;
-constexpr int SCALES = KD / KG + VD / VG;
-constexpr int W = CODES + (SCALES + 1) / 2;
 constexpr int EIGHTS = (KD + VD) / 8;
-constexpr int STEPS = 4;  // fused.py knows
+constexpr int STEPS = 4;  // as in mlx_kvq/ops/gpu
 
-const int length = info[0];
+const int length = info[kvq::LENGTH];
 const int h = int(threadgroup_position_in_grid.y);
 const int b = int(threadgroup_position_in_grid.z);
 const int i = int(threadgroup_position_in_grid.x) * 256 + int(thread_position_in_threadgroup.x);
@@ -51,7 +46,7 @@ if (eight < KD / 8) {
   UNROLL for (int j = 0; j < STEPS; j++) {
     const auto from = head + int64_t(min(row + j, length - 1)) * W;
     UNROLL for (int w = 0; w < VB / 4; w++) words[j][w] = from[K_WORDS + v * (VB / 4) + w];
-    scales[j] = kvq::row_scale(from + CODES, KD / KG + v * 8 / VG);
+    scales[j] = kvq::row_scale(from + CODES, K_SCALES + v * 8 / VG);
   }
   UNROLL for (int j = 0; j < STEPS; j++) {
     if (TAIL && row + j >= exact && row + j < length) {

@@ -1,14 +1,14 @@
-// Codes to values, one thread at a time, in fp32; and values in memory, eight at a time.
+// Codes to fp32 values, and vectors of eight or two channels in memory, of any float type.
 namespace kvq {
 
-inline float row_scale(const device uint* scales, int index) {
+INLINE float row_scale(const device uint* scales, int index) {
   const uint word = scales[index / 2];
   return float(as_type<half>(ushort(index % 2 == 0 ? word & 0xffffu : word >> 16)));
 }
 
-// On the way to fp16: finite numbers saturate, infinities and NaN become NaN, so that damage shows.
+// Before a conversion to fp16: finite numbers saturate; infinities become NaN, so damage shows.
 template <int N>
-inline void keep_finite(const device half*, thread float2* x) {
+INLINE void keep_finite(const device half*, thread float2* x) {
   UNROLL for (int i = 0; i < N; i++) {
     x[i] = float2(
         fma(x[i].x, 0.0f, clamp(x[i].x, -65504.0f, 65504.0f)),
@@ -16,29 +16,29 @@ inline void keep_finite(const device half*, thread float2* x) {
   }
 }
 template <int N, typename T>
-inline void keep_finite(const device T*, thread float2*) {}
+INLINE void keep_finite(const device T*, thread float2*) {}
 
-inline uint two_halves(float2 x) {
+INLINE uint two_halves(float2 x) {
   return as_type<uint>(half2(half(x.x), half(x.y)));
 }
 
 // Eight neighbouring channels in one or two 16-byte stores; `out` is aligned to them.
-inline void write_eight(device half* out, const thread float* x) {
+INLINE void write_eight(device half* out, const thread float* x) {
   float2 y[4];
   UNROLL for (int i = 0; i < 4; i++) y[i] = float2(x[2 * i], x[2 * i + 1]);
   keep_finite<4>(out, y);
   *reinterpret_cast<device uint4*>(out) =
       uint4(two_halves(y[0]), two_halves(y[1]), two_halves(y[2]), two_halves(y[3]));
 }
-inline uint two_bfloats(float a, float b) {
+INLINE uint two_bfloats(float a, float b) {
   return uint(as_type<ushort>(bfloat16_t(a))) | (uint(as_type<ushort>(bfloat16_t(b))) << 16);
 }
-inline void write_eight(device bfloat16_t* out, const thread float* x) {
+INLINE void write_eight(device bfloat16_t* out, const thread float* x) {
   *reinterpret_cast<device uint4*>(out) = uint4(
       two_bfloats(x[0], x[1]), two_bfloats(x[2], x[3]), two_bfloats(x[4], x[5]),
       two_bfloats(x[6], x[7]));
 }
-inline void write_eight(device float* out, const thread float* x) {
+INLINE void write_eight(device float* out, const thread float* x) {
   UNROLL for (int i = 0; i < 2; i++) {
     reinterpret_cast<device uint4*>(out)[i] = uint4(
         as_type<uint>(x[4 * i]), as_type<uint>(x[4 * i + 1]), as_type<uint>(x[4 * i + 2]),
@@ -47,7 +47,7 @@ inline void write_eight(device float* out, const thread float* x) {
 }
 
 // Eight neighbouring channels, aligned to 16 bytes.
-inline void read_eight(thread float* x, const device half* in) {
+INLINE void read_eight(thread float* x, const device half* in) {
   const uint4 w = *reinterpret_cast<const device uint4*>(in);
   const uint words[4] = {w.x, w.y, w.z, w.w};
   UNROLL for (int i = 0; i < 4; i++) {
@@ -56,7 +56,7 @@ inline void read_eight(thread float* x, const device half* in) {
     x[2 * i + 1] = float(pair.y);
   }
 }
-inline void read_eight(thread float* x, const device bfloat16_t* in) {
+INLINE void read_eight(thread float* x, const device bfloat16_t* in) {
   const uint4 w = *reinterpret_cast<const device uint4*>(in);
   const uint words[4] = {w.x, w.y, w.z, w.w};
   UNROLL for (int i = 0; i < 4; i++) {
@@ -64,7 +64,7 @@ inline void read_eight(thread float* x, const device bfloat16_t* in) {
     x[2 * i + 1] = as_type<float>(words[i] & 0xffff0000u);
   }
 }
-inline void read_eight(thread float* x, const device float* in) {
+INLINE void read_eight(thread float* x, const device float* in) {
   UNROLL for (int i = 0; i < 2; i++) {
     const uint4 w = reinterpret_cast<const device uint4*>(in)[i];
     x[4 * i] = as_type<float>(w.x);
@@ -73,38 +73,40 @@ inline void read_eight(thread float* x, const device float* in) {
     x[4 * i + 3] = as_type<float>(w.w);
   }
 }
-template <typename T>  // what stands for a tail that is not there
-inline void read_eight(thread float* x, const device T* in) {
+template <typename T>  // compiled, never called, in a launch without a tail
+INLINE void read_eight(thread float* x, const device T* in) {
   UNROLL for (int i = 0; i < 8; i++) x[i] = float(in[i]);
+}
+
+template <typename T>
+INLINE void zero_eight(device T* out) {
+  UNROLL for (int i = 0; i < int(sizeof(T)) / 2; i++) {
+    reinterpret_cast<device uint4*>(out)[i] = uint4(0, 0, 0, 0);
+  }
 }
 
 // Eight channels from one type to another.
 template <typename T, typename S>
-inline void convert_eight(device T* out, const device S* in) {
+INLINE void convert_eight(device T* out, const device S* in) {
   float x[8];
   read_eight(x, in);
   write_eight(out, x);
 }
 
-// Two neighbouring channels in one store; not more than fp16 holds (`keep_finite`).
-inline void write_two(device half* out, float2 x) {
+// Two neighbouring channels in one store. For fp16, call `keep_finite` first.
+INLINE void write_two(device half* out, float2 x) {
   *reinterpret_cast<device uint*>(out) = two_halves(x);
 }
-inline void write_two(device bfloat16_t* out, float2 x) {
+INLINE void write_two(device bfloat16_t* out, float2 x) {
   *reinterpret_cast<device uint*>(out) = two_bfloats(x.x, x.y);
 }
-inline void write_two(device float* out, float2 x) {
+INLINE void write_two(device float* out, float2 x) {
   *reinterpret_cast<device uint2*>(out) = uint2(as_type<uint>(x.x), as_type<uint>(x.y));
-}
-
-template <typename T>
-inline void write_one(device T* out, float x) {
-  *out = T(x);
 }
 
 // Eight channels, from one word of 4-bit codes or two of 8-bit codes.
 template <int BITS, bool HALF_STEP>
-inline void eight_levels(thread float* x, const thread uint* words, float scale) {
+INLINE void eight_levels(thread float* x, const thread uint* words, float scale) {
   const float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
   UNROLL for (int i = 0; i < 8; i++) {
     const uint word = words[i * BITS / 32];

@@ -1,5 +1,5 @@
-// What differs between machines, NVIDIA's side: Metal's vocabulary in CUDA, and the 8x8 matrix
-// tile. machine.metal is Apple's side. Both have SIMD groups of 32 lanes.
+// What differs between machines, NVIDIA's side: Metal's words in CUDA, and the 8x8 matrix tile.
+// machine.metal is Apple's side. Both have SIMD groups of 32 lanes.
 //
 // MLX puts this before the kernel and after its own includes (fp16, bf16, cooperative groups);
 // it compiles with every function on the device by default.
@@ -8,6 +8,8 @@
 #define thread
 #define threadgroup
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
+#define INLINE inline  // nvcc inlines all of it by itself
 
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)

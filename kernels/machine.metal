@@ -1,15 +1,19 @@
-// What differs between machines, Apple's side: vocabulary for loops and the 8x8 matrix tile.
-// machine.cuh is NVIDIA's side; every other source is the same bytes on both.
+// What differs between machines, Apple's side. machine.cuh is NVIDIA's side; all other sources are
+// the same on both.
 //
 // A tile is spread over the 32 lanes of a SIMD group: each lane holds two neighbouring elements,
 // (row, 2 * pair) and (row, 2 * pair + 1). The layout is that of simdgroup_matrix's
 // thread_elements(), as MLX's own matrix kernels use it.
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define ROLLED _Pragma("clang loop unroll(disable)")  // short of registers
+// Metal's compiler is said to inline everything. If it did not, arrays of a caller that a function
+// fills would be in memory and not in registers.
+#define INLINE inline __attribute__((always_inline))
 
 namespace kvq {
 
-// Whether a product of tiles costs little more than one of numbers: 20 cycles here, so that 128 of
-// them before the first key were half of attend's time at 1K keys (scripts/estimate_apple.py).
+// Whether a matrix product costs little more than a scalar one: here it is 20 cycles, and 128 of them
+// before the first key were half of attend's time at 1K keys (scripts/estimate_apple.py).
 enum : int { PRODUCTS_ARE_CHEAP = 0 };
 
 struct tile_lane {
@@ -17,7 +21,7 @@ struct tile_lane {
   uint pair;  // 0 to 3, columns 2 * pair and 2 * pair + 1
 };
 
-inline tile_lane tile_position(uint lane) {
+INLINE tile_lane tile_position(uint lane) {
   tile_lane at;
   at.row = ((lane >> 2) & 4u) | ((lane >> 1) & 3u);
   at.pair = ((lane >> 2) & 2u) | (lane & 1u);
@@ -25,43 +29,46 @@ inline tile_lane tile_position(uint lane) {
 }
 
 // Some bits of a word among the bits of a constant.
-inline uint masked_or(uint word, uint mask, uint bits) {
+INLINE uint masked_or(uint word, uint mask, uint bits) {
   return (word & mask) | bits;
 }
 
-// Two neighbouring channels in one load, where the address is known to allow it: it is not here.
+// Two neighbouring channels in one load, if the address is known to be aligned: it is not here.
 template <typename T>
-inline bool reads_pairs(const device T*) {
+INLINE bool reads_pairs(const device T*) {
   return false;
 }
 template <typename T>
-inline float2 read_pair(const device T* x) {
+INLINE float2 read_pair(const device T* x) {
   return float2(float(x[0]), float(x[1]));
 }
 
-inline float reciprocal(float x) {
-  return 1.0f / x;
+// Within a few units of the last place: enough for codes, which are whole numbers, and for scales,
+// which are rounded to fp16. Divisions that all backends must agree about (`code_channels`, EXACT)
+// and the softmax's, one a row, are exact ones.
+INLINE float reciprocal(float x) {
+  return fast::divide(1.0f, x);
 }
-inline float square_root(float x) {
-  return sqrt(x);
+INLINE float square_root(float x) {
+  return fast::sqrt(x);
 }
-inline float saturated(float x) {
+INLINE float saturated(float x) {
   return clamp(x, 0.0f, 1.0f);
 }
 // Codes: whole numbers.
-inline float rounded_code(float a, float b) {  // the nearest to a * b
+INLINE float rounded_code(float a, float b) {  // the nearest to a * b
   return rint(a * b);
 }
-inline float floor_code(float a, float b) {  // floor(a * b) + 8, which is not negative
+INLINE float floor_code(float a, float b) {  // floor(a * b) + 8, which is not negative
   return floor(a * b) + 8.0f;
 }
-inline float level_of(float code) {
+INLINE float level_of(float code) {
   return code - 7.5f;
 }
-// Codes of a word, the first one lowest. Sums of fp32 hold 16 bits exactly, and adding 2^23 puts
-// them where integers have theirs: shifts and conversions take longer.
+// A word of codes, the first one lowest. Sums in fp32 hold 16 bits exactly, and adding 2^23 puts
+// these bits in place: faster than shifts and conversions.
 template <int BITS>
-inline uint word_of(const thread float* codes) {
+INLINE uint word_of(const thread float* codes) {
   constexpr int HALF = 16 / BITS;
   float low = 0.0f, high = 0.0f;
   UNROLL for (int i = HALF - 1; i >= 0; i--) {
@@ -72,24 +79,24 @@ inline uint word_of(const thread float* codes) {
 }
 
 // Reductions over the eight rows of a tile's column pair.
-inline float rows_max(float x) {
+INLINE float rows_max(float x) {
   x = max(x, simd_shuffle_xor(x, 2));
   x = max(x, simd_shuffle_xor(x, 4));
   return max(x, simd_shuffle_xor(x, 16));
 }
 
-inline float rows_sum(float x) {
+INLINE float rows_sum(float x) {
   x += simd_shuffle_xor(x, 2);
   x += simd_shuffle_xor(x, 4);
   return x + simd_shuffle_xor(x, 16);
 }
 
 // The right operand of a product, from a tile in the common layout (row = k).
-inline half2 right_operand(half2 tile) {
+INLINE half2 right_operand(half2 tile) {
   return tile;
 }
 
-inline void multiply_tile(thread float2& c, half2 a, half2 b) {
+INLINE void multiply_tile(thread float2& c, half2 a, half2 b) {
   simdgroup_matrix<half, 8, 8> A, B;
   simdgroup_matrix<float, 8, 8> C;
   reinterpret_cast<thread half2&>(A.thread_elements()) = a;
@@ -100,7 +107,7 @@ inline void multiply_tile(thread float2& c, half2 a, half2 b) {
 }
 
 // [c0; c1] += [a00 a01; a10 a11] x [b0; b1]: a 16 x 16 by 16 x 8 product, fp32 accumulation.
-inline void multiply(
+INLINE void multiply(
     thread float2& c0,
     thread float2& c1,
     half2 a00,

@@ -1,14 +1,14 @@
 // Quantization of rotated channels in the registers of a SIMD group: scales, codes, words.
 //
-// A lane has CH channels in a row, all of one group or of the part of a group that SPAN lanes
-// share; the lanes of a group differ in the bits of MASK * (SPAN - 1), or, where SPAN is not a
-// power of two, are those from `first` on. The arithmetic is that of `mlx_kvq.format.levels.quantize`.
+// A lane has CH neighbouring channels of one group, which SPAN lanes share. If SPAN is a power of
+// two, these lanes differ in the bits of MASK * (SPAN - 1); otherwise they are neighbours, from lane
+// `first` on. The arithmetic is that of `mlx_kvq.format.levels.quantize`.
 namespace kvq {
 
 enum : int { SEARCH = 0, ABSMAX = 1, PAPER = 2 };  // template value RULE
 
 template <int SPAN, int MASK, bool SUM>
-inline float group_reduce(float x, uint first) {
+INLINE float group_reduce(float x, uint first) {
   if (is_power(SPAN)) {
     UNROLL for (int h = 1; h < SPAN; h *= 2) {
       const float other = simd_shuffle_xor(x, ushort(h * MASK));
@@ -27,34 +27,35 @@ inline float group_reduce(float x, uint first) {
 constexpr float smallest_half() {
   return 1.0f / 16777216.0f;
 }
-// Up to a multiple of the smallest number of fp16, then to fp16: rounded down, the smallest scales
-// would clip the largest channel by a third.
-inline float scale_to_half(float s) {
+// Rounded up to a multiple of fp16's smallest number, then to fp16. Rounded down, the smallest
+// scales would clip the largest channel by a third.
+INLINE float scale_to_half(float s) {
   return float(half(min(-floor(-16777216.0f * s) * smallest_half(), 65504.0f)));
 }
 
-inline device ushort* halves_of(device uint* words) {
+INLINE device ushort* halves_of(device uint* words) {
   return reinterpret_cast<device ushort*>(words);
 }
 
-// The two scales that are tried, in 750ths of a group's largest channel: `reference.tried`.
+// The two scales tried, in 750ths of a group's largest channel (mlx_kvq/format/levels.py).
 constexpr int tried_scale(int GROUP, int i) {
   return GROUP <= 32 ? 100 - 6 * i : GROUP <= 64 ? 96 - 7 * i : 93 - 7 * i;
 }
 constexpr bool is_inside(int tried) {  // the largest channel is less than 8 of it
   return 750.0f < 7.99f * float(tried);
 }
-// Groups of channels up to this have no searched scale: its 7.5th rounds to 0 in fp16.
+// A group whose largest channel is not above this gets scale 0: a 7.5th of it is 0 in fp16.
 constexpr float least_top() {
   return 7.5f / 33554432.0f;
 }
 
-// Codes n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], or rint() for the paper's rule, and
-// words of them, to which dot and length, of the levels n - 7.5, add up. Half-precision channels
-// that were not rotated are often whole multiples of their scale; EXACT then divides, so that all
-// backends agree about such ties. INSIDE: no code is out of range.
+// Codes n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], or rint() by the paper's rule, packed
+// into words. `dot` and `length` gain the sums of x * level and level * level, level = n - 7.5.
+// EXACT divides instead of multiplying by `inverse`: half-precision channels that were not rotated
+// are often whole multiples of their scale, and all backends must agree about such ties.
+// INSIDE: no code is out of range.
 template <int CH, int BITS, int RULE, bool INSIDE, bool EXACT>
-inline void code_channels(
+INLINE void code_channels(
     thread uint* words,
     thread float& dot,
     thread float& length,
@@ -87,16 +88,33 @@ inline void code_channels(
   }
 }
 
+// Keeps the words whose levels have the smaller angle to x, by dot^2 / length.
+template <int WORDS>
+INLINE void keep_better(
+    thread uint* words,
+    thread float& best_dot,
+    thread float& best_length,
+    const thread uint* tried,
+    float dot,
+    float length,
+    bool is_first) {
+  const bool better = is_first || dot * dot * best_length > best_dot * best_dot * length;
+  UNROLL for (int w = 0; w < WORDS; w++) words[w] = better ? tried[w] : words[w];
+  best_dot = better ? dot : best_dot;
+  best_length = better ? length : best_length;
+}
+
 // Writes CH * BITS / 32 words and the bits of the group's fp16 scale.
 template <int CH, int BITS, int RULE, int SPAN, int MASK, bool EXACT>
-inline void quantize_channels(
+INLINE void quantize_channels(
     thread uint* words,
     thread ushort& scale_bits,
     const thread float* x,
-    uint first) {
+    uint first,
+    int zero) {
   constexpr int WORDS = CH * BITS / 32;
   constexpr int GROUP = CH * SPAN;
-  float top = 0.0f, squares = 0.0f;  // NaN where a channel is, which max() passes over
+  float top = 0.0f, squares = 0.0f;  // squares: NaN if a channel is; max() ignores NaN
   UNROLL for (int i = 0; i < CH; i++) {
     top = max(top, fabs(x[i]));
     squares = fma(x[i], x[i], squares);
@@ -105,27 +123,39 @@ inline void quantize_channels(
   squares = group_reduce<SPAN, MASK, true>(squares, first);
   float scale;
   if (RULE == SEARCH && BITS == 4) {
-    // The better one gives codes whose levels point more in the direction of x. Stored is the
-    // scale that gives them the length of x. A reciprocal below 2^-126 would be 0.
+    // The better scale gives levels with the smaller angle to x. The stored scale gives these
+    // levels the length of x. A reciprocal below 2^-126 would be 0.
     const bool some = top > least_top();
     const float inverse = some ? reciprocal(0.25f * top) : 0.0f;
-    uint tried[2][WORDS];
-    float dots[2] = {0.0f, 0.0f}, lengths[2] = {0.0f, 0.0f};
     constexpr int A = tried_scale(GROUP, 0), B = tried_scale(GROUP, 1);
-    code_channels<CH, BITS, RULE, is_inside(A), EXACT>(
-        tried[0], dots[0], lengths[0], x, some ? top * (float(A) / 750.0f) : 0.0f,
-        inverse * (187.5f / float(A)));
-    code_channels<CH, BITS, RULE, is_inside(B), EXACT>(
-        tried[1], dots[1], lengths[1], x, some ? top * (float(B) / 750.0f) : 0.0f,
-        inverse * (187.5f / float(B)));
-    UNROLL for (int i = 0; i < 2; i++) {
-      dots[i] = group_reduce<SPAN, MASK, true>(dots[i], first);
-      lengths[i] = group_reduce<SPAN, MASK, true>(lengths[i], first);
+    float best_dot = 0.0f, best_length = 1.0f;
+    if (HOLD_TABLES == 0 && is_inside(A) == is_inside(B)) {  // one try at a time: registers are few
+      ROLLED for (int i = 0; i < 2 + zero; i++) {
+        uint tried[WORDS];
+        float dot = 0.0f, length = 0.0f;
+        code_channels<CH, BITS, RULE, is_inside(A), EXACT>(
+            tried, dot, length, x, some ? top * (i == 0 ? float(A) / 750.0f : float(B) / 750.0f) : 0.0f,
+            inverse * (i == 0 ? 187.5f / float(A) : 187.5f / float(B)));
+        keep_better<WORDS>(
+            words, best_dot, best_length, tried, group_reduce<SPAN, MASK, true>(dot, first),
+            group_reduce<SPAN, MASK, true>(length, first), i == 0);
+      }
+    } else {
+      uint tried[2][WORDS];
+      float dots[2] = {0.0f, 0.0f}, lengths[2] = {0.0f, 0.0f};
+      code_channels<CH, BITS, RULE, is_inside(A), EXACT>(
+          tried[0], dots[0], lengths[0], x, some ? top * (float(A) / 750.0f) : 0.0f,
+          inverse * (187.5f / float(A)));
+      code_channels<CH, BITS, RULE, is_inside(B), EXACT>(
+          tried[1], dots[1], lengths[1], x, some ? top * (float(B) / 750.0f) : 0.0f,
+          inverse * (187.5f / float(B)));
+      UNROLL for (int i = 0; i < 2; i++) {
+        keep_better<WORDS>(
+            words, best_dot, best_length, tried[i], group_reduce<SPAN, MASK, true>(dots[i], first),
+            group_reduce<SPAN, MASK, true>(lengths[i], first), i == 0);
+      }
     }
-    const bool second = dots[1] * dots[1] * lengths[0] > dots[0] * dots[0] * lengths[1];
-    UNROLL for (int w = 0; w < WORDS; w++) words[w] = second ? tried[1][w] : tried[0][w];
-    const float length = second ? lengths[1] : lengths[0];
-    scale = some ? square_root(squares * reciprocal(length)) : 0.0f;
+    scale = some ? square_root(squares * reciprocal(best_length)) : 0.0f;
   } else {
     constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;
     scale = top >= smallest_half() ? scale_to_half(top * (2.0f / float(LEVELS))) : 0.0f;
@@ -138,18 +168,19 @@ inline void quantize_channels(
   scale_bits = finite ? as_type<ushort>(half(min(scale, 65504.0f))) : ushort(0x7e00);
 }
 
-// Whether a lane's 16 channels are one group, whole groups of 8, or share one with other lanes.
+// Whether a lane's 16 channels are whole groups or a part of one group.
 constexpr bool groups_are_lanes(int D, int GROUP) {
   return points_of(D) == 8 && is_power(GROUP);
 }
 
-// Quantizes the vectors of a SIMD group where groups are lanes: row of a lane's vector, whose
-// codes begin at word FIRST and scales at half SCALE of those from word CODES on; EVEN rows have
-// an even number of words.
+// Quantizes vectors in registers, if `groups_are_lanes`, and writes each to its lane's `row`: codes
+// from word FIRST on, scales from half SCALE after word CODES on. EVEN: rows have an even number of
+// words.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE,
     bool EVEN>
-inline void store_vectors(device uint* row, const thread float2* z, bool valid, uint lane) {
+INLINE void store_vectors(
+    device uint* row, const thread float2* z, bool valid, int zero, uint lane) {
   constexpr int CH = GROUP < 16 ? GROUP : 16;
   constexpr int SPAN = GROUP / CH;
   constexpr int MASK = ROTATION == SRFT ? lanes_of(D) / SPAN : 1;
@@ -164,7 +195,7 @@ inline void store_vectors(device uint* row, const thread float2* z, bool valid, 
     }
     uint words[WORDS];
     ushort scale;
-    quantize_channels<CH, BITS, RULE, SPAN, MASK, is_none(ROTATION)>(words, scale, x, 0);
+    quantize_channels<CH, BITS, RULE, SPAN, MASK, is_none(ROTATION)>(words, scale, x, 0, zero);
     if (valid) {
       device uint* to = row + FIRST + (block * (16 / CH) + part) * WORDS;
       if (EVEN && WORDS % 2 == 0) {  // rows of an even number of words are aligned to two
@@ -181,11 +212,11 @@ inline void store_vectors(device uint* row, const thread float2* z, bool valid, 
   }
 }
 
-// The same through threadgroup memory, for any group: y holds the vectors of the SIMD group in
-// natural order, vector v belongs to the row at `row` + v * W. Lanes take a word's channels each,
-// as many whole groups at once as 32 lanes hold.
+// The same for any group, from threadgroup memory: y holds the SIMD group's vectors, channels in
+// order; vector v goes to row + v * W. A lane takes the eight channels of a word or two; 32 lanes
+// take as many whole groups as fit.
 template <int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE, int W>
-inline void store_shared(
+INLINE void store_shared(
     device uint* row,
     const threadgroup float2* y,
     int vectors,
@@ -210,7 +241,7 @@ inline void store_shared(
     uint words[WORDS];
     ushort scale;
     quantize_channels<8, BITS, RULE, SPAN, 1, is_none(ROTATION)>(
-        words, scale, x, uint(mine * SPAN) & 31u);
+        words, scale, x, uint(mine * SPAN) & 31u, min(vectors, 0));
     if (valid) {
       UNROLL for (int w = 0; w < WORDS; w++) {
         row[v * W + FIRST + (index * SPAN + part) * WORDS + w] = words[w];
@@ -229,14 +260,13 @@ constexpr int shared_points(int D, int GROUP, int ROTATION, int SET) {
                                    : SET * D / 2;
 }
 
-// One side of a head's L tokens, by one SIMD group, which does every `workers`-th set of SET
-// tokens from number `worker` on. x and rows begin with the head's first token; `shared` has
-// shared_points. KEEPS: rotated vectors of the tokens from number
-// `drop` on go to `kept`, KEPT channels apart.
+// Packs the keys or the values of a head's L tokens by one SIMD group: every `workers`-th set of SET
+// tokens, from set `worker` on. x and rows begin with the head's first token; `shared` has
+// shared_points. KEEPS: rotated vectors of tokens from `drop` on go to `kept`, KEPT channels apart.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,
     int FIRST, int CODES, int SCALE, int W, bool KEEPS, int KEPT, typename T, typename K>
-inline void pack_vectors(
+INLINE void pack_vectors(
     device uint* rows,
     const device T* x,
     int64_t by_token,
@@ -255,7 +285,8 @@ inline void pack_vectors(
   lane_table<D> w;
   lane_factors<D> f;
   read_table<D, ROTATION>(w, table, lane);
-  read_factors<D, ROTATION, CALIBRATED, CALIBRATED, SCALED>(f, table, head, lane);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  read_factors<D, ROTATION, CALIBRATED, SCALED>(f, factors, lane);
   float2 z[points_of(D)];
   UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
   x += int64_t(worker * SET + v) * by_token;
@@ -263,17 +294,17 @@ inline void pack_vectors(
   for (int first = worker * SET; first < L; first += workers * SET) {
     const int token = first + v;
     const bool valid = v < SET && token < L;
-    if (valid) {  // the other lanes go on with what they have
+    if (valid) {  // other lanes repeat what they have
       read_points<D, ROTATION>(z, x, stride, lane);
     }
     rotate_points<D, ROTATION, CALIBRATED, SCALED, swaps(D, ROTATION)>(
-        z, f, w, table, shared, lane);
+        z, f, w, table, factors, shared, lane);
     if (KEEPS && valid && token >= drop) {
       write_points<D, ROTATION>(kept + int64_t(token - drop) * KEPT, z, lane);
     }
     if (LANES) {
       store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W % 2 == 0>(
-          to, z, valid, lane);
+          to, z, valid, min(L, 0), lane);
     } else {
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (valid) {

@@ -1,24 +1,20 @@
 // quantize_pack: new keys and values [B, H, L, D] -> packed rows uint32 [B, H, L, W], one launch.
 //
 // Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
-// Layout: k, v with any strides, read once; rows written once. If KEEPS, the newest tokens' y go to
-//   kept [B, H, keep[0], KD + VD] as well, the last one last; if it holds more than L tokens, they
-//   come from tail [B, H, R, KD + VD], or are zeros without one (TAIL). Rows are then
-//   [B, H, keep[1], W], the new ones and zeros, or, if HOLDS, the last keep[1] of held
-//   [B, H, keep[1], W] and the new ones.
-// Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even one of a pair does
-//   the keys of a head's tokens, the odd one the values: sets of as many tokens as a SIMD group
-//   holds vectors, 4 at D = 128, in turn, with the head's factors and twiddles in registers.
+// Layout: k, v with any strides, read once; rows written once.
+//   KEEPS: keep holds KEPT and ROWS. y of the newest tokens also goes to kept [B, H, KEPT, KD + VD],
+//   newest last. Places for more than L tokens are filled from tail [B, H, R, KD + VD] if TAIL, else
+//   with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros; or, if HOLDS, the last rows of
+//   held [B, H, ROWS, W], then the new ones.
+// Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even group of a pair does
+//   keys, the odd one values, of sets of as many tokens as a SIMD group holds vectors (4 at D = 128),
+//   with the head's factors and twiddles in registers.
 // Limits: head sizes 32 to 256 with D / 2 = r * 2^m, r <= 9; PAIRS at most 4 (256 threads).
 // Reasons: a vector on 8 lanes of 16 channels each, not on 32 of 4, because all 32 lanes then
 //   quantize, in registers, and the FFT at D = 128 is two in-lane ones with a swap through
 //   threadgroup memory between them: 141 instructions a vector, 156 with shuffles. Figures in
 //   docs/performance.md.
 // Source: arXiv 2605.05699, section 4 (one fused pass); levels and search are the project's.
-constexpr int K_WORDS = KD * KB / 32;
-constexpr int CODES = K_WORDS + VD * VB / 32;
-constexpr int SCALES = KD / KG + VD / VG;
-constexpr int W = CODES + (SCALES + 1) / 2;
 constexpr int SET =
     kvq::vectors_of(KD) < kvq::vectors_of(VD) ? kvq::vectors_of(KD) : kvq::vectors_of(VD);
 constexpr int K_SHARED = kvq::shared_points(KD, KG, ROTATION, SET);
@@ -37,13 +33,13 @@ const int h = int(threadgroup_position_in_grid.y) % H;
 const int worker = int(threadgroup_position_in_grid.x) * PAIRS + pair;
 const int workers = int(threadgroups_per_grid.x) * PAIRS;
 const auto own = shared + pair * (K_SHARED + V_SHARED);
-// Rows of the new tokens follow `before` ones that are there already.
-const int count = KEEPS ? keep[1] : L;
+// New rows follow `before` held ones.
+const int count = KEEPS ? keep[kvq::ROWS] : L;
 const int before = HOLDS ? count - L : 0;
 const auto all_rows = rows + int64_t(threadgroup_position_in_grid.y) * count * W;
 const auto head_rows = all_rows + before * W;
-// Who copies what was there: all but the first pair, which alone has a single token to pack.
-constexpr int STEPS = 4;  // loads of a thread that are on their way at once
+// All but the first pair copy older tokens: the first one is busy with a single new token.
+constexpr int STEPS = 4;  // loads in flight of a thread
 const int copiers = max(workers - 1, 1) * 64;
 const int copier = (workers > 1 ? worker - 1 : 0) * 64 + int(thread_position_in_threadgroup.x & 63u);
 if (HOLDS && copier >= 0) {
@@ -59,7 +55,7 @@ if (HOLDS && copier >= 0) {
 if (KEEPS && !HOLDS && copier >= 0) {
   for (int i = L * W + copier; i < count * W; i += copiers) all_rows[i] = 0;
 }
-const int older = KEEPS ? keep[0] - L : 0;  // than the new tokens; of these the first -older go
+const int older = KEEPS ? keep[kvq::KEPT] - L : 0;  // older tokens kept; if < 0, new ones dropped
 const auto head_kept =
     kept + int64_t(threadgroup_position_in_grid.y) * (older + L) * (KD + VD);
 if (KEEPS && copier >= 0) {
@@ -67,15 +63,14 @@ if (KEEPS && copier >= 0) {
   const auto from = tail +
       (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]);
   for (int i = copier; i < older * EIGHTS; i += STEPS * copiers) {
-    float y[STEPS][8];
-    UNROLL for (int j = 0; j < STEPS; j++) {
-      const int at = min(i + j * copiers, older * EIGHTS - 1);
-      UNROLL for (int c = 0; c < 8; c++) y[j][c] = 0.0f;
-      if (TAIL) kvq::read_eight(y[j], from + (at / EIGHTS * tail_strides[2] + 8 * (at % EIGHTS)));
-    }
     UNROLL for (int j = 0; j < STEPS; j++) {
       const int at = i + j * copiers;
-      if (at < older * EIGHTS) kvq::write_eight(head_kept + 8 * at, y[j]);
+      if (TAIL && at < older * EIGHTS) {
+        kvq::convert_eight(
+            head_kept + 8 * at, from + (at / EIGHTS * tail_strides[2] + 8 * (at % EIGHTS)));
+      } else if (at < older * EIGHTS) {
+        kvq::zero_eight(head_kept + 8 * at);
+      }
     }
   }
 }
@@ -87,7 +82,7 @@ if ((simdgroup_index_in_threadgroup & 1u) == 0) {
       head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
       worker, workers, own, k_table, h, new_kept, drop, lane);
 } else {
-  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, CODES, KD / KG, W, KEEPS, KD + VD>(
+  kvq::pack_vectors<VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, CODES, K_SCALES, W, KEEPS, KD + VD>(
       head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
       worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, lane);
   if (SCALES % 2 == 1) {

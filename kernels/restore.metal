@@ -1,29 +1,26 @@
-// Packed vectors back in the registers of a SIMD group, and out of the rotation: what
-// restore_rows.metal does for keys and for values.
+// Packed vectors into the registers of a SIMD group, out of the rotation, and to memory, for
+// restore_rows.metal.
 namespace kvq {
 
-// A lane's factors on the way back, from a table of outputs: before the transpose of the rotation,
-// after it, and the centre.
-template <int D, int ROTATION, bool CALIBRATED>
-inline void read_output_factors(
-    thread lane_factors<D>& f, const device float* table, int head, uint lane) {
-  constexpr int STEP = point_step(D, ROTATION);
-  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
-  const int first = first_channel<D, ROTATION>(lane);
+// A lane's factors of the way back, from an output table.
+template <int D, int ROTATION>
+INLINE void read_rotated_factors(thread lane_factors<D>& f, const device float* factors, uint lane) {
   const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  UNROLL for (int a = 0; a < points_of(D); a++) f.before[a] = factor_pair(factors, rotated + 2 * a);
+}
+template <int D, int ROTATION, bool CALIBRATED>
+INLINE void read_output_factors(thread lane_factors<D>& f, const device float* factors, uint lane) {
+  constexpr int STEP = point_step(D, ROTATION);
+  const int first = first_channel<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
-    if (CALIBRATED) {
-      f.before[a] = factor_pair(factors, rotated + 2 * a);
-      f.mu[a] = factor_pair(factors + 2 * D, first + a * STEP);
-    }
     f.after[a] = factor_pair(factors + (CALIBRATED ? D : 0), first + a * STEP);
+    if (CALIBRATED) f.mu[a] = factor_pair(factors + 2 * D, first + a * STEP);
   }
 }
 
-// A lane's channels of one row: codes begin at word FIRST, scales with half SCALE of those from
-// word CODES on.
+// Reads a lane's channels of one row: codes from word FIRST, scales from half SCALE after word CODES.
 template <int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int CODES, int SCALE>
-inline void read_levels(thread float2* z, const device uint* row, uint lane) {
+INLINE void read_levels(thread float2* z, const device uint* row, uint lane) {
   const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   if (points_of(D) % 4 == 0) {
     UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
@@ -47,13 +44,13 @@ inline void read_levels(thread float2* z, const device uint* row, uint lane) {
   }
 }
 
-// One side of a head's rows, by one SIMD group, which does every `workers`-th set of as many rows
-// as it holds vectors, from number `worker` on. Rows from `exact` on are those of `tail`, whose
-// number 0 would be row `exact`, `by_token` channels apart.
+// Restores the keys or the values of a head's rows by one SIMD group: every `workers`-th set of as
+// many rows as it holds vectors, from set `worker` on. Rows from `exact` on come from `tail`, whose
+// first token is row `exact`; its tokens are `by_token` channels apart.
 template <
     int D, int BITS, int GROUP, int ROTATION, bool CALIBRATED, bool HALF_STEP, int FIRST, int CODES,
     int SCALE, int W, bool TAIL, typename T, typename S>
-inline void restore_vectors(
+INLINE void restore_vectors(
     device T* out,
     const device uint* rows,
     int length,
@@ -73,11 +70,17 @@ inline void restore_vectors(
   lane_table<D> w;
   lane_factors<D> f;
   read_table<D, ROTATION>(w, table, lane);
-  read_output_factors<D, ROTATION, CALIBRATED>(f, table, head, lane);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  if (HOLD_TABLES != 0) {
+    if (CALIBRATED) read_rotated_factors<D, ROTATION>(f, factors, lane);
+    read_output_factors<D, ROTATION, CALIBRATED>(f, factors, lane);
+  }
   for (int set = worker; set * SET < length; set += workers) {
     const int at = set * SET + v;
     const int row = min(at, length - 1);
     float2 z[points_of(D)];
+    lane_factors<D> own;
+    const thread lane_factors<D>& g = HOLD_TABLES != 0 ? f : own;
     if (TAIL && row >= exact) {
       const device S* y = tail + (row - exact) * by_token + rotated;
       UNROLL for (int a = 0; a < points_of(D); a++) {
@@ -88,16 +91,18 @@ inline void restore_vectors(
           z, rows + int64_t(row) * W, lane);
     }
     if (CALIBRATED) {
+      if (HOLD_TABLES == 0) read_rotated_factors<D, ROTATION>(own, factors, lane);
       UNROLL for (int a = 0; a < points_of(D); a++) {
-        z[a] = float2(z[a].x * f.before[a].x, z[a].y * f.before[a].y);
+        z[a] = float2(z[a].x * g.before[a].x, z[a].y * g.before[a].y);
       }
     }
     rotate_back<D, ROTATION>(z, w, table, lane);
     if (at < length) {
       device T* to = out + int64_t(at) * D + first;
+      if (HOLD_TABLES == 0) read_output_factors<D, ROTATION, CALIBRATED>(own, factors, lane);
       UNROLL for (int a = 0; a < points_of(D); a++) {
-        z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
-        if (CALIBRATED) z[a] = float2(z[a].x + f.mu[a].x, z[a].y + f.mu[a].y);
+        z[a] = float2(z[a].x * g.after[a].x, z[a].y * g.after[a].y);
+        if (CALIBRATED) z[a] = float2(z[a].x + g.mu[a].x, z[a].y + g.mu[a].y);
       }
       keep_finite<points_of(D)>(out, z);
       UNROLL for (int a = 0; a < points_of(D); a++) write_two(to + a * STEP, z[a]);
@@ -105,9 +110,9 @@ inline void restore_vectors(
   }
 }
 
-// L tokens as the model made them, `by_token` and `stride` apart, to where they come out.
+// Copies L tokens of a chunk, `by_token` apart, channels `stride` apart, to the output.
 template <int D, int ROTATION, typename T, typename S>
-inline void copy_tokens(
+INLINE void copy_tokens(
     device T* out,
     const device S* x,
     int64_t by_token,

@@ -7,14 +7,10 @@
 // Grid: (any number, B * H) threadgroups of two pairs of SIMD groups. The even one of a pair does
 //   keys, the odd one values, as in quantize_pack.metal.
 // Limits: head sizes as quantize_pack. fp32 arithmetic, rounded once.
-constexpr int K_WORDS = KD * KB / 32;
-constexpr int CODES = K_WORDS + VD * VB / 32;
-constexpr int SCALES = KD / KG + VD / VG;
-constexpr int W = CODES + (SCALES + 1) / 2;
-constexpr int PAIRS = 2;  // fused.py knows
+constexpr int PAIRS = 2;  // as in mlx_kvq/ops/gpu
 
 const uint lane = thread_index_in_simdgroup;
-const int length = info[0];
+const int length = info[kvq::LENGTH];
 const int H = rows_shape[1];
 const device float* k_table = tables;
 const auto v_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, H);
@@ -41,7 +37,7 @@ if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   }
 } else {
   kvq::restore_vectors<
-      VD, VB, VG, ROTATION, V_CALIBRATED, HALF_STEP, K_WORDS, CODES, KD / KG, W, TAIL>(
+      VD, VB, VG, ROTATION, V_CALIBRATED, HALF_STEP, K_WORDS, CODES, K_SCALES, W, TAIL>(
       values + to * VD, head_rows, length, head_tail + KD, tail_strides[2], exact, worker, workers,
       v_table, h, lane);
   if (CHUNK) {

@@ -29,7 +29,7 @@ constexpr int value_tiles(int D, int BITS) {
   return value_units(D, BITS) * per_word(BITS);
 }
 
-inline half2 constant_pair(uint bits) {
+INLINE half2 constant_pair(uint bits) {
   return as_type<half2>(bits | (bits << 16));
 }
 
@@ -38,7 +38,7 @@ constexpr bool is_upper(int BITS, int i) {
   return BITS == 4 && i % 2 == 1;
 }
 template <int BITS>
-inline half2 raw_codes(uint word, int i) {
+INLINE half2 raw_codes(uint word, int i) {
   if (BITS == 8) {
     return as_type<half2>(masked_or(i == 0 ? word : word >> 8, 0x00ff00ffu, 0x64006400u));
   }
@@ -48,7 +48,7 @@ inline half2 raw_codes(uint word, int i) {
 
 // Codes minus 2^(BITS - 1), exactly.
 template <int BITS>
-inline half2 centred_codes(uint word, int i) {
+INLINE half2 centred_codes(uint word, int i) {
   const half2 raw = raw_codes<BITS>(word, i);
   if (BITS == 8) {
     return raw + constant_pair(0xe480u);  // -1152
@@ -60,12 +60,12 @@ inline half2 centred_codes(uint word, int i) {
 }
 
 // What `raw_codes` adds to a level, in two exact summands: the magic number ...
-inline half2 raw_magic() {
+INLINE half2 raw_magic() {
   return constant_pair(0x6400u);
 }
 // ... and the middle: 7.5 and 16 * 7.5 (half-step levels), or 8 and 16 * 8; 127.5 or 128.
 template <int BITS, bool HALF_STEP>
-inline half2 raw_middle(int i) {
+INLINE half2 raw_middle(int i) {
   if (BITS == 8) {
     return constant_pair(HALF_STEP ? 0x57f8u : 0x5800u);
   }
@@ -77,12 +77,12 @@ inline half2 raw_middle(int i) {
 
 // Row `k` of the queries' operand number `tile` holds this channel (it may be past D).
 template <int BITS>
-inline int query_channel(int tile, int k) {
+INLINE int query_channel(int tile, int k) {
   const int word = tile / per_word(BITS) * 4 + k / 2;
   return word * (32 / BITS) + tile % per_word(BITS) + k % 2 * per_word(BITS);
 }
 
-inline half scale_at(const threadgroup uint* scales, int index) {
+INLINE half scale_at(const threadgroup uint* scales, int index) {
   return reinterpret_cast<const threadgroup half*>(scales)[index];
 }
 
@@ -94,7 +94,7 @@ struct tile_lift {
   float back;
 };
 
-inline tile_lift no_lift() {
+INLINE tile_lift no_lift() {
   tile_lift out;
   out.operand = constant_pair(0x3c00u);  // 1
   out.back = 1.0f;
@@ -102,7 +102,7 @@ inline tile_lift no_lift() {
 }
 
 template <int KEYS, int W, int CODES, int FIRST, int COUNT>
-inline tile_lift lift_of(const threadgroup uint* tile, uint lane) {
+INLINE tile_lift lift_of(const threadgroup uint* tile, uint lane) {
   constexpr int LANES = 32 / KEYS;  // of one key
   const threadgroup uint* row = tile + int(lane) / LANES * W;
   uint largest = 0;
@@ -122,58 +122,112 @@ inline tile_lift lift_of(const threadgroup uint* tile, uint lane) {
   return out;
 }
 
-// Minus the sum, over each group, of queries times what raw codes are too large by; `rotated` are
-// the 8 queries [8][D] that the operands were made of.
-template <int D, int BITS, int GROUP, bool HALF_STEP>
-inline void score_offset(
-    thread float2* offset,
-    const thread half2* queries,
-    const threadgroup half* rotated,
-    tile_lane at) {
-  if (PRODUCTS_ARE_CHEAP == 0) {
-    // The eight rows of a column pair share the channels; those of a row are all upper codes or
-    // none, since a row's channels are eight apart.
-    const bool upper = BITS == 4 && (at.row & 1u) != 0;
-    const float up = upper ? 0.0625f : 1.0f;
-    const float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
-    const float excess = 1024.0f + (upper ? 16.0f : 1.0f) * middle;
-    const threadgroup half* x = rotated + 2 * int(at.pair) * D + int(at.row);
-    UNROLL for (int group = 0; group < D / GROUP; group++) {
-      float2 c = float2(0.0f, 0.0f);
-      UNROLL for (int i = 0; i < GROUP; i += 8) {
-        const float a = float(half(float(x[group * GROUP + i]) * up));
-        const float b = float(half(float(x[D + group * GROUP + i]) * up));
-        c = float2(fma(a, excess, c.x), fma(b, excess, c.y));
-      }
-      offset[group] = float2(-rows_sum(c.x), -rows_sum(c.y));
-    }
-    return;
+// Two neighbouring channels of a query, to the component of these channels' words. Channels that
+// meet raw upper codes, the odd ones, are divided by 16 if WHOLE.
+template <int BITS, bool WHOLE>
+INLINE void store_query(threadgroup half2* out, int component, float2 z, float factor) {
+  threadgroup half* halves = reinterpret_cast<threadgroup half*>(out) + component;
+  halves[0] = half(z.x * factor);
+  const half odd = half(z.y * factor);
+  halves[2] = WHOLE && BITS == 4 ? half(float(odd) * 0.0625f) : odd;
+}
+
+// The queries' operand number `tile`, from those of a lane's pair of query rows.
+template <int BITS>
+INLINE half2 read_query(const threadgroup half2* queries, int tile, tile_lane at) {
+  return right_operand(queries[query_channel<BITS>(tile, int(at.row))]);
+}
+
+// Minus the sum, over a group, of queries times what raw codes are too large by.
+template <int BITS, int GROUP, bool HALF_STEP>
+INLINE float2 score_offset(const threadgroup half2* queries, int group, tile_lane at) {
+  // The eight rows of a column pair share the channels; those of a row are all upper codes or
+  // none, since a row's channels are eight apart.
+  const bool upper = BITS == 4 && (at.row & 1u) != 0;
+  const float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
+  const float excess = 1024.0f + (upper ? 16.0f : 1.0f) * middle;
+  float2 c = float2(0.0f, 0.0f);
+  UNROLL for (int i = 0; i < GROUP; i += 8) {
+    const half2 x = queries[group * GROUP + i + int(at.row)];
+    c = float2(fma(float(x.x), excess, c.x), fma(float(x.y), excess, c.y));
   }
+  return float2(-rows_sum(c.x), -rows_sum(c.y));
+}
+// The same by matrix products, from operands in registers.
+template <int BITS, int GROUP, bool HALF_STEP>
+INLINE float2 score_offset(const thread half2* operands, int group) {
   constexpr int P = per_word(BITS);
   constexpr int TILES = GROUP / (128 / BITS) * P;
-  UNROLL for (int group = 0; group < D / GROUP; group++) {
-    float2 c = float2(0.0f, 0.0f), unused = float2(0.0f, 0.0f);
-    UNROLL for (int i = 0; i < TILES; i += 2) {
-      const half2 b0 = queries[group * TILES + i];
-      const half2 b1 = queries[group * TILES + i + 1];
-      const half2 a0 = raw_middle<BITS, HALF_STEP>(i % P);
-      const half2 a1 = raw_middle<BITS, HALF_STEP>((i + 1) % P);
-      multiply(c, unused, raw_magic(), raw_magic(), raw_magic(), raw_magic(), b0, b1);
-      multiply(c, unused, a0, a0, a1, a1, b0, b1);
-    }
-    offset[group] = float2(-c.x, -c.y);
+  float2 c = float2(0.0f, 0.0f), unused = float2(0.0f, 0.0f);
+  UNROLL for (int i = 0; i < TILES; i += 2) {
+    const half2 b0 = operands[group * TILES + i];
+    const half2 b1 = operands[group * TILES + i + 1];
+    const half2 a0 = raw_middle<BITS, HALF_STEP>(i % P);
+    const half2 a1 = raw_middle<BITS, HALF_STEP>((i + 1) % P);
+    multiply(c, unused, raw_magic(), raw_magic(), raw_magic(), raw_magic(), b0, b1);
+    multiply(c, unused, a0, a0, a1, a1, b0, b1);
   }
+  return float2(-c.x, -c.y);
+}
+
+template <int BITS>
+INLINE half2 query_operand(
+    const thread half2* held, const threadgroup half2* queries, int tile, tile_lane at) {
+  if (HOLD_QUERIES != 0) {
+    return held[tile];
+  }
+  return read_query<BITS>(queries, tile, at);
+}
+
+// Adds to the scores of two keys what one group of channels has.
+template <int BITS, int GROUP, int CODES>
+INLINE void add_group(
+    thread float2& s0,
+    thread float2& s1,
+    const threadgroup uint* upper,
+    const threadgroup uint* lower,
+    const thread half2* held_queries,
+    const threadgroup half2* queries,
+    float2 offset,
+    int group,
+    tile_lane at) {
+  constexpr int P = per_word(BITS);
+  constexpr int PER_GROUP = GROUP * BITS / 128 > 0 ? GROUP * BITS / 128 : 1;
+  float2 c0 = offset, c1 = offset;
+  UNROLL for (int j = 0; j < PER_GROUP; j++) {
+    const int slot = group * PER_GROUP + j;
+    const uint a = upper[4 * slot + int(at.pair)];
+    const uint b = lower[4 * slot + int(at.pair)];
+    UNROLL for (int i = 0; i < P; i += 2) {
+      multiply(
+          c0,
+          c1,
+          raw_codes<BITS>(a, i),
+          raw_codes<BITS>(b, i),
+          raw_codes<BITS>(a, i + 1),
+          raw_codes<BITS>(b, i + 1),
+          query_operand<BITS>(held_queries, queries, slot * P + i, at),
+          query_operand<BITS>(held_queries, queries, slot * P + i + 1, at));
+    }
+  }
+  const float scale0 = float(scale_at(upper + CODES, group));
+  const float scale1 = float(scale_at(lower + CODES, group));
+  s0 = float2(s0.x + scale0 * c0.x, s0.y + scale0 * c0.y);
+  s1 = float2(s1.x + scale1 * c1.x, s1.y + scale1 * c1.y);
 }
 
 // Scores of keys row (s0) and row + 8 (s1) of the tile for queries 2 * pair and 2 * pair + 1.
-// W words a row; scales begin at word CODES.
+// W words a row; scales begin at word CODES. Operands and offsets are in registers if HOLD_QUERIES
+// (an enumerator of mlx_kvq/ops/gpu/jit.py), else in threadgroup memory.
 template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int CODES>
-inline void scores(
+INLINE void scores(
     thread float2& s0,
     thread float2& s1,
     const threadgroup uint* tile,
-    const thread half2* queries,
-    const thread float2* offset,
+    const thread half2* held_queries,
+    const thread float2* held_offsets,
+    const threadgroup half2* queries,
+    const threadgroup float2* offsets,
     half2 lift,
     tile_lane at) {
   constexpr int P = per_word(BITS);
@@ -183,30 +237,15 @@ inline void scores(
   const threadgroup uint* lower = upper + 8 * W;
   s0 = float2(0.0f, 0.0f);
   s1 = float2(0.0f, 0.0f);
-  if (whole_slots(BITS, GROUP)) {
-    constexpr int PER_GROUP = GROUP * BITS / 128 > 0 ? GROUP * BITS / 128 : 1;
+  if (whole_slots(BITS, GROUP) && HOLD_QUERIES != 0) {
     UNROLL for (int group = 0; group < D / GROUP; group++) {
-      float2 c0 = offset[group], c1 = offset[group];
-      UNROLL for (int j = 0; j < PER_GROUP; j++) {
-        const int slot = group * PER_GROUP + j;
-        const uint a = upper[4 * slot + int(at.pair)];
-        const uint b = lower[4 * slot + int(at.pair)];
-        UNROLL for (int i = 0; i < P; i += 2) {
-          multiply(
-              c0,
-              c1,
-              raw_codes<BITS>(a, i),
-              raw_codes<BITS>(b, i),
-              raw_codes<BITS>(a, i + 1),
-              raw_codes<BITS>(b, i + 1),
-              queries[slot * P + i],
-              queries[slot * P + i + 1]);
-        }
-      }
-      const float scale0 = float(scale_at(upper + CODES, group));
-      const float scale1 = float(scale_at(lower + CODES, group));
-      s0 = float2(s0.x + scale0 * c0.x, s0.y + scale0 * c0.y);
-      s1 = float2(s1.x + scale1 * c1.x, s1.y + scale1 * c1.y);
+      add_group<BITS, GROUP, CODES>(
+          s0, s1, upper, lower, held_queries, queries, held_offsets[group], group, at);
+    }
+  } else if (whole_slots(BITS, GROUP)) {
+    ROLLED for (int group = 0; group < D / GROUP; group++) {
+      add_group<BITS, GROUP, CODES>(
+          s0, s1, upper, lower, held_queries, queries, offsets[group], group, at);
     }
   } else {
     UNROLL for (int slot = 0; slot < SLOTS; slot++) {
@@ -228,8 +267,8 @@ inline void scores(
             fma(centred_codes<BITS>(b, i), step1, middle * step1),
             fma(centred_codes<BITS>(a, i + 1), step0, middle * step0),
             fma(centred_codes<BITS>(b, i + 1), step1, middle * step1),
-            queries[slot * P + i],
-            queries[slot * P + i + 1]);
+            query_operand<BITS>(held_queries, queries, slot * P + i, at),
+            query_operand<BITS>(held_queries, queries, slot * P + i + 1, at));
       }
     }
   }
@@ -237,7 +276,7 @@ inline void scores(
 
 // Channel of a lane's accumulator `tile` (it may be past D).
 template <int D, int BITS>
-inline int value_channel(int tile, uint row) {
+INLINE int value_channel(int tile, uint row) {
   constexpr int P = per_word(BITS);
   return (int(row) * value_units(D, BITS) + tile / P) * P + tile % P;
 }
@@ -245,7 +284,7 @@ inline int value_channel(int tile, uint row) {
 // sums += values x probabilities of 16 keys; p0 and p1 are right operands of keys 0-7 and 8-15.
 // Value codes begin at word FIRST; the values' scales are number SCALE on, from word CODES.
 template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int FIRST, int CODES, int SCALE>
-inline void add_values(
+INLINE void add_values(
     thread float2* sums,
     const threadgroup uint* tile,
     half2 p0,
@@ -311,29 +350,36 @@ inline void add_values(
 
 // A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.
 template <int D, int COUNT, typename T>
-inline void read_exact(thread float* x, const device T* in, int first) {
-  if (COUNT % 8 == 0 && 8 * COUNT == D) {
+INLINE void read_exact(thread float* x, const device T* in, int first) {
+  if (COUNT % 8 == 0 && D % 64 == 0) {
     UNROLL for (int i = 0; i < COUNT / 8; i++) read_eight(x + 8 * i, in + first + 8 * i);
   } else {
     UNROLL for (int i = 0; i < COUNT; i++) x[i] = first + i < D ? float(in[first + i]) : 0.0f;
   }
 }
 
-// One exact token in place of a row's codes, of whose key a lane has D / 8 channels: its score for
-// queries 2 * pair and 2 * pair + 1, which the eight rows of a column pair add up ...
-template <int D>
-inline float2 exact_score(const thread float* y, const threadgroup half* rotated, tile_lane at) {
-  const threadgroup half* x = rotated + 2 * int(at.pair) * D + int(at.row) * (D / 8);
+// Score of an exact key for queries 2 * pair and 2 * pair + 1. A lane takes D / 8 channels, and the
+// eight rows of a column pair add up ...
+template <int D, int BITS, bool WHOLE, typename T>
+INLINE float2 exact_score(const device T* key, const threadgroup half2* queries, tile_lane at) {
+  constexpr int PART = D % 64 == 0 && PREFETCH == 0 ? 8 : D / 8;  // channels in registers at once
+  const int first = int(at.row) * (D / 8);
   float2 s = float2(0.0f, 0.0f);
-  UNROLL for (int i = 0; i < D / 8; i++) {
-    s = float2(fma(float(x[i]), y[i], s.x), fma(float(x[D + i]), y[i], s.y));
+  ROLLED for (int part = 0; part < D / 8; part += PART) {
+    float y[PART];
+    read_exact<D, PART>(y, key, first + part);
+    UNROLL for (int i = 0; i < PART; i++) {
+      const half2 x = queries[first + part + i];
+      const float k = WHOLE && BITS == 4 && (first + part + i) % 2 == 1 ? 16.0f * y[i] : y[i];
+      s = float2(fma(float(x.x), k, s.x), fma(float(x.y), k, s.y));
+    }
   }
   return float2(rows_sum(s.x), rows_sum(s.y));
 }
 
 // ... and sums += its value times probabilities; a lane's accumulators are neighbouring channels.
 template <int TILES>
-inline void add_exact(thread float2* sums, const thread float* y, float2 p) {
+INLINE void add_exact(thread float2* sums, const thread float* y, float2 p) {
   UNROLL for (int i = 0; i < TILES; i++) {
     sums[i] = float2(fma(p.x, y[i], sums[i].x), fma(p.y, y[i], sums[i].y));
   }
@@ -342,7 +388,7 @@ inline void add_exact(thread float2* sums, const thread float* y, float2 p) {
 // A SIMD group's copy of a tile of rows, contiguous in memory: into registers first, so that the
 // next tile is on its way while this one is used. Words past `valid` are zero, hence finite.
 template <int WORDS, int WIDTH>
-inline void load_tile(thread uint* stage, const device uint* rows, int valid, uint lane) {
+INLINE void load_tile(thread uint* stage, const device uint* rows, int valid, uint lane) {
   constexpr int LOADS = (WORDS / WIDTH + 31) / 32;
   UNROLL for (int i = 0; i < LOADS; i++) {
     const int at = (32 * i + int(lane)) * WIDTH;
@@ -367,11 +413,11 @@ inline void load_tile(thread uint* stage, const device uint* rows, int valid, ui
 }
 
 template <int WORDS, int WIDTH>
-inline void store_tile(threadgroup uint* tile, const thread uint* stage, uint lane) {
+INLINE void store_tile(threadgroup uint* tile, const thread uint* stage, int count, uint lane) {
   constexpr int LOADS = (WORDS / WIDTH + 31) / 32;
   UNROLL for (int i = 0; i < LOADS; i++) {
     const int at = (32 * i + int(lane)) * WIDTH;
-    if (at < WORDS) {
+    if (at < count) {
       const thread uint* s = stage + i * WIDTH;
       if (WIDTH == 4) {
         *reinterpret_cast<threadgroup uint4*>(tile + at) =
@@ -385,11 +431,23 @@ inline void store_tile(threadgroup uint* tile, const thread uint* stage, uint la
   }
 }
 
+// The same without registers for a whole tile: COUNT loads of a lane in flight at once.
+template <int WORDS, int WIDTH>
+INLINE void copy_tile(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
+  constexpr int COUNT = 2;
+  constexpr int PART = 32 * WIDTH * COUNT;  // words
+  ROLLED for (int first = 0; first < WORDS; first += PART) {
+    uint stage[WIDTH * COUNT];
+    load_tile<PART, WIDTH>(stage, rows + first, valid - first, lane);
+    store_tile<PART, WIDTH>(tile + first, stage, min(PART, WORDS - first), lane);
+  }
+}
+
 // The same threadgroup memory holds tiles, then the sums that SIMD groups add up.
-inline threadgroup uint* words_of(threadgroup uint4* memory) {
+INLINE threadgroup uint* words_of(threadgroup uint4* memory) {
   return reinterpret_cast<threadgroup uint*>(memory);
 }
-inline threadgroup float* floats_of(threadgroup uint4* memory) {
+INLINE threadgroup float* floats_of(threadgroup uint4* memory) {
   return reinterpret_cast<threadgroup float*>(memory);
 }
 

@@ -1,31 +1,36 @@
-// Vectors on their way through a table's channel factors (mlx_kvq/ops/gpu/tables.py): a SIMD group reads,
-// centres and scales a vector before the rotation, and finishes an output row after it.
+// Vectors in the registers of a SIMD group: read, centred, scaled and rotated; an output row
+// rotated back, scaled, centred and written.
 //
-// Factors of a calibrated head: D before the rotation, D after it, D of the centre; uncalibrated:
-// D signs, shared by all heads, on the unrotated side.
+// A table (mlx_kvq/ops/gpu/tables.py) holds the FFT's twiddles and then channel factors. Of each
+// calibrated head: D before the rotation, D after it, D of the centre. Uncalibrated: D signs for all
+// heads, on the unrotated side.
 namespace kvq {
 
 template <int D, int ROTATION, bool CALIBRATED>
-inline const device float* factors_of(const device float* table, int head) {
+INLINE const device float* factors_of(const device float* table, int head) {
   constexpr int FIRST = channel_factors(D, ROTATION);
   return table + FIRST + (CALIBRATED ? head * 3 * D : 0);
 }
 
 // The values' table follows the keys', of H heads, in one array.
 template <int D, int ROTATION, bool CALIBRATED>
-inline const device float* values_table(const device float* tables, int H) {
+INLINE const device float* values_table(const device float* tables, int H) {
   constexpr int FIRST = channel_factors(D, ROTATION);
   return tables + FIRST + (CALIBRATED ? H * 3 * D : D);
 }
 
+// Two neighbouring numbers at an address that is aligned to both.
+INLINE float2 pair_at(const device float* x) {
+  return *reinterpret_cast<const device float2*>(x);
+}
 // Two neighbouring factors; c is even, and so is every offset in a table.
-inline float2 factor_pair(const device float* factors, int c) {
-  return reinterpret_cast<const device float2*>(factors)[c / 2];
+INLINE float2 factor_pair(const device float* factors, int c) {
+  return pair_at(factors + c);
 }
 
-// A lane's channels of a vector of any type and stride, as the rotation wants them.
+// Reads a lane's channels of a vector of any type and stride, placed as before the rotation.
 template <int D, int ROTATION, typename T>
-inline void read_points(thread float2* z, const device T* x, int64_t stride, uint lane) {
+INLINE void read_points(thread float2* z, const device T* x, int64_t stride, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
   x += first_channel<D, ROTATION>(lane) * stride;
   if (stride == 1) {  // the offsets are constants
@@ -43,43 +48,59 @@ inline void read_points(thread float2* z, const device T* x, int64_t stride, uin
   }
 }
 
-// A lane's factors of one head, in registers: before the rotation, after it, and the centre.
+// A lane's factors of one head, in registers.
 template <int D>
 struct lane_factors {
   float2 before[points_of(D)];
   float2 after[points_of(D)];
-  float2 mu[points_of(D)];  // the centre; before the rotation what it is there, -mu * before
+  float2 mu[points_of(D)];  // -mu * before in `rotate_points`, mu on the way back
 };
 
-template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, bool SCALED>
-inline void read_factors(
-    thread lane_factors<D>& f, const device float* table, int head, uint lane) {
+template <int D, int ROTATION, bool CENTRED>
+INLINE void read_before(thread lane_factors<D>& f, const device float* factors, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
-  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
   const int first = first_channel<D, ROTATION>(lane);
-  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
     f.before[a] = factor_pair(factors, first + a * STEP);
-    if (SCALED) f.after[a] = factor_pair(factors + D, rotated + 2 * a);
     if (CENTRED) {
       const float2 mu = factor_pair(factors + 2 * D, first + a * STEP);
       f.mu[a] = float2(-mu.x * f.before[a].x, -mu.y * f.before[a].y);
     }
   }
 }
+template <int D, int ROTATION>
+INLINE void read_after(thread lane_factors<D>& f, const device float* factors, uint lane) {
+  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  UNROLL for (int a = 0; a < points_of(D); a++) {
+    f.after[a] = factor_pair(factors + D, rotated + 2 * a);
+  }
+}
 
-// z -> after * R((z - mu) * before), in the order of channels that the rotation leaves; without
-// mu unless CENTRED, without the factors after it unless SCALED. SWAPS: `swap` is there.
+// Before a loop over vectors, as `read_table`.
+template <int D, int ROTATION, bool CENTRED, bool SCALED>
+INLINE void read_factors(thread lane_factors<D>& f, const device float* factors, uint lane) {
+  if (HOLD_TABLES != 0) {
+    read_before<D, ROTATION, CENTRED>(f, factors, lane);
+    if (SCALED) read_after<D, ROTATION>(f, factors, lane);
+  }
+}
+
+// z -> after * R((z - mu) * before), placed as after the rotation. Without mu unless CENTRED,
+// without `after` unless SCALED. SWAPS: `swap` is threadgroup memory for `rotate_swapping`.
 template <int D, int ROTATION, bool CENTRED, bool SCALED, bool SWAPS>
-inline void rotate_points(
+INLINE void rotate_points(
     thread float2* z,
     const thread lane_factors<D>& f,
     const thread lane_table<D>& w,
     const device float* table,
+    const device float* factors,
     threadgroup float2* swap,
     uint lane) {
+  lane_factors<D> own;
+  if (HOLD_TABLES == 0) read_before<D, ROTATION, CENTRED>(own, factors, lane);
+  const thread lane_factors<D>& g = HOLD_TABLES != 0 ? f : own;
   UNROLL for (int a = 0; a < points_of(D); a++) {
-    const float2 b = f.before[a], c = CENTRED ? f.mu[a] : float2(0.0f, 0.0f);
+    const float2 b = g.before[a], c = CENTRED ? g.mu[a] : float2(0.0f, 0.0f);
     z[a] = float2(fma(z[a].x, b.x, c.x), fma(z[a].y, b.y, c.y));
   }
   if (SWAPS) {
@@ -88,15 +109,16 @@ inline void rotate_points(
     rotate<D, ROTATION>(z, w, table, lane);
   }
   if (SCALED) {
+    if (HOLD_TABLES == 0) read_after<D, ROTATION>(own, factors, lane);
     UNROLL for (int a = 0; a < points_of(D); a++) {
-      z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
+      z[a] = float2(z[a].x * g.after[a].x, z[a].y * g.after[a].y);
     }
   }
 }
 
-// The same of a query or another single vector; zeros where not `valid`.
+// Reads a query and rotates it; zeros if not `valid`.
 template <int D, int ROTATION, bool CALIBRATED, typename T>
-inline void rotate_vector(
+INLINE void rotate_vector(
     thread float2* z,
     const device T* x,
     int64_t stride,
@@ -111,47 +133,44 @@ inline void rotate_vector(
     read_points<D, ROTATION>(z, x, stride, lane);
   }
   read_table<D, ROTATION>(w, table, lane);
-  read_factors<D, ROTATION, CALIBRATED, false, CALIBRATED>(f, table, head, lane);
-  rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, nullptr, lane);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  read_factors<D, ROTATION, false, CALIBRATED>(f, factors, lane);
+  rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, factors, nullptr, lane);
 }
 
-// Where a lane's vector is: vector v of the SIMD group is row number first + v of [B, H, L].
-struct vector_place {
-  bool valid;
-  int row;
-  int head;
-  int64_t offset;  // of its first channel in a strided array
-};
-
-template <int D>
-inline vector_place place_of(
-    int first, int count, int H, int L, int64_t by_batch, int64_t by_head, int64_t by_token,
-    uint lane) {
-  vector_place at;
-  at.row = first + int(lane) / lanes_of(D);
-  at.valid = at.row < count;
-  at.row = at.valid ? at.row : 0;
-  at.head = at.row / L % H;
-  at.offset = at.row / (H * L) * by_batch + at.head * by_head + at.row % L * by_token;
-  return at;
+constexpr float log2_e() {
+  return 1.44269504088896f;
 }
 
-// What a row of sums is multiplied with, and the probability that fell on keys, given the
-// maximum m of its logits and the sum l of exp2(logit - m); logits in units of log 2.
-inline float2 normalise(float m, float l, bool with_sink, float sink) {
-  if (with_sink) {
-    const float top = max(m, sink);
-    const float f = fast::exp2(m - top);
-    const float total = l * f + fast::exp2(sink - top);
-    return float2(f / total, l * f / total);
-  }
+// Logits are in units of log 2; m is their maximum, l the sum of exp2(logit - m). Returns the factor
+// of the sums and the probability of the keys (less than 1 beside a sink).
+INLINE float2 normalise(float m, float l) {
   // A query that may attend to nothing has l = 0 and gets 0; a NaN stays one.
   return l == 0.0f ? float2(0.0f, 0.0f) : float2(1.0f / l, 1.0f);
 }
+INLINE float2 normalise_with_sink(float m, float l, float sink) {
+  const float top = max(m, sink);
+  const float f = fast::exp2(m - top);
+  const float total = l * f + fast::exp2(sink - top);
+  return float2(f / total, l * f / total);
+}
 
-// q . mu: what the centre took off every logit, which a sink's logit does not have.
+// Maximum and total of query row r from those of NSG SIMD groups, 8 rows each.
+template <int NSG>
+INLINE float2 join_statistics(
+    const threadgroup float* maxima, const threadgroup float* totals, int r) {
+  float top = maxima[r];
+  for (int g = 1; g < NSG; g++) top = max(top, maxima[8 * g + r]);
+  float total = 0.0f;
+  for (int g = 0; g < NSG; g++) {
+    total += totals[8 * g + r] * fast::exp2(maxima[8 * g + r] - top);
+  }
+  return float2(top, total);
+}
+
+// q . mu: the centre lowers every key's logit by it, but not a sink's.
 template <int D, typename T>
-inline float centre_logit(const device T* q, int64_t stride, const device float* factors, uint lane) {
+INLINE float centre_logit(const device T* q, int64_t stride, const device float* factors, uint lane) {
   float dot = 0.0f;
   for (int c = int(lane); c < D; c += 32) {
     dot += float(q[c * stride]) * factors[2 * D + c];
@@ -159,35 +178,12 @@ inline float centre_logit(const device T* q, int64_t stride, const device float*
   return simd_sum(dot);
 }
 
-// A sink's logit beside the keys' logits, in units of log 2.
-template <int D, int ROTATION, bool CALIBRATED, bool CENTRED, bool SINKS, typename T>
-inline float sink_logit(
-    float sink,
-    const device T* q,
-    int64_t stride,
-    const device float* table,
-    int kv_head,
-    float scale,
-    uint lane) {
-  if (!SINKS) {
-    return 0.0f;
-  }
-  float logit = sink;
-  if (CENTRED) {
-    const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, kv_head);
-    logit -= scale * centre_logit<D>(q, stride, factors, lane);
-  }
-  return logit * 1.44269504088896f;
-}
-
-// One row of attention's output: out = R^T(sums * factor / lambda) * sigma + mu * probability.
-// The lanes of one vector do it, in a SIMD group of which every lane is here; those that only
-// repeat another's work do not `write`.
+// One row of attention's output: out = R^T(sums * normal.x / lambda) * sigma + mu * normal.y.
+// All lanes of a SIMD group call it; lanes that repeat another lane's work do not `write`.
 template <int D, int ROTATION, bool CALIBRATED, typename T, typename P>
-inline void finish_row(
+INLINE void finish_row(
     device T* out,
     P sums,
-    int64_t stride,
     float2 normal,
     const device float* table,
     int head,
@@ -200,8 +196,7 @@ inline void finish_row(
   const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
     const int c = rotated + 2 * a;
-    z[a] = float2(
-        float(sums[c * stride]) * normal.x, float(sums[(c + 1) * stride]) * normal.x);
+    z[a] = float2(sums[c] * normal.x, sums[c + 1] * normal.x);
     if (CALIBRATED) {
       const float2 f = factor_pair(factors, c);
       z[a] = float2(z[a].x * f.x, z[a].y * f.y);
@@ -222,16 +217,44 @@ inline void finish_row(
       }
     }
     keep_finite<points_of(D)>(out, z);
-    UNROLL for (int a = 0; a < points_of(D); a++) {
-      out[first + a * STEP] = T(z[a].x);
-      out[first + a * STEP + 1] = T(z[a].y);
-    }
+    UNROLL for (int a = 0; a < points_of(D); a++) write_two(out + first + a * STEP, z[a]);
   }
 }
 
-// A lane's rotated channels of one vector, as they are.
+// The output of one query, from unnormalised sums and their statistics (`normalise`). `sink` is the
+// head's logit, used if SINKS.
+template <
+    int KD, int VD, int ROTATION, bool K_CALIBRATED, bool K_CENTRED, bool V_CALIBRATED, bool SINKS,
+    typename T, typename P>
+INLINE void finish_query(
+    device T* out,
+    P sums,
+    float2 statistics,
+    float sink,
+    const device T* q,
+    int64_t q_stride,
+    const device float* k_table,
+    const device float* v_table,
+    int kv_head,
+    float scale,
+    uint lane) {
+  float2 normal;
+  if (SINKS) {
+    if (K_CENTRED) {
+      const device float* factors = factors_of<KD, ROTATION, K_CALIBRATED>(k_table, kv_head);
+      sink -= scale * centre_logit<KD>(q, q_stride, factors, lane);
+    }
+    normal = normalise_with_sink(statistics.x, statistics.y, sink * log2_e());
+  } else {
+    normal = normalise(statistics.x, statistics.y);
+  }
+  finish_row<VD, ROTATION, V_CALIBRATED>(
+      out, sums, normal, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
+}
+
+// Writes a lane's rotated channels of one vector.
 template <int D, int ROTATION, typename T>
-inline void write_points(device T* out, const thread float2* z, uint lane) {
+INLINE void write_points(device T* out, const thread float2* z, uint lane) {
   out += 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   if (points_of(D) % 4 == 0) {
     UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
@@ -243,10 +266,7 @@ inline void write_points(device T* out, const thread float2* z, uint lane) {
       write_eight(out + 8 * i, y);
     }
   } else {
-    UNROLL for (int a = 0; a < points_of(D); a++) {
-      write_one(out + 2 * a, z[a].x);
-      write_one(out + 2 * a + 1, z[a].y);
-    }
+    UNROLL for (int a = 0; a < points_of(D); a++) write_two(out + 2 * a, z[a]);
   }
 }
 

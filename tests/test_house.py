@@ -1,6 +1,7 @@
 """The rooms of the package: imports run downward only. docs/architecture.md draws them."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -112,6 +113,9 @@ def test_the_house():
 
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTED = ("docs", "kernels", "scripts", "tests", "mlx_kvq")
+LINKED = re.compile(r"\]\((?!https?:|mailto:)([^)#]+)[^)]*\)")
+QUOTED = re.compile(rf"`((?:{'|'.join(DOCUMENTED)}|examples)/[a-z0-9_./]*[a-z0-9_/])`")
 
 
 def outsiders(folder: str, forbidden: set[str]) -> list[str]:
@@ -135,6 +139,18 @@ def test_tests_and_scripts_leave_each_other_alone():
     assert outsiders("scripts", {"tests"}) == []
     assert outsiders("mlx_kvq", {"tests", "scripts", *scripts}) == []
     assert outsiders("tests", {"tests"})  # it sees imports
+
+
+def test_documents_name_what_is_there():
+    """Relative links, and `folder/file` in code quotes, of every page."""
+    pages = [*ROOT.glob("*.md"), *(p for d in DOCUMENTED for p in (ROOT / d).rglob("*.md"))]
+    gone = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        named = [ROOT / path for path in QUOTED.findall(text)]
+        named += [page.parent / link for link in LINKED.findall(text)]
+        gone += [f"{page.relative_to(ROOT)}: {path}" for path in named if not path.exists()]
+    assert len(pages) > 10 and gone == []
 
 
 def test_there_is_no_circle():

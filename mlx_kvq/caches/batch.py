@@ -35,6 +35,9 @@ class PackedBatch(PackedCache):
         # the device.
         self._seen = [-n for n in left_padding]
 
+    def _restored(self) -> None:
+        self._seen = _ints(self.offset)
+
     def _add(self, L: int) -> None:
         """Count L tokens more in each sequence."""
         self._seen = [n + L for n in self._seen]
@@ -51,6 +54,10 @@ class PackedBatch(PackedCache):
         return [
             max(0, min(n + L, end) - max(n, 0)) for n, end in zip(self._seen, ends, strict=True)
         ]
+
+    def _in_place(self, L: int) -> bool:
+        # A padded prompt may end in a chunk of one token, where mlx-lm's own cache raises.
+        return super()._in_place(L) and self._lengths is None
 
     def keys_and_values(self) -> tuple:
         self.stored.whole()
@@ -179,6 +186,8 @@ class PackedBatchKVCache(PackedBatch):
         left_padding (list): For each sequence, the padding before its first token.
     """
 
+    numbers = ("offset", "left_padding", "_idx")
+
     _right_padding: list[int] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
@@ -186,8 +195,11 @@ class PackedBatchKVCache(PackedBatch):
         prev, L = self._idx, keys.shape[2]
         if L == 0:
             return self._nothing(keys)
-        rows, more = self._pack(keys, values, prev)
-        self.stored.append(rows, prev, L, self.step)
+        if self._next(keys, values, prev):
+            more = {"tail": self.tail}
+        else:
+            rows, more = self._pack(keys, values, prev)
+            self.stored.append(rows, prev, L, self.step)
         self._idx += L
         self._add(L)
         return self._updated(L, more, self.offset)
@@ -216,16 +228,6 @@ class PackedBatchKVCache(PackedBatch):
                 self.newest.exact = [0] * len(self.exact)
             self._right_padding = self._lengths = None
             self._start()
-
-    @property
-    def state(self):
-        return self.rows, self.offset, self.left_padding, self._idx, *self._format_state
-
-    @state.setter
-    def state(self, v):
-        self.rows, self.offset, self.left_padding, self._idx, *more = v
-        self._seen = _ints(self.offset)
-        self._format_state = more
 
     def is_trimmable(self) -> bool:
         return True

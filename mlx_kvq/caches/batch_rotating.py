@@ -21,6 +21,8 @@ class PackedBatchRotatingKVCache(PackedBatch):
         left_padding (list): For each sequence, the padding before its first token.
     """
 
+    numbers = ("offset", "left_padding", "max_size", "_offset", "_idx", "rotated")
+
     def __init__(self, fmt: Format, max_size: int, left_padding: list[int]):
         super().__init__(fmt, left_padding)
         self.max_size = max_size
@@ -52,10 +54,6 @@ class PackedBatchRotatingKVCache(PackedBatch):
             new = mx.concatenate([self.stored.written(), new], axis=2)
         self.rows, self._idx = new, new.shape[2]
 
-    def _in_place(self, L: int) -> bool:
-        # A padded prompt may end in a chunk of one token, where mlx-lm's own cache raises.
-        return super()._in_place(L) and self._lengths is None
-
     def _update_in_place(self, new: mx.array) -> None:
         if self.stored.grow_to(self._offset, self.max_size, new, self.step):
             self._idx = self._offset
@@ -77,11 +75,17 @@ class PackedBatchRotatingKVCache(PackedBatch):
         if L == 0:
             return self._nothing(keys)
         in_place = self._in_place(L)
-        new, more = self._pack(keys, values)
-        if in_place:
-            self._update_in_place(new)
+        if self._next(keys, values, self._idx):
+            more = {"tail": self.tail}
+            self._idx += 1
+            if self.rotated:
+                self.left_padding = self.left_padding - 1
         else:
-            self._update_concat(new)
+            new, more = self._pack(keys, values)
+            if in_place:
+                self._update_in_place(new)
+            else:
+                self._update_concat(new)
         self._offset += L
         self._add(L)
         return self._updated(L, more, self.left_padding, self.offset)
@@ -113,34 +117,6 @@ class PackedBatchRotatingKVCache(PackedBatch):
 
     def _excess(self, lengths: list[int]) -> list[int]:
         return [max(0, seen - n) for seen, n in zip(self._seen, lengths, strict=True)]
-
-    @property
-    def state(self):
-        return (
-            self.rows,
-            self.offset,
-            self.left_padding,
-            self.max_size,
-            self._offset,
-            self._idx,
-            self.rotated,
-            *self._format_state,
-        )
-
-    @state.setter
-    def state(self, v):
-        (
-            self.rows,
-            self.offset,
-            self.left_padding,
-            self.max_size,
-            self._offset,
-            self._idx,
-            self.rotated,
-            *more,
-        ) = v
-        self._seen = _ints(self.offset)
-        self._format_state = more
 
     def is_trimmable(self) -> bool:
         return self._offset < self.max_size

@@ -59,6 +59,7 @@ class PackedCache(_BaseCache, ABC):
     """
 
     step = 256  # rows by which it grows, as in mlx-lm
+    numbers: tuple[str, ...] = ()  # attributes that a saved cache has besides
     alone = False
     reading = 0
     _prompted = False  # whether the last update was a chunk of a prompt
@@ -148,7 +149,7 @@ class PackedCache(_BaseCache, ABC):
         after it: as :meth:`_pack` and ``Rows.write``, in less of the host's time. False where they
         must do it."""
         rows, tail = self.stored, self.newest.array
-        if not rows.goes_on(at) or keys.shape[2] != 1 or self.reading or tail is None:
+        if not rows.goes_on(at) or tail is None or not self._in_place(keys.shape[2]):
             return False
         if tail.dtype != ops.tail_dtype(keys.dtype):
             return False
@@ -158,7 +159,7 @@ class PackedCache(_BaseCache, ABC):
         )
         rows.count += 1
         if self.newest.filling:
-            self.newest.got(recent, [1])
+            self.newest.got(recent, self._counts(1))
         return True
 
     def _pack(
@@ -341,18 +342,25 @@ class PackedCache(_BaseCache, ABC):
         self.as_arrays, self.model, self._dtype = other.as_arrays, other.model, other._dtype
         return self
 
-    # What a saved cache consists of. Strings and the calibration go along, so that it says what it
-    # is.
+    # What a saved cache consists of: rows, ``numbers``, and what says what they are.
 
     @property
-    def _format_state(self) -> list:
+    def state(self) -> tuple:
         fmt = self.format
+        numbers = [getattr(self, name) for name in self.numbers]
         state = [self.as_arrays, self.model, self._dtype, fmt.signature, fmt.arrays]
-        return [*state, self.prompt, self.exact, self.tail] if fmt.recent else state
+        if fmt.recent:
+            state += [self.prompt, self.exact, self.tail]
+        return self.rows, *numbers, *state
 
-    @_format_state.setter
-    def _format_state(self, v: list) -> None:
-        self.as_arrays, self.model, dtype, signature, arrays, *more = v
+    @state.setter
+    def state(self, v) -> None:
+        n = 1 + len(self.numbers)
+        self.rows = v[0]
+        for name, value in zip(self.numbers, v[1:n], strict=True):
+            setattr(self, name, value)
+        self._restored()
+        self.as_arrays, self.model, dtype, signature, arrays, *more = v[n:]
         if dtype not in _NAMES.values():
             raise ValueError(f"The cache's dtype is {dtype!r}, which is not one of a model.")
         self._dtype = dtype
@@ -375,6 +383,9 @@ class PackedCache(_BaseCache, ABC):
             tail.check(held, self.dtype, [max(0, p) for p in self._positions()])
         mx.async_eval([a for a in arrays or () if a is not None])
         self._start()  # a file is read when its arrays are evaluated
+
+    def _restored(self) -> None:
+        """Called when ``numbers`` were read from a file."""
 
     def empty(self) -> bool:
         return self.stored.array is None

@@ -18,6 +18,8 @@ class PackedRotatingKVCache(PackedCache):
         keep (int): Of these, the first tokens of the sequence that are never dropped.
     """
 
+    numbers = ("offset", "keep", "max_size", "_idx")
+
     def __init__(self, fmt: Format, max_size: int, keep: int = 0):
         super().__init__(fmt)
         self.offset = 0
@@ -124,21 +126,6 @@ class PackedRotatingKVCache(PackedCache):
 
     def size(self) -> int:
         return min(self.offset, self.max_size)
-
-    @property
-    def state(self):
-        return (
-            self.rows,
-            self.offset,
-            self.keep,
-            self.max_size,
-            self._idx,
-            *self._format_state,
-        )
-
-    @state.setter
-    def state(self, v):
-        self.rows, self.offset, self.keep, self.max_size, self._idx, *self._format_state = v
 
     def is_trimmable(self) -> bool:
         return self.offset < self.max_size

@@ -16,6 +16,8 @@ class PackedKVCache(PackedCache):
         fmt (Format): From :func:`mlx_kvq.format.format.make_format`.
     """
 
+    numbers = ("offset",)
+
     def __init__(self, fmt: Format):
         super().__init__(fmt)
         self.offset = 0
@@ -44,14 +46,6 @@ class PackedKVCache(PackedCache):
 
     def size(self) -> int:
         return self.offset
-
-    @property
-    def state(self):
-        return self.rows, self.offset, *self._format_state
-
-    @state.setter
-    def state(self, v):
-        self.rows, self.offset, *self._format_state = v
 
     def is_trimmable(self) -> bool:
         return True

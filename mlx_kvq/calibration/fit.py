@@ -54,7 +54,7 @@ def calibrate(
         length (int): Tokens in a window. Keys are taken after RoPE, so windows should be as long
             as the later contexts.
         spec (Spec or str, optional): Also find λ of the keys for this spec's rotation and seed;
-            the calibration then serves no other. About 2 % less KL (docs/quality.md).
+            the calibration then serves no other. About 2 % less KL (scripts/studies).
         progress (bool): Show a progress bar.
 
     Raises:

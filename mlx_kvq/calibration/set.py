@@ -147,7 +147,6 @@ class CalibrationSet:
             side, which = filter(None, found)
             path = (int(layer),) if place is None else (int(layer), int(place))
             parts.setdefault(path, {"keys": {}, "values": {}})[side][which] = a
-        validate(arrays)
         layers = {
             path: LayerCalibration(*(Calibration(**side) for side in sides.values()))
             for path, sides in parts.items()

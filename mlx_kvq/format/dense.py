@@ -1,6 +1,6 @@
 """Random rotations that are dense matrices: contenders of ``evaluate``, in no list of caches.
 
-``docs/quality.md`` compares them with the fast ones. Both take random words of 64 bits.
+``scripts/studies`` compares them with the fast ones. Both take random words of 64 bits.
 """
 
 from collections.abc import Iterator

@@ -12,21 +12,18 @@ The rule is that of GPTQ and LDLQ (Chee et al., arXiv 2307.13304), for a vector 
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-if TYPE_CHECKING:
-    from .transform import Calibration, Transform
-
+from .transform import Calibration, Transform
 
 BLOCK = 8  # channels rounded at once; 16 keeps two thirds of the gain
 DAMPING = 0.01  # of the mean of M's diagonal
 WHITENING = 0.5
 
 
-def matrix(keys: "Transform") -> mx.array:
+def matrix(keys: Transform) -> mx.array:
     """G of one layer's keys, fp32 [Hkv, D, D]; zero but right of the diagonal blocks."""
     c, D = keys.calibration, keys.dim
     # q̃ = A q with A = diag(1/λ) R diag(σ), the transform of the query.
@@ -43,7 +40,7 @@ def matrix(keys: "Transform") -> mx.array:
     return mx.array(G.astype(np.float32))
 
 
-def whitened(keys: "Calibration") -> "Calibration":
+def whitened(keys: Calibration) -> Calibration:
     """With feedback errors follow the keys' spread less: σ is the geometric mean of the balanced
     scale and the keys' standard deviation, √E[x²] = σ² √E[q²]."""
     if keys.metric is None or keys.sigma is None:

@@ -34,7 +34,7 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
 
 
 def tried(group: int) -> tuple[float, float]:
-    """Fractions of the abs-max scale that are tried for groups of this size (docs/quality.md). The
+    """Fractions of the abs-max scale that are tried for groups of this size (scripts/studies). The
     first of them finds the codes of vectors that were quantized before."""
     if group <= 32:
         return 1.0, 0.94

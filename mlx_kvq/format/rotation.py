@@ -1,8 +1,8 @@
 """The rotations, orthonormal and the same from one seed on every platform.
 
 ``srft`` and ``srht`` are R = F · diag(s) with random signs s and a fast F: the real FFT
-(Bergach, arXiv 2605.05699, §3) or the Hadamard matrix. ``docs/quality.md`` compares them with
-others.
+(Bergach, arXiv 2605.05699, §3) or the Hadamard matrix. ``scripts/studies`` compares them
+with others.
 """
 
 from collections.abc import Callable, Iterator

@@ -4,15 +4,12 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..calibration.set import NAMES, CalibrationSet
-
-if TYPE_CHECKING:
-    from .evaluate import Evaluation
-
+from .evaluate import Evaluation
 
 SYMBOLS = {"mu": "μ", "sigma": "σ", "lam": "λ"}
 FLOOR = 1e-5  # nats; a smaller KL is drawn there, as a triangle
@@ -30,7 +27,7 @@ def check(path: str) -> None:
         raise ValueError(f"{path}: a plot is one of {', '.join(sorted(known))}.")
 
 
-def draw_quality(evaluation: "Evaluation", path: str) -> None:
+def draw_quality(evaluation: Evaluation, path: str) -> None:
     """Draw mean and 99th-percentile KL, and the change of perplexity, against bytes per token."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -8,16 +8,13 @@ import platform
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
 from ..files import line, replacing
+from ..measure.evaluate import Evaluation
 from ..model.report import Report
-
-if TYPE_CHECKING:
-    from ..measure.evaluate import Evaluation
-
 
 TAGS = ("mlx", "mlx_kvq", "kv-cache-quantization")
 OURS = "kv_cache"  # argument of our results' metrics: the next conversion replaces those
@@ -60,7 +57,7 @@ def make(
     name: str,
     report: Report,
     sizes: list[float],
-    evaluation: "Evaluation | None",
+    evaluation: Evaluation | None,
     texts: list[str],
     note: str = "",
 ) -> ModelCard:
@@ -115,7 +112,7 @@ def _block(name, report, sizes, evaluation, texts, note) -> str:
     return _TEXT.format(fp16=fp16, packed=packed, times=times, more=more, **values)
 
 
-def _results(evaluation: "Evaluation", texts: list[str]) -> list[EvalResult]:
+def _results(evaluation: Evaluation, texts: list[str]) -> list[EvalResult]:
     """Figures for the hub's model index: perplexity of both caches, KL and recall of ours."""
     fp16, ours = evaluation.results[1:3]
     figures = [

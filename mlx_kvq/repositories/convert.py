@@ -7,7 +7,7 @@ place. A new repository is complete or does not exist, and an interruption leave
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -89,13 +89,16 @@ def convert(
     target = Path(mlx_path)
     name = upload_repo or target.absolute().name
     trust = bool(options.get("trust_remote_code"))
+    texts = evaluate_on or {}
     try:
-        if hf_path is None:
+        if hf_path is not None:
+            with _converted(hf_path, target, options) as folder:
+                _add(folder, name, spec, calibration_text, texts, recall, trust, progress)
+        else:
             _check_in_place(target, options)
             if upload_repo is not None:
                 repository.contents(target)
-        with nullcontext(target) if hf_path is None else _converted(hf_path, target, options) as at:
-            _add(at, name, spec, calibration_text, evaluate_on or {}, recall, trust, progress)
+            _add(target, name, spec, calibration_text, texts, recall, trust, progress)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"'{target}' cannot be written: {reason}.") from error

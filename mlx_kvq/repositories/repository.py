@@ -94,22 +94,19 @@ class Repository:
         """The calibration file, from the hub if need be: mlx-lm fetches only
         ``model*.safetensors``. Raises RepositoryError if there is none."""
         path = self.folder / FILE
-        if os.path.lexists(path):
+        if not os.path.lexists(path) and not Path(self.name).exists():
+            # The model's snapshot, also when the hub has moved on meanwhile.
+            commit = self.folder.name if _COMMIT.fullmatch(self.folder.name) else self.revision
             try:
-                regular(path)
-            except (OSError, ValueError) as error:
-                raise RepositoryError(line(error).replace(str(path), FILE)) from None
-            return path
-        if Path(self.name).exists():
+                path = utils._download(self.name, revision=commit, allow_patterns=[FILE]) / FILE
+            except Exception as error:
+                raise RepositoryError(f"{FILE} cannot be fetched: {line(error)}") from error
+        if not os.path.lexists(path):
             raise RepositoryError(f"{FILE} is missing.")
-        # The snapshot that the model is of, also when the hub has moved on meanwhile.
-        commit = self.folder.name if _COMMIT.fullmatch(self.folder.name) else self.revision
         try:
-            path = utils._download(self.name, revision=commit, allow_patterns=[FILE]) / FILE
-        except Exception as error:
-            raise RepositoryError(f"{FILE} cannot be fetched: {line(error)}") from error
-        if not path.is_file():
-            raise RepositoryError(f"{FILE} is missing.")
+            regular(path)
+        except (OSError, ValueError) as error:
+            raise RepositoryError(line(error).replace(str(path), FILE)) from None
         return path
 
     def offered(self, spec: Spec) -> CalibrationSet | None:
@@ -266,12 +263,9 @@ def _code(folder: Path) -> set[Path]:
 
 
 def write(
-    folder: Path,
-    spec: Spec,
-    layers: Layers,
-    calibration: CalibrationSet | None,
+    folder: Path, spec: Spec, layers: Layers, calibration: CalibrationSet | None,
     made: Mapping[str, str | int],
-) -> Section:
+) -> Section:  # fmt: skip
     """Write or replace a repository's section and its file.
 
     An interruption leaves the old section, none or the new one, but never a section with another

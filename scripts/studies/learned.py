@@ -1,7 +1,7 @@
 """Rotations fitted to calibration vectors: learned, or a fast one with chosen signs or seed.
 
 All of them lower the same thing, the scales that groups of rotated channels need. Source of the
-parametrization: Cayley, R = (I − A)(I + A)⁻¹ is orthogonal for every skew A. ``docs/quality.md``
+parametrization: Cayley, R = (I − A)(I + A)⁻¹ is orthogonal for every skew A. ``README.md``
 has what each brings.
 """
 

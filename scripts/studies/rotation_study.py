@@ -2,7 +2,7 @@
 
 For every rotation, with and without centring and balanced scales (μ, σ): the error on the
 calibration text that it was learned or chosen on, and KL and perplexity on held-out text, fed in
-chunks. `docs/quality.md` is written from its output. Usage:
+chunks. The table of README.md is its output. Usage:
 
     python scripts/studies/rotation_study.py --model tiny-qwen2 --outlier scale \\
         --text novel.txt --calibration-text other-novels.txt --json study.json

@@ -5,11 +5,13 @@ sequences; without it a small fixed set runs.
 """
 
 import mlx.core as mx
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, initialize, rule, run_state_machine_as_test
 from mlx_lm.models import cache as stock_caches
 
+from mlx_kvq import ops
 from mlx_kvq.caches import attention, seams
 from tests.caches.test_cache_states import BLOCK, OPERATIONS, SEQUENCES, STEP, CacheMachine
 from tests.support.stock import Pair
@@ -140,8 +142,11 @@ class Batches(CacheMachine):
         mx.eval([batch.ours.state])
 
 
-def test_sequences_of_operations(monkeypatch):
+@pytest.mark.parametrize("waiting", [False, True], ids=["written", "waiting"])
+def test_sequences_of_operations(waiting, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", BLOCK)
+    if waiting:
+        monkeypatch.setattr(ops, "is_reference", lambda *_: False)
     for ours in seams.CLASSES:
         stock = getattr(stock_caches, ours.__name__.removeprefix("Packed"))
         monkeypatch.setattr(ours, "step", STEP)

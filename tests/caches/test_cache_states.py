@@ -22,13 +22,14 @@ from hypothesis.stateful import (
 )
 from mlx_lm.models import cache as stock_caches
 
+from mlx_kvq import ops
 from mlx_kvq.caches import attention
 from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from tests.support.stock import Pair, Tokens
 
 SEQUENCES = int(os.environ.get("MLX_KVQ_SEQUENCES", "0"))
-FEW = 250  # sequences of a machine in CI
+FEW = 125  # sequences of a machine in CI
 OPERATIONS = 25  # of a sequence, at most
 BLOCK = 16  # of a prompt in place of 256
 STEP = 8  # capacity steps in place of 256, so that short sequences cross them
@@ -134,16 +135,19 @@ class OneSequence(CacheMachine):
         mx.eval([pair.ours.state])
 
 
-@pytest.mark.parametrize("machine", [OneSequence])
-def test_sequences_of_operations(machine, monkeypatch):
+@pytest.mark.parametrize("waiting", [False, True], ids=["written", "waiting"])
+def test_sequences_of_operations(waiting, monkeypatch):
+    """Rows are written at once, as plain operations need it, or wait, as on GPUs."""
     monkeypatch.setattr(attention, "BLOCK", BLOCK)
+    if waiting:
+        monkeypatch.setattr(ops, "is_reference", lambda *_: False)
     for ours in (PackedKVCache, PackedRotatingKVCache):
         stock = getattr(stock_caches, ours.__name__.removeprefix("Packed"))
         monkeypatch.setattr(ours, "step", STEP)
         monkeypatch.setattr(stock, "step", STEP)
         monkeypatch.setattr(stock_caches, ours.__name__, ours, raising=False)
     run_state_machine_as_test(
-        machine,
+        OneSequence,
         settings=settings(
             max_examples=SEQUENCES or FEW,
             stateful_step_count=OPERATIONS,

@@ -103,7 +103,8 @@ def test_prefix_reuse(spec):
     as if it were read at once: with an exact tail from a multiple of BLOCK tokens."""
     model, tokenizer = load_float32("tiny-qwen2-8bit")
     mlx_kvq.enable(model, spec, verbose=False)
-    (prompt,) = prompts(tokenizer, [900])
+    (words,) = prompts(tokenizer, [600])
+    prompt = words * 2
     other = [*prompt[:700], prompt[700] + 1, *prompt[:20]]
     cache = make_prompt_cache(model)
     logits = model(mx.array([prompt]), cache=cache)
@@ -116,14 +117,14 @@ def test_prefix_reuse(spec):
     at = 700 if "recent=0" in spec else BLOCK
     assert rest == other[at:]
     assert [c.offset for c in found] == [at] * len(cache)
-    assert [c.offset for c in cache] == [900] * len(cache)
+    assert [c.offset for c in cache] == [1200] * len(cache)
     cold = make_prompt_cache(model)
     expected = model(mx.array([other]), cache=cold)[:, at:]
     warm = model(mx.array([rest]), cache=found)
     np.testing.assert_allclose(np.array(warm), np.array(expected), atol=1e-3)
 
     exact, rest = lru.fetch_nearest_cache("model", prompt)
-    assert rest == ([] if "recent=0" in spec else prompt[512:])
+    assert rest == ([] if "recent=0" in spec else prompt[2 * BLOCK :])
     n = exact[0].offset
     for a, b in zip(exact, cache, strict=True):
         assert a.rows is not b.rows

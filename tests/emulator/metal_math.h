@@ -26,6 +26,10 @@ namespace metal {
 EMU_FLOAT_FUNCTIONS
 namespace fast {
 EMU_FLOAT_FUNCTIONS
+template <typename T>
+EMU_INLINE T divide(T x, T y) {
+  return x / y;
+}
 }
 namespace precise {
 EMU_FLOAT_FUNCTIONS

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,8 +16,8 @@ from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.calibration import automatic
 from mlx_kvq.format import levels as format_levels
+from tests.support.float32 import MODELS, WINDOW, load_float32
 
-MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 PROMPT = "It was a dark night, and the old man"
 FULL = os.environ.get("MLX_KVQ_FULL", "0") not in ("", "0")
 
@@ -169,12 +168,10 @@ def test_bytes_at_4k_tokens(model, dtype):
 @pytest.mark.parametrize("recent", [0, 5, 16])
 @pytest.mark.parametrize("name", ["tiny-qwen2-8bit", "tiny-gemma3-8bit"])
 def test_generates_as_an_unpacked_fake_quantized_cache_does(name, recent):
-    """Greedy, past the sliding window of tiny-gemma3 (256), token for token; in fp32, where the
+    """Greedy, past the sliding window of tiny-gemma3 (here 64), token for token; in fp32, where the
     fake's way back to the original domain rounds nothing away."""
-    model, tokenizer = load(str(MODELS / name))
-    model.set_dtype(mx.float32)
-    text = (MODELS / "README.md").read_text() * 2
-    prompt = tokenizer.encode(text)[:220]
+    model, tokenizer = load_float32(name, WINDOW)
+    prompt = tokenizer.encode((MODELS / "README.md").read_text())[: WINDOW - 12]
     n = 200 if FULL else 60
 
     def tokens(caches):

@@ -18,7 +18,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
-from mlx_kvq.ops.gpu import attention, jit, tables, tuning
+from mlx_kvq.ops.gpu import arguments, attention, jit, tables, tuning
 from mlx_kvq.ops.gpu.sources import kernel_source, kernels_path
 from tests.emulator import emulated
 from tests.support import calls, op_matrix
@@ -116,9 +116,9 @@ def assert_attends(q, rows, length, fmt, **arguments):
 
 
 # ---- rotation ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide, hold", [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("D", [32, 40, 64, 72, 80, 112, 128, 144, 192, 256])
-def test_fft_in_a_simd_group(emulator, D, wide):
+def test_fft_in_a_simd_group(emulator, D, wide, hold):
     """One vector each way, against the matrix in float64."""
     body = """
       const uint lane = thread_index_in_simdgroup;
@@ -141,7 +141,7 @@ def test_fft_in_a_simd_group(emulator, D, wide):
         }
       }
     """
-    header = f"enum : int {{ WIDE = {int(wide)} }};\n"
+    header = f"enum : int {{ WIDE = {int(wide)}, HOLD_TABLES = {int(hold)} }};\n"
     header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
     kernel = mx.fast.metal_kernel(
         name="fft", input_names=["x", "table"], output_names=["y"], source=body, header=header
@@ -160,7 +160,8 @@ def test_fft_in_a_simd_group(emulator, D, wide):
         assert np.abs(np.array(got) - want).max() < 1e-6 * tables.stretch("srft", D)
 
 
-def test_fft_by_swapping(emulator):
+@pytest.mark.parametrize("hold", [False, True])
+def test_fft_by_swapping(emulator, hold):
     """Four vectors of a SIMD group, whose lanes are as many as a lane's points."""
     body = """
       const uint lane = thread_index_in_simdgroup;
@@ -180,7 +181,7 @@ def test_fft_by_swapping(emulator):
         y[c + 1] = z[a].y;
       }
     """
-    header = "enum : int { WIDE = 0 };\n"
+    header = f"enum : int {{ WIDE = 0, HOLD_TABLES = {int(hold)} }};\n"
     header += "".join(kernel_source(f"{name}.metal") for name in ("machine", "rotate"))
     kernel = mx.fast.metal_kernel(
         name="swap", input_names=["x", "table"], output_names=["y"], source=body, header=header
@@ -267,6 +268,28 @@ def test_attend(emulator, launches, spec, Dk, Dv, what):
     parts = assert_attends(q, rows, 150, fmt, mask="causal")
     assert emulator.counters[-1].kernel.startswith("custom_kernel_kvq_combine")
     assert np.abs(whole - parts).max() <= TOLERANCE[dtype] * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+def test_what_cuda_holds_in_registers(emulator, launches, spec, Dk, Dv, what):
+    """The same results as by the choices for Metal, on which all other tests run."""
+    fmt = format_of(spec, Dk, Dv, what)
+    lay = fmt.layout
+    k, v = normal(1, 2, 60, Dk, seed=1), normal(1, 2, 60, Dv, seed=2)
+    q, tail = transposed(1, 4, 2, Dk), normal(1, 2, 20, Dk + Dv, seed=3)
+    tables = "hold_tables", "hold_queries", "prefetch"
+
+    def results(hold):
+        launches(single=0, **dict.fromkeys(tables, hold))
+        rows, kept = fused.quantize_pack(k, v, fmt, None, 20)
+        assert rows.shape == (1, 2, 60, lay.words)
+        out = calls.attend(fused, q, rows, 60, fmt, Dk**-0.5, "causal")
+        with_tail = calls.attend(fused, q, rows, 60, fmt, Dk**-0.5, "causal", tail=tail)
+        return [rows, kept, out, with_tail, *calls.restore(fused, rows, 60, fmt)]
+
+    for a, b in zip(results(True), results(False), strict=True):
+        exact = a.dtype == mx.uint32
+        assert mx.allclose(a, b, rtol=0, atol=0 if exact else 2e-6 * mx.abs(b).max().item()).item()
 
 
 @pytest.mark.parametrize("gqa", [1, 2, 4, 6, 8, 16])
@@ -497,6 +520,30 @@ def test_the_cuda_prelude_has_the_kernels_vocabulary():
     assert used == VOCABULARY
     prelude = kernel_source("machine.cuh")
     assert [word for word in VOCABULARY if word not in prelude] == []
+
+
+@pytest.mark.parametrize("name", jit.KERNELS)
+def test_kernels_read_their_integers_by_name(name):
+    """Each name of the host's list is read, and nothing else, least of all by number."""
+    _, bodies, inputs, _ = jit.KERNELS[name]
+    files = [b if "." in b else f"{b}.metal" for b in bodies]
+    text = re.sub(r"//.*", "", "".join(map(kernel_source, files)))
+    array = "keep" if "keep" in inputs else "info"
+    read = set(re.findall(rf"\b{array}\[(.*?)\]", text))
+    given = {f"kvq::{n}" for n in arguments.ARGUMENTS[name]}
+    assert read == given if name != "combine" else read < given
+
+
+def test_integers_by_name():
+    given = arguments.integers("quantize_pack", rows=7, kept=3)
+    assert given.tolist() == [3, 7] and given.dtype == mx.int32
+    assert (
+        arguments.enumeration("quantize_pack") == "namespace kvq { enum : int { KEPT, ROWS }; }\n"
+    )
+    with pytest.raises(ValueError, match="quantize_pack takes kept, rows, not length"):
+        arguments.integers("quantize_pack", kept=3, rows=7, length=1)
+    with pytest.raises(KeyError, match="rows"):
+        arguments.integers("quantize_pack", kept=3)
 
 
 def test_bodies_use_threadgroup_only_to_declare():

@@ -21,6 +21,7 @@ LINE = (
     "[mlx_kvq] int4-srft: packed 4 of 4 layers, 4.50 bits per value, 3.56x smaller than fp16, "
     "the newest 16 tokens exact, calibrated (made up); as the model's repository says"
 )
+MEMORY = "[mlx_kvq] 10 tokens: 0.07 MB (0.07 MB of it the exact tail), fp16 0.02 MB"
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_a_private_repository(hub, tmp_path):
 def test_generate_from_the_hub_and_then_offline(calibrated, hub, tmp_path):
     name, folder = calibrated
     text, lines = generate(name, home=tmp_path, hub=hub)
-    assert lines == [LINE]
+    assert lines == [LINE, MEMORY]
     (snapshot,) = (tmp_path / "hub" / "models--someone--calibrated" / "snapshots").iterdir()
     assert (snapshot / FILE).read_bytes() == (folder / FILE).read_bytes()
     asked = len(hub.requests)
@@ -164,7 +165,7 @@ def test_a_snapshot_without_the_file_is_told(calibrated, hub, tmp_path):
         f"[mlx_kvq] error: The KV cache of '{name}' cannot be used: {FILE} cannot be fetched: "
     )
     assert "Traceback" not in process.stderr
-    assert generate(name, home=tmp_path, hub=hub)[1] == [LINE]  # with the net it is fetched
+    assert generate(name, home=tmp_path, hub=hub)[1] == [LINE, MEMORY]  # with the net it is fetched
 
 
 def test_inspect_fetches_the_small_files_only(calibrated, hub, tmp_path):

@@ -25,11 +25,11 @@ that is counted there.)
 """
 
 import argparse
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import mlx.core as mx
 from mlx_lm.models import gemma3_text, qwen2
@@ -148,11 +148,19 @@ def as_on_metal() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def traced(step: Callable, chip: str = "g", L: int = 1) -> Counter:
-    """Kernels of ``step(tokens)`` by primitive, custom kernels by name."""
+@functools.cache
+def traced(build: Callable, layers: int, name: str, T: int, L: int) -> list[dict]:
+    """The graph of a step of L tokens after T."""
+    model = _in_half(build, layers)
+    cache = caches(model, name, T, decodes=L == 1)
     graph: list[dict] = []
     with as_on_metal():
-        mx.export_function(graph.append, step, mx.ones((1, L), mx.int32))
+        mx.export_function(graph.append, lambda y: model(y, cache=cache), mx.ones((1, L), mx.int32))
+    return graph
+
+
+def counted(graph: list[dict], chip: str, L: int) -> Counter:
+    """Kernels of a graph by primitive, custom kernels by name."""
     found: Counter = Counter()
     for node in graph:
         if node["type"] != "primitive" or node["name"] in VIEWS:
@@ -192,7 +200,7 @@ def caches(model, name: str, T: int, decodes: bool = True) -> list:
     return made
 
 
-@lru_cache
+@functools.cache
 def _in_half(build: Callable, layers: int):
     model = build(layers)
     model.set_dtype(mx.float16)
@@ -203,12 +211,7 @@ def _in_half(build: Callable, layers: int):
 def per_layer(build: Callable, name: str, T: int, chip: str = "g", L: int = 1) -> Counter:
     """Kernels of one layer in a decode step after T tokens, or in a prompt's chunk of L, by
     primitive."""
-    counts = []
-    for layers in (3, 2):
-        model = _in_half(build, layers)
-        cache = caches(model, name, T, decodes=L == 1)
-        counts.append(traced(lambda y, m=model, c=cache: m(y, cache=c), chip, L))
-    three, two = counts
+    three, two = (counted(traced(build, layers, name, T, L), chip, L) for layers in (3, 2))
     three.subtract(two)
     return +three
 

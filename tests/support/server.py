@@ -14,7 +14,7 @@ from mlx_lm.utils import load_tokenizer
 from tests.support.float32 import TEXT
 
 REQUESTS = 32
-WORDS = [1, 2, 60, 5, 420, 3, 500, 8]  # of the prompts, in turn
+WORDS = [1, 2, 60, 5, 420, 3, 500, 8, 1, 2, 40, 4, 90, 3, 20, 7]  # of the prompts, in turn
 TOKENS = [16, 6, 24, 11]  # asked for, in turn
 BIN = Path(sys.executable).parent
 
@@ -108,5 +108,5 @@ def requests(folder: Path) -> list[tuple[str, int]]:
     for i, (prompt, tokens) in enumerate(first):
         half = prompt.split()
         half = half[: len(half) // 2] if i % 3 else half
-        halves.append((" ".join([*half, *words[i : i + 5]]), tokens))
+        halves.append((" ".join([*half, *words[i : i + 4]]), tokens))
     return first + halves

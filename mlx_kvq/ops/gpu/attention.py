@@ -10,7 +10,8 @@ import mlx.core as mx
 from .. import memo
 from ..packed import EVERY, Mask, Packed
 from . import tables
-from .launch import Launch, integers, like
+from .arguments import integers
+from .launch import Launch, like
 from .machine import machine
 from .plan import plan
 from .tuning import TUNING, Tuning, attend_shape, splits
@@ -78,7 +79,13 @@ class Attend:
         )
         self.starts, self.sinks = mask.starts is not None, sinks is not None
         heads, L = q.shape[1] // self.Hkv, q.shape[2]
-        self.given = heads, L, _bits(scale), mask.causal, mask.window or 0
+        self.given = {
+            "heads": heads,
+            "queries": L,
+            "scale": _bits(scale),
+            "causal": mask.causal,
+            "window": mask.window or 0,
+        }
         self.like = like(q, packed.rows, mask.starts, mask.array, packed.tail, sinks)
         self.mask = 0 if mask.array is None else 1 if mask.array.dtype == mx.bool_ else 2
         # By number of splits: the launches, and whether they work on this machine.
@@ -104,10 +111,10 @@ class Attend:
 
     def _info(self, length: int, ring: tuple[int, int] | None) -> mx.array:
         """The integers that ``kernels/attend.metal`` takes."""
-        if not self.tail:
-            return integers(length, *self.given)
         keep, idx = ring or (0, length)
-        return integers(length, *self.given, min(self.kind.recent, length - keep), keep, idx)
+        recent = min(self.kind.recent, length - keep) if self.tail else 0
+        given = {**self.given, "length": length, "recent": recent, "keep": keep, "next": idx}
+        return integers("attend_store", **given)
 
     def _arrivals(self, launch: Launch) -> Iterator[mx.array] | None:
         return _arrivals() if launch.name == "attend_join" else None

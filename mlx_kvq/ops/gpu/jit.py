@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from .. import memo
+from . import arguments
 from .sources import kernel_source, kernels_path
+from .tuning import TUNING
 
 # Arrays that a launch may do without -> the constant that says whether it has them. Each costs
 # the host time at every launch.
@@ -28,26 +30,26 @@ _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
         ("rotate", "levels", "vectors", "quantize"),
-        ("quantize_pack",),
+        ("row", "quantize_pack"),
         ("k", "v", "tables", "keep", "tail", "held"),
         ("rows", "kept"),
     ),
     "attend_finish": (
         ("rotate", "levels", "vectors", "tile"),
-        ("attend", "attend_finish"),
+        ("row", "attend", "attend_finish"),
         (*_ATTEND, "sinks"),
         ("out",),
     ),
     "attend_store": (
         ("rotate", "levels", "vectors", "tile"),
-        ("attend", "attend_store"),
+        ("row", "attend", "attend_store"),
         _ATTEND,
         ("partial",),
     ),
     # CUDA only
     "attend_join": (
         ("rotate", "levels", "vectors", "tile"),
-        ("attend", "attend_store", "attend_join.cuh"),
+        ("row", "attend", "attend_store", "attend_join.cuh"),
         (*_ATTEND, "sinks", "arrivals"),
         ("out", "partial"),
     ),
@@ -57,10 +59,15 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("q", "info", "partial", "tables", "sinks"),
         ("out",),
     ),
-    "dequantize": (("levels",), ("dequantize",), ("rows", "info", "tail"), ("keys", "values")),
+    "dequantize": (
+        ("levels",),
+        ("row", "dequantize"),
+        ("rows", "info", "tail"),
+        ("keys", "values"),
+    ),
     "restore": (
         ("rotate", "levels", "vectors", "restore"),
-        ("restore_rows",),
+        ("row", "restore_rows"),
         ("rows", "info", "tail", "new_k", "new_v", "tables"),
         ("keys", "values"),
     ),
@@ -98,8 +105,17 @@ def _kernel(machine: str, name: str, constants: Constants):
             body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
         if _OPTIONAL[n] in ("TAIL", "HOLDS", "CHUNK"):
             body += f"const int {n}_shape[4] = {{0, 0, 0, 0}};\n"
-    # How many lanes of a SIMD group share a vector (kernels/rotate.metal).
-    lanes = f"enum : int {{ WIDE = {int(name.startswith(('attend', 'combine')))} }};\n"
+    # Choices that kernels read: how many lanes share a vector, and what stays in registers.
+    wide, tuning = name.startswith(("attend", "combine")), TUNING[machine]
+    choices = {
+        "WIDE": wide,
+        "HOLD_TABLES": wide or tuning.hold_tables,
+        "HOLD_QUERIES": tuning.hold_queries,
+        "PREFETCH": tuning.prefetch,
+        "AHEAD": tuning.combine_ahead,
+    }
+    lanes = f"enum : int {{ {', '.join(f'{k} = {int(v)}' for k, v in choices.items())} }};\n"
+    lanes += arguments.enumeration(name)
     if machine == "metal":
         header = lanes + "".join(_source(h) for h in ("machine", *headers))
         body += "".join(_source(b) for b in bodies)

@@ -64,12 +64,6 @@ class Launch:
         return launch
 
 
-def integers(*values: int) -> mx.array:
-    """Run-time values of a launch. Every layer of a decode step asks for the same ones, and a
-    small array from the host costs more than the launch itself on CUDA."""
-    return memo.launch(values, lambda: mx.array(values, dtype=mx.int32))
-
-
 def like(*arrays: mx.array | None) -> tuple:
     """Shapes and dtypes, for a key."""
     return tuple(None if a is None else (a.shape, a.dtype) for a in arrays)

@@ -8,7 +8,8 @@ import mlx.core as mx
 from ...format.format import Format, Kind
 from ...format.layout import tail_dtype
 from . import tables
-from .launch import Launch, integers, like
+from .arguments import integers
+from .launch import Launch, like
 from .machine import machine
 from .plan import plan
 from .tuning import TUNING
@@ -70,7 +71,7 @@ def prepare(
         tuple(dtypes),
         len(shapes),
     )
-    sizes = integers(size, count) if size else None
+    sizes = integers("quantize_pack", kept=size, rows=count) if size else None
     return Pack(launch, launch.prepared(like(k, v, tail, pending)), sizes)
 
 

@@ -21,7 +21,8 @@ class Tuning:
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
             GPU is busy anyway and ``busy_sizes`` hold: keys, SIMD groups and threadgroups; where
             values have more than 128 channels, ``busy_wide``.
-        combine_groups (int): SIMD groups of a combine threadgroup.
+        combine_groups (int): SIMD groups of a combine threadgroup, at most 16.
+        combine_ahead (int): Splits that each of them loads at once.
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
         pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
             sets of tokens.
@@ -31,6 +32,12 @@ class Tuning:
             is in memory at once: the arrays of a chunk's attention, of every layer.
         replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
             replayed.
+        hold_tables (bool): A SIMD group keeps twiddles and channel factors in registers while it
+            packs or restores vectors; otherwise it reads them again for each set.
+        hold_queries (bool): attend keeps the queries' operands and offsets in registers, otherwise
+            in threadgroup memory.
+        prefetch (bool): attend loads its next tile, and an exact token's value, into registers
+            ahead of their use.
     """
 
     keys: int
@@ -43,11 +50,15 @@ class Tuning:
     busy_sizes: tuple[int, int, int] = (16, 8, 0)
     busy_wide: tuple[int, int, int] = (16, 8, 0)
     combine_groups: int = 4
+    combine_ahead: int = 1
     pack_pairs: int = 4
     pack_threadgroups: int = 256
     restore_threadgroups: int = 512
     ahead: int = 0
     replay: bool = False
+    hold_tables: bool = False
+    hold_queries: bool = False
+    prefetch: bool = False
 
     def when(self, parallel: int, lay: RowLayout) -> "Tuning":
         """The launch sizes for so many threadgroups of one split."""
@@ -60,7 +71,15 @@ class Tuning:
 TUNING = {
     # Not measured: no Mac at hand; by scripts/estimate_apple.py. One split of 512 keys would leave
     # all but one core per KV head idle and take twice the time of several and a second launch.
-    "metal": Tuning(keys=16, simd_groups=8, threadgroups=160, single=128, least=1),
+    "metal": Tuning(
+        keys=16,
+        simd_groups=8,
+        threadgroups=160,
+        single=128,
+        least=1,
+        combine_groups=16,
+        combine_ahead=4,
+    ),
     # H200, mlx 0.32.4, tests/support/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
     # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
@@ -78,6 +97,9 @@ TUNING = {
         pack_threadgroups=528,
         ahead=3,
         replay=True,
+        hold_tables=True,
+        hold_queries=True,
+        prefetch=True,
     ),
 }
 
@@ -87,7 +109,9 @@ def _memory(lay: RowLayout, keys: int, simd_groups: int) -> int:
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
     sums = 64 * units * (16 // lay.v_bits)
     words = max(simd_groups * keys * lay.words, simd_groups // 2 * sums, 8 * lay.v_dim)
-    return 4 * (words + 3) + 16 * lay.k_dim + 32 + 64 * simd_groups
+    operands = -(-lay.k_words // 4) * (16 // lay.k_bits)
+    offsets = lay.k_dim // lay.k_group  # not there if a kernel keeps them in registers
+    return 4 * (words + 3) + 16 * (8 * operands + 1) + 32 * offsets + 32 + 64 * simd_groups
 
 
 def attend_shape(lay: RowLayout, tuning: Tuning) -> tuple[int, int]:

@@ -7,7 +7,8 @@ import mlx.core as mx
 
 from ..packed import Packed
 from . import tables
-from .launch import Launch, integers, like
+from .arguments import integers
+from .launch import Launch, like
 from .machine import machine
 from .plan import plan
 from .tuning import TUNING
@@ -59,7 +60,7 @@ def prepare(op: str, packed: Packed, dtype: mx.Dtype, chunk: Chunk = None) -> Re
     return Restore(
         launch,
         launch.prepared(like(packed.rows, packed.tail, *(chunk or ()))),
-        integers(length),
+        integers(op, length=length),
     )
 
 

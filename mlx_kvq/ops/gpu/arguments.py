@@ -1,0 +1,43 @@
+"""The integers of a launch by name: what the host passes, and where kernels find it.
+
+``kernels/*.metal`` read ``info[kvq::LENGTH]``; ``jit`` writes that enumeration from these names.
+"""
+
+import mlx.core as mx
+
+from .. import memo
+
+# The softmax scale is passed as the bits of a float; NEXT is the row after the newest token's.
+_ATTEND = ("LENGTH", "HEADS", "QUERIES", "SCALE", "CAUSAL", "WINDOW", "RECENT", "KEEP", "NEXT")
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "quantize_pack": ("KEPT", "ROWS"),
+    "attend_finish": _ATTEND,
+    "attend_store": _ATTEND,
+    "attend_join": _ATTEND,
+    "combine": _ATTEND,
+    "dequantize": ("LENGTH",),
+    "restore": ("LENGTH",),
+}
+
+
+def integers(kernel: str, **values: int) -> mx.array:
+    """The integers of a launch of ``kernel``, int32, by the names of :data:`ARGUMENTS` in lower
+    case. The same values give the same array: on CUDA a new one costs more than the launch.
+
+    Raises:
+        KeyError: For a name that is missing.
+        ValueError: For a name that the kernel does not have.
+    """
+    return memo.launch((kernel, *values.items()), lambda: _integers(kernel, values))
+
+
+def _integers(kernel: str, values: dict[str, int]) -> mx.array:
+    names = [name.lower() for name in ARGUMENTS[kernel]]
+    if unknown := set(values) - set(names):
+        raise ValueError(f"{kernel} takes {', '.join(names)}, not {', '.join(sorted(unknown))}.")
+    return mx.array([values[name] for name in names], dtype=mx.int32)
+
+
+def enumeration(kernel: str) -> str:
+    """Source text that gives the kernel these names."""
+    return f"namespace kvq {{ enum : int {{ {', '.join(ARGUMENTS[kernel])} }}; }}\n"

@@ -1,0 +1,273 @@
+"""Faults planted in the kernels' sources, one at a time: the emulator or a comparison catches each.
+
+A fault is a file, a text that occurs in it, and what stands there instead. Its check passes without
+the fault, and fails, or the emulator raises, with it.
+"""
+
+import mmap
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_kvq.format import levels
+from mlx_kvq.ops import gpu as fused
+from mlx_kvq.ops import plain
+from mlx_kvq.ops.gpu import jit
+from tests.emulator import KernelError, emulated, standin
+from tests.ops.test_fused import (
+    assert_attends,
+    format_of,
+    launches,
+    normal,
+    packed,
+    transposed,
+)
+from tests.support import calls
+
+__all__ = ["launches"]
+
+
+# ---- checks -----------------------------------------------------------------------------------
+def same(got, want, bound=2e-3):
+    got, want = (np.array(x.astype(mx.float32)) for x in (got, want))
+    assert np.isfinite(got).all()
+    error = np.abs(got - want) / np.abs(want).max(axis=-1, keepdims=True)
+    assert error.max() <= bound, f"off by {error.max():.2g}"
+
+
+def edges(launches, tail=False):
+    """Windows and causal limits that end one key beside, or at, the edge of a tile of 16."""
+    launches(single=1023)
+    fmt = format_of("int4-srft:recent=3", 64)
+    rows = packed(fmt, 1, 1, 52)
+    exact = {"tail": normal(1, 1, 8, 128, seed=30)} if tail else {}
+    for L in (1, 2, 3):
+        q = transposed(1, 2, L, 64, seed=L)
+        for length in (31, 32, 33, 34, 35, 36, 37):
+            for low in (15, 16, 17, None):
+                window = None if low is None else length - low
+                assert_attends(q, rows, length, fmt, mask="causal", window=window, **exact)
+
+
+def edges_beside_a_tail(launches):
+    edges(launches, tail=True)
+
+
+def attention(launches):
+    """Several splits, a tail, a mask, sinks, a centre, ragged lengths, a tail that wraps around."""
+    fmt = format_of("int4-srft:recent=5", 64, what="mu")
+    rows, tail = packed(fmt, 2, 2, 150), normal(2, 2, 9, 128, seed=30)
+    sinks = normal(6, dtype=mx.float16)
+    seen = np.random.default_rng(3).random((2, 6, 2, 147)) < 0.5
+    for single in (0, 1023):
+        launches(single=single)
+        q = transposed(2, 6, 2, 64)
+        assert_attends(q, rows, 147, fmt, mask="causal", tail=tail, sinks=sinks)
+        assert_attends(q, rows, 147, fmt, mask=mx.array(seen))
+        assert_attends(q, rows, 147, fmt, starts=mx.array([3, 100], mx.int32), tail=tail)
+        one = q[:, :, :1]
+        for ring in ((4, 60), (0, 3), (2, 146), (4, 7)):
+            assert_attends(one, rows, 147, fmt, tail=tail, ring=ring)
+        assert_attends(one, rows, 10, fmt, tail=tail, window=4)
+
+
+def attention_of_odd_sizes(launches):
+    """A last word that is not full; groups that are not whole slots; large and tiny scales."""
+    launches(single=0)
+    for spec, D in (("int4-srft:group_size=8", 72), ("int8-srft:group_size=40", 80)):
+        fmt = format_of(spec, D)
+        assert_attends(transposed(1, 4, 1, D), packed(fmt, 1, 1, 90), 90, fmt)
+    for size in (1e-5, 3e4):
+        fmt = format_of("int4-srft", 64)
+        k, v = normal(1, 1, 80, 64, seed=1), size * normal(1, 1, 80, 64, seed=2)
+        rows = plain.quantize_pack(k, v, fmt)[0]
+        assert_attends(normal(1, 2, 1, 64), rows, 80, fmt)
+
+
+def packing(launches):
+    """Any strides of both sides, several sets of a SIMD group, a tail, held rows, odd scales."""
+    launches(pack_pairs=1, pack_threadgroups=1)
+    for D, spec in ((128, "int4-srft:recent=5"), (64, "int4-srft:recent=5")):
+        fmt = format_of(spec, D, what="mu sigma lam")
+        k, v = (normal(D, 2, 1, 23, seed=s).transpose(2, 1, 3, 0) for s in (3, 4))
+        want = plain.quantize_pack(k, v, fmt)[0]
+        tail, held = normal(1, 2, 7, 2 * D, seed=5), packed(fmt, 1, 2, 30, spare=0)
+        got, kept = fused.quantize_pack(k, v, fmt, tail, 30, held)
+        assert mx.array_equal(got, mx.concatenate([held[:, :, 23:], want], axis=2))
+        _, expected = plain.quantize_pack(k, v, fmt, tail, 30)
+        same(kept, expected)
+        got, kept = fused.quantize_pack(k, v, fmt, None, 9)
+        assert mx.array_equal(got, want)
+        same(kept, plain.quantize_pack(k, v, fmt, None, 9)[1])
+    odd = format_of("int4-srft:group_size=24", 96, 48)
+    k, v = normal(1, 1, 5, 96), normal(1, 1, 5, 48)
+    k[0, 0, 2, 7] = float("nan")
+    got, want = (backend.quantize_pack(k, v, odd)[0] for backend in (fused, plain))
+    for a, b in zip(levels.split(got, odd.layout), levels.split(want, odd.layout), strict=True):
+        assert mx.array_equal(a, b, equal_nan=a.dtype == mx.float16)
+
+
+def restoring(launches):
+    launches(restore_threadgroups=1)
+    fmt = format_of("int4-srft:recent=5", 64, what="mu sigma lam")
+    rows, tail = packed(fmt, 1, 2, 40), normal(1, 2, 6, 128, seed=5)
+    chunk = transposed(1, 2, 7, 64, mx.float32, 8), transposed(1, 2, 7, 64, mx.float32, 9)
+    given = rows, 40, fmt, mx.float32, tail
+    for a, b in zip(
+        calls.restore(fused, *given, chunk), calls.restore(plain, *given, chunk), strict=True
+    ):
+        same(a, b, 1e-5)
+    for a, b in zip(calls.dequantize(fused, *given), calls.dequantize(plain, *given), strict=True):
+        same(a, b, 1e-6)
+    for length in (37, 38, 39):
+        got = calls.dequantize(fused, rows, length, fmt, mx.float16)
+        for a, b in zip(got, calls.dequantize(plain, rows, length, fmt, mx.float16), strict=True):
+            same(a, b)
+
+
+def rows_beyond_8_gigabytes(launches):
+    """The second sequence of a batch begins 2^31 words after the first: a sparse buffer."""
+    fmt = format_of("int4-srft", 64)
+    rows, q = packed(fmt, 2, 1, 16, spare=0), transposed(2, 2, 1, 64)
+    words = np.array(rows)
+    far = 1 << 31
+    space = mmap.mmap(-1, 4 * (far + words[1].size), flags=mmap.MAP_PRIVATE | 0x4000)  # no reserve
+    flat = np.frombuffer(space, np.uint32)
+    flat[: words[0].size] = words[0].reshape(-1)
+    flat[far:] = words[1].reshape(-1)
+    strides = (4 * far, *words.strides[1:])
+    distant = np.lib.stride_tricks.as_strided(flat, words.shape, strides)
+    want = calls.attend(plain, q.astype(mx.float32), rows, 16, fmt, 0.125)
+    run = standin.run
+
+    def with_distant(source, inputs, *rest, **given):
+        inputs = [distant if a.dtype == mx.uint32 else a for a in inputs]
+        return run(source, inputs, *rest, **{**given, "mode": "fast"})
+
+    standin.run = with_distant
+    try:
+        same(calls.attend(fused, q, rows, 16, fmt, 0.125), want)
+    finally:
+        standin.run = run
+
+
+CHECKS = (
+    edges, edges_beside_a_tail, attention, attention_of_odd_sizes, packing, restoring,
+    rows_beyond_8_gigabytes,
+)  # fmt: skip
+
+# ---- faults: what, check, file, text, instead -------------------------------------------------
+FAULTS = [
+    ("high edge + 1", edges, "attend.metal",
+     "int high_edge = causal ? offset + 1 : length;",
+     "int high_edge = causal ? offset + 2 : length;"),
+    ("high edge + 1 beside a tail", edges_beside_a_tail, "attend.metal",
+     "is_ring ? end : offset + 1 - recent);", "is_ring ? end : offset + 2 - recent);"),
+    ("low edge of the first query", edges, "attend.metal",
+     "window > 0 ? length - window : 0", "window > 0 ? offset - window + 1 : 0"),
+    ("low edge - 1", edges, "attend.metal",
+     "window > 0 ? length - window : 0", "window > 0 ? length - window - 1 : 0"),
+    ("v's last stride", packing, "quantize_pack.metal", "v_strides[2], v_strides[3]",
+     "v_strides[2], 1"),
+    ("last barrier of the swap", packing, "rotate.metal",
+     "    if (k == 0 && l == 0) z[0] = joined_zero(v);\n  }\n"
+     "  simdgroup_barrier(mem_flags::mem_threadgroup);",
+     "    if (k == 0 && l == 0) z[0] = joined_zero(v);\n  }"),
+    ("offsets of 32 bits", rows_beyond_8_gigabytes, "attend.metal",
+     "rows + (b * rows_strides[0] + kv_head * rows_strides[1])",
+     "rows + int(b * rows_strides[0] + kv_head * rows_strides[1])"),
+    ("words past the last row not zeroed", attention, "tile.metal",
+     "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0;",
+     "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0xffffffffu;"),
+    # New ones.
+    ("tiles lost between splits", attention, "attend.metal",
+     "(tiles + splits - 1) / splits", "max(1, tiles / splits)"),
+    ("a split's end", attention, "attend.metal", "(split + 1) * share)",
+     "(split + 1) * share + 1)"),
+    ("tail of the last query only", attention, "attend.metal",
+     "age < min(recent + L - 1, length - keep)", "age < min(recent, length - keep)"),
+    ("tail into the kept rows", attention, "attend.metal", "max(keep, idx - recent) : length",
+     "idx - recent : length"),
+    ("end of a ring", attention, "attend.metal", "length - recent + idx - keep) :",
+     "length - recent + idx) :"),
+    ("exact values not enlarged", attention, "attend.metal",
+     "float2(256.0f * p.x, 256.0f * p.y)", "float2(p.x, p.y)"),
+    ("mask of another query", attention, "attend.metal", "row % L * mask_strides[2]",
+     "row / L * mask_strides[2]"),
+    ("starts of the first sequence", attention, "attend.metal", "int(starts[b])", "int(starts[0])"),
+    ("odd channels of exact keys", attention, "tile.metal", "16.0f * y[i]", "y[i]"),
+    ("barrier after the offsets", attention, "attend.metal",
+     "    if (at.row == 0) pair_offsets[g] = x;\n  }\n"
+     "  threadgroup_barrier(mem_flags::mem_threadgroup);",
+     "    if (at.row == 0) pair_offsets[g] = x;\n  }"),
+    ("rescaled sums", attention, "attend.metal",
+     "l = float2(l.x * f.x, l.y * f.y);\n    UNROLL", "UNROLL"),
+    ("maximum of one SIMD group", attention, "vectors.metal",
+     "top = max(top, maxima[8 * g + r]);", "top = maxima[8 * g + r];"),
+    ("sink without the centre", attention, "vectors.metal", "    if (K_CENTRED) {\n",
+     "    if (false && K_CENTRED) {\n"),
+    ("queries past the last word", attention_of_odd_sizes, "attend.metal",
+     "for (int c = KD + 2 * int(lane);", "for (int c = KD + 64 + 2 * int(lane);"),
+    ("large scales not taken back", attention_of_odd_sizes, "tile.metal",
+     "out.back = 128.0f;", "out.back = 1.0f;"),
+    ("small scales not lifted back", attention_of_odd_sizes, "tile.metal",
+     "out.back = 0.0009765625f;", "out.back = 1.0f;"),
+    ("a split twice", attention, "combine.metal", "s + j * NSG < splits ? f : 0.0f", "f"),
+    ("sums of a SIMD group", attention, "combine.metal", "int g = 1; g < NSG",
+     "int g = 2; g < NSG"),
+    ("barrier before the end of combine", attention, "combine.metal",
+     "  merged[c] = x;\n}\nthreadgroup_barrier(mem_flags::mem_threadgroup);",
+     "  merged[c] = x;\n}"),
+    ("the worse scale", packing, "quantize.metal",
+     "dot * dot * best_length > best_dot * best_dot * length",
+     "dot * dot * best_length < best_dot * best_dot * length"),
+    ("NaN not marked", packing, "quantize.metal",
+     "const bool finite = isfinite(top) && squares == squares;", "const bool finite = true;"),
+    ("one kept token less", packing, "quantize.metal", "valid && token >= drop",
+     "valid && token > drop"),
+    ("held rows from the first", packing, "quantize_pack.metal", " + L * held_strides[2]", ""),
+    ("older tokens one too early", packing, "quantize_pack.metal",
+     "(tail_shape[2] - older)", "(tail_shape[2] - older - 1)"),
+    ("first barrier of the swap", packing, "rotate.metal",
+     "swap[k * (R + 1) + l] = z[k];\n  simdgroup_barrier(mem_flags::mem_threadgroup);\n"
+     "  UNROLL for (int a",
+     "swap[k * (R + 1) + l] = z[k];\n  UNROLL for (int a"),
+    ("the real FFT's first point", packing, "rotate.metal",
+     "    if (k == 0 && l == 0) z[0] = joined_zero(v);\n", ""),
+    ("values' scales of the keys", packing, "quantize_pack.metal",
+     "K_WORDS, CODES, K_SCALES, W, KEEPS", "K_WORDS, CODES, 0, W, KEEPS"),
+    ("exact rows one too late", restoring, "restore.metal", "(row - exact) * by_token",
+     "max(row - exact - 1, 0) * by_token"),
+    ("centre not restored", restoring, "restore.metal",
+     "if (CALIBRATED) z[a] = float2(z[a].x + g.mu[a].x, z[a].y + g.mu[a].y);", ""),
+    ("chunk over the rows", restoring, "restore_rows.metal",
+     "values + (to + length) * VD", "values + to * VD"),
+    ("a row too many", restoring, "dequantize.metal",
+     "} else if (row + j < length) {\n      kvq::eight_levels<VB",
+     "} else if (row + j <= length) {\n      kvq::eight_levels<VB"),
+    ("levels half a step off", restoring, "levels.metal", "- (HALF_STEP ? 0.5f : 0.0f)", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_check_passes_without_a_fault(launches, check):
+    with emulated("checked"):
+        check(launches)
+
+
+@pytest.mark.parametrize(
+    "check, file, text, instead", [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
+)
+def test_fault_is_caught(launches, monkeypatch, check, file, text, instead):
+    source = jit.kernel_source
+    assert text in source(file)
+
+    def planted(name):
+        return source(name).replace(text, instead) if name == file else source(name)
+
+    with emulated("checked") as e:
+        monkeypatch.setattr(jit, "kernel_source", planted)
+        with pytest.raises((AssertionError, KernelError)):
+            check(launches)
+        e.errors.clear()
