@@ -256,17 +256,20 @@ class PackedCache(_BaseCache, ABC):
         """What attention gets of an update (:class:`PackedView`)."""
         if self.as_arrays:
             return self._arrays(tail)
-        rows, lay, keys, values = self.stored.filled(), self.format.layout, None, None
+        rows, lay, ring = self.stored.filled(), self.format.layout, self._ring()
+        shared = rows, self._length(), self.format, tail, ring, self._dtype
+        first = second = PackedView(*shared, lay.k_dim)
+        if ring is not None:
+            first.max_size = self._limit()
+        if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
+            return first, second
+        second = PackedView(*shared, lay.v_dim)
+        second.max_size = first.max_size
         if chunk is not None and self.tail is not None:
             # Attention on the chunk reads neither its rows nor the new tail.
-            keys, values = mx.depends([*chunk], [rows, self.tail])
-        ring = self._ring()
-        most = 0 if ring is None else self._limit()
-        shared = rows, self._length(), self.format, tail, ring, self._dtype
-        first = PackedView(*shared, lay.k_dim, most, keys, places)
-        if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
-            return first, first
-        return first, PackedView(*shared, lay.v_dim, most, values, places)
+            first.chunk, second.chunk = mx.depends([*chunk], [rows, self.tail])
+            first.places = second.places = places
+        return first, second
 
     def _arrays(self, tail: mx.array | None) -> tuple[mx.array, mx.array]:
         """What the views stand for, in the model's own domain. Of a prompt all comes from rows: one

@@ -25,6 +25,9 @@ class PackedView(ops.Packed):
     """
 
     ndim = 4
+    max_size = 0
+    chunk: mx.array | None = None
+    places: tuple[tuple[int, int], ...] = ((0, 0),)
 
     def __init__(
         self,
@@ -35,13 +38,9 @@ class PackedView(ops.Packed):
         ring: tuple[int, int] | None,
         dtype: str,
         dim: int,
-        max_size: int = 0,
-        chunk: mx.array | None = None,
-        places: tuple[tuple[int, int], ...] = ((0, 0),),
     ):
         self.rows, self.length, self.format, self.tail, self.ring = rows, length, fmt, tail, ring
-        self._dtype, self._dim, self.max_size = dtype, dim, max_size
-        self.chunk, self.places = chunk, places
+        self._dtype, self._dim = dtype, dim
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -55,9 +54,11 @@ class PackedView(ops.Packed):
     def of(self, which: mx.array) -> "PackedView":
         """The view of some sequences of a batch."""
         tail = None if self.tail is None else self.tail[which]
-        chunk = None if self.chunk is None else self.chunk[which]
-        more = self.ring, self._dtype, self._dim, self.max_size, chunk
-        return PackedView(self.rows[which], self.length, self.format, tail, *more)
+        shared = self.ring, self._dtype, self._dim
+        view = PackedView(self.rows[which], self.length, self.format, tail, *shared)
+        view.max_size = self.max_size
+        view.chunk = None if self.chunk is None else self.chunk[which]
+        return view
 
 
 class StepMask(mx.array):
