@@ -19,16 +19,14 @@ def cache(*others: str) -> Callable[[str], str]:
     """For ``type=`` of an option that takes a spec, or one of ``others``."""
 
     def parse(text: str) -> str:
-        name, colon, tail = text.strip().lower().partition(":")
+        name = text.strip().lower()
         if name in others:
             return name
-        if name in BITS:
-            name = f"{name}-srft"
         try:
-            Spec.parse(f"{name}{colon}{tail}")
+            return str(Spec.parse(name) or OFF)
         except ValueError as error:
+            name = name.partition(":")[0]
             raise argparse.ArgumentTypeError(_explained(name, str(error), others)) from None
-        return f"{name}{colon}{tail}"
 
     return parse
 

@@ -109,7 +109,8 @@ class Spec:
 
     @classmethod
     def parse(cls, text: "str | Spec") -> "Spec | None":
-        """Parse a spec string; ``"fp16"`` gives ``None`` (leave the model's cache alone).
+        """Parse a spec string, in either case; ``"fp16"`` gives ``None`` (leave the model's cache
+        alone), ``"int4"`` is short for ``"int4-srft"``.
 
         Raises:
             ValueError: If a word or an option is unknown or a value is out of range; the
@@ -126,12 +127,12 @@ class Spec:
 
     @classmethod
     def _parse(cls, text: str) -> "Spec | None":
-        name, colon, tail = text.strip().partition(":")
+        name, colon, tail = text.strip().lower().partition(":")
         if name == OFF:
             if colon:
                 raise ValueError(f"'{OFF}' takes no options.")
             return None
-        bits, _, rotation = name.partition("-")
+        bits, _, rotation = (f"{name}-srft" if name in BITS else name).partition("-")
         if bits not in BITS or rotation not in (*ROTATIONS, *DENSE):
             raise ValueError(_unknown("cache", name, names()))
         options: dict[str, str] = {}

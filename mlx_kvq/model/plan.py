@@ -96,8 +96,8 @@ def make_plan(
     plan = _Plan(model, spec)
     plan.find_packable()
     plan.leave_failing()
-    plan.calibrate(given, tokenizer, say)
     plan.choose_bits(policy)
+    plan.calibrate(given, tokenizer, say)
     plan.check_calibration()
     plan.packing.formats = plan.formats_of(plan.bits)
     if spec.budget is not None and policy is None:

@@ -43,8 +43,8 @@ def test_names(text, spec):
           for t in ("f16", "bf16", "none")),
         ("int5-srft", "KV cache spec 'int5-srft': unknown cache 'int5-srft'. Did you mean "
                       "'int8-srft'?" + KNOWN),
-        ("int4:seed=x", "KV cache spec 'int4-srft:seed=x': seed is an integer, got 'x'."),
-        ("int4:sed=1", "KV cache spec 'int4-srft:sed=1': unknown option 'sed'. Did you mean "
+        ("int4:seed=x", "KV cache spec 'int4:seed=x': seed is an integer, got 'x'."),
+        ("int4:sed=1", "KV cache spec 'int4:sed=1': unknown option 'sed'. Did you mean "
                        "'seed'? Known: group_size, seed, scale, calibrate, skip, high, budget, "
                        "rounding, recent."),
     ],

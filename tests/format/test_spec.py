@@ -22,7 +22,6 @@ NAMES = [f"{bits}-{rotation}" for bits in BITS for rotation in (*ROTATIONS, *DEN
 WRONG = {
     "int5-srft": "unknown cache 'int5-srft'. Did you mean 'int8-srft'?",
     "int4-dct": "unknown cache 'int4-dct'.",
-    "int4": "unknown cache 'int4'.",
     "int4-": "unknown cache 'int4-'.",
     "int4-srft-x": "unknown cache 'int4-srft-x'. Did you mean 'int4-srft'?",
     "srft-int4": "unknown cache 'srft-int4'.",
@@ -152,6 +151,11 @@ def test_any_text_is_a_spec_or_a_value_error_that_quotes_it(text):
         Spec.parse(text)
     except ValueError as error:
         assert repr(text) in str(error)
+
+
+@pytest.mark.parametrize("text", ["int4", "INT4", " Int4-SRFT ", "int4:seed=0"])
+def test_short_names_and_either_case(text):
+    assert Spec.parse(text) == Spec.parse("int4-srft")
 
 
 @pytest.mark.parametrize("text", WRONG)
