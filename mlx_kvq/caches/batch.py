@@ -249,6 +249,8 @@ class PackedBatchKVCache(PackedBatch):
     def filter(self, batch_indices: list[int]) -> None:
         """Keep just these sequences, in this order; drops padding that all of them have."""
         super().filter(batch_indices)
+        if self._right_padding is not None:
+            self._right_padding = [self._right_padding[i] for i in batch_indices]
         if self.empty():
             return  # the padding that was announced is still to come
         least = min(_ints(self.left_padding))

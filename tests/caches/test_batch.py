@@ -420,6 +420,43 @@ def test_a_changed_mask_is_used_as_it_is(plain, monkeypatch):
     np.testing.assert_allclose(np.array(out), np.array(expected), atol=1e-4)
 
 
+@pytest.mark.parametrize("max_size", [None, 16])
+def test_a_sequence_leaves_between_padded_chunks(tokens, max_size):
+    """The others are read as in a batch without it."""
+
+    def batch(lengths):
+        padding = [max(lengths) - n for n in lengths]
+        none = [0] * len(lengths)
+        if max_size is None:
+            cache = PackedBatchKVCache(tokens.format, none)
+        else:
+            cache = PackedBatchRotatingKVCache(tokens.format, max_size, none)
+        cache.prepare(lengths=lengths, right_padding=padding)
+        return cache
+
+    def read(cache, ids):
+        cache.update_and_fetch(*tokens.exact(ids))
+
+    first = np.arange(12) + 300 * np.arange(3)[:, None]
+    some = batch([20, 9, 16])
+    read(some, first)
+    some.filter([2, 0])
+    alone = batch([16, 20])
+    read(alone, first[[2, 0]])
+    for cache in (some, alone):
+        read(cache, np.arange(12, 20) + 300 * np.array([[2], [0]]))
+        cache.finalize()
+    assert some.left_padding.tolist() == alone.left_padding.tolist()
+    assert (some.prompt, some.exact) == (alone.prompt, alone.exact)
+    for i in range(2):
+        a, b = some.extract(i), alone.extract(i)
+        assert a.offset == b.offset
+        assert mx.array_equal(a._in_order(), b._in_order())
+        n = min(a.exact[0], tokens.format.recent)
+        if n:
+            assert mx.array_equal(a.tail[:, :, -n:], b.tail[:, :, -n:])
+
+
 def test_formats_and_windows_do_not_mix():
     a, b = (PackedKVCache(make_format(Spec.parse(s), 64)) for s in ("int4-srft", "int8-srft"))
     with pytest.raises(ValueError, match="different formats cannot share a batch"):
