@@ -102,12 +102,12 @@ def test_automatic_calibration_of_shards(tmp_path):
     """Made by all ranks together, also when one of them has kept its part."""
     ((first, _),) = run("tensor", tmp_path, "auto")
     assert first[0] == first[1]
-    kept = sorted(tmp_path.glob("*-random.safetensors"))
+    kept = sorted(tmp_path.glob("*-sample.safetensors"))
     assert len(kept) == 2  # each rank has heads of its own
     kept[0].unlink()
     ((again, _),) = run("tensor", tmp_path, "auto")
     assert again == first
-    assert len(list(tmp_path.glob("*-random.safetensors"))) == 2
+    assert len(list(tmp_path.glob("*-sample.safetensors"))) == 2
 
 
 def test_a_whole_model_keeps_its_calibration(calibration):

@@ -33,7 +33,7 @@ def two_heads():
 
 
 def main(mode: str, folder: str, *calibrations: str) -> None:
-    automatic.RANDOM_TOKENS = 128  # less to wait for
+    automatic.SAMPLE_TOKENS = 128  # less to wait for
     model, tokenizer = two_heads()
     rank = 0
     if mode != "single":
