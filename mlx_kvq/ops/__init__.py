@@ -150,6 +150,9 @@ def attend(
     Raises:
         ValueError: If shapes or dtypes do not fit, or a number is out of its range.
     """
+    if type(scale) is not float:
+        check.check_scale(scale)
+        scale = float(scale)
     fmt, tail, length, ring = packed.format, packed.tail, packed.length, packed.ring
     kind = fmt.kind if isinstance(fmt, Format) else None
     key = (
@@ -157,7 +160,7 @@ def attend(
         mask.key, None if tail is None else (tail.shape, tail.dtype),
         None if sinks is None else (sinks.shape, sinks.dtype),
     )  # fmt: skip
-    found = memo.launches.get(key) if type(scale) is float else None
+    found = memo.launches.get(key)
     run = None if found is None or type(length) is not int else found.get((length, ring))
     if run is None:
         run = _attend(key, q, packed, scale, mask, sinks)
@@ -206,7 +209,7 @@ def _pack(k, v, fmt, tail, size, pending, capacity) -> Callable:
 
 def _attend(key: tuple, q, packed: Packed, scale: float, mask: Mask, sinks) -> Callable:
     """What runs this length: shapes are checked once, then the length of each step."""
-    if not isinstance(scale, float) or (lengths := memo.launches.get(key)) is None:
+    if (lengths := memo.launches.get(key)) is None:
         check.check_attend(q, packed, scale, mask, sinks)
         lengths = memo.remember(key, _Lengths(q, packed, scale, mask, sinks))
     else:

@@ -22,7 +22,7 @@ def _check_whole(what: str, x: int, least: int, most: int = _MOST) -> None:
         raise ValueError(f"{what} is at most {most}, got {x}.")
 
 
-def _check_scale(scale: float) -> None:
+def check_scale(scale: float) -> None:
     number = isinstance(scale, Real) and not isinstance(scale, bool)
     if not number or not math.isfinite(scale) or abs(scale) > 3e38:
         raise ValueError(f"A scale is a finite number, got {scale!r}.")
@@ -202,7 +202,7 @@ def check_attend(q, packed, scale, mask, sinks) -> None:
     (B, Hq, L, D), Hkv = q.shape, rows.shape[1]
     if B != rows.shape[0] or (Hq % Hkv if Hkv else Hq) or fmt.layout.k_dim != D:
         raise ValueError(f"Queries {q.shape} do not fit rows {rows.shape} of {fmt.signature}.")
-    _check_scale(scale)
+    check_scale(scale)
     if mask.array is not None:
         _check_mask(mask.array, q, packed.length)
     if sinks is not None:
