@@ -39,6 +39,8 @@ CASES = [
     ("int4-srft:group_size=64", 256, 8, 4),
 ]
 LENGTHS = (1, 37, 1000)
+QUERIES = 8  # of a draft, say
+SEEN = ops.CAUSAL
 REPEATS = 20
 CODES = 1e-3  # part of the codes that may differ from the reference, by one step
 RELATIVE = {mx.float16: 2e-3, mx.bfloat16: 1e-2}
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print("\nNo kernels run on this machine: packed caches work, in plain mx operations.")
         return 0
     print(f"backend    {language}\nseed       {seed}\n")
-    results = list(tqdm(check(seed), total=3 * len(CASES) * len(RELATIVE), leave=False))
+    results = list(tqdm(check(seed), total=5 * len(CASES) * len(RELATIVE), leave=False))
     print(f"{'':4} {'operation':14} {'case':44} {'error':>9} {'limit':>7} {'µs':>8}")
     for r in results:
         verdict = "ok" if r.passed else "FAIL"
@@ -95,7 +97,7 @@ def check(seed: int) -> Iterator[Result]:
         fmt = make_format(spec, D)
         for dtype in RELATIVE:
             name = f"{text} D={D} heads={Hq}/{Hkv} {str(dtype).rpartition('.')[2]}"
-            yield from _check_case(fmt, name, D, Hq, Hkv, dtype)
+            yield from _Case(fmt, name, Hq, Hkv, dtype).results()
 
 
 @contextmanager
@@ -105,72 +107,97 @@ def _on_cpu():
         yield
 
 
-def _check_case(fmt: Format, name: str, D: int, Hq: int, Hkv: int, dtype) -> Iterator[Result]:
-    T = max(LENGTHS)
-    k = mx.random.normal((2, Hkv, T, D)).astype(dtype)
-    v = mx.random.normal((2, Hkv, T, D)).astype(dtype)
-    k[:, :, ::7] *= 20  # outliers
-    q = mx.random.normal((2, Hq, 1, D)).astype(dtype)
-    mx.eval(k, v, q)
-    with _on_cpu():
-        rows, tail = plain.quantize_pack(k, v, fmt, None, fmt.recent)
-        mx.eval(rows, tail)
+class _Case:
+    """The operations on random data of one shape, two sequences."""
 
-    def result(op, limit, compare, call):
-        try:
-            return Result(op, name, compare(), limit, _microseconds(call))
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return Result(op, name, float("nan"), limit, float("nan"), reason)
+    def __init__(self, fmt: Format, name: str, Hq: int, Hkv: int, dtype: mx.Dtype):
+        self.fmt, self.name, self.dtype, T = fmt, name, dtype, max(LENGTHS)
+        lay, heads = fmt.layout, (2, Hkv, T)
+        self.k = mx.random.normal((*heads, lay.k_dim)).astype(dtype)
+        self.v = mx.random.normal((*heads, lay.v_dim)).astype(dtype)
+        self.k[:, :, ::7] *= 20  # outliers
+        self.q = mx.random.normal((2, Hq, QUERIES, lay.k_dim)).astype(dtype)
+        self.sinks = mx.random.normal((Hq,))
+        self.starts = mx.array([0, 3], mx.int32)
+        mx.eval(self.k, self.v, self.q, self.sinks)
+        with _on_cpu():
+            size = fmt.recent + QUERIES - 1
+            self.rows, self.tail = plain.quantize_pack(self.k, self.v, fmt, None, size)
+            mx.eval(self.rows, self.tail)
 
-    def codes():
-        got, kept = fused.quantize_pack(k, v, fmt, None, fmt.recent)
-        if (off := _relative(kept, tail.astype(mx.float32))) > RELATIVE[dtype]:
+    def results(self) -> Iterator[Result]:
+        T, exact = max(LENGTHS), RELATIVE[self.dtype]
+        for op, limit, compare, call in (
+            ("quantize_pack", CODES, self.codes, self.pack),
+            ("attend", exact, self.decoded, lambda: self.attend(fused, self.q[:, :, :1], T)),
+            # A query that sees few values, which cancel, is off by more of their sum.
+            ("attend, masks", 4 * exact, self.masked, lambda: self.attend(fused, self.q, T, SEEN)),
+            (
+                "dequantize",
+                exact,
+                self.dequantized,
+                lambda: fused.dequantize(self.held(T), self.dtype),
+            ),
+            ("restore", exact, self.restored, lambda: fused.restore(self.held(T), self.dtype)),
+        ):
+            try:
+                yield Result(op, self.name, compare(), limit, _microseconds(call))
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                nan = float("nan")
+                yield Result(op, self.name, nan, limit, nan, reason)
+
+    def held(self, length: int) -> ops.Packed:
+        return ops.Packed(self.rows, length, self.fmt, self.tail)
+
+    def pack(self):
+        return fused.quantize_pack(self.k, self.v, self.fmt, None, self.tail.shape[2])
+
+    def codes(self) -> float:
+        got, kept = self.pack()
+        if (off := _relative(kept, self.tail.astype(mx.float32))) > RELATIVE[self.dtype]:
             raise RuntimeError(f"the exact tail is off by {off:.1e}")
-        kc, vc, *_ = levels.split(got, fmt.layout)
-        kr, vr, *_ = levels.split(rows, fmt.layout)
-        lay = fmt.layout
+        lay = self.fmt.layout
+        sides = zip(levels.split(got, lay), levels.split(self.rows, lay), strict=True)
         apart = [
-            mx.abs(levels.unpack_codes(a, bits) - levels.unpack_codes(b, bits))
-            for a, b, bits in ((kc, kr, lay.k_bits), (vc, vr, lay.v_bits))
+            levels.unpack_codes(a, bits) != levels.unpack_codes(b, bits)
+            for (a, b), bits in zip(sides, (lay.k_bits, lay.v_bits), strict=False)
         ]
-        return max(_number((d > 0).astype(mx.float32).mean()) for d in apart)
+        return max(_number(d.astype(mx.float32).mean()) for d in apart)
 
-    def attend(q, length):
-        return fused.attend(q, ops.Packed(rows, length, fmt, tail), D**-0.5)
+    def attend(self, backend, q, length: int, mask: ops.Mask = ops.EVERY, sinks=None) -> mx.array:
+        return backend.attend(q, self.held(length), q.shape[3] ** -0.5, mask, sinks)
 
-    def attention():
-        worst = 0.0
-        for length in LENGTHS:
-            got = attend(q, length)
-            with _on_cpu():
-                held = ops.Packed(rows, length, fmt, tail)
-                expected = plain.attend(q.astype(mx.float32), held, D**-0.5)
-                mx.eval(expected)
-            worst = max(worst, _relative(got, expected))
-        return worst
+    def off(self, *args) -> float:
+        """How far the kernel's attention is from the reference's."""
+        with _on_cpu():
+            q, *rest = args
+            expected = self.attend(plain, q.astype(mx.float32), *rest)
+            mx.eval(expected)
+        return _relative(self.attend(fused, *args), expected)
 
-    def values():
-        pairs = zip(
-            fused.dequantize(ops.Packed(rows, T, fmt, tail), dtype),
-            plain.dequantize(ops.Packed(rows, T, fmt, tail)),
-            strict=True,
-        )
-        return max(_relative(a, b) for a, b in pairs)
+    def decoded(self) -> float:
+        return max(self.off(self.q[:, :, :1], length) for length in LENGTHS)
 
-    yield result(
-        "quantize_pack",
-        CODES,
-        codes,
-        lambda: fused.quantize_pack(k, v, fmt, None, fmt.recent),
-    )
-    yield result("attend", RELATIVE[dtype], attention, lambda: attend(q, T))
-    yield result(
-        "dequantize",
-        RELATIVE[dtype],
-        values,
-        lambda: fused.dequantize(ops.Packed(rows, T, fmt), dtype),
-    )
+    def masked(self) -> float:
+        """Several queries: drafts, batches with padding, windows, sinks, a model's own mask."""
+        T, allowed = max(LENGTHS), mx.arange(max(LENGTHS)) % 5 != 0
+        padded = ops.Mask(True, 90, self.starts)
+        cases = (SEEN,), (padded,), (padded, self.sinks), (ops.Mask(array=allowed),)
+        return max(self.off(self.q, T, *case) for case in cases)
+
+    def dequantized(self) -> float:
+        T = max(LENGTHS)
+        return _furthest(fused.dequantize(self.held(T), self.dtype), plain.dequantize(self.held(T)))
+
+    def restored(self) -> float:
+        held, chunk = self.held(max(LENGTHS)), (self.k[:, :, :9], self.v[:, :, :9])
+        got = fused.restore(held, self.dtype, chunk)
+        return _furthest(got, plain.restore(held, mx.float32, chunk))
+
+
+def _furthest(got, expected) -> float:
+    return max(_relative(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def _number(x: mx.array) -> float:

@@ -94,38 +94,15 @@ def _kernel(machine: str, name: str, constants: Constants):
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
     absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
-    body = "".join(
-        f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
-        for key, value in constants
-    )
-    for n in absent:  # named in branches that are never taken
-        kind = "float" if n in outputs or _OPTIONAL[n] == "CHUNK" else "int"
-        body += f"{'' if n in outputs else 'const '}device {kind}* {n} = nullptr;\n"
-        if _OPTIONAL[n] in ("MASK", "TAIL", "HOLDS", "CHUNK"):
-            body += f"const int64_t {n}_strides[4] = {{0, 0, 0, 0}};\n"
-        if _OPTIONAL[n] in ("TAIL", "HOLDS", "CHUNK"):
-            body += f"const int {n}_shape[4] = {{0, 0, 0, 0}};\n"
-    # Choices that kernels read: how many lanes share a vector, and what stays in registers.
-    wide, tuning = name.startswith(("attend", "combine")), TUNING[machine]
-    choices = {
-        "WIDE": wide,
-        "HOLD_TABLES": wide or tuning.hold_tables,
-        "HOLD_QUERIES": tuning.hold_queries,
-        "PREFETCH": tuning.prefetch,
-        "AHEAD": tuning.combine_ahead,
-    }
-    lanes = f"enum : int {{ {', '.join(f'{k} = {int(v)}' for k, v in choices.items())} }};\n"
-    lanes += arguments.enumeration(name)
+    header, body = _choices(machine, name), _constants(constants)
+    body += "".join(_absent(n, n in outputs) for n in absent)
     if machine == "metal":
-        header = lanes + "".join(_source(h) for h in ("machine", *headers))
+        header += "".join(_source(h) for h in ("machine", *headers))
         body += "".join(_source(b) for b in bodies)
     else:
         # Bodies declare threadgroup memory, the header's functions only point to it.
-        header = (
-            lanes
-            + _include("machine.cuh", *headers)
-            + "#undef threadgroup\n#define threadgroup __shared__\n"
-        )
+        header += _include("machine.cuh", *headers)
+        header += "#undef threadgroup\n#define threadgroup __shared__\n"
         text = "".join(_source(b) for b in bodies)
         # MLX looks for these words to pass shapes and strides.
         words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
@@ -141,6 +118,39 @@ def _kernel(machine: str, name: str, constants: Constants):
         source=body,
         ensure_row_contiguous=False,
     )
+
+
+def _constants(constants: Constants) -> str:
+    return "".join(
+        f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
+        for key, value in constants
+    )
+
+
+def _absent(name: str, output: bool) -> str:
+    """Declarations of an array that a launch does without: branches never taken name it."""
+    given = _OPTIONAL[name]
+    kind = "float" if output or given == "CHUNK" else "int"
+    text = f"{'' if output else 'const '}device {kind}* {name} = nullptr;\n"
+    if given in ("MASK", "TAIL", "HOLDS", "CHUNK"):
+        text += f"const int64_t {name}_strides[4] = {{0, 0, 0, 0}};\n"
+    if given in ("TAIL", "HOLDS", "CHUNK"):
+        text += f"const int {name}_shape[4] = {{0, 0, 0, 0}};\n"
+    return text
+
+
+def _choices(machine: str, name: str) -> str:
+    """How many lanes share a vector, what stays in registers, and the names of integers."""
+    wide, tuning = name.startswith(("attend", "combine")), TUNING[machine]
+    choices = {
+        "WIDE": wide,
+        "HOLD_TABLES": wide or tuning.hold_tables,
+        "HOLD_QUERIES": tuning.hold_queries,
+        "PREFETCH": tuning.prefetch,
+        "AHEAD": tuning.combine_ahead,
+    }
+    text = ", ".join(f"{key} = {int(value)}" for key, value in choices.items())
+    return f"enum : int {{ {text} }};\n" + arguments.enumeration(name)
 
 
 def _include(*names: str) -> str:
