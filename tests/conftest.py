@@ -21,3 +21,15 @@ def _short_calibrations():
 
     automatic.RANDOM_TOKENS //= 8
     automatic.SAMPLE_TOKENS //= 8
+
+
+# With -n a file's tests run in one process: the longest files first, so that none is left at the end.
+LONGEST = ["commands/test_server", "model/test_model", "repositories/test_hub", "test_install"]
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item) -> int:
+        found = [i for i, name in enumerate(LONGEST) if f"tests/{name}.py" in item.nodeid]
+        return found[0] if found else len(LONGEST)
+
+    items.sort(key=rank)
