@@ -23,7 +23,7 @@ def _short_calibrations():
     automatic.SAMPLE_TOKENS //= 8
 
 
-# With -n a file's tests run in one process: the longest files first, so that none is left at the end.
+# With -n a file's tests run in one process: the longest files first, none left at the end.
 LONGEST = ["commands/test_server", "model/test_model", "repositories/test_hub", "test_install"]
 
 
