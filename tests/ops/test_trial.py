@@ -56,6 +56,22 @@ def test_a_kernel_with_a_wrong_layout_is_not_used(op, monkeypatch, capsys):
     assert f"the {op} kernel failed on this machine (its results are wrong)" in line
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_large_centres_fail_no_kernel(dtype, capsys):
+    """Of keys as in Qwen2.5: the trial's data lie around them, as the model's do."""
+    mu = 300 * mx.random.normal((2, 64))
+    given = Calibration(mu=mu, sigma=mx.exp(mx.random.normal((2, 64))))
+    fmt = make_format(SPEC, 64, keys=given, values=given)
+    k = (mu[None, :, None] + mx.random.normal((1, 2, 20, 64))).astype(dtype)
+    q = mx.random.normal((1, 4, 1, 64)).astype(dtype)
+    with emulated("fast") as e:
+        rows, tail = ops.quantize_pack(k, k, fmt, None, 16)
+        mx.eval(calls.attend(ops, q, rows, 20, fmt, 0.125, tail=tail))
+        mx.eval(calls.restore(ops, rows, 20, fmt, dtype, tail))
+        assert len(e.counters) >= 3
+    assert not capsys.readouterr().err
+
+
 def test_layers_of_one_kind_are_tried_once(monkeypatch):
     tried = []
     for op in WRONG:

@@ -35,9 +35,6 @@ class Launch:
     dtypes: tuple[mx.Dtype, ...]
     used: int = 1
 
-    def __call__(self, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
-        return self._bound()(*inputs)
-
     def prepared(self, like: tuple) -> Callable:
         """The launch for inputs of these shapes and dtypes: as it is, or traced once by MLX and
         replayed. Calling a kernel builds its source text, 1 to 2 KB, and hashes it; replaying a
