@@ -4,11 +4,14 @@
 // Layout: q [B, Hq, L, KD] with any strides; rows uint32 [B, Hkv, capacity, W] with any batch and
 //   head strides, the whole buffer; a threadgroup's 8 query rows are rows of the KV head's
 //   [Hq / Hkv * L], head first. info: length, heads per KV head, L, bits of the softmax scale,
-//   causal, window (0: none). starts, mask, sinks and tail are there if their constants say so.
+//   causal, window (0: none). starts, mask, sinks, tail and first are there if their constants say
+//   so.
 //   tables: of the keys and then of the values (mlx_kvq/ops/gpu/tables.py).
 //   tail [B, Hkv, R, KD + VD]: rotated vectors of the newest tokens, the newest last. A query reads
 //   the `recent` tokens up to its own, and those after it, from there, all others from rows. The
 //   newest token's row is idx - 1; before row `keep` rows wrap around to the last one (a ring).
+//   first [B, Hkv, F, KD + VD]: likewise the first tokens, read from there unless the tail has them.
+//   The first one is at place first_at[b] (if PLACES, else of info) in the order of the tokens.
 // Grid: (splits, Hkv * blocks of 8 query rows, B) threadgroups of NSG SIMD groups. A split is a
 //   contiguous share of the tiles of TK keys; its SIMD groups take tiles in turn, each with its
 //   own online softmax, without a barrier between them; sums are merged at the end. The length
@@ -32,6 +35,7 @@ constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
 constexpr int MEMORY_TILES = NSG * TILE;
 constexpr int MEMORY_SUMS = NSG / 2 * SUMS > 8 * VD ? NSG / 2 * SUMS : 8 * VD;
+constexpr bool EXACT = TAIL || FIRST;
 constexpr int MEMORY = MEMORY_TILES > MEMORY_SUMS ? MEMORY_TILES : MEMORY_SUMS;
 
 threadgroup uint4 memory[(MEMORY + 3) / 4];
@@ -64,16 +68,22 @@ const auto at = kvq::tile_position(lane);
 
 // Which keys each position may attend to: [low, high), checked only in tiles at an edge.
 const int offset = length - L;
-const int lowest = max(start, window > 0 ? offset - window + 1 : 0);
-const int low_edge = max(start, window > 0 ? length - window : 0);
-int high_edge = causal ? offset + 1 : length;
 // Rows of tokens that are read from the tail: in a ring [hole, idx) and those from `end` on,
-// otherwise the last ones.
+// otherwise the last ones. Rows of first tokens, and of padding before them, are those before
+// rows_start, and in a ring without kept tokens those that follow the newest one, [idx, hole_end).
 const int recent = TAIL ? info[kvq::RECENT] : 0;
-const int keep = TAIL ? info[kvq::KEEP] : 0;
-const int idx = TAIL ? info[kvq::NEXT] : length;
-const bool is_ring = TAIL && idx < length;
+const int keep = EXACT ? info[kvq::KEEP] : 0;
+const int idx = EXACT ? info[kvq::NEXT] : length;
+const bool is_ring = EXACT && idx < length;
 const int hole = is_ring ? max(keep, idx - recent) : length;
+const int firsts = FIRST ? info[kvq::FIRSTS] : 0;
+const int place = PLACES ? int(first_at[b]) : FIRST ? info[kvq::FIRST_AT] : 0;
+const bool wraps = FIRST && is_ring && keep == 0;
+const int hole_end = wraps ? min(length, idx + max(0, place + firsts)) : idx;
+const int rows_start = FIRST ? max(start, place + firsts + (wraps ? idx - length : 0)) : start;
+const int lowest = max(rows_start, window > 0 ? offset - window + 1 : 0);
+const int low_edge = max(rows_start, window > 0 ? length - window : 0);
+int high_edge = causal ? offset + 1 : length;
 const int end = is_ring ? min(length, length - recent + idx - keep) : length - recent;
 if (TAIL) high_edge = min(high_edge, is_ring ? end : offset + 1 - recent);
 
@@ -168,13 +178,22 @@ float2 sums[V_TILES];
 UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
 auto own = kvq::words_of(memory) + group * TILE;
 
-if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
-  for (int age = split * NSG + group; age < min(recent + L - 1, length - keep);
-       age += splits * NSG) {
-    const int key = idx - 1 - age + (idx - 1 - age < keep ? length - keep : 0);
-    const auto y = tail +
-        (b * tail_strides[0] + kv_head * tail_strides[1] +
-         (tail_shape[2] - 1 - age) * tail_strides[2]);
+if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
+  const int newest = TAIL ? min(recent + L - 1, length - keep) : 0;
+  for (int age = split * NSG + group; age < newest + firsts; age += splits * NSG) {
+    const bool is_first = FIRST && (!TAIL || age >= newest);
+    const int t = place + age - newest;  // of a first token
+    if (is_first && (t < 0 || t >= length)) continue;
+    int key = is_first ? t + (is_ring && t >= keep ? idx - keep : 0) : idx - 1 - age;
+    if (is_first) {
+      key -= key >= length ? length - keep : 0;
+    } else {
+      key += key < keep ? length - keep : 0;
+    }
+    const auto y = is_first
+        ? first + (b * first_strides[0] + kv_head * first_strides[1] + (age - newest) * first_strides[2])
+        : tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
+                  (tail_shape[2] - 1 - age) * tail_strides[2]);
     float exact_value[PREFETCH != 0 ? V_TILES : 1];
     const int exact_channel = kvq::value_channel<VD, VB>(0, at.row);
     if (PREFETCH != 0) {  // key and value in flight at once
@@ -194,8 +213,10 @@ if (TAIL) {  // tokens in turn over SIMD groups and splits, as tiles are
     bool seen[2];
     UNROLL for (int i = 0; i < 2; i++) {
       const int low = max(start, window > 0 ? position[i] - window + 1 : 0);
+      // The oldest token of the tail: its key, or its place in a ring.
+      const int oldest = is_ring ? length - recent : max(keep, position[i] + 1 - recent);
       seen[i] = key >= low && key < (causal ? position[i] + 1 : length) &&
-          (is_ring || key >= max(keep, position[i] + 1 - recent));
+          (is_first ? !TAIL || t < oldest : is_ring || key >= oldest);
     }
     s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
     const float2 top = float2(max(m.x, s.x), max(m.y, s.y));
@@ -248,7 +269,7 @@ for (; tile < tile_end; tile += NSG) {
   }
   const int first_key = tile * TK;
   const bool edge = first_key < low_edge || first_key + TK > high_edge ||
-      (TAIL && first_key < idx && first_key + TK > hole);
+      (EXACT && first_key < hole_end && first_key + TK > hole);
   float2 top = m;
   UNROLL for (int i = 0; i < TK / 8; i++) {
     s[i] = float2(s[i].x * (factor.x * key_lift.back), s[i].y * (factor.y * key_lift.back));
@@ -268,10 +289,10 @@ for (; tile < tile_end; tile += NSG) {
     if (edge) {
       bool seen[2];
       UNROLL for (int j = 0; j < 2; j++) {
-        const int low = max(start, window > 0 ? position[j] - window + 1 : 0);
+        const int low = max(rows_start, window > 0 ? position[j] - window + 1 : 0);
         int high = causal ? position[j] + 1 : length;
         if (TAIL) high = min(high, is_ring ? end : max(keep, position[j] + 1 - recent));
-        seen[j] = key >= low && key < high && (!TAIL || key < hole || key >= idx);
+        seen[j] = key >= low && key < high && (!EXACT || key < hole || key >= hole_end);
       }
       s[i] = float2(seen[0] ? s[i].x : masked, seen[1] ? s[i].y : masked);
     }

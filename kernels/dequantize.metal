@@ -2,7 +2,8 @@
 // in the query's dtype, for prefill's fused attention.
 //
 // Layout: rows uint32 [B, H, capacity, W], any batch and head strides; outputs row contiguous. If
-//   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD].
+//   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD]. If FIRST, others from row
+//   first_at[b] (if PLACES, else of info) on are those of first [B, H, F, KD + VD].
 // Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS
 //   rows: one word of 4-bit or two words of 8-bit codes each. Neighbouring threads write
 //   neighbouring 16 bytes in half precision; with a store per channel the kernel took 0.42 TB/s of
@@ -23,6 +24,10 @@ const int64_t to = (int64_t(b) * rows_shape[1] + h) * length;
 const int exact = TAIL ? length - tail_shape[2] : length;  // from this row on
 const auto end = tail +
     (b * tail_strides[0] + h * tail_strides[1] - int64_t(exact) * tail_strides[2] + 8 * eight);
+const int firsts = FIRST ? info[kvq::FIRSTS] : 0;
+const int place = PLACES ? int(first_at[b]) : FIRST ? info[kvq::FIRST_AT] : 0;
+const auto begin = first +
+    (b * first_strides[0] + h * first_strides[1] - int64_t(place) * first_strides[2] + 8 * eight);
 float x[8];
 if (eight < KD / 8) {
   uint words[STEPS][KB / 4];
@@ -35,6 +40,8 @@ if (eight < KD / 8) {
   UNROLL for (int j = 0; j < STEPS; j++) {
     if (TAIL && row + j >= exact && row + j < length) {
       kvq::convert_eight(keys + ((to + row + j) * KD + 8 * eight), end + (row + j) * tail_strides[2]);
+    } else if (FIRST && row + j >= place && row + j < min(place + firsts, length)) {
+      kvq::convert_eight(keys + ((to + row + j) * KD + 8 * eight), begin + (row + j) * first_strides[2]);
     } else if (row + j < length) {
       kvq::eight_levels<KB, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(keys + ((to + row + j) * KD + 8 * eight), x);
@@ -52,6 +59,8 @@ if (eight < KD / 8) {
   UNROLL for (int j = 0; j < STEPS; j++) {
     if (TAIL && row + j >= exact && row + j < length) {
       kvq::convert_eight(values + ((to + row + j) * VD + 8 * v), end + (row + j) * tail_strides[2]);
+    } else if (FIRST && row + j >= place && row + j < min(place + firsts, length)) {
+      kvq::convert_eight(values + ((to + row + j) * VD + 8 * v), begin + (row + j) * first_strides[2]);
     } else if (row + j < length) {
       kvq::eight_levels<VB, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(values + ((to + row + j) * VD + 8 * v), x);

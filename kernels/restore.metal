@@ -47,10 +47,11 @@ INLINE void read_levels(thread float2* z, const device uint* row, uint lane) {
 
 // Restores the keys or the values of a head's rows by one SIMD group: every `workers`-th set of as
 // many rows as it holds vectors, from set `worker` on. Rows from `exact` on come from `tail`, whose
-// first token is row `exact`; its tokens are `by_token` channels apart.
+// first token is row `exact`; its tokens are `by_token` channels apart. Of the others, `firsts` rows
+// from row `place` on come from `first`.
 template <
     int D, int BITS, int GROUP, int ROTATION, bool CALIBRATED, bool HALF_STEP, int FIRST, int CODES,
-    int SCALE, int W, bool TAIL, typename T, typename S>
+    int SCALE, int W, bool TAIL, bool WITH_FIRST, typename T, typename S>
 INLINE void restore_vectors(
     device T* out,
     const device uint* rows,
@@ -58,6 +59,10 @@ INLINE void restore_vectors(
     const device S* tail,
     int64_t by_token,
     int exact,
+    const device S* first_tokens,
+    int64_t by_first,
+    int firsts,
+    int place,
     int worker,
     int workers,
     const device float* table,
@@ -82,8 +87,11 @@ INLINE void restore_vectors(
     float2 z[points_of(D)];
     lane_factors<D> own;
     const thread lane_factors<D>& g = HOLD_TABLES != 0 ? f : own;
-    if (TAIL && row >= exact) {
-      const device S* y = tail + (row - exact) * by_token + rotated;
+    const bool is_first = WITH_FIRST && row >= place && row < place + firsts;
+    if ((TAIL && row >= exact) || is_first) {
+      const device S* y = rotated +
+          (TAIL && row >= exact ? tail + (row - exact) * by_token
+                                : first_tokens + (row - place) * by_first);
       UNROLL for (int a = 0; a < points_of(D); a++) {
         z[a] = float2(float(y[2 * a]), float(y[2 * a + 1]));
       }

@@ -72,7 +72,7 @@ Forged.__name__ = "PackedKVCache"
 
 
 def forged(path, **said):
-    cache = filled(Forged, spec="int4-srft:recent=0")
+    cache = filled(Forged, spec="int4-srft:recent=0,first=0")
     cache.said = said
     save(path, [cache])
     return path

@@ -6,7 +6,8 @@ What a query reads exactly, and what it reads from packed rows, depends on its p
   before the block from rows. So a prompt gives the same rows however it is cut into chunks, and
   can be read again from any multiple of ``BLOCK``.
 - A decoded token reads the newest ``recent`` tokens exactly, its own included.
-- With ``recent=0`` everything is read from rows.
+- The ``first`` first tokens are always read exactly.
+- With ``recent=0`` everything else is read from rows.
 """
 
 import itertools
@@ -37,10 +38,13 @@ def packed_attention(
     Decoded tokens attend straight from the rows, a chunk of a prompt block by block: on the
     block's own keys and values as they are, and on those before it restored from rows.
     """
-    if queries.shape[2] == 0:
-        return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
-    if keys.chunk is None and queries.shape[2] <= DECODE_QUERIES:
+    L = queries.shape[2]
+    if keys.chunk is None and 0 < L <= DECODE_QUERIES:
+        if mask is None and keys.ring is None:  # of a decode step, each look costs the host time
+            return ops.attend(queries, keys, scale, ops.EVERY, sinks)
         return _decode(queries, keys, scale, mask, sinks)
+    if L == 0:
+        return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
     out = _prompt(queries, keys, values, scale, mask, sinks)
     if (every := ops.ahead()) and next(_prompts) % every == 0:
         mx.async_eval(out)
@@ -76,6 +80,7 @@ def _in_token_order(q, keys: PackedView, scale: float, seen: ops.Mask, sinks) ->
         last = None if tail is None else tail[:, :, : tail.shape[2] - (L - 1 - i)]
         ring = max(0, keep - first), end - first
         own = ops.Packed(rows[..., first:end, :], end - first, keys.format, last, ring)
+        own.first = None if keys.first is None else keys.first.after(first)
         starts = None if seen.starts is None else seen.starts - first
         mask = ops.Mask(window=seen.window, starts=starts, array=array if L == 1 else None)
         found.append(ops.attend(q[:, :, i : i + 1], own, scale, mask, sinks))
@@ -146,7 +151,8 @@ def _restored(keys: PackedView, low: int, before: int, own: int, dtype: mx.Dtype
         return new
     rows = keys.rows[:, :, low:] if low else keys.rows
     last = keys.tail[:, :, -own:] if keys.tail is not None and own > 0 else None
-    return ops.restore(ops.Packed(rows, before, keys.format, last), dtype, new)
+    first = None if keys.first is None else keys.first.after(low)
+    return ops.restore(ops.Packed(rows, before, keys.format, last, None, first), dtype, new)
 
 
 def _part(mask, L: int, a: int, end: int, low: int, high: int, dtype):

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import dynamic_roll
 
+from .. import ops
 from ..arguments import integer
 from ..format.format import Format
 from .packed import PackedCache, batch_of
@@ -47,6 +48,15 @@ class PackedBatch(PackedCache):
         if self._lengths is None:
             return [n + L for n in self._seen]
         return [min(n + L, end) for n, end in zip(self._seen, self._lengths, strict=True)]
+
+    def _next_positions(self) -> tuple[list[int], list[int] | None]:
+        return self._seen, self._lengths
+
+    def _first(self) -> ops.First | None:
+        return self.oldest.seen(self.format.first, self.left_padding)
+
+    def _begins(self) -> mx.array:
+        return self._length() - self.offset
 
     def _counts(self, L: int) -> list[int]:
         """Without padding, on either side. (Where a sequence has ended, only padding attends.)"""
@@ -95,6 +105,7 @@ class PackedBatch(PackedCache):
         if not self.empty():
             self.rows = self.stored.written()[batch_indices]
         self.newest.select(batch_indices)
+        self.oldest.select(batch_indices)
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices]
         self._seen = [self._seen[i] for i in batch_indices]
@@ -103,12 +114,16 @@ class PackedBatch(PackedCache):
         self._start()
 
     def _same_format(self, others) -> None:
+        """Raise ValueError unless all have rows alike; keep as many first tokens as the one with
+        most."""
         for other in others:
-            if other.format.signature != self.format.signature:
+            if other.format.of_rows != self.format.of_rows:
                 raise ValueError(
                     f"Caches of different formats cannot share a batch: "
                     f"{self.format.signature!r} and {other.format.signature!r}."
                 )
+            if other.format.first > self.format.first:
+                self.keep_first(other.format)
 
     def _append(self, other) -> None:
         """Sequences of ``other`` after ours, both right-justified at the same index."""
@@ -142,10 +157,18 @@ class PackedBatch(PackedCache):
         if size := max(self.newest.size, other.newest.size):  # or neither holds a token
             tails = [c._last(c.offset.shape[0], size, heads, self.dtype) for c in (self, other)]
             self.newest.array = mx.concatenate(tails)
+        self._join_first([(c, c.offset.shape[0]) for c in (self, other)], heads)
         both = zip(padded(self), padded(other), strict=True)
         self.rows, self.offset, self.left_padding = (mx.concatenate(list(two)) for two in both)
         self._idx = idx
         self._start()
+
+    def _join_first(self, caches: list[tuple[PackedCache, int]], heads: int) -> None:
+        """Take over the first tokens of caches with so many sequences each."""
+        size = self.format.first
+        if size and any(not c.empty() and c._length() for c, _ in caches):
+            parts = [c._first_for_batch(B, heads, size, self.dtype) for c, B in caches]
+            self.oldest.array, self.oldest.filling = mx.concatenate(parts), True
 
     def _fill(self, caches: list, ordered: list[mx.array | None]) -> None:
         """Take over the rows of single caches, in the order of their tokens."""
@@ -165,6 +188,7 @@ class PackedBatch(PackedCache):
             size = max(c.newest.size for c in caches)
             heads, dtype = filled[0].shape[1], self.dtype
             self.newest.array = mx.concatenate([c._last(1, size, heads, dtype) for c in caches])
+        self._join_first([(c, 1) for c in caches], filled[0].shape[1])
         self._idx = length
         self._seen = [c.offset for c in caches]
         counts = zip(*(c._for_batch() for c in caches), strict=True)
@@ -207,6 +231,9 @@ class PackedBatchKVCache(PackedBatch):
     def _length(self) -> int:
         return self._idx
 
+    def _in_order(self) -> mx.array:
+        return self.stored.written()[:, :, : self._idx]
+
     def size(self) -> int:
         return self._idx
 
@@ -224,7 +251,7 @@ class PackedBatchKVCache(PackedBatch):
             self._roll_right(self._right_padding)
             if self.tail is not None and self._lengths is None:
                 rows = self.stored.written()[:, :, : self._idx]
-                self.newest.array = self.newest.of_rows(rows, self.format.recent)
+                self.newest.array = self.newest.of_rows(rows, self.format.recent, self._first())
                 self.newest.exact = [0] * len(self.exact)
             self._right_padding = self._lengths = None
             self._start()
@@ -259,7 +286,7 @@ class PackedBatchKVCache(PackedBatch):
             self._idx -= least
             self.left_padding = self.left_padding - least
         if self._idx == 0:  # none of these has a token
-            self.newest.array = None
+            self.newest.array = self.oldest.array = None
 
     def extend(self, other: "PackedBatchKVCache") -> None:
         """Append the sequences of ``other``."""
@@ -273,6 +300,7 @@ class PackedBatchKVCache(PackedBatch):
             rows = self.stored.written()[idx : idx + 1, :, padding : self._idx]
             cache.rows, cache.offset = mx.contiguous(rows), rows.shape[2]
             cache.newest.take(self.newest, idx)
+            cache.oldest.take(self.oldest, idx)
             cache._start()
         return cache
 

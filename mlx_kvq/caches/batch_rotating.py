@@ -3,6 +3,7 @@
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from .. import ops
 from ..arguments import integer
 from ..format.format import Format
 from .batch import PackedBatch, _ints
@@ -22,6 +23,9 @@ class PackedBatchRotatingKVCache(PackedBatch):
     """
 
     numbers = ("offset", "left_padding", "max_size", "_offset", "_idx", "rotated")
+
+    # Where sequences begin, as numbers and as an array: to make one costs more than a launch.
+    _first_places: tuple[tuple[int, ...], mx.array] | None = None
 
     def __init__(self, fmt: Format, max_size: int, left_padding: list[int]):
         super().__init__(fmt, left_padding)
@@ -97,6 +101,19 @@ class PackedBatchRotatingKVCache(PackedBatch):
         ordered = self._length() <= self.max_size and not self.rotated
         return None if ordered else (0, self._idx)
 
+    def _first(self) -> ops.First | None:
+        if (tokens := self.oldest).array is None:
+            return None
+        length, count = self._length(), self.format.first
+        places = tuple(max(length - n, -count) for n in self._seen)
+        if self._first_places is None or self._first_places[0] != places:
+            self._first_places = places, mx.array(places, mx.int32)
+        return tokens.seen(count, self._first_places[1])
+
+    def _in_order(self) -> mx.array:
+        rows = self.stored.written()
+        return mx.roll(rows, -self._idx, 2) if self.rotated else rows[:, :, : self._idx]
+
     def size(self) -> int:
         return min(self._offset, self.max_size)
 
@@ -170,6 +187,7 @@ class PackedBatchRotatingKVCache(PackedBatch):
         cache.rows = mx.contiguous(rows[:, :, padding:end])
         cache.offset, cache._idx = self._seen[idx], end - padding
         cache.newest.take(self.newest, idx)
+        cache.oldest.take(self.oldest, idx)
         cache._start()
         return cache
 

@@ -1,4 +1,5 @@
-"""What packed caches share: mlx-lm's protocol over :class:`Rows` and :class:`Tail`."""
+"""What packed caches share: mlx-lm's protocol over :class:`Rows`, :class:`Tail` and
+:class:`FirstTokens`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from .. import ops
 from ..format.format import Format, parse_signature
 from . import attention
 from .attention import DECODE_QUERIES
+from .first import FirstTokens
 from .rows import PENDING, Rows
 from .tail import Tail
 from .view import PackedView
@@ -50,6 +52,7 @@ class PackedCache(_BaseCache, ABC):
     Attributes:
         stored (Rows): The packed rows of all tokens.
         newest (Tail): The exact tail, and how each sequence was read.
+        oldest (FirstTokens): The exact first tokens.
         reading (int): Tokens of a prompt that are still to come (``prompts``). A chunk of more than
             ``DECODE_QUERIES`` tokens is one of a prompt in any case.
         as_arrays (bool): For a model that computes its attention itself: keys and values as arrays,
@@ -68,7 +71,7 @@ class PackedCache(_BaseCache, ABC):
 
     def __init__(self, fmt: Format, sequences: int = 1):
         self.format = fmt
-        self.stored, self.newest = Rows(), Tail(fmt, sequences)
+        self.stored, self.newest, self.oldest = Rows(), Tail(fmt, sequences), FirstTokens(fmt)
         self.as_arrays = False
         self.model = ""
         self._dtype = "float16"  # a name, because mx.Dtype cannot be copied
@@ -121,6 +124,15 @@ class PackedCache(_BaseCache, ABC):
     def _positions(self, L: int = 0) -> list[int]:
         """Of the next token of each sequence, after L more rows; below 0 in padding."""
 
+    @abstractmethod
+    def _next_positions(self) -> tuple[list[int], list[int] | None]:
+        """Of the next row of each sequence, below 0 in padding; and those at which padding on the
+        right begins, if there is any."""
+
+    def _first(self) -> ops.First | None:
+        """The exact first tokens, where they are in the order of the rows' tokens."""
+        return self.oldest.seen(self.format.first, 0)
+
     def _counts(self, L: int) -> list[int]:
         """Of L new rows, those of tokens of each sequence."""
         return [L]
@@ -151,7 +163,7 @@ class PackedCache(_BaseCache, ABC):
         rows, tail = self.stored, self.newest.array
         if not rows.goes_on(at) or tail is None or not self._in_place(keys.shape[2]):
             return False
-        if tail.dtype != ops.tail_dtype(keys.dtype):
+        if self.oldest.filling or tail.dtype != ops.tail_dtype(keys.dtype):
             return False
         recent = self.format.spec.recent
         rows.pending, self.newest.array = ops.quantize_pack(
@@ -173,9 +185,13 @@ class PackedCache(_BaseCache, ABC):
         self._prompted = L > DECODE_QUERIES or self.reading > 0
         self._dtype = _NAMES.get(keys.dtype, self._dtype)
         if not fmt.recent:
-            return ops.quantize_pack(keys, values, fmt)[0], {}  # which checks them
+            rows = ops.quantize_pack(keys, values, fmt)[0]  # which checks them
+            self._read_first(keys, values)
+            return rows, {}
         if tail.array is not None and tail.array.dtype != (dtype := ops.tail_dtype(keys.dtype)):
             tail.array = tail.array.astype(dtype)
+            if self.oldest.array is not None:
+                self.oldest.array = self.oldest.array.astype(dtype)
         old, new = tail.array, self._counts(L)
         before = fmt.recent if old is None else tail.size
         pending, capacity = self._pending(keys), None
@@ -186,6 +202,7 @@ class PackedCache(_BaseCache, ABC):
             size = min(size, before + L)
         made = size if self._lengths is None else before + L
         rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, pending, capacity)
+        self._read_first(keys, values)
         tail.array = all_new
         if self._lengths is not None:
             tail.without_padding(L, size, new)
@@ -195,6 +212,10 @@ class PackedCache(_BaseCache, ABC):
         places = self._places(new)
         tail.got(size, new)
         return rows, {"tail": old, "chunk": (keys, values), "places": places}
+
+    def _read_first(self, keys: mx.array, values: mx.array) -> None:
+        if self.oldest.filling:
+            self.oldest.read(keys, values, *self._next_positions())
 
     def _pending(self, keys: mx.array) -> mx.array | None:
         """The rows that a new one may wait after, ``None`` if it may not. What attention then reads
@@ -241,6 +262,8 @@ class PackedCache(_BaseCache, ABC):
         leave unread, ``more`` too."""
         self.reading = max(0, self.reading - L)
         decodes = view.get("tail") is self.tail
+        if self.oldest.array is not None:
+            more = (*more, self.oldest.array)
         if self.tail is not None:
             (self.newest.array,) = mx.depends([self.tail], [self.stored.filled(), *more])
         elif more:
@@ -257,7 +280,7 @@ class PackedCache(_BaseCache, ABC):
         if self.as_arrays:
             return self._arrays(tail)
         rows, lay, ring = self.stored.filled(), self.format.layout, self._ring()
-        shared = rows, self._length(), self.format, tail, ring, self._dtype
+        shared = rows, self._length(), self.format, tail, ring, self._first(), self._dtype
         first = second = PackedView(*shared, lay.k_dim)
         if ring is not None:
             first.max_size = self._limit()
@@ -276,14 +299,16 @@ class PackedCache(_BaseCache, ABC):
         array cannot have a token exact for some queries and not for others."""
         rows, length, fmt = self.stored.written(), self._length(), self.format
         keep, idx = self._ring() or (0, length)
+        # In a ring that keeps no token the first ones have gone, or are among padding.
+        begin = self._first() if idx == length or keep else None
         n = 0 if self._prompted or tail is None else min(length - keep, tail.shape[2])
         last = tail[:, :, -n:] if tail is not None and n > 0 else None
         if last is None or idx == length:
-            return ops.restore(ops.Packed(rows, length, fmt, last), self.dtype)
+            return ops.restore(ops.Packed(rows, length, fmt, last, None, begin), self.dtype)
         # The newest tokens are before row idx, and before them those at the end.
         n = min(fmt.recent, length - keep)
         here = min(n, idx - keep)
-        k, v = ops.restore(ops.Packed(rows, length, fmt), self.dtype)
+        k, v = ops.restore(ops.Packed(rows, length, fmt, None, None, begin), self.dtype)
         exact = ops.restore(ops.Packed(rows, n, fmt, last[:, :, -n:]), self.dtype)
         for x, y in zip((k, v), exact, strict=True):
             x[:, :, idx - here : idx] = y[:, :, n - here :]
@@ -307,15 +332,18 @@ class PackedCache(_BaseCache, ABC):
         """Take the newest n tokens off the tail. ``length`` rows are left, in the order of their
         tokens."""
         if n:
+            self.oldest.filling = self.format.first > 0
             left = [max(0, at) for at in self._positions()]
-            self.newest.drop(n, left, self.stored, length)
+            self.newest.drop(n, left, self.stored, length, self._first())
+            if length == 0:
+                self.oldest.array = None
             self._start()
 
     def _start(self) -> None:
         """Begin to evaluate what was changed outside of a model's step: later steps, perhaps in
         another thread, find it done."""
         own = [a for a in vars(self).values() if isinstance(a, mx.array)]
-        rows = self.stored.array, self.stored.pending, self.newest.array
+        rows = self.stored.array, self.stored.pending, self.newest.array, self.oldest.array
         mx.async_eval(own + [a for a in rows if a is not None])
 
     def goes_on(self, at: int, end: int) -> bool:
@@ -341,6 +369,34 @@ class PackedCache(_BaseCache, ABC):
         """The last ``size`` tokens, for a batch."""
         return self.newest.last(B, size, heads, dtype)
 
+    def _begins(self) -> mx.array:
+        """Where each sequence begins in :meth:`_in_order`, int32 [B]."""
+        return mx.zeros((1,), mx.int32)
+
+    @abstractmethod
+    def _in_order(self) -> mx.array:
+        """Rows in the order of their tokens, without an unused end."""
+
+    def _first_for_batch(self, B: int, heads: int, size: int, dtype: mx.Dtype) -> mx.array:
+        """The first ``size`` tokens, for a batch; without a token, what nobody reads."""
+        if self.empty() or not self._length():
+            lay = self.format.layout
+            return mx.zeros((B, heads, size, lay.k_dim + lay.v_dim), ops.tail_dtype(dtype))
+        return self.oldest.of(size, self._in_order(), self._begins(), dtype)
+
+    def keep_first(self, fmt: Format) -> None:
+        """Keep as many first tokens exactly as ``fmt``, another format for the same rows, says.
+        Those that were not are taken from rows."""
+        if fmt.first == self.format.first:
+            return
+        array = None
+        if fmt.first and not self.empty() and self._length():
+            B, heads = self.stored.filled().shape[:2]
+            array = self._first_for_batch(B, heads, fmt.first, self.dtype)
+        self.format, self.oldest, self.newest.format = fmt, FirstTokens(fmt), fmt
+        self.oldest.array = array
+        self._start()
+
     def _made_like(self, other: "PackedCache"):
         self.as_arrays, self.model, self._dtype = other.as_arrays, other.model, other._dtype
         return self
@@ -354,6 +410,8 @@ class PackedCache(_BaseCache, ABC):
         state = [self.as_arrays, self.model, self._dtype, fmt.signature, fmt.arrays]
         if fmt.recent:
             state += [self.prompt, self.exact, self.tail]
+        if fmt.first:
+            state += [self.oldest.array]
         return self.rows, *numbers, *state
 
     @state.setter
@@ -377,13 +435,17 @@ class PackedCache(_BaseCache, ABC):
                 f"The cache holds {rows.dtype} {rows.shape}, not the uint32 rows of "
                 f"{words} words that {signature!r} describes."
             )
-        self.newest = tail = Tail(self.format)
+        self.newest, self.oldest = tail, first = Tail(self.format), FirstTokens(self.format)
+        if self.format.first:  # what a cache without a token has not is not in its file
+            more = [*more, *[None] * (3 * (self.format.recent > 0) + 1 - len(more))]
+            first.array = more.pop()
         # Files of version 0.1.0 do not say what was read how.
         more = [*more, None] if len(more) > 1 else [[], [], *more, None]
         tail.prompt, tail.exact, tail.array = more[:3]
         if not isinstance(getattr(self, "offset", 0), str | float):  # which the loader refuses
             held = rows if rows is not None and self._length() > 0 else None
             tail.check(held, self.dtype, [max(0, p) for p in self._positions()])
+            first.check(held, self.dtype)
         mx.async_eval([a for a in arrays or () if a is not None])
         self._start()  # a file is read when its arrays are evaluated
 
@@ -395,4 +457,9 @@ class PackedCache(_BaseCache, ABC):
 
     @property
     def nbytes(self) -> int:
-        return self.stored.nbytes + (0 if self.tail is None else self.tail.nbytes)
+        return self.stored.nbytes + self.exact_nbytes
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Of the tail and the first tokens."""
+        return sum(a.nbytes for a in (self.newest.array, self.oldest.array) if a is not None)

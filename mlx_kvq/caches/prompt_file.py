@@ -209,11 +209,14 @@ def check(caches: list, model: nn.Module) -> None:
                 f"{type(cache).__name__} was asked for (layer {path[0]}). Make it again with the "
                 "same --kv-cache, or convert an unpacked one with 'mlx_kvq pack-cache'."
             )
-        if ours and theirs and ours.format.signature != theirs.format.signature:
+        if not ours or not theirs:
+            continue
+        if ours.format.of_rows != theirs.format.of_rows:
             raise ValueError(
                 f"The prompt cache was packed with {theirs.format.differences(ours.format)} (layer "
                 f"{path[0]})."
             )
+        theirs.keep_first(ours.format)
 
 
 def check_unpacked(caches: list) -> None:

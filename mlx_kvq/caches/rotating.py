@@ -3,8 +3,10 @@
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from .. import ops
 from ..arguments import integer
 from ..format.format import Format
+from .first import FirstTokens
 from .packed import Merge, PackedCache
 from .view import causal, in_ring_order
 
@@ -92,6 +94,25 @@ class PackedRotatingKVCache(PackedCache):
 
     def _positions(self, L: int = 0) -> list[int]:
         return [self.offset + L]
+
+    def _next_positions(self) -> tuple[list[int], None]:
+        return [self.offset], None
+
+    def _first(self) -> ops.First | None:
+        count, gone = self.format.first, self.offset - self._length()
+        if gone and self.keep:
+            return self.oldest.seen(min(count, self.keep), 0)
+        return self.oldest.seen(count, -min(gone, count))
+
+    def _begins(self) -> mx.array:
+        return mx.array([0 if self.keep else self._length() - self.offset], mx.int32)
+
+    def _first_for_batch(self, B: int, heads: int, size: int, dtype: mx.Dtype) -> mx.array:
+        if self.empty() or not self.keep or self.offset == (length := self._length()):
+            return super()._first_for_batch(B, heads, size, dtype)
+        # A batch does not know that some are missing after the first ones: all come from rows.
+        places = mx.array([length - self.offset], mx.int32)
+        return FirstTokens(self.format).of(size, self._in_order(), places, dtype)
 
     def _length(self) -> int:
         return min(self.offset, self.stored.filled().shape[2])

@@ -22,6 +22,7 @@ class Rows:
         self.pending: mx.array | None = None
         self.count = 0  # the last so many of pending, for the rows from number place on
         self.place = 0
+        self.until = 0  # before this row the next one waits, too
 
     def whole(self) -> mx.array | None:
         """The array with every row in its place."""
@@ -49,17 +50,14 @@ class Rows:
         if self.count and at != self.place + self.count:
             self.whole()  # the ring begins anew
         if not self.count:
-            self.place = at
+            self.place, self.until = at, min(self.filled().shape[2], at + new.shape[2] - 1)
         self.pending, self.count = new, self.count + 1
         if self.count == new.shape[2]:
             self.whole()
 
     def goes_on(self, at: int) -> bool:
         """Whether the row for ``at`` is one more pending one, with room for it and after it."""
-        n, array, pending = self.count, self.array, self.pending
-        if n == 0 or at != self.place + n or array is None or pending is None:
-            return False
-        return at < array.shape[2] and n + 1 < pending.shape[2]
+        return 0 < self.count == at - self.place and at < self.until
 
     def is_full(self, tokens: int, L: int) -> bool:
         """Whether L rows after ``tokens`` do not fit."""

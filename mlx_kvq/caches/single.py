@@ -38,6 +38,9 @@ class PackedKVCache(PackedCache):
     def _positions(self, L: int = 0) -> list[int]:
         return [self.offset + L]
 
+    def _next_positions(self) -> tuple[list[int], None]:
+        return [self.offset], None
+
     def _length(self) -> int:
         return self.offset
 

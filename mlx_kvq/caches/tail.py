@@ -48,14 +48,17 @@ class Tail:
         parts = [tail[i, :, first + n : first + n + size] for i, n in enumerate(new)]
         self.array = mx.stack(parts)
 
-    def drop(self, n: int, left: list[int], stored: Rows, length: int) -> None:
+    def drop(
+        self, n: int, left: list[int], stored: Rows, length: int, first: ops.First | None
+    ) -> None:
         """Take the newest n tokens off.
 
         Args:
             n (int): More than 0.
             left (list): Tokens that each sequence is left with.
             stored (Rows), length (int): The first ``length`` rows are those of all tokens left, in
-                their order: what the tail then lacks comes from there.
+                their order: what the tail then lacks comes from there,
+            first (ops.First, optional): or from the exact first tokens.
         """
         self.prompt = [min(m, at) for m, at in zip(self.prompt, left, strict=True)]
         self.exact = [max(0, m - n) for m in self.exact]
@@ -69,17 +72,21 @@ class Tail:
         elif (lacking := self.format.recent - size) <= 0:
             self.array = tail
         else:
-            older = self.of_rows(stored.written()[:, :, : max(0, length - size)], lacking)
+            rows = stored.written()[:, :, : max(0, length - size)]
+            older = self.of_rows(rows, lacking, first)
             self.array = mx.concatenate([older, tail], axis=2)
 
-    def of_rows(self, rows: mx.array, n: int) -> mx.array:
-        """The last n of these rows, as a tail; zeros come before them where there are fewer."""
+    def of_rows(self, rows: mx.array, n: int, first: ops.First | None = None) -> mx.array:
+        """The last n of these rows, as a tail, first tokens exactly; zeros come before them where
+        there are fewer."""
         B, heads, T, _ = rows.shape
         lay, have = self.format.layout, min(n, T)
         dtype = mx.float32 if self.array is None else self.array.dtype
         tail = mx.zeros((B, heads, n - have, lay.k_dim + lay.v_dim), dtype)
         if have:
-            pair = ops.dequantize(ops.Packed(rows[:, :, T - have :], have, self.format))
+            begin = None if first is None else first.after(T - have)
+            some = ops.Packed(rows[:, :, T - have :], have, self.format, None, None, begin)
+            pair = ops.dequantize(some)
             y = mx.concatenate(list(pair), axis=-1)
             tail = mx.concatenate([tail, y.astype(dtype)], axis=2)
         return tail

@@ -13,8 +13,8 @@ class PackedView(ops.Packed):
     for those that size a mask by it.
 
     Args:
-        rows, length, format, tail, ring: Of :class:`mlx_kvq.ops.Packed`; with a chunk, the tail is
-            that before it.
+        rows, length, format, tail, ring, first: Of :class:`mlx_kvq.ops.Packed`; with a chunk, the
+            tail is that before it.
         dtype (str): Of the model's keys and values, a name.
         dim (int): Head size.
         max_size (int): Tokens that a rotating cache keeps, where rows are a ring.
@@ -36,10 +36,12 @@ class PackedView(ops.Packed):
         fmt: Format,
         tail: mx.array | None,
         ring: tuple[int, int] | None,
+        first: ops.First | None,
         dtype: str,
         dim: int,
     ):
         self.rows, self.length, self.format, self.tail, self.ring = rows, length, fmt, tail, ring
+        self.first = first
         self._dtype, self._dim = dtype, dim
 
     @property
@@ -54,7 +56,8 @@ class PackedView(ops.Packed):
     def of(self, which: mx.array) -> "PackedView":
         """The view of some sequences of a batch."""
         tail = None if self.tail is None else self.tail[which]
-        shared = self.ring, self._dtype, self._dim
+        first = None if self.first is None else self.first.of(which)
+        shared = self.ring, first, self._dtype, self._dim
         view = PackedView(self.rows[which], self.length, self.format, tail, *shared)
         view.max_size = self.max_size
         view.chunk = None if self.chunk is None else self.chunk[which]

@@ -14,6 +14,7 @@ from ..measure.evaluate import evaluate, load_model, read_recall
 from .options import cache
 
 DEFAULT = ("fp16", "kv8", "kv4", "int8-srft", "k8v4-srft", "int4-srft")
+PROMPT_CHUNK = 512
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -41,9 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
         type=int,
-        default=DECODE_QUERIES,
-        help="Tokens at a time. Default: %(default)s, read as in decoding; more as in a prompt.",
+        help=f"Tokens at a time. Default: {DECODE_QUERIES}, read as in decoding; more are read as "
+        f"a prompt. With --decode {PROMPT_CHUNK}.",
     )
+    parser.add_argument(
+        "--decode",
+        type=int,
+        default=0,
+        metavar="N",
+        help="As in generation: all of a window but N tokens is a prompt, which is not scored, "
+        "then N tokens are fed one at a time.",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="Windows side by side. Default: 1.")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -81,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
         texts,
         windows=args.windows,
         tokens=args.tokens,
-        chunk=args.chunk,
+        chunk=args.chunk or (PROMPT_CHUNK if args.decode else DECODE_QUERIES),
+        decode=args.decode,
+        batch=args.batch,
         recall=recall,
         calibration=calibration,
     )
@@ -89,8 +101,8 @@ def run(args: argparse.Namespace) -> None:
     print(evaluation.table(args.markdown))
     if any("-" in name and "recent=0" not in name for name in args.kv_cache):
         print(
-            f"\nbytes/token contain the exact tail, shared out over {args.tokens} tokens: the "
-            "longer the context, the fewer."
+            f"\nbytes/token contain what is kept exactly, shared out over {args.tokens} tokens: "
+            "the longer the context, the fewer."
         )
     if args.json:
         evaluation.save(args.json)

@@ -210,9 +210,9 @@ class Plan:
         spec = Spec.parse(self.name)
         if spec is None or not layer.packable:
             return layer.fp16
-        # The exact tail: of fp16 models in fp32.
+        # What is kept exactly: of fp16 models in fp32.
         dtype = config.get("dtype") or config.get("torch_dtype")
-        self.fixed += spec.recent * layer.fp16 * (2 if dtype == "float16" else 1)
+        self.fixed += (spec.recent + spec.first) * layer.fp16 * (2 if dtype == "float16" else 1)
         return 4 * layer.heads * make_format(spec, layer.k_dim, layer.v_dim).layout.words
 
     def bytes(self, tokens: int, sequences: int) -> float:

@@ -66,6 +66,11 @@ class Format:
         """Tokens before a query, its own included, that it reads from the tail."""
         return self.spec.recent
 
+    @property
+    def first(self) -> int:
+        """First tokens of a sequence that are kept exactly."""
+        return self.spec.first
+
     @cached_property
     def heads(self) -> int | None:
         """KV heads of the calibration; ``None`` without one."""
@@ -82,15 +87,25 @@ class Format:
 
     @cached_property
     def signature(self) -> str:
-        """Identifies the content of a cache, how new rows are made and the length of the tail. Only
-        caches with equal signatures may be mixed."""
+        """Identifies the content of a cache, how new rows are made and what is kept exactly."""
+        return self._signature(self.first)
+
+    @cached_property
+    def of_rows(self) -> str:
+        """The part of the signature that caches must have in common to share a batch: first tokens
+        that were not kept exactly can be taken from rows."""
+        return self._signature(0)
+
+    def _signature(self, first: int) -> str:
         lay, spec = self.layout, self.spec
         text = (
             f"mlx_kvq/{VERSION};{spec.bits}-{spec.rotation};scale={spec.scale};seed={spec.seed};"
             f"dims={lay.k_dim},{lay.v_dim};groups={lay.k_group},{lay.v_group}"
         )
         rounding = spec.rounding if self._weighted else ""
-        more = {"recent": self.recent, "rounding": rounding, "calibration": self._digest}
+        more = {
+            "recent": self.recent, "first": first, "rounding": rounding, "calibration": self._digest
+        }  # fmt: skip
         return text + "".join(f";{name}={value}" for name, value in more.items() if value)
 
     @cached_property
@@ -133,6 +148,7 @@ class Format:
             "bits": spec.bits, "rotation": spec.rotation, "scale": spec.scale, "seed": spec.seed,
             "head size": _one_or_two(lay.k_dim, lay.v_dim),
             "group_size": _one_or_two(lay.k_group, lay.v_group), "recent": self.recent,
+            "first": self.first,
             "rounding": spec.rounding if self._weighted else "nearest",
             "calibration": "on" if self._digest else "off",
         }  # fmt: skip
@@ -223,8 +239,8 @@ def make_format(
 _LONGEST = 300  # characters of a signature; bounds every number in it
 _SIGNATURE = re.compile(
     r"mlx_kvq/([0-9]+);([a-z0-9-]+);scale=([a-z]+);seed=([0-9]+);dims=([0-9]+),([0-9]+)"
-    r";groups=([0-9]+),([0-9]+)(?:;recent=([0-9]+))?(?:;rounding=([a-z]+))?"
-    r"(?:;calibration=([0-9a-f]{16}))?"
+    r";groups=([0-9]+),([0-9]+)(?:;recent=([0-9]+))?(?:;first=([0-9]+))?"
+    r"(?:;rounding=([a-z]+))?(?:;calibration=([0-9a-f]{16}))?"
 )
 
 
@@ -237,7 +253,7 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
         match = _SIGNATURE.fullmatch(signature)
     if match is None:
         raise ValueError(f"{quoted(signature)} is not the signature of an mlx_kvq cache.")
-    version, name, scale, seed, *sizes, recent, rounding, _ = match.groups()
+    version, name, scale, seed, *sizes, recent, first, rounding, _ = match.groups()
     if int(version) != VERSION:
         raise ValueError(
             f"The cache was written in format version {version}; this mlx_kvq reads {VERSION}."
@@ -249,7 +265,8 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
             f"{v_group}; mlx_kvq reads sizes up to {MAX_DIM}."
         )
     spec = Spec.parse(
-        f"{name}:scale={scale},seed={seed},recent={recent or 0},rounding={rounding or 'nearest'}"
+        f"{name}:scale={scale},seed={seed},recent={recent or 0},first={first or 0},"
+        f"rounding={rounding or 'nearest'}"
     )
     assert spec is not None  # fp16 takes no options
     damaged = ValueError(

@@ -24,7 +24,7 @@ from ..files import read_text, replacing
 from ..format.spec import Spec
 from ..model.loading import load
 from .baselines import Contender, bytes_per_token, candidate, check_name, own
-from .quality import Estimate, Result, measure, summarize
+from .quality import Estimate, Result, measure, pieces, summarize
 
 
 @dataclass
@@ -63,9 +63,8 @@ class Evaluation:
 
     def _notes(self, markdown: bool) -> list[str]:
         notes = [
-            "{windows} windows of {tokens} tokens in chunks of {chunk}, the first chunk not "
-            "scored; KL in nats per token, from {}; 95 % intervals over windows, the change's from "
-            "paired differences.".format(self.results[0].name, **self.setting),
+            f"{_fed(self.setting)}; KL in nats per token, from {self.results[0].name}; 95 % "
+            "intervals over windows, the change's from paired differences.",
             *(f"{r.name}: {r.note}." for r in self.results if r.note),
         ]
         return ["", "\n\n".join(notes) if markdown else "\n".join(notes)]
@@ -90,6 +89,8 @@ def evaluate(
     windows: int = 16,
     tokens: int = 1024,
     chunk: int = DECODE_QUERIES,
+    decode: int = 0,
+    batch: int = 1,
     recall: Sequence[dict] = (),
     calibration: CalibrationSet | None = None,
     progress: bool = True,
@@ -107,6 +108,9 @@ def evaluate(
         tokens (int): Tokens in a window, more than ``chunk``.
         chunk (int): Tokens fed at a time; the first chunk of a window is not scored. Up to 8 are
             read like decoded tokens, more like a prompt, which reads its block exactly.
+        decode (int): If not 0, a window is a prompt, read in chunks and not scored, and the last
+            ``decode`` tokens are fed one at a time, as in generation; less than ``tokens``.
+        batch (int): Windows fed side by side.
         recall (Sequence): ``{"prompt": …, "answer": …}``; the answer is exact if the model,
             fed in chunks and then decoding greedily, writes it.
         calibration (CalibrationSet, optional): For every spec that does not say
@@ -121,14 +125,15 @@ def evaluate(
             short, or if a size makes no sense.
     """
     arguments.model(model)
-    _check(specs, texts, windows, tokens, chunk)
+    _check(specs, texts, windows, tokens, chunk, decode, batch)
     data = [w for i, t in enumerate(texts) for w in _windows(tokenizer, t, windows, tokens, i)]
     exact = own(model)
     options = {"calibration": calibration, "tokenizer": tokenizer, "verbose": progress}
     tried = [exact, *(candidate(model, s, **options) for s in dict.fromkeys(specs))]
 
     sizes: dict[str, float] = {}
-    steps = len(data) * len(tried) * -(-tokens // chunk)
+    batches = -(-len(data) // batch)
+    steps = batches * len(tried) * len(pieces(tokens, chunk, decode))
     with tqdm(total=steps, desc="text", unit="chunk", disable=not progress) as bar:
         scores = measure(
             model,
@@ -137,10 +142,12 @@ def evaluate(
             chunk,
             bar.update,
             lambda name, caches: sizes.__setitem__(name, bytes_per_token(caches)),
+            batch,
+            decode,
         )
     results = [summarize(c.name, scores[c.name], scores[exact.name], sizes[c.name]) for c in tried]
     for result, c in zip(results, tried, strict=True):
-        result.note = "; ".join(filter(None, [c.note, _note(c, chunk)]))
+        result.note = "; ".join(filter(None, [c.note, "" if decode else _note(c, chunk)]))
     if recall:
         with tqdm(total=len(recall) * len(tried), desc="recall", disable=not progress) as bar:
             for result, c in zip(results, tried, strict=True):
@@ -152,19 +159,24 @@ def evaluate(
         "model": type(model).__module__.rpartition(".")[2],
         "dtype": exact.name.partition("(")[2].rstrip(")"),
         "texts": len(texts), "windows": len(data), "tokens": tokens, "chunk": chunk,
+        "decode": decode,
         "device": str(mx.default_device()), "platform": platform.platform(),
         "versions": {"mlx_kvq": __version__, **{p: version(p) for p in ("mlx", "mlx-lm")}},
     }  # fmt: skip
     return Evaluation(setting, results)
 
 
-def _check(specs, texts, windows: int, tokens: int, chunk: int) -> None:
-    for name, given in (("windows", windows), ("tokens", tokens), ("chunk", chunk)):
+def _check(specs, texts, windows: int, tokens: int, chunk: int, decode: int, batch: int) -> None:
+    sizes = {"windows": windows, "tokens": tokens, "chunk": chunk, "batch": batch}
+    for name, given in sizes.items():
         arguments.integer(name, given)
+    arguments.integer("decode", decode, 0)
+    if decode and decode >= tokens:
+        raise ValueError(f"decode={decode} tokens of a window of {tokens} leave no prompt.")
     for name, several in (("specs", specs), ("texts", texts)):
         if isinstance(several, str | Spec):
             raise ValueError(f"{name} is a list, got {several!r:.60}.")
-    if tokens <= chunk:
+    if not decode and tokens <= chunk:
         raise ValueError(
             f"{windows} windows of {tokens} tokens in chunks of {chunk}: a window needs more "
             "tokens than a chunk, and there must be one of each at least."
@@ -173,6 +185,14 @@ def _check(specs, texts, windows: int, tokens: int, chunk: int) -> None:
         raise ValueError("There is no text to evaluate on.")
     for spec in specs:
         check_name(spec)
+
+
+def _fed(setting: dict) -> str:
+    """How the windows of an evaluation were fed, in words."""
+    start = "{windows} windows of {tokens} tokens in chunks of {chunk}".format(**setting)
+    if decode := setting.get("decode"):
+        return f"{start}, the last {decode} one at a time, which are scored"
+    return f"{start}, the first chunk not scored"
 
 
 def _note(cache: Contender, chunk: int) -> str:

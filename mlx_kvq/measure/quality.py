@@ -43,6 +43,7 @@ def measure(
     advance: Callable[[int], object] = lambda n: None,
     finished: Callable[[str, list], None] = lambda name, caches: None,
     batch: int = 1,
+    decode: int = 0,
 ) -> dict[str, Scores]:
     """Feed windows through the same model with each kind of cache, a chunk at a time.
 
@@ -54,6 +55,8 @@ def measure(
         windows (mx.array): Tokens [N, T], T > ``chunk``; ``batch`` of them are fed side by side.
         advance: Called with 1 after each chunk of each cache and batch.
         finished: Called with a name and its caches at the end of the last window.
+        decode (int): If not 0, all of a window but the last ``decode`` tokens is a prompt, read in
+            chunks and not scored; these are fed one at a time.
     """
     scores = {name: Scores() for name in makers}
     N, T = windows.shape
@@ -61,12 +64,12 @@ def measure(
         some = windows[first : first + batch]
         caches = {name: make() for name, make in makers.items()}
         parts: dict[str, list] = {name: [] for name in makers}
-        for start in range(0, T, chunk):
-            tokens, targets = some[:, start : start + chunk], some[:, start + 1 : start + chunk + 1]
+        for start, end, scored in pieces(T, chunk, decode):
+            tokens, targets = some[:, start:end], some[:, start + 1 : end + 1]
             exact: mx.array | None = None
             for name, cache in caches.items():
                 logits = model(tokens, cache=cache)
-                if start == 0:
+                if not scored:
                     mx.eval([c.state for c in cache])
                 else:
                     got = nn.log_softmax(logits.astype(mx.float32), axis=-1)
@@ -83,6 +86,15 @@ def measure(
     for name, cache in caches.items():
         finished(name, cache)
     return scores
+
+
+def pieces(T: int, chunk: int, decode: int) -> list[tuple[int, int, bool]]:
+    """How a window of T tokens is fed: from, to, and whether these tokens are scored."""
+    if not decode:
+        return [(i, min(T, i + chunk), i > 0) for i in range(0, T, chunk)]
+    ends = [*range(chunk, T - decode, chunk), T - decode]
+    prompt = [(a, b, False) for a, b in zip([0, *ends], ends, strict=False)]
+    return prompt + [(i, i + 1, True) for i in range(T - decode, T)]
 
 
 def t_quantile(df: int, level: float = LEVEL) -> float:

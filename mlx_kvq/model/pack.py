@@ -57,11 +57,17 @@ def _packed(cache: Any, template: PackedCache) -> PackedCache:
     if cache.keys is not None:
         packed._dtype = str(cache.keys.dtype).rpartition(".")[2]
         packed.rows = ops.quantize_pack(cache.keys, cache.values, fmt)[0]
-    if cache.offset and fmt.recent:
-        if isinstance(cache, RotatingKVCache):
-            held = [cache._temporal_order(a) for a in (cache.keys, cache.values)]
-        else:
-            held = [a[..., : cache.offset, :] for a in (cache.keys, cache.values)]
+    if not cache.offset:
+        return packed
+    if isinstance(cache, RotatingKVCache):
+        held = [cache._temporal_order(a) for a in (cache.keys, cache.values)]
+    else:
+        held = [a[..., : cache.offset, :] for a in (cache.keys, cache.values)]
+    gone, keep = cache.offset - held[0].shape[2], getattr(cache, "keep", 0)
+    if fmt.first:
+        k, v = (a[:, :, :keep] if gone and keep else a for a in held)
+        packed.oldest.read(k, v, [0 if keep else gone], None)
+    if fmt.recent:
         size = packed.tail_after_prompt()
         k, v = (a[..., -size:, :] for a in held)
         packed.newest.array = ops.quantize_pack(k, v, fmt, None, size)[1]

@@ -52,8 +52,8 @@ class Report:
             f"{self.bits_per_value:.2f} bits per value, "
             f"{self.compression:.2f}x smaller than fp16, "
         )
-        if self.spec.recent:
-            line += f"the newest {self.spec.recent} tokens exact, "
+        if self.spec.exact:
+            line += f"{self.spec.exact} exact, "
         if self.calibration is None:
             line += "not calibrated"
         else:
@@ -79,18 +79,18 @@ class Report:
 def saved(caches: list) -> str:
     """Tokens read and bytes held by packed caches, and what fp16 would hold; "" if none is packed.
 
-    Counts the rows of tokens and the exact tail, not the room that is kept for more tokens."""
+    Counts the rows of tokens and those kept exactly, not the room that is kept for more tokens."""
     tokens = rows = exact = fp16 = 0
     for _, c in leaves(caches):
         if isinstance(c, PackedCache) and c.keys is not None:
             (B, H, _, W), lay = c.keys.shape, c.format.layout
             tokens = max(tokens, getattr(c, "offset", 0))
             rows += 4 * B * H * W * c.size()
-            exact += 0 if c.tail is None else c.tail.nbytes
+            exact += c.exact_nbytes
             fp16 += 2 * B * H * (lay.k_dim + lay.v_dim) * c.size()
     if not fp16:
         return ""
-    tail = f" ({megabytes(exact)} of it the exact tail)" if exact > rows / 10 else ""
+    tail = f" ({megabytes(exact)} of it tokens kept exactly)" if exact > rows / 10 else ""
     return f"{tokens:,} tokens: {megabytes(rows + exact)}{tail}, fp16 {megabytes(fp16)}"
 
 

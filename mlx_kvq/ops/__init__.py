@@ -19,13 +19,14 @@ from .gpu import attention, machine, quantize, unpack
 from .gpu.machine import ahead
 from .gpu.sources import kernels_path
 from .memo import forget
-from .packed import CAUSAL, EVERY, Mask, Packed
+from .packed import CAUSAL, EVERY, First, Mask, Packed
 from .plain import in_token_order
 
 __all__ = [
     "BACKENDS",
     "CAUSAL",
     "EVERY",
+    "First",
     "Mask",
     "Packed",
     "ahead",
@@ -135,8 +136,9 @@ def attend(
         q (mx.array): Queries [B, Hq, L, Dk]; Hq is a multiple of Hkv.
         packed (Packed): The layer's keys and values. With a tail of at least
             ``format.recent + L - 1`` tokens, a query reads the ``format.recent`` tokens up to its
-            own, and any after it, from there and not from their rows. Where rows are a ring and
-            there is a tail, L is 1, unless its ``idx`` is ``length``.
+            own, and any after it, from there and not from their rows; likewise the first tokens
+            that are kept exactly. Where rows are a ring and there is either, L is 1, unless its
+            ``idx`` is ``length``.
         scale (float): Softmax scale, usually Dk ** -0.5; finite.
         mask (Mask): What a query may see.
         sinks (mx.array, optional): [Hq] logits, in any float dtype, that take probability and add
@@ -153,23 +155,28 @@ def attend(
     if type(scale) is not float:
         check.check_scale(scale)
         scale = float(scale)
-    fmt, tail, length, ring = packed.format, packed.tail, packed.length, packed.ring
+    fmt, tail, length, ring, first = (
+        packed.format, packed.tail, packed.length, packed.ring, packed.first
+    )  # fmt: skip
     kind = fmt.kind if isinstance(fmt, Format) else None
     key = (
         "attend", kind, mx.default_device() == _CPU, q.shape, q.dtype, packed.rows.shape, scale,
         mask.key, None if tail is None else (tail.shape, tail.dtype),
+        None if first is None else first.key,
         None if sinks is None else (sinks.shape, sinks.dtype),
     )  # fmt: skip
     found = memo.launches.get(key)
-    run = None if found is None or type(length) is not int else found.get((length, ring))
+    run = None
+    if found is not None and type(length) is int:
+        run = found.get((length, ring, None if first is None else first.numbers))
     if run is None:
         run = _attend(key, q, packed, scale, mask, sinks)
     return run(q, packed, mask, sinks)
 
 
 def dequantize(packed: Packed, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
-    """Rows to keys and values in the rotated domain; the newest ones from the tail, if there is
-    one.
+    """Rows to keys and values in the rotated domain; the newest ones from the tail and the first
+    ones exactly, if there are such.
 
     Returns:
         K [B, Hkv, length, Dk] and V [B, Hkv, length, Dv] in ``dtype``: fp16, bf16 or fp32. In fp16,
@@ -218,7 +225,8 @@ def _attend(key: tuple, q, packed: Packed, scale: float, mask: Mask, sinks) -> C
 
 
 class _Lengths(dict):
-    """(length, ring) -> what runs attention, for one shape of the other arguments."""
+    """(length, ring, numbers of first tokens) -> what runs attention, for one shape of the other
+    arguments."""
 
     def __init__(self, q, packed: Packed, scale: float, mask: Mask, sinks):
         self.shape = None
@@ -235,19 +243,21 @@ class _Lengths(dict):
         if self.shape is not None:
             parts = self.shape.parts(packed.length)
             if trial.attend(self.shape, parts, q, packed, scale, mask, sinks):
-                run = self.shape.at(packed.length, packed.ring, parts)
+                run = self.shape.at(packed, parts)
         if len(self) >= 256:  # lengths far behind
             self.clear()
-        self[packed.length, packed.ring] = run
+        first = None if packed.first is None else packed.first.numbers
+        self[packed.length, packed.ring, first] = run
         return run
 
 
 def _unpacked(op: str, packed: Packed, dtype: mx.Dtype, chunk) -> tuple[mx.array, mx.array]:
-    fmt, tail = packed.format, packed.tail
+    fmt, tail, first = packed.format, packed.tail, packed.first
     try:
         key = (
             op, fmt.kind, mx.default_device() == _CPU, packed.rows.shape, packed.length,
             type(packed.length), dtype, None if tail is None else (tail.shape, tail.dtype),
+            None if first is None else (first.key, first.numbers),
             tuple((x.shape, x.dtype) for x in chunk or ()),
         )  # fmt: skip
         run = memo.launches.get(key)

@@ -64,6 +64,37 @@ def check_tail(tail: mx.array, heads: tuple[int, ...], least: int, fmt: Format) 
         )
 
 
+def check_first_parts(array, count, at) -> None:
+    """What no row is needed for."""
+    if not isinstance(array, mx.array) or array.ndim != 4 or array.dtype not in FLOATS:
+        found = f"{array.dtype} {array.shape}" if isinstance(array, mx.array) else repr(array)
+        raise ValueError(
+            f"First tokens are [B, Hkv, F, Dk + Dv] in float16, bfloat16 or float32, got {found}."
+        )
+    _check_whole("A number of first tokens", count, 0, array.shape[2])
+    if isinstance(at, mx.array):
+        _check_each("Places of first tokens", at, array.shape[0], "sequences", mx.integer)
+    else:
+        _check_whole("A place of first tokens", at, -_MOST)
+
+
+def _check_first(packed) -> None:
+    first, lay = packed.first, packed.format.layout
+    if first is None:
+        return
+    wanted = (*packed.rows.shape[:2], lay.k_dim + lay.v_dim)
+    array = getattr(first, "array", None)
+    if array is None or (*array.shape[:2], array.shape[3]) != wanted:
+        found = repr(first) if array is None else f"{array.shape}"
+        raise ValueError(
+            f"The first tokens are [{wanted[0]}, {wanted[1]}, F, {wanted[2]}], got {found}."
+        )
+    if packed.tail is not None and packed.tail.dtype != array.dtype:
+        raise ValueError(
+            f"The first tokens are in the tail's dtype {packed.tail.dtype}, got {array.dtype}."
+        )
+
+
 def check_mask_parts(causal, window, starts, array) -> None:
     """What no query and no row is needed for."""
     if type(causal) is not bool:
@@ -149,7 +180,7 @@ def check_pack(k, v, fmt, tail, size, pending, capacity) -> None:
 def check_length(packed, L: int) -> None:
     """The length, and where a ring of ``packed`` begins for L queries."""
     _check_span(packed)
-    if packed.ring is not None and packed.tail is not None:
+    if packed.ring is not None and (packed.tail is not None or packed.first is not None):
         _check_ring(packed.ring, packed.length, L)
 
 
@@ -172,6 +203,7 @@ def check_rows(packed) -> None:
         )
     _check_span(packed)
     _check_kv_heads(rows.shape[1], fmt)
+    _check_first(packed)
 
 
 def check_unpack(packed, dtype, chunk) -> None:

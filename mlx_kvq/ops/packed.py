@@ -6,7 +6,53 @@ from typing import Any
 import mlx.core as mx
 
 from ..format.format import Format
-from .check import check_mask_parts
+from .check import check_first_parts, check_mask_parts
+
+
+@dataclass(frozen=True, eq=False)
+class First:
+    """The first tokens of each sequence as they are; a query that sees one reads it from here,
+    unless the tail has it, and not from its row.
+
+    Args:
+        array (mx.array): Rotated, [B, Hkv, F, Dk + Dv] in a float dtype (``ops.quantize_pack``).
+        count (int): How many of them there are, 0 to F.
+        at (int or mx.array): Place of the first one in the order of the rows' tokens, or int32 [B]
+            places. Below 0 it has no row any more, nor have those up to place 0; beyond the rows
+            are tokens to come. Rows before it are padding, which a mask hides.
+
+    Raises:
+        ValueError: If one of them is something else.
+    """
+
+    array: mx.array
+    count: int
+    at: "int | mx.array" = 0
+    key: tuple = field(init=False)  # what launches depend on
+
+    def __post_init__(self):
+        array, at = self.array, self.at
+        check_first_parts(array, self.count, at)
+        place = at.shape if isinstance(at, mx.array) else None
+        object.__setattr__(self, "key", (array.shape, array.dtype, place))
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """``count``, and ``at`` if it is one number."""
+        return self.count, self.at if isinstance(self.at, int) else 0
+
+    def after(self, low: int) -> "First":
+        """Of rows without the first ``low`` ones."""
+        if not low:
+            return self
+        at = self.at - low
+        # Where none has a row, one number is as good as another: each is a launch of its own.
+        return First(self.array, self.count, max(at, -self.count) if isinstance(at, int) else at)
+
+    def of(self, which: mx.array) -> "First":
+        """Of some sequences of a batch."""
+        at = self.at if isinstance(self.at, int) else self.at[which]
+        return First(self.array[which], self.count, at)
 
 
 @dataclass(eq=False)
@@ -21,6 +67,7 @@ class Packed:
             float dtype (``ops.quantize_pack``), the newest last.
         ring (tuple, optional): ``(keep, idx)`` where rows are not in the order of their tokens,
             which is [:keep], [idx:length], [keep:idx].
+        first (First, optional): The first tokens as they are.
     """
 
     rows: mx.array
@@ -28,6 +75,7 @@ class Packed:
     format: Format
     tail: mx.array | None = None
     ring: tuple[int, int] | None = None
+    first: First | None = None
 
 
 @dataclass(frozen=True, eq=False)

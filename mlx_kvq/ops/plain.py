@@ -21,7 +21,7 @@ from ..format.levels import (
     split,
     zero_code,
 )
-from .packed import EVERY, Mask, Packed
+from .packed import EVERY, First, Mask, Packed
 
 _PACK_BLOCK = 1024  # vectors quantized at a time, 32 times as many on GPUs
 _KEY_BLOCK = 4096  # keys whose codes are unpacked at a time
@@ -113,7 +113,10 @@ def dequantize(packed: Packed, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, 
     if n:
         kc, vc, ks, vs = split(packed.rows[..., :n, :], lay)
         k = read_levels(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
-        parts.append((k, read_levels(vc, vs, lay.v_bits, lay.v_group, fmt.scale)))
+        v = read_levels(vc, vs, lay.v_bits, lay.v_group, fmt.scale)
+        if (first := _first_tokens(packed.first, fmt, n)) is not None:
+            k, v = first.put(k, v)
+        parts.append((k, v))
     if tail is not None:
         last = tail[:, :, tail.shape[2] - (length - n) :]
         parts.append((last[..., : lay.k_dim], last[..., lay.k_dim :]))
@@ -233,14 +236,18 @@ def attend(
     fmt, (B, Hq, L, _) = packed.format, q.shape
     length, Hkv = packed.length, packed.rows.shape[1]
     rows, array, exact = packed.rows, mask.array, None
-    if packed.tail is not None:
-        keep, idx = packed.ring or (0, length)
+    keep, idx = packed.ring or (0, length)
+    if packed.tail is not None or packed.first is not None:
         rows, array = in_token_order(rows, array, length, keep, idx)
+    if packed.tail is not None:
         exact = _Exact(packed.tail, fmt, length, L, length - keep)
     n = length if exact is None else exact.packed  # from rows
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, fmt.layout.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
     scores = _scores(qr, rows, n, fmt).reshape(B, Hq, L, n) if n else mx.zeros((B, Hq, L, 0))
+    first = _first_tokens(packed.first, fmt, n)
+    if first is not None:
+        scores = first.scores(qr, scores)
     if exact is not None:
         scores = exact.scores(qr, scores)
     p = _probabilities(q, _masked(scores, mask, array), scale, fmt, sinks)
@@ -249,10 +256,12 @@ def attend(
     if exact is not None:
         o, rest = exact.mix(p, Hkv)
         sums.append(o)
+    if first is not None:
+        o, rest = first.mix(rest, Hkv)
+        sums.append(o)
     if n:
         sums.append(_mix(rest.reshape(B, Hkv, -1, n), rows, n, fmt))
-    o = sums[0] if len(sums) == 1 else sums[0] + sums[1]
-    o = o.reshape(B, Hq, L, fmt.layout.v_dim)
+    o = sum(sums[1:], sums[0]).reshape(B, Hq, L, fmt.layout.v_dim)
     return _output(o, p.reshape(B, Hkv, -1, length), fmt, q.dtype, sinks is not None)
 
 
@@ -289,6 +298,73 @@ class _Exact:
             rest = mx.concatenate([rest, p[..., first:] - exact], axis=-1)
         exact = exact.reshape(p.shape[0], Hkv, -1, self.n)
         return exact @ self.tail[..., self.dim :], rest
+
+
+def _first_tokens(first: First | None, fmt: Format, n: int) -> "_FirstTokens | None":
+    """Those that are in the first ``n`` rows."""
+    if first is None or not n or not first.count:
+        return None
+    tokens = _FirstTokens(first, fmt, n)
+    return tokens if tokens.tokens.shape[2] else None
+
+
+class _FirstTokens:
+    """The first keys, which queries read exactly; ``n`` keys are read from rows."""
+
+    def __init__(self, first: First, fmt: Format, n: int):
+        self.n, self.dim = n, fmt.layout.k_dim
+        self.tokens = first.array[:, :, : first.count].astype(mx.float32)
+        at = first.at
+        self.columns: mx.array | None = None
+        if isinstance(at, mx.array):  # columns [B, F] of the tokens, and tokens [B, n] of columns
+            self.columns = at.reshape(-1, 1) + mx.arange(first.count)
+            self.places = mx.arange(n) - at.reshape(-1, 1)
+            self.inside = (self.places >= 0) & (self.places < first.count)
+            self.low = self.high = 0
+        else:
+            self.low = min(n, max(0, at))
+            self.high = max(self.low, min(n, at + first.count))
+            self.tokens = self.tokens[:, :, self.low - at : self.high - at]
+
+    def _over(self, of_rows: mx.array, new: mx.array, axis: int) -> mx.array:
+        """``of_rows`` with ``new`` in the places of the first tokens."""
+        ndim, count = of_rows.ndim, new.shape[axis]
+        if self.columns is None:
+            sizes = [self.low, self.high]
+            before, _, after = mx.split(of_rows, sizes, axis=axis)
+            return mx.concatenate([before, new, after], axis=axis)
+
+        def along(a: mx.array) -> mx.array:
+            shape = [1] * ndim
+            shape[0], shape[axis] = a.shape
+            return a.reshape(shape)
+
+        at = along(mx.clip(self.places, 0, count - 1))
+        return mx.where(along(self.inside), mx.take_along_axis(new, at, axis=axis), of_rows)
+
+    def put(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Rotated keys and values of all rows, with these."""
+        new = self.tokens[..., : self.dim], self.tokens[..., self.dim :]
+        return self._over(k, new[0], 2), self._over(v, new[1], 2)
+
+    def scores(self, q: mx.array, of_rows: mx.array) -> mx.array:
+        """Of the rows' keys, [B, Hq, L, n]."""
+        exact = q @ self.tokens[..., : self.dim].swapaxes(-1, -2)
+        return self._over(of_rows, exact.reshape(*of_rows.shape[:3], -1), 3)
+
+    def mix(self, p: mx.array, Hkv: int) -> tuple[mx.array, mx.array]:
+        """Their part of the output, and the probabilities of the rows."""
+        count = self.tokens.shape[2]
+        if self.columns is None:
+            exact = p[..., self.low : self.high]
+        else:
+            there = (self.columns >= 0) & (self.columns < self.n)
+            at = mx.clip(self.columns, 0, self.n - 1)[:, None, None]
+            shape = *p.shape[:3], count
+            exact = mx.take_along_axis(p, mx.broadcast_to(at, shape), axis=3) * there[:, None, None]
+        rest = self._over(p, mx.zeros_like(exact), 3)
+        exact = exact.reshape(p.shape[0], Hkv, -1, count)
+        return exact @ self.tokens[..., self.dim :], rest
 
 
 def _masked(scores: mx.array, mask: Mask, array: mx.array | None) -> mx.array:

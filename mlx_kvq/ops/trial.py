@@ -11,7 +11,7 @@ from ..format.format import Format
 from . import gpu, memo, plain
 from .gpu.attention import Attend
 from .gpu.launch import Launch
-from .packed import Mask, Packed
+from .packed import First, Mask, Packed
 
 TOKENS = 64  # enough for every constant of a kernel
 _TOLERANCE = 0.05  # of the largest number: rounding is far below, a wrong layout far above
@@ -68,6 +68,16 @@ def _rows(B: int, H: int, tokens: int, fmt: Format) -> mx.array:
     return mx.contiguous(plain.quantize_pack(k, v, fmt)[0])
 
 
+def _first(packed: Packed, B: int) -> First | None:
+    """Exact first tokens like those of ``packed``."""
+    if (given := packed.first) is None:
+        return None
+    _, H, F, D = given.array.shape
+    # Masks of the trial hide up to two rows.
+    at = 0 if isinstance(given.at, int) else mx.arange(B).astype(given.at.dtype) % 3
+    return First(_normal((B, H, F, D), given.array.dtype, 6), min(given.count, 2), at)
+
+
 def pack(launch: Launch, k, v, fmt: Format, tail, size: int, pending) -> bool:
     H, tokens = k.shape[1], min(k.shape[2], TOKENS)
 
@@ -88,13 +98,14 @@ def unpack(launch: Launch, packed: Packed, dtype: mx.Dtype, chunk) -> bool:
     def run(backend):
         tail = packed.tail
         end = None if tail is None else _normal((1, H, 2, tail.shape[3]), tail.dtype, 2)
-        some = Packed(_rows(1, H, 5, fmt), 5, fmt, end)
+        some = Packed(_rows(1, H, 5, fmt), 5, fmt, end, None, _first(packed, 1))
         if launch.name == "dequantize":
             return backend.dequantize(some, dtype)
         new = None if chunk is None else [_normal((1, *x.shape[1:]), x.dtype, 3) for x in chunk]
         return backend.restore(some, dtype, new)
 
-    arrays = (packed.tail, *(chunk or ()))
+    first = None if packed.first is None else packed.first.array
+    arrays = (packed.tail, first, *(chunk or ()))
     dtypes = dtype, *(None if x is None else x.dtype for x in arrays)
     return works(launch.name, [launch], dtypes, run)
 
@@ -107,7 +118,7 @@ def attend(shape: Attend, parts: int, q, packed: Packed, scale: float, mask: Mas
     def run(backend):
         tail = packed.tail
         end = None if tail is None else _normal((B, Hkv, *tail.shape[2:]), tail.dtype, 2)
-        some = Packed(_rows(B, Hkv, TOKENS, fmt), TOKENS, fmt, end)
+        some = Packed(_rows(B, Hkv, TOKENS, fmt), TOKENS, fmt, end, None, _first(packed, B))
         starts = None if mask.starts is None else (mx.arange(B) % 3).astype(mask.starts.dtype)
         array = None
         if mask.array is not None:
@@ -117,7 +128,8 @@ def attend(shape: Attend, parts: int, q, packed: Packed, scale: float, mask: Mas
         args = _normal(q.shape, q.dtype, 5), some, scale, seen, sinks
         return [backend.attend(*args, min(2, parts)) if backend is gpu else backend.attend(*args)]
 
-    arrays = (q, packed.tail, mask.array, mask.starts, sinks)
+    first = None if packed.first is None else packed.first.array
+    arrays = (q, packed.tail, first, mask.array, mask.starts, sinks)
     dtypes = tuple(None if a is None else a.dtype for a in arrays)
     shape.tried[parts] = works("attend", shape.launches(parts), dtypes, run)
     return shape.tried[parts]

@@ -96,8 +96,8 @@ def write(folder: Path, card: ModelCard) -> None:
 
 def _block(name, report, sizes, evaluation, texts, note) -> str:
     spec, (fp16, packed), more = report.spec, sizes, ""
-    if spec.recent:
-        more = f"To them come, for each sequence, the newest {spec.recent} tokens as in fp16.\n\n"
+    if spec.exact:
+        more = f"To them come, for each sequence, {spec.exact} as in fp16.\n\n"
     if evaluation is not None:
         s = evaluation.setting
         unit = "GPU" if "gpu" in s["device"] else "CPU"

@@ -77,7 +77,7 @@ def describe(source: Repository, report: Report, shapes: Shapes) -> list[tuple[s
         "layers": "; ".join(f"{b} in {layer_ranges(layers)}" for b, layers in bits.items()),
         "left": "; ".join(f"{layer}: {why}" for layer, why in report.left.items()),
         "token": f"{packed} bytes in all layers, fp16 {fp16}: {fp16 / packed:.2f} times fewer",
-        "exact": f"the newest {spec.recent} tokens, beside the others" if spec.recent else "",
+        "exact": f"{spec.exact}, beside the others" if spec.exact else "",
         "sizes": ", ".join(f"{line(path.name)} {size(path)}" for path in weights),
         "calibration": calibration,
         "made by": ", ".join(f"{k} {v}" for k, v in made.items()),

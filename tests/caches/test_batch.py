@@ -40,7 +40,7 @@ def tokens():
 @pytest.fixture(scope="module")
 def plain():
     """Without an exact tail."""
-    return PaddedTokens("int4-srft:recent=0")
+    return PaddedTokens("int4-srft:recent=0,first=0")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -186,8 +186,8 @@ def test_right_padding_without_lengths(tokens):
             cache.finalize()
         held = pair._in_order()
         pair.tails = [
-            [(-1, False)] * (recent - 12 + n) + [(int(t), False) for t in row[n:][-recent:]]
-            for row, n in zip(held, padding, strict=True)
+            [(-1, False)] * (recent - 12 + n) + [(int(t), t in begin) for t in row[n:][-recent:]]
+            for row, n, begin in zip(held, padding, pair.firsts, strict=True)
         ]
         pair.check()
         assert pair.ours.exact == [0, 0, 0]

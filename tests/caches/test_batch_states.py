@@ -21,7 +21,7 @@ FEW = 120  # sequences in CI
 MOST = 4  # sequences in a batch
 
 TOKENS = {
-    "plain": PaddedTokens("int4-srft:recent=0", count=1024),
+    "plain": PaddedTokens("int4-srft:recent=0,first=0", count=1024),
     "calibrated": PaddedTokens("k8v4-srht:seed=7", calibrated=True, count=1024),
     "exact": PaddedTokens("int4-srft:recent=3", count=1024),
 }

@@ -21,14 +21,16 @@ from tests.support.stock import HEADS, K_DIM, V_DIM, Pair, Tokens, same_mask
 
 FORMATS = {
     "int4": {},
-    "plain": {"spec": "int4-srft:recent=0"},
+    "plain": {"spec": "int4-srft:recent=0,first=0"},
     "calibrated": {"spec": "k8v4-srht:seed=7", "calibrated": True},
     "half": {"spec": "int4-srft:group_size=16,scale=absmax", "dtype": mx.float16},
     "bfloat": {"spec": "int8-none:scale=paper", "dtype": mx.bfloat16},
+    "first 3": {"spec": "int4-srft:recent=0,first=3"},
+    "first 6": {"spec": "int4-srft:recent=2,first=6", "calibrated": True},
     "exact 3": {"spec": "int4-srft:recent=3", "calibrated": True},
     "exact 400": {"spec": "int4-srht:recent=400", "dtype": mx.float16},  # more than a window
 }
-EXACT = ["int4", "exact 3", "exact 400"]
+EXACT = ["int4", "exact 3", "exact 400", "first 3", "first 6"]
 WORDS = make_format(Spec.parse("int4-srft"), K_DIM, V_DIM).layout.words
 WINDOWS = [(8, 0), (8, 4), (7, 6), (1, 0), (300, 0), (300, 4)]  # max_size, keep
 
@@ -156,6 +158,10 @@ def test_arrays_for_models_that_attend_themselves(known, name):
                 for age, (token, whole) in enumerate(reversed(tail[-(len(order) - keep) :])):
                     exact[0, order[-1 - age]] = whole and held[0, order[-1 - age]] == token
             assert exact.any() == (recent > 0 and L <= 8)
+            pair._add_to_firsts(ids, [pair.stock.offset - L], None)
+            if in_order or pair.stock.keep:  # of a ring that keeps none: from rows
+                for place, count in pair._first_places(held.shape[1]):
+                    exact[0, [t for t in range(place, place + count) if 0 <= t < len(order)]] = True
             exact = exact[:, None, :, None]
             for x, *sides in zip(
                 arrays,
@@ -212,7 +218,7 @@ def test_a_query_reads_no_more_than_it_may(known, window_size):
     pair.update([list(range(10))])
     mask = pair.make_mask(1, window_size=window_size)
     views, held, exact = pair.update([[10]])
-    assert exact[0, 0].tolist() == [False] * 8 + [True] * 3
+    assert exact[0, 0].tolist() == [True] * 4 + [False] * 4 + [True] * 3
     if mask is None:
         mask = mx.ones((1, 11), mx.bool_)
     q = tokens.queries(1, 1)
@@ -231,6 +237,10 @@ def test_the_tail_takes_the_dtype_of_what_comes(known):
         pair.ours.update_and_fetch(k.astype(mx.float16), v.astype(mx.float16))
         views = pair.ours.update_and_fetch(*tokens.exact([[3]]))
         assert pair.ours.tail.dtype == views[0].dtype == mx.float32
+        pair.ours.update_and_fetch(k.astype(mx.bfloat16), v.astype(mx.bfloat16))
+        views = pair.ours.update_and_fetch(*tokens.exact([[3]]))
+        packed_attention(tokens.queries(1, 1), *views, scale=0.1)
+        assert pair.ours.oldest.array.dtype == pair.ours.tail.dtype == mx.float32
 
 
 @pytest.mark.parametrize("name, exact", [("int4", True), ("plain", False)])
@@ -353,7 +363,7 @@ def test_capacity_grows_by_steps_of_256(known):
 
 def test_sizes_in_bytes():
     """144 bytes a token and KV head at D = 128, against 512 in fp16."""
-    fmt = make_format(Spec.parse("int4-srft:recent=0"), 128)
+    fmt = make_format(Spec.parse("int4-srft:recent=0,first=0"), 128)
     x = mx.zeros((1, HEADS, 256, 128), mx.float16)
     ours, stock = PackedKVCache(fmt), KVCache()
     ours.update_and_fetch(x, x)
@@ -362,10 +372,11 @@ def test_sizes_in_bytes():
     assert stock.nbytes == 512 * HEADS * 256
     tailed = PackedKVCache(make_format(Spec.parse("int4-srft"), 128))
     tailed.update_and_fetch(x[:, :, :200], x[:, :, :200])
-    assert tailed.nbytes == ours.nbytes + 1024 * HEADS * 200  # a prompt's unfinished block
+    # A prompt's unfinished block, and the first tokens.
+    assert tailed.nbytes == ours.nbytes + 1024 * HEADS * (200 + 4)
     for _ in range(50):
         tailed.update_and_fetch(x[:, :, :1], x[:, :, :1])
-        assert tailed.nbytes == ours.nbytes + 1024 * HEADS * 16
+        assert tailed.nbytes == ours.nbytes + 1024 * HEADS * (16 + 4)
 
 
 @pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
@@ -497,9 +508,9 @@ def test_views_stand_for_arrays(known):
 
 def damaged(state, exact=False, **changes):
     """State (rows, ..., dtype, signature, arrays[, tail]) with some of it exchanged."""
-    more = 3 * exact  # what is read exactly, and the tail
+    more = (3 * exact) + exact  # what is read exactly, the tail and the first tokens
     places = {"rows": 0, "dtype": -3 - more, "signature": -2 - more, "arrays": -1 - more}
-    places |= {"tail": -1}
+    places |= {"tail": -2, "first": -1}
     state = list(state)
     for name, value in changes.items():
         state[places[name]] = value
@@ -550,8 +561,30 @@ def test_a_damaged_tail_is_refused(known, tail):
         state = pair.ours.state
         with pytest.raises(ValueError, match="^The cache's tail, .*, is not what 'mlx_kvq/1;"):
             type(pair.ours).from_state(damaged(state, exact=True, tail=tail))
-        with pytest.raises(ValueError, match="^The cache's tail, .*, is not what 'mlx_kvq/1;"):
-            type(pair.ours).from_state(state[:-1])  # a file that lacks it
+        for lacking in (state[:-1], [*state[:-2], state[-1]]):  # in a file
+            with pytest.raises(ValueError, match="^The cache's (tail|first tokens), .* not what"):
+                type(pair.ours).from_state(lacking)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        None,
+        mx.zeros((1, HEADS, 4, K_DIM + V_DIM), mx.float16),
+        mx.zeros((1, HEADS, 3, K_DIM + V_DIM)),
+        mx.zeros((1, HEADS, 4, K_DIM)),
+        mx.zeros((1, 1, 4, K_DIM + V_DIM)),
+        mx.zeros((2, HEADS, 4, K_DIM + V_DIM)),
+        mx.zeros((HEADS, 4, K_DIM + V_DIM)),
+    ],
+    ids=str,
+)
+def test_damaged_first_tokens_are_refused(known, first):
+    """Each is wrong in one thing only."""
+    for pair in kinds(known("exact 3"), [(8, 0)]):
+        pair.update([[0, 1, 2]])
+        with pytest.raises(ValueError, match="^The cache's first tokens, .*, are not what 'mlx"):
+            type(pair.ours).from_state(damaged(pair.ours.state, exact=True, first=first))
 
 
 def test_a_tail_that_was_not_asked_for_is_refused(known):

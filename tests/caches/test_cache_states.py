@@ -35,7 +35,7 @@ BLOCK = 16  # of a prompt in place of 256
 STEP = 8  # capacity steps in place of 256, so that short sequences cross them
 
 TOKENS = {
-    "plain": Tokens("int4-srft:recent=0", count=1024),
+    "plain": Tokens("int4-srft:recent=0,first=0", count=1024),
     "calibrated": Tokens("k8v4-srht:seed=7", calibrated=True, count=1024),
     "exact 3": Tokens("int4-srft:recent=3", count=1024),
 }

@@ -23,6 +23,7 @@ OPTIONS = {
     "budget": "int4-srft:budget=6,calibrate=off",
     "rounding": "int4-srft:rounding=feedback",
     "recent": "int4-srft:recent=3,calibrate=off",
+    "first": "int4-srft:first=9,calibrate=off",
 }
 BASE = {False: "int4-srft:calibrate=off", True: "int4-srft"}
 

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
 import mlx_kvq
 from tests.support.float32 import NAMES, WINDOW, load_float32, prompts
 
-SPECS = ["int4-srft", "int4-srft:recent=0", "k8v4-srht:recent=3"]
+SPECS = ["int4-srft", "int4-srft:recent=0,first=0", "k8v4-srht:recent=3"]
 
 
 @pytest.fixture(scope="module", params=NAMES)

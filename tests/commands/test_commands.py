@@ -19,7 +19,9 @@ from tests.support.float32 import MODELS, TEXT, write_float32
 
 LAYERS = 4
 TRIED = 14  # tokens that enable() runs the model on, in sequences and in a batch
-COARSE = "int4-none:group_size=128,calibrate=off,recent=0"  # so coarse that every text changes
+COARSE = (
+    "int4-none:group_size=128,calibrate=off,recent=0,first=0"  # so coarse that every text changes
+)
 COMMANDS = {"generate", "chat", "server", "cache_prompt", "benchmark", "perplexity", "evaluate"}
 
 

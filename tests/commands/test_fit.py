@@ -65,7 +65,7 @@ def test_the_models_limit_binds_on_64_gb(llama, capsys):
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen2-8bit", "tiny-gemma3-8bit"])
-@pytest.mark.parametrize("spec", ["fp16", "int4-srft", "k8v4-srft:recent=0"])
+@pytest.mark.parametrize("spec", ["fp16", "int4-srft", "k8v4-srft:recent=0,first=0"])
 def test_it_counts_what_real_caches_hold(name, spec):
     model, _ = load(str(MODELS / name))
     layers = fit.layers_of(model)

@@ -75,10 +75,12 @@ def test_every_way_to_type_it(way, expected):
 
 def test_the_end_says_what_the_caches_hold():
     """In fp32 or bf16 alike: rows of 144 bytes and the exact tail, against 512 bytes of fp16."""
-    options = ["--kv-cache", "int4:calibrate=off,recent=0", "--max-tokens", "40"]
+    options = ["--kv-cache", "int4:calibrate=off,recent=0,first=0", "--max-tokens", "40"]
     process = generate("mlx_lm.generate", *options, "--draft-model", QWEN)
     name, draft, end = process.stderr.splitlines()
-    assert name.startswith("[mlx_kvq] int4-srft:calibrate=off,recent=0: packed 4 of 4 layers")
+    assert name.startswith(
+        "[mlx_kvq] int4-srft:calibrate=off,recent=0,first=0: packed 4 of 4 layers"
+    )
     assert draft == name.replace("int4", f"{QWEN}: int4", 1)
     # Two models of 4 layers, 41 tokens each.
     tokens, ours, fp16 = 41, 2 * 4 * 41 * 144, 2 * 4 * 41 * 512

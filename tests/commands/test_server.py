@@ -24,7 +24,7 @@ def folder(request, tmp_path_factory):
     return write_float32(request.param, tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("spec", ["int4-srft", "int4-srft:recent=0"])
+@pytest.mark.parametrize("spec", ["int4-srft", "int4-srft:recent=0,first=0"])
 def test_a_text_depends_on_its_request_alone(folder, spec):
     """Among others and alone; cold, warm, after a prompt that shares a part, after eviction, in
     another process and in another order."""
@@ -76,7 +76,7 @@ def test_bytes_of_the_prompt_cache():
     model, tokenizer = load_float32("tiny-qwen2-8bit")
     many = prompts(tokenizer, [5, 30])
     sizes = {}
-    for spec in ("fp16", "int4-srft:recent=0", "int4-srft:recent=2"):
+    for spec in ("fp16", "int4-srft:recent=0,first=0", "int4-srft:recent=2"):
         mlx_kvq.enable(model, spec, verbose=False)
         assert all(hasattr(c, "merge") for c in make_prompt_cache(model))  # or no batching
         caches = batch_generate(
@@ -92,12 +92,12 @@ def test_bytes_of_the_prompt_cache():
     tail = 2 * 2 * 2 * 512 / held
     assert sizes == {
         "fp16": 2 * 512,
-        "int4-srft:recent=0": 144,
+        "int4-srft:recent=0,first=0": 144,
         "int4-srft:recent=2": pytest.approx(144 + tail),
     }
 
 
-@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srft:recent=0"])
+@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srft:recent=0,first=0"])
 def test_prefix_reuse(spec):
     """LRUPromptCache: a copy of the nearest cache goes on from where the rest of the prompt is read
     as if it were read at once: with an exact tail from a multiple of BLOCK tokens."""

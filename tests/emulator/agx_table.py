@@ -33,6 +33,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_kvq import ops
 from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.layout import tail_dtype
 from mlx_kvq.format.spec import Spec
@@ -115,10 +116,12 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
             q = vectors(L, B, H * heads)
             return calls.attend(gpu, q, rows(T, B), T, fmt, D**-0.5, parts=parts, **given)
 
+        first = ops.First(tails(1, 4), 4)
         plain = not title
         for parts in (1, 4):  # attend_finish; attend_store and combine
             yield f"{title}no tail", partial(attend, parts)
             yield f"{title}tail", partial(attend, parts, tail=tails())
+            yield f"{title}tail, first", partial(attend, parts, tail=tails(), first=first)
             if plain:
                 mask, sinks = mx.ones((1, 1, 1, T), mx.bool_), mx.zeros((H * heads,), dtype)
                 starts = mx.zeros((2,), mx.int32)
@@ -126,6 +129,9 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
                     yield f"{name}, L=8", partial(attend, parts, 8, mask="causal", tail=tail)
                     yield f"{name}, mask", partial(attend, parts, mask=mask, tail=tail)
                 yield "tail, starts", partial(attend, parts, B=2, starts=starts, tail=tails(2))
+                own = ops.First(tails(2, 4), 4, starts)
+                more = {"starts": starts, "tail": tails(2), "first": own}
+                yield "tail, starts, first", partial(attend, parts, B=2, **more)
                 yield "tail, sinks", partial(attend, parts, sinks=sinks, tail=tails())
 
         x, long = vectors(1), vectors(512)
@@ -147,6 +153,8 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
                 yield name, partial(calls.dequantize, gpu, *given)
             yield f"{title}{name}", partial(calls.restore, gpu, *given)
             yield f"{title}{name}, chunk", partial(calls.restore, gpu, *given, chunk)
+        given = rows(T), T, fmt, dtype, None, chunk, first
+        yield f"{title}first, chunk", partial(calls.restore, gpu, *given)
 
 
 def sources(dims: tuple[int, ...] = DIMS, dtypes: tuple[str, ...] = DTYPES) -> list[Row]:

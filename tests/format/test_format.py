@@ -34,15 +34,18 @@ def calibrated() -> Format:
 def test_the_signature_is_frozen():
     """Saved caches carry it: any change of the text makes them unreadable."""
     assert VERSION == 1
-    assert make_format(Spec.parse("int4-srft:recent=0"), 64).signature == PLAIN
-    assert make_format(Spec.parse("int4-srft"), 64).signature == f"{PLAIN};recent=16"
+    assert make_format(Spec.parse("int4-srft:recent=0,first=0"), 64).signature == PLAIN
+    fmt = make_format(Spec.parse("int4-srft:first=0"), 64)
+    assert fmt.signature == f"{PLAIN};recent=16"  # what was saved before there were first tokens
+    fmt = make_format(Spec.parse("int4-srft"), 64)
+    assert (fmt.signature, fmt.of_rows) == (f"{PLAIN};recent=16;first=4", f"{PLAIN};recent=16")
     fmt = make_format(Spec.parse("k8v4-srht:group_size=64,seed=7,scale=paper"), 256, 128)
     assert fmt.signature == (
-        "mlx_kvq/1;k8v4-srht;scale=paper;seed=7;dims=256,128;groups=64,64;recent=16"
+        "mlx_kvq/1;k8v4-srht;scale=paper;seed=7;dims=256,128;groups=64,64;recent=16;first=4"
     )
     mu = Calibration(mu=mx.arange(128, dtype=mx.float32).reshape(2, 64))
     fmt = make_format(Spec.parse("int4-srft"), 64, keys=mu)
-    assert fmt.signature == f"{PLAIN};recent=16;calibration=ef34f5bad13d702a"
+    assert fmt.signature == f"{PLAIN};recent=16;first=4;calibration=ef34f5bad13d702a"
 
 
 @pytest.mark.parametrize("rotation", [*ROTATIONS, *DENSE])

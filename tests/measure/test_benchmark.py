@@ -73,8 +73,9 @@ def exact(q, k, v):
 
 @pytest.mark.parametrize(
     "name, tolerance",
-    [("fp16", 2e-3), ("bf16", 2e-2), ("kv4", 0.25), ("kv8", 0.02), ("int4-srft:recent=0", 0.25),
-     ("k8v4-srft:recent=0", 0.2), ("int8-srft:recent=0", 0.02)],
+    [("fp16", 2e-3), ("bf16", 2e-2), ("kv4", 0.25), ("kv8", 0.02),
+     ("int4-srft:recent=0,first=0", 0.25),
+     ("k8v4-srft:recent=0,first=0", 0.2), ("int8-srft:recent=0,first=0", 0.02)],
 )  # fmt: skip
 def test_contenders_attend_to_what_they_store(name, tolerance):
     """Also: what is taken out again are the values, in their own or a rotated domain."""
@@ -322,7 +323,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(shapes.SHAPES, "qwen2.5-0.5b", (shapes.qwen2, TINY))
     run(
         "--shape", "qwen2.5-0.5b", "--contexts", "40", "70",
-        "--kv-cache", "fp16", "kv4", "int4-srft:recent=0", "--tokens", "2", "--rounds", "2",
+        "--kv-cache", "fp16", "kv4", "int4-srft:recent=0,first=0", "--tokens", "2", "--rounds", "2",
         "--prefill-rounds", "2", "--json", str(path), "--plot", str(plot),
         monkeypatch=monkeypatch,
     )  # fmt: skip
@@ -331,7 +332,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())["rows"]
     assert [(r["context"], r["cache"]) for r in rows] == [
-        (T, name) for T in (40, 70) for name in ("fp16", "kv4", "int4-srft:recent=0")
+        (T, name) for T in (40, 70) for name in ("fp16", "kv4", "int4-srft:recent=0,first=0")
     ]
     fp16, _, int4 = rows[:3]
     assert [r["class"] for r in rows[:3]] == ["KVCache", "QuantizedKVCache", "PackedKVCache"]
@@ -375,7 +376,7 @@ def test_a_run_goes_back_to_where_it_was(monkeypatch):
         seen.clear()
 
 
-@pytest.mark.parametrize("name", ["fp16", "int4-srft:recent=0"])
+@pytest.mark.parametrize("name", ["fp16", "int4-srft:recent=0,first=0"])
 def test_a_batch_runs_as_in_mlx_lms_batch_generator(name):
     """In batch caches, padded on the left; each sequence gets the token it gets alone."""
     args = _arguments("--model", MODEL)
@@ -468,7 +469,7 @@ def test_a_shape_runs_without_touching_the_kept_calibrations(monkeypatch, tmp_pa
     monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "kept"))
     run(
         "--shape", "qwen2.5-0.5b", "--weight-bits", "8", "--contexts", "20", "--batch-size", "2",
-        "--kv-cache", "bf16", "int4-srft:recent=0", "--tokens", "2", "--rounds", "1",
+        "--kv-cache", "bf16", "int4-srft:recent=0,first=0", "--tokens", "2", "--rounds", "1",
         "--prefill-rounds", "1", monkeypatch=monkeypatch,
     )  # fmt: skip
     assert "qwen2.5-0.5b, 8-bit" in capsys.readouterr().out

@@ -29,7 +29,7 @@ QWEN = EXAMPLES / "models" / "tiny-qwen2-8bit"
 GEMMA = EXAMPLES / "models" / "tiny-gemma3-8bit"
 NOVEL = EXAMPLES / "text" / "novel.txt"
 RECALL = EXAMPLES / "text" / "recall.jsonl"
-PLAIN = "int4-srft:calibrate=off,recent=0"
+PLAIN = "int4-srft:calibrate=off,recent=0,first=0"
 
 
 def in_float32(path):
@@ -182,7 +182,7 @@ def test_only_a_chunk_of_logits_is_kept():
 SIZES: dict = {
     # Over 4 layers of 1 KV head with D = 128: keys and values, 1024 values.
     "qwen": {"own": 4 * 1024, "fp16": 2 * 1024, "kv8": 1088, "kv4": 576, "int8-srft": 1088,
-             "int4-srft": 576, "int4-srft:group_size=64,recent=0": 544, "k8v4-none": 832,
+             "int4-srft": 576, "int4-srft:group_size=64,recent=0,first=0": 544, "k8v4-none": 832,
              # Of 6 tokens; in fp16, as the others.
              "int4-srft:recent=3": 576 + 3 * 2048 / 6},
     # 6 layers with D = 256; mlx-lm quantizes the only one that is not sliding.
@@ -197,7 +197,7 @@ def test_bytes_per_token(which, request):
         if name == "own":
             caches = baselines.own(model).make()
         else:
-            off = name + ("," if ":" in name else ":recent=0,") + "calibrate=off"
+            off = name + ("," if ":" in name else ":recent=0,first=0,") + "calibrate=off"
             caches = baselines.candidate(model, off if "-" in name else name).make()
         for L in (5, 1):
             mx.eval(model(mx.zeros((1, L), mx.int32), cache=caches))
@@ -324,12 +324,13 @@ def run(capsys, *args, model=QWEN):
 def test_the_command(tmp_path, capsys):
     saved, plot = tmp_path / "out.json", tmp_path / "out.png"
     out, err, status = run(
-        capsys, "--kv-cache", "fp16", "kv8", "kv4", "int8-srft:recent=0", PLAIN, "--json", saved,
+        capsys, "--kv-cache", "fp16", "kv8", "kv4", "int8-srft:recent=0,first=0", PLAIN,
+        "--json", saved,
         "--plot", plot, "--recall", short_recall(tmp_path), "--recall-prompts", "2",
     )  # fmt: skip
     assert status is None, err
     data = json.loads(saved.read_text())
-    names = ["own (float32)", "fp16", "kv8", "kv4", "int8-srft:recent=0", PLAIN]
+    names = ["own (float32)", "fp16", "kv8", "kv4", "int8-srft:recent=0,first=0", PLAIN]
     assert [r["name"] for r in data["results"]] == names
     setting = data["setting"]
     assert (setting["windows"], setting["tokens"], setting["chunk"]) == (2, 48, 16)
@@ -337,7 +338,7 @@ def test_the_command(tmp_path, capsys):
     by_name = {r["name"]: r for r in data["results"]}
     kl = {name: r["kl"]["mean"] for name, r in by_name.items()}
     assert kl["own (float32)"] == 0 < kl["fp16"] < 1e-4 < 1e-3 < kl[PLAIN] < 1
-    assert abs(kl["kv8"]) < 1e-2 and kl["int8-srft:recent=0"] < kl[PLAIN] / 5
+    assert abs(kl["kv8"]) < 1e-2 and kl["int8-srft:recent=0,first=0"] < kl[PLAIN] / 5
     assert all(r["prompts"] == 2 and 0 <= r["recall"] <= 2 for r in data["results"])
     assert len(by_name["kv4"]["windows"]["loss"]) == 2
     lines = out.splitlines()
@@ -391,7 +392,7 @@ def test_calibration_reaches_the_specs_that_want_it(qwen):
     text = NOVEL.read_text(encoding="utf-8")
     e = evaluate(
         *qwen,
-        ["int8-srft:recent=0", "int8-srft:calibrate=off,recent=0"],
+        ["int8-srft:recent=0,first=0", "int8-srft:calibrate=off,recent=0,first=0"],
         [text],
         windows=1,
         tokens=64,
@@ -399,7 +400,7 @@ def test_calibration_reaches_the_specs_that_want_it(qwen):
         calibration=bad,
         progress=False,
     )
-    good, wrong = e["int8-srft:calibrate=off,recent=0"], e["int8-srft:recent=0"]
+    good, wrong = e["int8-srft:calibrate=off,recent=0,first=0"], e["int8-srft:recent=0,first=0"]
     assert wrong.kl.mean > 100 * good.kl.mean
 
 

@@ -10,7 +10,7 @@ QWEN, GEMMA, SLIDING = MODELS
 
 @pytest.mark.parametrize("title", MODELS)
 @pytest.mark.parametrize("T", [200, 600, 5000])
-@pytest.mark.parametrize("spec, written", [("int4-srft", 0), ("int4-srft:recent=0", 1)])
+@pytest.mark.parametrize("spec, written", [("int4-srft", 0), ("int4-srft:recent=0,first=0", 1)])
 def test_a_layer_stores_with_one_kernel(title, T, spec, written):
     """With an exact tail rows wait, and are written every 16 tokens."""
     counts = count.per_layer(count.MODELS[title], spec, T)

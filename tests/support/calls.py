@@ -7,19 +7,20 @@ from mlx_kvq import ops
 
 def attend(
     backend, q, rows, length, fmt, scale, mask=None, sinks=None, starts=None, window=None,
-    tail=None, ring=None, **more,
+    tail=None, ring=None, first=None, **more,
 ):  # fmt: skip
     given = ops.Mask.of(mask)
     seen = ops.Mask(given.causal, window, starts, given.array)
-    return backend.attend(q, ops.Packed(rows, length, fmt, tail, ring), scale, seen, sinks, **more)
+    packed = ops.Packed(rows, length, fmt, tail, ring, first)
+    return backend.attend(q, packed, scale, seen, sinks, **more)
 
 
-def dequantize(backend, rows, length, fmt, dtype=mx.float32, tail=None):
-    return backend.dequantize(ops.Packed(rows, length, fmt, tail), dtype)
+def dequantize(backend, rows, length, fmt, dtype=mx.float32, tail=None, first=None):
+    return backend.dequantize(ops.Packed(rows, length, fmt, tail, None, first), dtype)
 
 
-def restore(backend, rows, length, fmt, dtype=mx.float32, tail=None, chunk=None):
-    return backend.restore(ops.Packed(rows, length, fmt, tail), dtype, chunk)
+def restore(backend, rows, length, fmt, dtype=mx.float32, tail=None, chunk=None, first=None):
+    return backend.restore(ops.Packed(rows, length, fmt, tail, None, first), dtype, chunk)
 
 
 def quantize_pack(backend, k, v, fmt):

@@ -149,7 +149,12 @@ def check_some(cases: list, end: float) -> list[tuple]:
 def check_steps() -> None:
     """Prepared decode steps give, bit for bit, what the plain launches give: over lengths that
     change the number of splits, growing buffers, batches with starts, a window, a tail."""
-    specs = ["int4-srft:recent=0", "int4-srft:recent=0,seed=1", "int4-srft", "int4-srft:recent=5"]
+    specs = [
+        "int4-srft:recent=0,first=0",
+        "int4-srft:recent=0,seed=1",
+        "int4-srft",
+        "int4-srft:recent=5",
+    ]
     formats = [make_format(Spec.parse(spec), 128) for spec in specs]
     for B, window in ((1, None), (3, None), (1, 400)):
         k = mx.random.normal((B, 2, 2048, 128)).astype(mx.float16)

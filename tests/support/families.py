@@ -307,7 +307,9 @@ def examine(name: str) -> Coverage:
 
     for bits in ("int8", "int4"):
         try:
-            report = mlx_kvq.enable(model, f"{bits}-srft:calibrate=off,recent=0", verbose=False)
+            report = mlx_kvq.enable(
+                model, f"{bits}-srft:calibrate=off,recent=0,first=0", verbose=False
+            )
         except ValueError as refusal:
             assert [type(c) for c in make_prompt_cache(model)] == [type(c) for c in own]
             return Coverage(str(refusal).partition("of this model: ")[2].rstrip("."))

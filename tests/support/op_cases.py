@@ -23,6 +23,7 @@ FACTORS: dict[str, list] = {
     "starts": [False, True],
     "window": [None, 1, 5, 40, 2000],
     "recent": [None, 1, 5, 16, 300],  # tokens read from the exact tail; None: there is none
+    "first": [None, 1, 4, 20],  # tokens at the begin that are kept exactly; None: there are none
     # Which of μ, σ, λ are calibrated, and on which side; every head has its own.
     "calibration": ["", "mu", "sigma", "lam", "mu sigma lam", "keys mu sigma", "values mu lam"],
     "data": ["normal", "zeros", "outlier", "constant", "tiny", "subnormal", "large", "nan", "inf"]
@@ -47,6 +48,7 @@ class Case:
     starts: bool
     window: int | None
     recent: int | None
+    first: int | None
     calibration: str
     data: str
 

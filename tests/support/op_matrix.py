@@ -16,6 +16,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_kvq import ops
 from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import BITS, Spec
 from mlx_kvq.format.transform import Calibration
@@ -47,6 +48,7 @@ class _Data:
         self.case, self.rng, self.dtype = case, rng, DTYPES[case.dtype]
         self.spec = Spec(*f"{case.bits}-{case.rotation}".split("-"), scale=case.rule)
         self.spec = replace(self.spec, seed=int(rng.integers(2**32)), recent=case.recent or 0)
+        self.spec = replace(self.spec, first=case.first or 0)
         self.k, self.k64 = self._array(self._vectors((B, H, T, case.dims[0]), oracle.KEYS))
         self.v, self.v64 = self._array(self._vectors((B, H, T, case.dims[1]), oracle.VALUES))
         rms = np.sqrt(np.mean(np.where(np.isfinite(self.k64), self.k64, 0) ** 2))
@@ -54,6 +56,10 @@ class _Data:
         self.q, self.q64 = self._array(q)
         self.scale = case.dims[0] ** -0.5
         self.sinks = self.sinks64 = None
+        self.starts: mx.array | None = None
+        self.mask: mx.array | str | None = None
+        self.visible = self.mask64 = np.ones((B, Hq, L, T), bool)
+        self.first: ops.First | None = None
         if case.sinks:
             self.sinks, self.sinks64 = self._array(rng.standard_normal(Hq), transposed=False)
         self._make_mask(B, Hq, L, T)
@@ -61,15 +67,15 @@ class _Data:
         self.k_params = self._calibration("keys", H, self.k64)
         self.v_params = self._calibration("values", H, self.v64)
         self.format = self._make_format()
-        self._make_tail(B, H, T, L)
+        self._make_exact(B, H, T, L)
 
-    def _make_tail(self, B: int, H: int, T: int, L: int) -> None:
-        """The exact tail of the tokens, the vectors in it for the oracle, and which queries read
-        them. Rows may be a ring: [:keep], [idx:], [keep:idx] is then the order of their tokens, and
-        the first ones are in no tail."""
+    def _make_exact(self, B: int, H: int, T: int, L: int) -> None:
+        """The exact tail and the exact first tokens, the vectors in them for the oracle, and which
+        queries read them. Rows may be a ring: [:keep], [idx:], [keep:idx] is then the order of
+        their tokens, and the first ones are in no tail."""
         case, rng = self.case, self.rng
         self.tail = self.ring = self.exact = None
-        if case.recent is None:
+        if case.recent is None and case.first is None:
             return
         keep, idx = 0, T
         # By a window or a start, queries tell how old a row is from its place.
@@ -79,6 +85,26 @@ class _Data:
             self.ring = keep, idx
         at = np.arange(T)
         order = np.concatenate([at[:keep], at[idx:], at[keep:idx]])
+        y = self._rotated()
+        kept = TAIL_DTYPES[case.dtype]
+        rounded = np.array(mx.array(y.astype(np.float32)).astype(kept).astype(mx.float32))
+        reads = np.zeros((B, L, T), bool)
+        if case.first is not None:
+            for b, tokens in enumerate(self._make_first(y[:, :, order], keep, order)):
+                reads[b][:, order[tokens]] = True
+        if case.recent is not None:
+            R = case.recent + L - 1 + int(rng.integers(3))
+            newest = y[:, :, order][:, :, -R:]
+            before = rng.standard_normal((B, H, R - newest.shape[2], y.shape[3]))  # of no row
+            whole = mx.array(np.concatenate([before, newest], axis=2).astype(np.float32))
+            self.tail = whole.astype(kept)
+            for i in range(L):
+                oldest = max(keep, T - L + i - case.recent + 1)
+                reads[:, i, order[oldest:]] = True
+        self.exact = rounded[..., : case.dims[0]], rounded[..., case.dims[0] :], reads
+
+    def _rotated(self) -> np.ndarray:
+        """Keys and values as codes are made of them, [B, H, T, Dk + Dv], without damage."""
         rotation, seed = self.spec.rotation, self.spec.seed
         sides = [
             np.nan_to_num(
@@ -88,19 +114,40 @@ class _Data:
                 ((self.k64, self.k_params), (self.v64, self.v_params))
             )
         ]
-        y = np.concatenate(sides, axis=-1)
-        R = case.recent + L - 1 + int(rng.integers(3))
-        newest = y[:, :, order][:, :, -R:]
-        before = rng.standard_normal((B, H, R - newest.shape[2], y.shape[3]))  # of no row
-        whole = mx.array(np.concatenate([before, newest], axis=2).astype(np.float32))
-        kept = TAIL_DTYPES[case.dtype]
-        self.tail = whole.astype(kept)
-        rounded = np.array(mx.array(y.astype(np.float32)).astype(kept).astype(mx.float32))
-        reads = np.zeros((L, T), bool)
-        for i in range(L):
-            oldest = max(keep, T - L + i - case.recent + 1)
-            reads[i, order[oldest:]] = True
-        self.exact = rounded[..., : case.dims[0]], rounded[..., case.dims[0] :], reads
+        return np.concatenate(sides, axis=-1)
+
+    def _make_first(self, y: np.ndarray, keep: int, order: np.ndarray) -> list[np.ndarray]:
+        """First tokens of vectors in the order of their tokens; of each sequence, which are there.
+        What comes before the first one is padding, which a mask hides."""
+        (B, H, T, D), rng, F = y.shape, self.rng, self.case.first
+        count = int(rng.integers(F + 1))
+        if is_ring := self.ring is not None and keep > 0:
+            count = min(count, keep)  # all others may have gone
+        places = np.zeros(B, int) if is_ring else rng.integers(-3, 1, size=B)
+        own = rng.random() < 0.5
+        if self.starts is not None:
+            places, own = np.array(self.starts), True
+        elif self.mask is not None and self.case.mask == "bool B11T" and not is_ring:
+            places, own = rng.integers(-3, T, size=B), True
+            for b, place in enumerate(places):
+                seen = np.array(self.mask)
+                seen[b, ..., order[: max(0, place)]] = False
+                self.mask = mx.array(seen)
+                self.visible = self.mask64 = self.visible & seen
+        elif not own:
+            places[:] = places[0]
+        array = rng.standard_normal((B, H, F, D)) * (np.abs(y).mean() + 1e-30)
+        found = []
+        for b, place in enumerate(places):
+            tokens = np.arange(count) + place
+            there = (tokens >= 0) & (tokens < T)
+            array[b, :, :count][:, there] = y[b, :, tokens[there]].swapaxes(0, 1)
+            found.append(tokens[there])
+        self.firsts = found
+        kept = mx.array(array.astype(np.float32)).astype(TAIL_DTYPES[self.case.dtype])
+        at = mx.array(places, dtype=mx.int32) if own else int(places[0])
+        self.first = ops.First(kept, count, at)
+        return found
 
     def _array(self, x, transposed: bool = True) -> tuple[mx.array, np.ndarray]:
         if not transposed:
@@ -145,7 +192,7 @@ class _Data:
         """The arguments that hide positions, and for the oracle one mask [B, Hq, L, T]."""
         query, key = np.arange(T - L, T)[:, None], np.arange(T)
         self.visible = np.ones((B, Hq, L, T), bool)
-        self.starts, self.window = None, self.case.window
+        self.window = self.case.window
         if self.case.starts:
             starts = self.rng.integers(T, size=B)
             self.starts = mx.array(starts, dtype=mx.int32)
@@ -343,6 +390,14 @@ def _check_dequantize(data: _Data, backend, buffer: mx.array, stored) -> None:
             want = mx.array(_saturated(want, dtype).astype(np.float32)).astype(dtype)
             assert (a.dtype, a.shape) == (dtype, want.shape)
             assert mx.array_equal(a, want, equal_nan=True), f"dequantize to {dtype}"
+        if data.first is not None and data.ring is None:
+            found = calls.dequantize(
+                backend, buffer, data.case.length, data.format, dtype, first=data.first
+            )
+            for a, b, side in zip(found, got, _first_sides(data), strict=True):
+                want = np.array(b.astype(mx.float32))
+                _put_first(data, want, _saturated(side, dtype))
+                assert mx.array_equal(a, mx.array(want).astype(dtype), equal_nan=True)
         if data.tail is not None:
             n = min(data.tail.shape[2], data.case.length)
             last = np.array(data.tail[:, :, data.tail.shape[2] - n :].astype(mx.float32))
@@ -356,6 +411,21 @@ def _check_dequantize(data: _Data, backend, buffer: mx.array, stored) -> None:
                 assert mx.array_equal(a, b, equal_nan=True), f"dequantize to {dtype} with a tail"
 
 
+def _first_sides(data: _Data) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of the exact first tokens, fp32."""
+    assert data.first is not None
+    array, D = np.array(data.first.array.astype(mx.float32)), data.case.dims[0]
+    return array[..., :D], array[..., D:]
+
+
+def _put_first(data: _Data, y: np.ndarray, side: np.ndarray) -> None:
+    """In vectors of rows, those of first tokens in place of their own."""
+    assert data.first is not None
+    places = np.broadcast_to(np.array(data.first.at), (len(y),))
+    for b, (tokens, place) in enumerate(zip(data.firsts, places, strict=True)):
+        y[b][:, tokens] = side[b][:, tokens - place]
+
+
 def _saturated(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
     """Finite numbers stay finite in fp16."""
     return np.clip(x, -oracle.FP16_MAX, oracle.FP16_MAX) if dtype == mx.float16 else x
@@ -366,19 +436,26 @@ def _check_restore(data: _Data, backend, buffer: mx.array, stored) -> None:
     rounding = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 0.0}[data.case.dtype]
     rotation, seed, T = data.spec.rotation, data.spec.seed, data.case.length
     sides = (oracle.KEYS, data.k_params), (oracle.VALUES, data.v_params)
+    first = data.first if data.ring is None else None
     for tail in (None,) if data.tail is None else (None, data.tail):
         ends: tuple = (None, None)
         if tail is not None:
             n, D = min(tail.shape[2], T), data.case.dims[0]
             last = np.array(tail[:, :, tail.shape[2] - n :].astype(mx.float32)).astype(np.float64)
             ends = last[..., :D], last[..., D:]
-        got = calls.restore(backend, buffer, T, data.format, data.dtype, tail)
+        got = calls.restore(backend, buffer, T, data.format, data.dtype, tail, None, first)
         some = slice(start := int(data.rng.integers(T)), start + int(data.rng.integers(1, 40)))
         chunk = data.k[:, :, some], data.v[:, :, some]
-        more = calls.restore(backend, buffer, T, data.format, data.dtype, tail, chunk)
+        more = calls.restore(backend, buffer, T, data.format, data.dtype, tail, chunk, first)
         for x, y, z in zip(got, chunk, more, strict=True):
             assert mx.array_equal(mx.concatenate([x, y], axis=2), z, equal_nan=True)
-        for a, y, end, (stream, params) in zip(got, stored, ends, sides, strict=True):
+        beginnings = (None, None) if first is None else _first_sides(data)
+        for a, y, end, begin, (stream, params) in zip(
+            got, stored, ends, beginnings, sides, strict=True
+        ):
+            if begin is not None:
+                y = y.copy()
+                _put_first(data, y, begin)
             y = y if end is None else np.concatenate([y[:, :, : T - n], end], axis=2)
             want = oracle.backward(y, rotation, seed, stream, *params)
             want = _saturated(want, data.dtype)
@@ -457,7 +534,7 @@ def _check_tail(data: _Data, backend, rows: mx.array) -> None:
 
 def _check_attend(data: _Data, backend, buffer: mx.array, stored, fused) -> dict[str, float]:
     case, Hq = data.case, data.q.shape[1]
-    options = (data.mask, data.sinks, data.starts, data.window, data.tail, data.ring)
+    options = data.mask, data.sinks, data.starts, data.window, data.tail, data.ring, data.first
     got = calls.attend(backend, data.q, buffer, case.length, data.format, data.scale, *options)
     assert (got.dtype, got.shape) == (data.dtype, (*data.q.shape[:3], case.dims[1]))
     got = np.array(got.astype(mx.float32)).astype(np.float64)
@@ -480,7 +557,7 @@ def _check_attend(data: _Data, backend, buffer: mx.array, stored, fused) -> dict
     bad_v = oracle.backward(stored[1], data.spec.rotation, data.spec.seed, 1, *data.v_params)
     bad = np.isnan(stored[0]).any(axis=-1, keepdims=True) | np.isnan(bad_v)  # [B, Hkv, T, Dv]
     bad = oracle._heads(bad, Hq)
-    of_rows = data.visible if data.exact is None else data.visible & ~data.exact[2]
+    of_rows = data.visible if data.exact is None else data.visible & ~data.exact[2][:, None]
     must = of_rows.astype(np.float32) @ bad.astype(np.float32) > 0
     may = bad.any(axis=(-1, -2), keepdims=True)
     shown = np.isnan(got)

@@ -367,7 +367,7 @@ def attend(
     output is 0). A masked position still has p = 0 times its value, so a NaN value shows.
 
     exact: None, or (k, v, reads): the vectors before rounding, of the shapes of k_hat and v_hat,
-    and bool [L, T], where a query takes them in place of k_hat and v_hat.
+    and bool [B, L, T], where a query takes them in place of k_hat and v_hat.
     """
     q, k_hat, v_hat = (np.asarray(a, np.float64) for a in (q, k_hat, v_hat))
     Hq, Hkv = q.shape[1], k_hat.shape[1]
@@ -387,14 +387,14 @@ def attend(
 
     q_rotated = rotate(q * sigma_k, rotation, seed, KEYS) / lam_k
     if exact is None:
-        exact = k_hat, v_hat, np.zeros((q.shape[2], k_hat.shape[2]), bool)
+        exact = k_hat, v_hat, np.zeros((len(q), q.shape[2], k_hat.shape[2]), bool)
     *whole, reads = exact
     read = [  # by each query: keys [B, Hq, T, Dk], values [B, Hq, T, Dv]
         [
-            _heads(np.where(row[:, None], x, x_hat), Hq)
+            _heads(np.where(reads[:, None, i, :, None], x, x_hat), Hq)
             for x, x_hat in zip(whole, (k_hat, v_hat), strict=True)
         ]
-        for row in reads
+        for i in range(q.shape[2])
     ]
     logits = scale * np.stack(
         [np.einsum("bhd,bhtd->bht", q_rotated[:, :, i], k) for i, (k, _) in enumerate(read)], axis=2

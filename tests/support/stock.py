@@ -142,10 +142,13 @@ class Pair:
 
     ``tails`` has, for each sequence, what the exact tail must hold, the newest token last: pairs
     of a token, -1 for none, and whether it is exact. ``None`` as long as there is no tail.
+    ``firsts`` has, for each sequence, its first tokens that are kept exactly, -1 for one that is
+    not.
     """
 
-    def __init__(self, tokens: Tokens, ours, stock, tails: list[list] | None = None):
+    def __init__(self, tokens: Tokens, ours, stock, tails: list[list] | None = None, firsts=None):
         self.tokens = tokens
+        self.firsts: list[list[int]] | None = firsts
         self.ours = ours
         self.stock = stock
         self.tails = tails
@@ -171,7 +174,9 @@ class Pair:
             return
         assert ours.stored.array.shape[2] == stock.keys.shape[2]  # capacity
         row, token = 4 * self.tokens.format.layout.words, 4 * (K_DIM + V_DIM)
-        beside = sum(a.nbytes for a in (ours.tail, ours.stored.pending) if a is not None)
+        beside = sum(
+            a.nbytes for a in (ours.tail, ours.oldest.array, ours.stored.pending) if a is not None
+        )
         assert (ours.nbytes - beside) * token == stock.nbytes * row
         self._check_stored()
 
@@ -180,6 +185,7 @@ class Pair:
         ids = self.tokens.ids_in_stock(*self.stock.keys_and_values())
         self.tokens.check_rows(self._rows()[:, :, : ids.shape[1]], ids)
         self._check_tail()
+        self._check_first()
         if not self.ours.stored.count:
             self._check_views(self.ours.keys_and_values(), self.stock.keys_and_values())
 
@@ -210,6 +216,53 @@ class Pair:
             np.array(tail.astype(mx.float32))[known], want[known], rtol=rounding, atol=4e-6
         )
 
+    def _check_first(self) -> None:
+        """Assert that the first tokens are, number for number, what ``firsts`` says."""
+        array, tokens = self.ours.oldest.array, self.tokens
+        if self.firsts is None:
+            assert array is None
+            return
+        assert array.dtype == ops.tail_dtype(tokens.dtype)
+        ids = np.array(self.firsts)
+        assert array.shape == (len(ids), HEADS, tokens.format.first, K_DIM + V_DIM)
+        want = np.swapaxes(tokens.rotated[:, ids], 0, 1)
+        known = np.broadcast_to((ids >= 0)[:, None, :, None], want.shape)
+        rounding = {mx.float32: 2.0**-20, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}[array.dtype]
+        np.testing.assert_allclose(
+            np.array(array.astype(mx.float32))[known], want[known], rtol=rounding, atol=4e-6
+        )
+
+    def _add_to_firsts(self, ids, at: list[int], ends: list[int] | None) -> None:
+        """New tokens ids [B, L], of which sequence i has ``ends[i]`` and the first one is at
+        position at[i]."""
+        if not (F := self.tokens.format.first):
+            return
+        self.firsts = self.firsts or [[-1] * F for _ in ids]
+        for i, (new, n) in enumerate(zip(ids, at, strict=True)):
+            end = len(new) if ends is None else ends[i]
+            for column, token in enumerate(new[:end]):
+                if 0 <= n + column < F:
+                    self.firsts[i][n + column] = int(token)
+
+    def _take_off_firsts(self) -> None:
+        if self.firsts is not None:
+            for tokens, left in zip(self.firsts, self.sequences, strict=True):
+                tokens[max(0, left) :] = [-1] * len(tokens[max(0, left) :])
+
+    def _lost_after_first(self) -> bool:
+        """Whether tokens are missing after the first ones, which are there."""
+        stock = self.stock
+        return bool(getattr(stock, "keep", 0)) and stock.offset > stock.size()
+
+    def _first_places(self, T: int) -> list[tuple[int, int]]:
+        """Of each sequence, the place of its first token among T in their order, and how many are
+        there, or have been."""
+        stock, F = self.stock, self.tokens.format.first
+        gone = stock.offset - T
+        if gone > 0 and getattr(stock, "keep", 0):
+            return [(0, min(F, stock.keep))] * len(self.firsts or ())
+        return [(-gone, F)] * len(self.firsts or ())
+
     def _order(self, T: int) -> np.ndarray:
         """[T] where the stock cache has its tokens, the oldest first."""
         at, stock = np.arange(T), self.stock
@@ -225,7 +278,7 @@ class Pair:
     @property
     def sequences(self) -> list[int]:
         """Tokens of each sequence so far; below 0 while there is only padding."""
-        return [self.stock.offset] * (1 if self.tails is None else len(self.tails))
+        return [self.stock.offset] * len(self.tails or self.firsts or [1])
 
     def _reach(self) -> int:
         """Tokens before its own that a query may see."""
@@ -256,6 +309,10 @@ class Pair:
 
     def _take_off_tails(self, n: int) -> None:
         """Take off the n newest tokens; what is lacking then comes back from rows."""
+        if n:
+            self._take_off_firsts()
+        if n and not self.stock.size():
+            self.firsts = None
         if self.tails is None or n == 0:
             return
         if not self.stock.size():
@@ -265,7 +322,8 @@ class Pair:
         for b, tail in enumerate(self.tails):
             left = tail[: max(0, len(tail) - n)]
             older = [(-1, False)] * recent
-            older += [(int(i), False) for i in held[b, : max(0, held.shape[1] - len(left))]]
+            begin = self.firsts[b] if self.firsts else []
+            older += [(int(i), i in begin) for i in held[b, : max(0, held.shape[1] - len(left))]]
             lacking = max(0, recent - len(left))
             self.tails[b] = older[len(older) - lacking :] + left
 
@@ -276,14 +334,17 @@ class Pair:
         b's first is at position at[b], read exactly.
 
         Up to 8 queries read the ``recent`` tokens up to their own, and what is after it. Of a
-        prompt each token reads its own block, as far as that is in the chunk or in the tail. The
-        first tokens that a ring keeps are read from their rows once one after them is gone.
+        prompt each token reads its own block, as far as that is in the chunk or in the tail.
         """
         B, T = ids.shape
         exact = np.zeros((B, L, T), bool)
+        order = self._order(T)
+        for b, (place, count) in enumerate(self._first_places(T) if self.firsts else ()):
+            for t, token in enumerate(self.firsts[b][:count], place):
+                if token >= 0 and 0 <= t < T and ids[b, order[t]] == token:
+                    exact[b, :, order[t]] = True
         if tails is None:
             return exact
-        order = self._order(T)
         ring = isinstance(self.stock, RotatingKVCache) and self.stock.keep
         keep = self.stock.keep if ring and self.stock.offset > T else 0
         queries = np.arange(L)
@@ -295,9 +356,9 @@ class Pair:
                 known = known and whole
                 if L <= 8:
                     if whole and ids[b, where] == token:
-                        exact[b, :, where] = age < L - 1 - queries + self.tokens.format.recent
+                        exact[b, :, where] |= age < L - 1 - queries + self.tokens.format.recent
                 elif known:
-                    exact[b, :, where] = at[b] + L - 1 - age >= begins
+                    exact[b, :, where] |= at[b] + L - 1 - age >= begins
         return exact
 
     def expected(
@@ -357,6 +418,7 @@ class Pair:
         at = (self.sequences * len(ids))[: len(ids)]
         views = self.ours.update_and_fetch(*self.tokens.exact(ids))
         made = self._add_to_tails(ids, ends)
+        self._add_to_firsts(ids, at, ends)
         arrays = self.stock.update_and_fetch(*self.tokens.kept(ids))
         held = self._check_views(views, arrays)
         exact = self._exact(held, made, len(ids[0]), at)
@@ -410,7 +472,8 @@ class Pair:
         self.check()
 
     def fork(self) -> "Pair":
-        copied = Pair(self.tokens, *copy.deepcopy((self.ours, self.stock, self.tails)))
+        kept = self.ours, self.stock, self.tails, self.firsts
+        copied = Pair(self.tokens, *copy.deepcopy(kept))
         copied.check()
         return copied
 

@@ -58,6 +58,12 @@ class BatchPair(Pair):
         pair = cls(pairs[0].tokens, ours, stocks[0].merge(stocks))
         if any(p.tails for p in pairs):
             pair.tails = pair._last([t for p in pairs for t in p.tails or [None]])
+        if any(p.firsts for p in pairs):
+            none = [-1] * pair.tokens.format.first
+            pair.firsts = [
+                list(none if p._lost_after_first() else p.firsts[0]) if p.firsts else list(none)
+                for p in pairs
+            ]
         pair.check()
         return pair
 
@@ -107,6 +113,9 @@ class BatchPair(Pair):
             return
         assert ours.stored.array.shape[:3] == stock.keys.shape[:3]
         self._check_stored()
+
+    def _first_places(self, T: int) -> list[tuple[int, int]]:
+        return [(T - n, self.tokens.format.first) for n in self.sequences]
 
     def _order(self, T: int) -> np.ndarray:
         at = np.arange(T)
@@ -166,6 +175,7 @@ class BatchPair(Pair):
         self.ours.filter(keep)
         self.stock.filter(keep)
         self.tails = self.tails and [self.tails[i] for i in keep]
+        self.firsts = self.firsts and [self.firsts[i] for i in keep]
         self.check()
 
     def extend(self, other: "BatchPair") -> None:
@@ -176,6 +186,10 @@ class BatchPair(Pair):
         if self.tails or other.tails:
             both = zip((self, other), sizes, strict=True)
             self.tails = self._last([t for p, n in both for t in p.tails or [None] * n])
+        if self.firsts or other.firsts:
+            none = [-1] * self.tokens.format.first
+            both = zip((self, other), sizes, strict=True)
+            self.firsts = [list(t) for p, n in both for t in p.firsts or [none] * n]
         self.check()
 
     def extract(self, i: int) -> Pair:
@@ -185,11 +199,14 @@ class BatchPair(Pair):
             single.stock = _emptied(single.stock)
         elif self.tails:
             single.tails = [self.tails[i]]
+        if self.firsts and self.stock.offset[i].item():
+            single.firsts = [list(self.firsts[i])]
         single.check()
         return single
 
     def fork(self) -> "BatchPair":
-        copied = BatchPair(self.tokens, *copy.deepcopy((self.ours, self.stock, self.tails)))
+        kept = self.ours, self.stock, self.tails, self.firsts
+        copied = BatchPair(self.tokens, *copy.deepcopy(kept))
         copied.check()
         return copied
 

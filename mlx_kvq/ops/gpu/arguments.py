@@ -7,16 +7,21 @@ import mlx.core as mx
 
 from .. import memo
 
-# The softmax scale is passed as the bits of a float; NEXT is the row after the newest token's.
-_ATTEND = ("LENGTH", "HEADS", "QUERIES", "SCALE", "CAUSAL", "WINDOW", "RECENT", "KEEP", "NEXT")
+# The softmax scale is passed as the bits of a float; NEXT is the row after the newest token's. Of
+# FIRSTS first tokens the first one is at place FIRST_AT, unless each sequence has a place.
+_ATTEND = (
+    "LENGTH", "HEADS", "QUERIES", "SCALE", "CAUSAL", "WINDOW", "RECENT", "KEEP", "NEXT",
+    "FIRSTS", "FIRST_AT",
+)  # fmt: skip
+_UNPACK = ("LENGTH", "FIRSTS", "FIRST_AT")
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "quantize_pack": ("KEPT", "ROWS"),
     "attend_finish": _ATTEND,
     "attend_store": _ATTEND,
     "attend_join": _ATTEND,
     "combine": _ATTEND,
-    "dequantize": ("LENGTH",),
-    "restore": ("LENGTH",),
+    "dequantize": _UNPACK,
+    "restore": _UNPACK,
 }
 
 

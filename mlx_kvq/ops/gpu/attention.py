@@ -77,6 +77,8 @@ class Attend:
             mask.window,
             packed.tail is not None,
         )
+        first = packed.first
+        self.first, self.places = first is not None, first is not None and first.key[2] is not None
         self.starts, self.sinks = mask.starts is not None, sinks is not None
         heads, L = q.shape[1] // self.Hkv, q.shape[2]
         self.given = {
@@ -86,7 +88,8 @@ class Attend:
             "causal": mask.causal,
             "window": mask.window or 0,
         }
-        self.like = like(q, packed.rows, mask.starts, mask.array, packed.tail, sinks)
+        tokens = () if first is None else (first.array, first.at if self.places else None)
+        self.like = like(q, packed.rows, mask.starts, mask.array, packed.tail, sinks, *tokens)
         self.mask = 0 if mask.array is None else 1 if mask.array.dtype == mx.bool_ else 2
         # By number of splits: the launches, and whether they work on this machine.
         self.made: dict[int, tuple[Launch, ...]] = {}
@@ -101,20 +104,24 @@ class Attend:
             made = self.made[parts] = self._launches(parts)
         return made
 
-    def at(self, length: int, ring: tuple[int, int] | None, parts: int) -> "Step":
+    def at(self, packed: Packed, parts: int) -> "Step":
         """The launch for this length, for the layers of a step."""
         launches = self.launches(parts)
-        scores = (*self.q_shape[:3], length) if self.mask else ()
+        scores = (*self.q_shape[:3], packed.length) if self.mask else ()
         first = launches[0].prepared((*self.like, scores))
         second = launches[1].prepared(self.like[:1]) if len(launches) > 1 else None
-        return Step(first, second, self._info(length, ring), scores, self._arrivals(launches[0]))
+        return Step(first, second, self._info(packed), scores, self._arrivals(launches[0]))
 
-    def _info(self, length: int, ring: tuple[int, int] | None) -> mx.array:
+    def _info(self, packed: Packed) -> mx.array:
         """The integers that ``kernels/attend.metal`` takes."""
+        length = packed.length
         given = {"length": length, **self.given}
-        if self.tail:
-            keep, idx = ring or (0, length)
-            given |= {"recent": min(self.kind.recent, length - keep), "keep": keep, "next": idx}
+        if self.tail or self.first:
+            keep, idx = packed.ring or (0, length)
+            recent = min(self.kind.recent, length - keep) if self.tail else 0
+            given |= {"recent": recent, "keep": keep, "next": idx}
+        if packed.first is not None:
+            given["firsts"], given["first_at"] = packed.first.numbers
         return integers("attend_store", **given)
 
     def _arrivals(self, launch: Launch) -> Iterator[mx.array] | None:
@@ -122,7 +129,10 @@ class Attend:
 
     def _launches(self, parts: int) -> tuple[Launch, ...]:
         kind, work = self.kind, self.grid
-        given = ("MASK", self.mask), ("STARTS", self.starts), ("TAIL", self.tail)
+        given = (
+            ("MASK", self.mask), ("STARTS", self.starts), ("TAIL", self.tail),
+            ("FIRST", self.first), ("PLACES", self.places),
+        )  # fmt: skip
         constants = (*plan(kind).attend, *given, ("NSG", work.groups), ("TK", work.keys))
         with_sinks = ("SINKS", self.sinks)
         B, Hq, L, _ = self.q_shape
@@ -175,6 +185,10 @@ class Step:
             inputs.append(mx.broadcast_to(mask.array, self.scores))
         if packed.tail is not None:
             inputs.append(packed.tail)
+        if (first := packed.first) is not None:
+            inputs.append(first.array)
+            if first.key[2] is not None:
+                inputs.append(first.at)
         inputs.append(table)
         if self.second is not None:
             last = () if sinks is None else (sinks,)
@@ -198,4 +212,4 @@ def attend(
     that may attend to nothing gets zeros."""
     shape = Attend(q, packed, scale, mask, sinks)
     parts = shape.parts(packed.length) if parts is None else parts
-    return shape.at(packed.length, packed.ring, parts)(q, packed, mask, sinks)
+    return shape.at(packed, parts)(q, packed, mask, sinks)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,8 @@ _OPTIONAL = {
     "mask": "MASK",
     "sinks": "SINKS",
     "tail": "TAIL",
+    "first": "FIRST",
+    "first_at": "PLACES",
     "keep": "KEEPS",
     "kept": "KEEPS",
     "held": "HOLDS",
@@ -26,7 +29,7 @@ _OPTIONAL = {
     "new_v": "CHUNK",
 }
 # name -> files of the header, files of the body, inputs, outputs
-_ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "tables")
+_ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "first", "first_at", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
         ("rotate", "levels", "vectors", "quantize"),
@@ -62,13 +65,13 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "dequantize": (
         ("levels",),
         ("row", "dequantize"),
-        ("rows", "info", "tail"),
+        ("rows", "info", "tail", "first", "first_at"),
         ("keys", "values"),
     ),
     "restore": (
         ("rotate", "levels", "vectors", "restore"),
         ("row", "restore_rows"),
-        ("rows", "info", "tail", "new_k", "new_v", "tables"),
+        ("rows", "info", "tail", "first", "first_at", "new_k", "new_v", "tables"),
         ("keys", "values"),
     ),
 }
@@ -95,7 +98,7 @@ def _kernel(machine: str, name: str, constants: Constants):
     chosen = dict(constants)
     absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
     header, body = _choices(machine, name), _constants(constants)
-    body += "".join(_absent(n, n in outputs) for n in absent)
+    body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)
     if machine == "metal":
         header += "".join(_source(h) for h in ("machine", *headers))
         body += "".join(_source(b) for b in bodies)
@@ -127,12 +130,19 @@ def _constants(constants: Constants) -> str:
     )
 
 
-def _absent(name: str, output: bool) -> str:
+# Arrays of one type, of which a launch may have one.
+_ALIKE = {"tail": "first", "first": "tail"}
+
+
+def _absent(name: str, output: bool, names: Sequence[str], absent: Sequence[str]) -> str:
     """Declarations of an array that a launch does without: branches never taken name it."""
-    given = _OPTIONAL[name]
+    given, alike = _OPTIONAL[name], _ALIKE.get(name)
     kind = "float" if output or given == "CHUNK" else "int"
-    text = f"{'' if output else 'const '}device {kind}* {name} = nullptr;\n"
-    if given in ("MASK", "TAIL", "HOLDS", "CHUNK"):
+    if alike in names and alike not in absent:
+        text = f"const auto {name} = {alike};\n"
+    else:
+        text = f"{'' if output else 'const '}device {kind}* {name} = nullptr;\n"
+    if given in ("MASK", "TAIL", "FIRST", "HOLDS", "CHUNK"):
         text += f"const int64_t {name}_strides[4] = {{0, 0, 0, 0}};\n"
     if given in ("TAIL", "HOLDS", "CHUNK"):
         text += f"const int {name}_shape[4] = {{0, 0, 0, 0}};\n"

@@ -17,6 +17,7 @@ class Tuning:
         threadgroups (int): Attention threadgroups that fill the GPU.
         single (int): Up to this many keys one split does, and spares a launch on Metal.
         least (int): Tiles per SIMD group below which more splits do not pay.
+        few (int): Up to so many splits, one tile per SIMD group is enough.
         most (int): Splits beyond which merging them costs more than they save.
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
             GPU is busy anyway and ``busy_sizes`` hold: keys, SIMD groups and threadgroups; where
@@ -45,6 +46,7 @@ class Tuning:
     threadgroups: int
     single: int
     least: int
+    few: int = 1
     most: int = 256
     busy: int = 1 << 30
     busy_sizes: tuple[int, int, int] = (16, 8, 0)
@@ -83,13 +85,15 @@ TUNING = {
     # H200, mlx 0.32.4, tests/support/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
     # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
-    # threadgroups 0.253 ms, 4 and 264 (all that fits of the sizes for D = 128) 0.280 ms.
+    # threadgroups 0.253 ms, 4 and 264 (all that fits of the sizes for D = 128) 0.280 ms. The kernel
+    # alone (ncu), B = 1 and 512 tokens: 4 to 8 splits 11.0 us, one 12.0 (D = 256: 14.6 and 20.9).
     "cuda": Tuning(
         keys=16,
         simd_groups=8,
         threadgroups=132,
-        single=512,
+        single=128,
         least=2,
+        few=8,
         most=64,
         busy=32,
         busy_sizes=(32, 4, 264),
@@ -138,4 +142,5 @@ def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int) -> 
     if span <= tuning.single:
         return 1
     wanted = min(tuning.most, tuning.threadgroups // parallel)
-    return max(1, min(wanted, -(-tiles // (tuning.least * groups))))
+    least = min(tuning.few, -(-tiles // groups))
+    return max(1, min(wanted, max(least, -(-tiles // (tuning.least * groups)))))

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..packed import Packed
+from ..packed import First, Packed
 from . import tables
 from .arguments import integers
+from .jit import Constants
 from .launch import Launch, like
 from .machine import machine
 from .plan import plan
@@ -24,10 +25,12 @@ class Restore:
 
     launch: Launch
     run: Callable
-    length: mx.array
+    info: mx.array
 
     def __call__(self, packed: Packed, chunk: Chunk = None) -> tuple[mx.array, mx.array]:
-        inputs = [packed.rows, self.length, *([] if packed.tail is None else [packed.tail])]
+        inputs = [packed.rows, self.info, *([] if packed.tail is None else [packed.tail])]
+        if (first := packed.first) is not None:
+            inputs += [first.array] if isinstance(first.at, int) else [first.array, first.at]
         if self.launch.name == "restore":
             inputs += [*(chunk or ()), tables.of(packed.format).restores]
         return self.run(*inputs)
@@ -36,7 +39,7 @@ class Restore:
 def prepare(op: str, packed: Packed, dtype: mx.Dtype, chunk: Chunk = None) -> Restore:
     """The launch of ``"dequantize"`` or ``"restore"`` for arguments like these."""
     name, kind, length = machine(), packed.format.kind, packed.length
-    lay, B, H = kind.layout, *packed.rows.shape[:2]
+    lay, B, H, first = kind.layout, *packed.rows.shape[:2], packed.first
     constants, total = plan(kind).dequantize, length
     if op == "restore":
         constants = (*plan(kind).restore, ("CHUNK", chunk is not None))
@@ -50,18 +53,22 @@ def prepare(op: str, packed: Packed, dtype: mx.Dtype, chunk: Chunk = None) -> Re
     launch = Launch(
         name,
         op,
-        (*constants, ("TAIL", packed.tail is not None)),
+        (*constants, ("TAIL", packed.tail is not None), *_firsts(first)),
         grid,
         threadgroup,
         ((B, H, total, lay.k_dim), (B, H, total, lay.v_dim)),
         (dtype, dtype),
         2,
     )
-    return Restore(
-        launch,
-        launch.prepared(like(packed.rows, packed.tail, *(chunk or ()))),
-        integers(op, length=length),
-    )
+    given, arrays = {"length": length}, [packed.rows, packed.tail, *(chunk or ())]
+    if first is not None:
+        given["firsts"], given["first_at"] = first.numbers
+        arrays += [first.array, None if isinstance(first.at, int) else first.at]
+    return Restore(launch, launch.prepared(like(*arrays)), integers(op, **given))
+
+
+def _firsts(first: First | None) -> Constants:
+    return ("FIRST", first is not None), ("PLACES", first is not None and first.key[2] is not None)
 
 
 def dequantize(packed: Packed, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
