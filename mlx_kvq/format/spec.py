@@ -113,7 +113,8 @@ class Spec:
     def exact(self) -> str:
         """Which tokens are kept exactly, in words; "" if none is."""
         named = ("the newest", self.recent), ("the first", self.first)
-        return " and ".join(f"{which} {n} tokens" for which, n in named if n)
+        words = " and ".join(f"{which} {n}" for which, n in named if n)
+        return f"{words} tokens" if words else ""
 
     def __str__(self) -> str:
         values = {option: getattr(self, option) for option in OPTIONS}

@@ -35,6 +35,7 @@ CASE = op_matrix.Case(
     starts=False,
     window=None,
     recent=None,
+    first=None,
     calibration="",
     data="normal",
 )

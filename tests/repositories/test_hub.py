@@ -19,7 +19,8 @@ from tests.support.server import BIN, Server
 QWEN = MODELS / "tiny-qwen2-8bit"
 LINE = (
     "[mlx_kvq] int4-srft: packed 4 of 4 layers, 4.50 bits per value, 3.56x smaller than fp16, "
-    "the newest 16 tokens exact, calibrated (made up); as the model's repository says"
+    "the newest 16 and the first 4 tokens exact, calibrated (made up); as the model's repository "
+    "says"
 )
 MEMORY = "[mlx_kvq] 10 tokens: 0.07 MB (0.07 MB of it the exact tail), fp16 0.02 MB"
 

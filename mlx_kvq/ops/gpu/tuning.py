@@ -21,7 +21,7 @@ class Tuning:
         most (int): Splits beyond which merging them costs more than they save.
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
             GPU is busy anyway and ``busy_sizes`` hold: keys, SIMD groups and threadgroups; where
-            values have more than 128 channels, ``busy_wide``.
+            values have more than 128 channels, ``busy_wide``, and up to 64, ``busy_narrow``.
         combine_groups (int): SIMD groups of a combine threadgroup, at most 16.
         combine_ahead (int): Splits that each of them loads at once.
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
@@ -51,6 +51,7 @@ class Tuning:
     busy: int = 1 << 30
     busy_sizes: tuple[int, int, int] = (16, 8, 0)
     busy_wide: tuple[int, int, int] = (16, 8, 0)
+    busy_narrow: tuple[int, int, int] = (16, 8, 0)
     combine_groups: int = 4
     combine_ahead: int = 1
     pack_pairs: int = 4
@@ -66,7 +67,12 @@ class Tuning:
         """The launch sizes for so many threadgroups of one split."""
         if parallel < self.busy:
             return self
-        keys, groups, threadgroups = self.busy_wide if lay.v_dim > 128 else self.busy_sizes
+        sizes = self.busy_sizes
+        if lay.v_dim > 128:
+            sizes = self.busy_wide
+        elif lay.v_dim <= 64:
+            sizes = self.busy_narrow
+        keys, groups, threadgroups = sizes
         return replace(self, keys=keys, simd_groups=groups, threadgroups=threadgroups)
 
 
@@ -87,6 +93,8 @@ TUNING = {
     # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
     # threadgroups 0.253 ms, 4 and 264 (all that fits of the sizes for D = 128) 0.280 ms. The kernel
     # alone (ncu), B = 1 and 512 tokens: 4 to 8 splits 11.0 us, one 12.0 (D = 256: 14.6 and 20.9).
+    # D = 64, 14 q / 2 kv, B = 32 and 32K: 32 keys, 8 SIMD groups, 264 threadgroups 58.2 us, 4 and
+    # 264 69.4.
     "cuda": Tuning(
         keys=16,
         simd_groups=8,
@@ -98,6 +106,7 @@ TUNING = {
         busy=32,
         busy_sizes=(32, 4, 264),
         busy_wide=(16, 2, 528),
+        busy_narrow=(32, 8, 264),
         pack_threadgroups=528,
         ahead=3,
         replay=True,
