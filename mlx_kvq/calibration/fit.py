@@ -54,7 +54,7 @@ def calibrate(
         length (int): Tokens in a window, at least 5; the first 4 of each are not counted.
         positions (int): Tokens of the longest context that is read later. Keys are taken after
             RoPE, so their mean and spread depend on where they are: what the windows say is
-            carried over to contexts of this length, its half, and so on down to 1024.
+            carried over to contexts of this length, its half, and so on down to 512.
         spec (Spec or str, optional): Also find λ of the keys for this spec's rotation and seed;
             the calibration then serves no other. About 2 % less KL (scripts/studies).
         progress (bool): Show a progress bar.

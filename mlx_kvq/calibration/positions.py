@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-LEAST = 1024  # positions of the shortest context in the mix
+LEAST = 512  # positions of the shortest context in the mix (docs/calibration.md)
 
 
 @dataclass(frozen=True, eq=False)
