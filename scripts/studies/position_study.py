@@ -93,6 +93,8 @@ class Decoding:
 def rounded(sides, fmt):
     """Keys and values [1, H, L, D] as they come out of the packed rows."""
     k, v = sides
+    if k.size == 0:
+        return sides
     rows, _ = plain.quantize_pack(k, v, fmt)
     kept = plain.dequantize(ops.Packed(rows, k.shape[2], fmt))
     return [t.output(y) for t, y in zip((fmt.keys, fmt.values), kept, strict=True)]
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="All of its layers are packed.")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", nargs="+", required=True, metavar="NAME=FILE")
-    parser.add_argument("--spec", default="int4-srft:recent=0")
+    parser.add_argument("--spec", default="int4-srft")
     parser.add_argument("--first", type=int, default=4, help="tokens read exactly")
     parser.add_argument("--recent", type=int, default=16, help="newest tokens read exactly")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="of a prompt")

@@ -26,25 +26,28 @@ def loaded():
     return model, mx.array(tokenizer.encode(TEXT.read_text()[:4000])[:700])
 
 
-def test_rows_are_what_the_cache_keeps(loaded):
+@pytest.mark.parametrize("first", [0, 4])
+def test_rows_are_what_the_cache_keeps(loaded, first):
     """After a prompt in one chunk, which reads itself exactly, decoding differs by nothing else;
     over the end of the sliding windows."""
     model, ids = loaded
     length, steps, recent = 500, 20, 16
     calibration = calibrate_tokens(model, [ids[:200]], progress=False)
     named = {"a": calibration, "b": calibrate_tokens(model, [ids[200:260]], progress=False)}
-    windows, formats = position_study.layers_of(model, named, "int4-srft:recent=0")
+    windows, formats = position_study.layers_of(model, named, "int4-srft")
     prompts = [position_study.Prompt(w) for w in windows]
     position_study.read(model, prompts, ids[:length])
     caches = [
-        position_study.Decoding(p, length, steps, f, 0, recent)
+        position_study.Decoding(p, length, steps, f, first, recent)
         for p, f in zip(prompts, formats, strict=True)
     ]
     found = position_study.decode(model, caches, ids[length : length + steps])
     assert found.shape == (steps, 2) and (found > 0).all() and (found[:, 0] != found[:, 1]).all()
     own, packed = (
         model.make_cache(),
-        mlx_kvq.make_prompt_cache(model, f"int4-srft:recent={recent}", calibration=calibration),
+        mlx_kvq.make_prompt_cache(
+            model, f"int4-srft:recent={recent},first={first}", calibration=calibration
+        ),
     )
     for cache in (own, packed):
         model(ids[None, :length], cache=cache)
@@ -60,13 +63,13 @@ def test_the_first_tokens_are_exact(loaded):
     """With all of them first, nothing is rounded."""
     model, ids = loaded
     named = {"a": calibrate_tokens(model, [ids[:100]], progress=False)}
-    windows, formats = position_study.layers_of(model, named, "int4-srft:recent=0")
+    windows, formats = position_study.layers_of(model, named, "int4-srft")
     prompts = [position_study.Prompt(w) for w in windows]
     position_study.read(model, prompts, ids[:64])
     worst = []
     for first in (0, 4, 64):
         caches = [
-            position_study.Decoding(p, 64, 4, f, first, 2)
+            position_study.Decoding(p, 64, 4, f, first, 4)
             for p, f in zip(prompts, formats, strict=True)
         ]
         worst.append(position_study.decode(model, caches, ids[64:68]).max())
