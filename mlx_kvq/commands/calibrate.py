@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from ..caches import seams
 from ..calibration.fit import LENGTH, POSITIONS, TOKENS, calibrate
 from ..model.loading import load
 from .options import cache, length
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         # No character is more than some tokens: what cannot be used is not read.
         texts = [_read(name, 32 * args.tokens) for name in args.text]
     model, tokenizer = load(args.model, trust=args.trust_remote_code)
+    seams.install()  # without it mlx-lm refuses models with attention sinks
     found = calibrate(
         model,
         tokenizer,

@@ -529,6 +529,26 @@ def test_the_command(tmp_path, kept):
     json.dumps(dict(found.metadata))
 
 
+def test_the_command_takes_models_with_attention_sinks(tmp_path):
+    """In a process of its own, where nothing else has led mlx-lm to our functions."""
+    out = tmp_path / "c.safetensors"
+    code = f"""
+import argparse
+from mlx_kvq.commands import calibrate
+from tests.calibration.test_calibrate import Words
+from tests.support.families import build
+parser = argparse.ArgumentParser()
+calibrate.add_arguments(parser)
+calibrate.load = lambda name, trust: (build(name), Words())
+calibrate.run(parser.parse_args(["--model", "gpt_oss", "--output", {str(out)!r}, "--tokens", "40"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=MODELS.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(CalibrationSet.load(out).layers) == 4
+
+
 def test_the_command_tells_mistakes(tmp_path):
     from mlx_kvq.cli import main
     from mlx_kvq.commands.calibrate import run
