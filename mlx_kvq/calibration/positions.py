@@ -8,7 +8,7 @@ they are at the positions that are read later is then a closed form (``docs/math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,13 +22,17 @@ class Rope:
     """One call of ``mx.fast.rope``: what it did to its input, and what undoes it."""
 
     options: dict[str, Any]
+    start: int = 0  # channels of the keys that it was given
+    stop: int | None = None
 
     def undo(self, x: mx.array) -> mx.array:
         """x [B, H, L, D] as it was before this call, fp32. A factor of the length (YaRN's mscale)
         is applied before ``mx.fast.rope`` and stays."""
-        return mx.fast.rope(
-            x.astype(mx.float32), **{**self.options, "scale": -self.options["scale"]}
-        )
+        x = x.astype(mx.float32)
+        stop = self.stop or x.shape[-1]
+        back = {**self.options, "scale": -self.options["scale"]}
+        turned = mx.fast.rope(x[..., self.start : stop], **back)
+        return mx.concatenate([x[..., : self.start], turned, x[..., stop:]], axis=-1)
 
     @property
     def frequencies(self) -> np.ndarray:
@@ -42,9 +46,10 @@ class Rope:
         """Channels of the first and second part of each pair; those beyond ``dims`` do not turn."""
         dims = self.options["dims"]
         one = np.arange(0, dims, 2) if self.options["traditional"] else np.arange(dims // 2)
-        step = 1 if self.options["traditional"] else dims // 2
-        rest = np.arange(dims, D, 2)
-        return np.concatenate([one, rest]), np.concatenate([one + step, rest + 1])
+        one = one + self.start
+        two = one + (1 if self.options["traditional"] else dims // 2)
+        rest = np.setdiff1d(np.arange(D), np.concatenate([one, two]))
+        return np.concatenate([one, rest[::2]]), np.concatenate([two, rest[1::2]])
 
 
 class RopeWatch:
@@ -55,8 +60,21 @@ class RopeWatch:
         self._calls: deque[tuple[mx.array, Rope]] = deque(maxlen=4)
 
     def call_that_made(self, keys: mx.array) -> Rope | None:
-        """None if ``keys`` did not come out of ``mx.fast.rope``, or were changed since."""
-        return next((rope for out, rope in self._calls if out is keys), None)
+        """None if ``keys`` [B, H, L, D] did not come out of ``mx.fast.rope``, or changed since.
+
+        Channels may have been joined to what came out, before or behind, and one head of it may
+        have become a part of all.
+        """
+        for out, rope in self._calls:
+            if out is keys:
+                return rope
+        for out, rope in self._calls:
+            for start in _places(out, keys):
+                stop = start + out.shape[-1]
+                part = keys[..., start:stop]
+                if mx.array_equal(mx.broadcast_to(out, part.shape), part):
+                    return replace(rope, start=start, stop=stop)
+        return None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -74,6 +92,15 @@ class RopeWatch:
         finally:
             setattr(mx.fast, "rope", original)  # noqa: B010
             self._calls.clear()
+
+
+def _places(part: mx.array, whole: mx.array) -> tuple[int, ...]:
+    """Channels of ``whole`` [B, H, L, D] where ``part``, no more of them, may begin."""
+    if part.ndim != 4 or part.shape[-1] > whole.shape[-1] or part.shape[2] != whole.shape[2]:
+        return ()
+    if part.shape[1] not in (1, whole.shape[1]):
+        return ()
+    return 0, whole.shape[-1] - part.shape[-1]
 
 
 def contexts(positions: int) -> list[int]:

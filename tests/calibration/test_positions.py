@@ -140,6 +140,30 @@ def test_each_layer_has_its_own_rope():
         assert same == (rope is None)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_part_of_the_keys_is_turned_and_joined_to_the_rest(behind, heads):
+    """As in GPT-J, and with one turned head for all as in MiniCPM 3."""
+    rope, watch = nn.RoPE(8, traditional=True, base=100.0), RopeWatch()
+    rest, x = (mx.random.normal((2, 6, 8), key=mx.random.key(i)) + 1.0 for i in (0, 1))
+    x = x[:heads]
+
+    def join(turned, rest):
+        turned = mx.broadcast_to(turned, rest.shape)
+        return mx.concatenate([rest, turned] if behind else [turned, rest], axis=-1)
+
+    with watch.watching():
+        keys = join(rope(x[None], offset=300), rest[None])
+        call = watch.call_that_made(keys)
+        assert watch.call_that_made(keys + 1) is None
+    flat = join(x, rest)
+    np.testing.assert_allclose(call.undo(keys)[0], flat, atol=1e-4)
+    found = spread(*moments(np.array(flat, dtype=np.float64)), call, [9])
+    joined = join(mx.array(everywhere(rope, x, 9), mx.float32), mx.repeat(rest, 9, axis=1))
+    for a, b in zip(found, moments(np.array(joined, dtype=np.float64)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 def test_the_ropes_of_a_real_family_are_found():
     model = load(str(MODELS / "tiny-gemma3-8bit"))[0]
     caches, shapes = packable(model)
