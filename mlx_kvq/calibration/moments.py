@@ -15,6 +15,7 @@ from mlx_lm.models import cache as stock
 
 from ..stock import CachePath, map_leaves
 from .positions import Rope, RopeWatch, contexts, spread
+from .shards import is_sharded
 
 CHUNK = 256  # tokens fed at a time
 # First tokens of a window that no moment counts. Their keys are outliers in most models, and a
@@ -200,6 +201,9 @@ def collect(
         for tokens in windows:
             caches = map_leaves(recorder, make_caches())
             for i in range(0, tokens.size, CHUNK):
+                logits = model(tokens[None, i : i + CHUNK], cache=caches)
                 # The moments evaluate what they need; logits are a fifth to a half of the work.
-                model(tokens[None, i : i + CHUNK], cache=caches)
+                # What one rank does not evaluate it does not send, and others wait for it.
+                if is_sharded(model):
+                    mx.eval(logits)
     return moments
