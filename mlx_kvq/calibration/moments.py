@@ -126,18 +126,24 @@ class _Recorder:
         self.window = window
         self.ropes = ropes
         self.offset = 0
-        self.state: tuple[mx.array, mx.array] | None = None
+        # mlx-lm's pipelines set `keys` to what depends on the message to the next rank.
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.bits.add(keys, values, self.offset, self.ropes.call_that_made(keys))
-        if self.state is not None:
-            keys = mx.concatenate([self.state[0], keys], axis=2)
-            values = mx.concatenate([self.state[1], values], axis=2)
-        self.state = keys, values
+        if self.keys is not None and self.values is not None:
+            keys = mx.concatenate([self.keys, keys], axis=2)
+            values = mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values = keys, values
         self.offset = keys.shape[2]
         return keys, values
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array] | None:
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None]:
+        return self.keys, self.values
+
+    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
         """For layers that read another layer's cache."""
         return self.state
 
