@@ -18,13 +18,12 @@ from ..format import rotation
 from ..format.spec import Spec
 from ..format.transform import Calibration
 from ..stock import packable
-from .moments import LayerMoments, collect
+from .moments import FIRST, LayerMoments, collect
 from .set import CalibrationSet, LayerCalibration
 
 TOKENS = 32768  # of text, at most
-# Tokens of a window; μ is a mean over its positions. On contexts of 1024 tokens windows of 512,
-# 2048 and 4096 cost tiny-qwen2 11, 12 and 16 % more KL; on 4096 tokens 1024 is as good as any.
-LENGTH = 1024
+LENGTH = 1024  # tokens of a window
+POSITIONS = 8192  # of the longest context that a calibration is for (docs/calibration.md)
 FLOOR = 1e-6  # of the mean power; a channel below it counts as this strong
 
 
@@ -40,6 +39,7 @@ def calibrate(
     *,
     tokens: int = TOKENS,
     length: int = LENGTH,
+    positions: int = POSITIONS,
     spec: Spec | str | None = None,
     progress: bool = True,
 ) -> CalibrationSet:
@@ -51,8 +51,10 @@ def calibrate(
         texts (str or iterable of str, optional): Text like the model's later input. ``None`` is
             the built-in sample text.
         tokens (int): Tokens used at most.
-        length (int): Tokens in a window. Keys are taken after RoPE, so windows should be as long
-            as the later contexts.
+        length (int): Tokens in a window, at least 5; the first 4 of each are not counted.
+        positions (int): Tokens of the longest context that is read later. Keys are taken after
+            RoPE, so their mean and spread depend on where they are: what the windows say is
+            carried over to contexts of this length, its half, and so on down to 512.
         spec (Spec or str, optional): Also find λ of the keys for this spec's rotation and seed;
             the calibration then serves no other. About 2 % less KL (scripts/studies).
         progress (bool): Show a progress bar.
@@ -62,7 +64,8 @@ def calibrate(
     """
     arguments.model(model)
     arguments.integer("tokens", tokens)
-    arguments.integer("length", length, 2)
+    arguments.integer("length", length, FIRST + 1)
+    arguments.integer("positions", positions)
     spec = Spec.parse(spec) if spec is not None else None
     text = "given"
     if texts is None:
@@ -71,7 +74,11 @@ def calibrate(
     windows = list(_windows(tokenizer, texts, tokens, length))
     if not windows:
         raise ValueError("The calibration text is empty.")
-    return calibrate_tokens(model, windows, text=text, spec=spec, progress=progress)
+    if max(w.size for w in windows) <= FIRST:
+        raise ValueError(f"The calibration text is too short: it has no more than {FIRST} tokens.")
+    return calibrate_tokens(
+        model, windows, text=text, positions=positions, spec=spec, progress=progress
+    )
 
 
 def calibrate_tokens(
@@ -79,19 +86,25 @@ def calibrate_tokens(
     windows: list[mx.array],
     *,
     text: str = "given",
+    positions: int = POSITIONS,
     spec: Spec | None = None,
     progress: bool = True,
 ) -> CalibrationSet:
     """:func:`calibrate` with windows of tokens, [n] each, in place of text; ``text`` is their name
     in the metadata."""
     arguments.model(model)
-    if not windows:
-        raise ValueError("windows are arrays [n] of tokens, at least one, got none.")
+    if all(w.size <= FIRST for w in windows):
+        raise ValueError(
+            f"windows are arrays [n] of tokens, at least one of them of more than {FIRST}, got "
+            f"{[w.size for w in windows] or 'none'}."
+        )
     caches, shapes = packable(model)
     bar = tqdm(windows, desc="calibrating", unit="window", disable=not progress, leave=False)
-    moments = collect(model, caches, shapes, bar, spec is not None)
+    moments = collect(model, caches, shapes, bar)
     # A layer without queries does not use mlx-lm's shared attention; it is not packed either.
-    layers = {path: layer_calibration(m, spec) for path, m in moments.items() if m.queries.n}
+    layers = {
+        path: layer_calibration(m, positions, spec) for path, m in moments.items() if m.queries.n
+    }
     if not layers:
         raise ValueError("No layer of this model can be calibrated: none has a cache to pack.")
     made = {
@@ -99,6 +112,7 @@ def calibrate_tokens(
         "text": text,
         "tokens": sum(w.size for w in windows),
         "length": max(w.size for w in windows),
+        "positions": positions,
     }
     if spec is not None:
         made["lambda"] = lambda_of(spec)
@@ -118,16 +132,20 @@ def _windows(tokenizer, texts: Iterable[str], tokens: int, length: int) -> Itera
             return
 
 
-def layer_calibration(m: LayerMoments, spec: Spec | None = None) -> LayerCalibration:
-    """μ and σ of one layer from its moments, and λ of its keys for the rotation of ``spec``."""
-    q, k = m.queries.square, m.keys.variance  # E[q qᵀ], [Hkv, D, D]
-    sigma = balanced_scale(_diagonal(k) if m.keys.covariance else k, _diagonal(q))
+def layer_calibration(
+    m: LayerMoments, positions: int, spec: Spec | None = None
+) -> LayerCalibration:
+    """μ and σ of one layer from its moments, for contexts of up to ``positions`` tokens, and λ of
+    its keys for the rotation of ``spec``."""
+    mu, k = m.key_moments(positions)
+    q = m.query_square(positions)
+    sigma = balanced_scale(_diagonal(k), _diagonal(q))
     lam = None
     if spec is not None:
         outer = sigma[:, :, None] * sigma[:, None]
         lam = _fp32(balanced_scale(_rotated(q * outer, spec), _rotated(k / outer, spec)))
     return LayerCalibration(
-        Calibration(mu=_fp32(m.keys.mean), sigma=_fp32(sigma), lam=lam, metric=_fp32(q)),
+        Calibration(mu=_fp32(mu), sigma=_fp32(sigma), lam=lam, metric=_fp32(q)),
         Calibration(mu=_fp32(m.values.mean)),
     )
 

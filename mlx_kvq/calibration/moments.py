@@ -1,7 +1,7 @@
 """One pass over text: the moments of queries, keys and values at every attention.
 
 Only the moments and one window of exact keys and values are kept, so the memory does not grow with
-the text.
+the text. Keys and queries are turned back to position 0 where their RoPE is known.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +14,13 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 from ..stock import CachePath, map_leaves
+from .positions import Rope, RopeWatch, contexts, spread
+from .shards import is_sharded
 
 CHUNK = 256  # tokens fed at a time
+# First tokens of a window that no moment counts. Their keys are outliers in most models, and a
+# cache keeps them exactly; their queries read no other token.
+FIRST = 4
 
 
 class Moments:
@@ -33,6 +38,8 @@ class Moments:
 
     def add(self, x: mx.array) -> None:
         """x [B, H, L, D] in any float dtype."""
+        if x.shape[2] == 0:
+            return
         x = x.astype(mx.float32).swapaxes(0, 1).flatten(1, 2)  # [H, B * L, D]
         n = x.shape[1]
         mean = x.mean(axis=1, keepdims=True)
@@ -62,16 +69,45 @@ class Moments:
 
 class LayerMoments:
     """The moments of one cache, per KV head. Queries are averaged over the query heads of a KV
-    head, with all second moments E[q qᵀ]; keys have those if ``covariance``."""
+    head. Keys and queries are as before ``rope``; where that is None, as they came."""
 
-    def __init__(self, covariance: bool = False):
-        self.keys, self.values = Moments(covariance), Moments()
+    def __init__(self) -> None:
+        self.keys, self.values = Moments(covariance=True), Moments()
         self.queries = Moments(covariance=True)
+        self.rope: Rope | None = None
+        self._skip = 0  # first tokens of the chunk that do not count
+
+    def add(self, keys: mx.array, values: mx.array, offset: int, rope: Rope | None) -> None:
+        """keys and values [B, Hkv, L, D], the first of them at ``offset``, turned by ``rope``."""
+        self.rope, self._skip = rope, max(0, FIRST - offset)
+        self.keys.add(self._at_zero(keys))
+        self.values.add(values[:, :, self._skip :])
 
     def add_queries(self, q: mx.array) -> None:
-        """q [B, Hq, L, D]."""
-        B, _, _, D = q.shape
-        self.queries.add(q.reshape(B, np.shape(self.keys.mean)[0], -1, D))
+        """q [B, Hq, L, D], at the positions of the keys that were added last."""
+        if self._skip < q.shape[2]:
+            q = self._at_zero(q)
+            self.queries.add(q.reshape(q.shape[0], np.shape(self.keys.mean)[0], -1, q.shape[-1]))
+
+    def _at_zero(self, x: mx.array) -> mx.array:
+        """All of x [B, H, L, D] that counts, turned back."""
+        x = x if self.rope is None else self.rope.undo(x)
+        return x[:, :, self._skip :]
+
+    def key_moments(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """E[k] [Hkv, D] and the covariance [Hkv, D, D] over contexts of up to ``positions``."""
+        mean, covariance = np.asarray(self.keys.mean), self.keys.variance
+        if self.rope is None:
+            return mean, covariance
+        mean, square = spread(mean, self.keys.square, self.rope, contexts(positions))
+        return mean, square - mean[:, :, None] * mean[:, None]
+
+    def query_square(self, positions: int) -> np.ndarray:
+        """E[q qᵀ] [Hkv, D, D] over contexts of up to ``positions``."""
+        square = self.queries.square
+        if self.rope is None:
+            return square
+        return spread(np.zeros(square.shape[:2]), square, self.rope, contexts(positions))[1]
 
 
 class _Recorder:
@@ -83,25 +119,31 @@ class _Recorder:
 
     group_size = None
 
-    def __init__(self, moments: LayerMoments, window: int | None):
+    def __init__(self, moments: LayerMoments, window: int | None, ropes: RopeWatch):
         # mlx-lm routes caches with `bits` and `group_size` to its quantized attention function,
         # and passes `bits`: there the moments of the layer get the queries.
         self.bits = moments
         self.window = window
+        self.ropes = ropes
         self.offset = 0
-        self.state: tuple[mx.array, mx.array] | None = None
+        # mlx-lm's pipelines set `keys` to what depends on the message to the next rank.
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.bits.keys.add(keys)
-        self.bits.values.add(values)
-        if self.state is not None:
-            keys = mx.concatenate([self.state[0], keys], axis=2)
-            values = mx.concatenate([self.state[1], values], axis=2)
-        self.state = keys, values
+        self.bits.add(keys, values, self.offset, self.ropes.call_that_made(keys))
+        if self.keys is not None and self.values is not None:
+            keys = mx.concatenate([self.keys, keys], axis=2)
+            values = mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values = keys, values
         self.offset = keys.shape[2]
         return keys, values
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array] | None:
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None]:
+        return self.keys, self.values
+
+    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
         """For layers that read another layer's cache."""
         return self.state
 
@@ -151,19 +193,23 @@ def collect(
     make_caches: Callable[[], list],
     paths: Iterable[CachePath],
     windows: Iterable[mx.array],
-    covariance: bool = False,
 ) -> dict[CachePath, LayerMoments]:
     """Run ``model`` over windows of tokens, [n] each, and gather the moments of its own caches at
-    ``paths``; with ``covariance`` all second moments of the keys."""
-    moments = {path: LayerMoments(covariance) for path in paths}
+    ``paths``."""
+    moments = {path: LayerMoments() for path in paths}
+    ropes = RopeWatch()
 
     def recorder(path: CachePath, cache):
         window = getattr(cache, "max_size", None)
-        return _Recorder(moments[path], window) if path in moments else cache
+        return _Recorder(moments[path], window, ropes) if path in moments else cache
 
-    with _attention_recorded(), fast_on_cpu(model):
+    with _attention_recorded(), ropes.watching(), fast_on_cpu(model):
         for tokens in windows:
             caches = map_leaves(recorder, make_caches())
             for i in range(0, tokens.size, CHUNK):
-                mx.eval(model(tokens[None, i : i + CHUNK], cache=caches))
+                logits = model(tokens[None, i : i + CHUNK], cache=caches)
+                # The moments evaluate what they need; logits are a fifth to a half of the work.
+                # What one rank does not evaluate it does not send, and others wait for it.
+                if is_sharded(model):
+                    mx.eval(logits)
     return moments

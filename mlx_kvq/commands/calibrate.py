@@ -3,9 +3,10 @@
 import argparse
 import sys
 
-from ..calibration.fit import LENGTH, TOKENS, calibrate
+from ..caches import seams
+from ..calibration.fit import LENGTH, POSITIONS, TOKENS, calibrate
 from ..model.loading import load
-from .options import cache
+from .options import cache, length
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="At most (default %(default)s).")
     parser.add_argument(
         "--length", type=int, default=LENGTH, help="Tokens in a window (default %(default)s)."
+    )
+    parser.add_argument(
+        "--positions",
+        type=length,
+        default=POSITIONS,
+        metavar="TOKENS",
+        help="The longest context that is read later, such as 8K (default %(default)s); shorter "
+        "ones count as well.",
     )
     parser.add_argument(
         "--lambda",
@@ -47,12 +56,20 @@ def run(args: argparse.Namespace) -> None:
         # No character is more than some tokens: what cannot be used is not read.
         texts = [_read(name, 32 * args.tokens) for name in args.text]
     model, tokenizer = load(args.model, trust=args.trust_remote_code)
+    seams.install()  # without it mlx-lm refuses models with attention sinks
     found = calibrate(
-        model, tokenizer, texts, tokens=args.tokens, length=args.length, spec=args.spec
+        model,
+        tokenizer,
+        texts,
+        tokens=args.tokens,
+        length=args.length,
+        positions=args.positions,
+        spec=args.spec,
     )
     found.save(args.output)
     print(
-        f"{args.output}: {len(found.layers)} layers from {found.metadata['tokens']} tokens",
+        f"{args.output}: {len(found.layers)} layers from {found.metadata['tokens']} tokens, for "
+        f"contexts of up to {args.positions}",
         file=sys.stderr,
     )
 

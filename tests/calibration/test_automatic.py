@@ -25,7 +25,7 @@ def test_the_tokenizer_that_a_model_was_loaded_with_is_known(kept):
     report = mlx_kvq.enable(model, "int4-srft", verbose=False)
     assert report.calibration.metadata["text"] == "built-in sample"
     assert report.calibration.metadata["model"] == name
-    assert [p.name for p in kept.iterdir()] == [f"{identity(model)}-sample.safetensors"]
+    assert [p.name for p in kept.iterdir()] == [f"{identity(model)}-2-sample.safetensors"]
 
 
 def test_text_is_found_before_random_tokens(kept):
@@ -40,10 +40,23 @@ def test_files_that_cannot_be_used_are_told_once(kept):
     model, lines = Model(Attention()), []
     kept.mkdir()
     for kind in ("sample", "random"):
-        (kept / f"{identity(model)}-{kind}.safetensors").write_bytes(b"no")
+        (kept / f"{identity(model)}-2-{kind}.safetensors").write_bytes(b"no")
     automatic.automatic(model, say=lines.append)
     (line,) = lines
     assert line.startswith("calibrating again, the kept calibration cannot be used: ")
+
+
+def test_what_was_made_in_another_way_is_not_used(kept):
+    """Calibrations of windows of 1K were kept without a version in their name."""
+    model = Model(Attention())
+    automatic.automatic(model, Words())
+    (file,) = kept.iterdir()
+    file.write_bytes(b"no")
+    file.rename(kept / f"{identity(model)}-sample.safetensors")
+    lines = []
+    found = automatic.automatic(model, Words(), lines.append)
+    assert lines == ["no calibration for this model: calibrating on the built-in sample text, once"]
+    assert found.metadata["positions"] == 8192 and len(list(kept.iterdir())) == 2
 
 
 class Clock:

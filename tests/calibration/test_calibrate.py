@@ -18,7 +18,7 @@ from mlx_lm.models import cache as stock
 import mlx_kvq
 from mlx_kvq.calibration import automatic
 from mlx_kvq.calibration.fit import balanced_scale, calibrate_tokens, sample_text
-from mlx_kvq.calibration.moments import CHUNK, Moments, collect
+from mlx_kvq.calibration.moments import CHUNK, FIRST, Moments, collect
 from mlx_kvq.calibration.set import CalibrationSet, LayerCalibration
 from mlx_kvq.format import levels
 from mlx_kvq.format.format import make_format
@@ -108,12 +108,12 @@ def test_moments_merge_to_those_of_all_at_once():
 
 @pytest.mark.parametrize("windows", [[40], [CHUNK + 7, 3]])
 def test_mu_and_sigma_are_those_of_the_keys_and_queries(windows):
-    """Chunks and windows do not show: all positions of all windows count alike."""
+    """Chunks and windows do not show: all but a window's first tokens count alike."""
     model = Model(Attention(shift=5.0))
     parts = [some_tokens(n, seed) for seed, n in enumerate(windows)]
     found = calibrate_tokens(model, parts, progress=False)
     q, k, v = (
-        mx.concatenate(x, axis=2)
+        mx.concatenate([a[:, :, FIRST:] for a in x], axis=2)
         for x in zip(
             *(model.layers[0].vectors(model.embedded(p[None]), 0) for p in parts), strict=True
         )
@@ -139,7 +139,7 @@ def test_lambda_is_that_of_the_rotated_keys_and_queries(spec):
     np.testing.assert_allclose(keys.mu, plain.mu, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(keys.sigma, plain.sigma, rtol=1e-5)
     assert plain.lam is None and found.layers[(0,)].values.lam is None
-    q, k, _ = model.layers[0].vectors(model.embedded(ids[None]), 0)
+    q, k, _ = (x[:, :, FIRST:] for x in model.layers[0].vectors(model.embedded(ids[None]), 0))
     fmt = make_format(spec, D, keys=Calibration(keys.mu, keys.sigma))
     y = np.array(fmt.keys.forward(k), dtype=np.float64)[0]
     turned = np.array(fmt.keys.query(q), dtype=np.float64).reshape(Hkv, -1, D)
@@ -226,8 +226,8 @@ def test_the_pass_leaves_everything_as_it_was():
 
 def test_texts_are_cut_into_windows():
     model, word = Model(Attention()), "a b c d e f g h i j "
-    found = mlx_kvq.calibrate(model, Words(), [word, word], tokens=15, length=4, progress=False)
-    assert (found.metadata["tokens"], found.metadata["length"]) == (15, 4)
+    found = mlx_kvq.calibrate(model, Words(), [word, word], tokens=15, length=6, progress=False)
+    assert (found.metadata["tokens"], found.metadata["length"]) == (15, 6)
     for texts, error in [("", "empty"), ([], "empty"), ([b"bytes"], "are strings, got bytes")]:
         with pytest.raises(ValueError, match=error):
             mlx_kvq.calibrate(model, Words(), texts, progress=False)
@@ -409,7 +409,7 @@ def test_automatic_calibration_is_made_once_and_kept(kept, capsys):
     assert "calibrating on the built-in sample text, once" in lines
     assert "calibrated (built-in sample)" in lines
     (file,) = kept.iterdir()
-    assert file.name == f"{identity(model)}-sample.safetensors"
+    assert file.name == f"{identity(model)}-2-sample.safetensors"
     mlx_kvq.enable(model, "int8-srht", tokenizer=Words())
     again = mlx_kvq.enable(model, "int4-srft")  # text serves a call without a tokenizer
     lines = capsys.readouterr().err
@@ -513,18 +513,40 @@ def test_the_command(tmp_path, kept):
             str(out),
             "--lambda",
             "int4-srft",
+            "--positions",
+            "2K",
         ],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert f"{out}: 4 layers from 48 tokens" in done.stderr
+    assert f"{out}: 4 layers from 48 tokens, for contexts of up to 2048" in done.stderr
     found = CalibrationSet.load(out)
-    assert found.metadata["length"] == 32
+    assert (found.metadata["length"], found.metadata["positions"]) == (32, 2048)
     assert found.metadata["lambda"] == "srft, seed 0"
     found.check({(i,): (1, 128, 128) for i in range(4)})
     assert mlx_kvq.enable(load(model)[0], "int4-srft", calibration=out).calibration is not None
     json.dumps(dict(found.metadata))
+
+
+def test_the_command_takes_models_with_attention_sinks(tmp_path):
+    """In a process of its own, where nothing else has led mlx-lm to our functions."""
+    out = tmp_path / "c.safetensors"
+    code = f"""
+import argparse
+from mlx_kvq.commands import calibrate
+from tests.calibration.test_calibrate import Words
+from tests.support.families import build
+parser = argparse.ArgumentParser()
+calibrate.add_arguments(parser)
+calibrate.load = lambda name, trust: (build(name), Words())
+calibrate.run(parser.parse_args(["--model", "gpt_oss", "--output", {str(out)!r}, "--tokens", "40"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=MODELS.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(CalibrationSet.load(out).layers) == 4
 
 
 def test_the_command_tells_mistakes(tmp_path):

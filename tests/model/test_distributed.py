@@ -98,14 +98,15 @@ def test_the_text_of_one_process(mode, calibrated, results):
         assert seen == {(0, "2"), (0, "3"), (1, "0"), (1, "1")}
 
 
-def test_automatic_calibration_of_shards(tmp_path):
+@pytest.mark.parametrize("mode", ["tensor", "pipeline"])
+def test_automatic_calibration_of_shards(mode, tmp_path):
     """Made by all ranks together, also when one of them has kept its part."""
-    ((first, _),) = run("tensor", tmp_path, "auto")
+    ((first, _),) = run(mode, tmp_path, "auto")
     assert first[0] == first[1]
     kept = sorted(tmp_path.glob("*-sample.safetensors"))
-    assert len(kept) == 2  # each rank has heads of its own
+    assert len(kept) == 2  # each rank has heads or layers of its own
     kept[0].unlink()
-    ((again, _),) = run("tensor", tmp_path, "auto")
+    ((again, _),) = run(mode, tmp_path, "auto")
     assert again == first
     assert len(list(tmp_path.glob("*-sample.safetensors"))) == 2
 
