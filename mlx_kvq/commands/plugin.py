@@ -63,6 +63,10 @@ def patch(module: ModuleType) -> None:
     """Give a command module of mlx-lm the option ``--kv-cache``, or change ``mlx_lm.utils`` or
     ``mlx_lm.models.cache``."""
     global _lacking
+    if module.__name__.startswith("mlx_vlm."):
+        from . import plugin_vlm
+
+        return plugin_vlm.patch(module)
     names: dict[str, Any] = vars(module)
     name = module.__name__.removeprefix("mlx_lm.")
     absent = [n for n in NEEDED[name] if not _has(names, n)]
@@ -100,6 +104,17 @@ def patch(module: ModuleType) -> None:
         names["MLXLM"]._score_fn = _in_chunks(names["MLXLM"]._score_fn)
 
 
+def asked() -> str | None:
+    """``--kv-cache`` of this process."""
+    return _asked
+
+
+def lacking(name: str, program: str) -> None:
+    """``--kv-cache`` is an error that names what a program lacks."""
+    global _lacking
+    _lacking = f"{program}:{name}"
+
+
 def _has(names: dict[str, Any], name: str) -> bool:
     outer, _, inner = name.partition(".")
     found = names.get(outer)
@@ -128,7 +143,7 @@ class _Parser(argparse.ArgumentParser):
         parsed, rest = super().parse_known_args(args, namespace)
         global _asked, _option
         if self._ours is None:
-            _say(
+            say(
                 f"warning: {self.prog} has an option --kv-cache that is not mlx_kvq's; "
                 "mlx_kvq.enable(model, …) packs a cache from Python"
             )
@@ -149,7 +164,8 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"--max-kv-size is at least 1, got {max_kv_size}")
         try:
             for name in filter(None, (self.lacking, _lacking)):
-                raise missing(name)
+                program, _, rest = name.rpartition(":")
+                raise missing(rest, program or "mlx_lm")
             from .. import stock_names
 
             stock_names.check()
@@ -171,12 +187,17 @@ class _Argparse(ModuleType):
         return getattr(argparse, name)
 
 
-def _say(line: str) -> None:
+def argparse_with_option() -> ModuleType:
+    """The module ``argparse`` whose parsers know ``--kv-cache``."""
+    return _Argparse()
+
+
+def say(line: str) -> None:
     print(f"[mlx_kvq] {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _one_line(is_server: bool) -> Iterator[None]:
+def one_line(is_server: bool) -> Iterator[None]:
     """End the command with one line where what was asked for cannot be had; a server answers the
     request with it and goes on."""
     try:
@@ -186,7 +207,7 @@ def _one_line(is_server: bool) -> Iterator[None]:
             raise _PackingError(str(error)) from error
         sys.exit(f"[mlx_kvq] error: {error}")
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         sys.exit(130)
 
 
@@ -248,7 +269,7 @@ def _as_the_repository_says(load):
 
             source.name, source.revision = name, given.get("revision")
             if _asked is None:
-                repository.apply(loaded[0], verbose=not _quiet())
+                repository.apply(loaded[0], verbose=not quiet())
             else:
                 said = source.said
                 print(f"[mlx_kvq] {_option} in place of the repository's {said}", file=sys.stderr)
@@ -287,12 +308,12 @@ def _enabling(load, is_server: bool):
 
             if not isinstance(error, RepositoryError):
                 raise
-            with _one_line(is_server):
+            with one_line(is_server):
                 raise
         caches = _unchecked.pop() if from_file else None
         if _asked is None and caches is None:
             return loaded
-        with _one_line(is_server):
+        with one_line(is_server):
             from ..caches.prompt_file import check
             from ..caches.seams import CLASSES, refuse_kv_bits
             from ..model.enable import enable
@@ -302,7 +323,7 @@ def _enabling(load, is_server: bool):
             if _asked is not None:
                 name = getattr(vars(loaded[0]).get("_mlx_kvq_loaded"), "name", "")
                 with about(name if _loaded > 1 else ""):
-                    enable(loaded[0], _asked, tokenizer=loaded[1], verbose=not _quiet())
+                    enable(loaded[0], _asked, tokenizer=loaded[1], verbose=not quiet())
             if caches is not None:
                 check(caches, loaded[0])
                 if _option.startswith("--kv-bits"):
@@ -313,7 +334,7 @@ def _enabling(load, is_server: bool):
     return wrapper
 
 
-def _quiet() -> bool:
+def quiet() -> bool:
     return os.environ.get("MLX_KVQ_QUIET", "") not in ("", "0")
 
 
@@ -341,7 +362,7 @@ def _saying_what_is_saved(main, names: dict[str, Any]):
 
     @functools.wraps(main)
     def wrapper():
-        if not _quiet():
+        if not quiet():
             names["generate"] = generate
         try:
             return main()
