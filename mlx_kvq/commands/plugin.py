@@ -105,8 +105,24 @@ def patch(module: ModuleType) -> None:
 
 
 def asked() -> str | None:
-    """``--kv-cache`` of this process."""
-    return _asked
+    """``--kv-cache`` of this process, or else ``MLX_KVQ_SPEC``, for programs without the option."""
+    return _asked if _asked is not None else os.environ.get("MLX_KVQ_SPEC") or None
+
+
+def from_option() -> bool:
+    """Whether this process has the option ``--kv-cache``, rather than the variable."""
+    return _asked is not None
+
+
+def enable_asked(model: Any, tokenizer: Any) -> None:
+    """Enable what ``MLX_KVQ_SPEC`` says, where a program loads a model."""
+    from ..model.enable import enable
+
+    spec = os.environ["MLX_KVQ_SPEC"]
+    try:
+        enable(model, spec, tokenizer=tokenizer, verbose=not quiet())
+    except ValueError as error:
+        raise ValueError(f"MLX_KVQ_SPEC={spec}: {error}") from error
 
 
 def lacking(name: str, program: str) -> None:
@@ -268,11 +284,13 @@ def _as_the_repository_says(load):
             from ..repositories import repository
 
             source.name, source.revision = name, given.get("revision")
-            if _asked is None:
+            if asked() is None:
                 repository.apply(loaded[0], verbose=not quiet())
             else:
-                said = source.said
-                print(f"[mlx_kvq] {_option} in place of the repository's {said}", file=sys.stderr)
+                option = _option if _asked is not None else f"MLX_KVQ_SPEC={asked()}"
+                say(f"{option} in place of the repository's {source.said}")
+        if _asked is None and asked() is not None:
+            enable_asked(loaded[0], loaded[1])
         return loaded
 
     return wrapper

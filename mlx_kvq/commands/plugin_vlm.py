@@ -49,9 +49,11 @@ def _enabling(load):
         tokenizer = getattr(loaded[1], "tokenizer", loaded[1])
         model = language_model(loaded[0])
         model._mlx_kvq_loaded = plugin.Loaded(str(next(iter(given.values()))), tokenizer)
-        if (spec := plugin.asked()) is not None:
+        if plugin.from_option():
             with plugin.one_line(is_server="mlx_vlm.server.cli" in sys.modules):
-                enable(loaded[0], spec, verbose=not plugin.quiet())
+                enable(loaded[0], plugin.asked() or "", verbose=not plugin.quiet())
+        elif plugin.asked() is not None:
+            plugin.enable_asked(loaded[0], tokenizer)
         return loaded
 
     return wrapper
