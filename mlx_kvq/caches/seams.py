@@ -25,6 +25,7 @@ whatever name and however early, gets the replacement.
 - ``generate.generate_step``, ``generate.speculative_generate_step``,
   ``generate.PromptProcessingBatch.prompt`` and ``cache.LRUPromptCache.fetch_nearest_cache``: caches
   learn what of a prompt is to come, and where a cached one can go on (``mlx_kvq.caches.prompts``).
+- ``generate.BatchGenerator._make_new_cache``, before mlx-lm 0.32 (``before_032``).
 - ``cache.save_prompt_cache`` and ``cache.load_prompt_cache``, which then hash and check files of
   packed caches (``mlx_kvq.caches.prompt_file``); ``mlx_lm.models.cache``'s globals hold our cache
   classes, where the latter looks.
@@ -254,6 +255,8 @@ SEAMS = [
     Seam("generate", "PromptProcessingBatch.prompt", prompts.reading),
     Seam("models.cache", "LRUPromptCache.fetch_nearest_cache", prompts.fetching),
 ]
+if before_032.needed():
+    SEAMS.append(Seam("generate", "BatchGenerator._make_new_cache", before_032.bounding))
 
 VLM_SEAMS = [
     Seam("models.base", "scaled_dot_product_attention", vlm.attention, VLM),

@@ -106,11 +106,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--spec", default="int4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write what was found there.")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="Keep what the host printed.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         home = args.environment or work / "environment"
         found = Trial(HOSTS[args.host], home, args.model.resolve(), args.spec, work).run(args.wheel)
+        if args.log:
+            args.log.write_bytes((work / "host.log").read_bytes())
     for name, text in found.items():
         print(f"{name:14} {text}")
     if args.json:
