@@ -22,7 +22,7 @@ def needed() -> bool:
 
 
 def bounding(make_new_cache: Callable) -> Callable:
-    """``BatchGenerator._make_new_cache``, where ``max_kv_size`` bounds mlx-lm's own caches alone."""
+    """``BatchGenerator._make_new_cache``, whose ``max_kv_size`` bounds mlx-lm's own caches only."""
 
     def wrapper(self):
         if self.max_kv_size is not None and factory_of(self.model) is not None:

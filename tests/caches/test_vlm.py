@@ -112,7 +112,7 @@ def test_either_half_enables_and_disables_both(model):
         mlx_kvq.disable(half)
         assert kinds(model) == {type(c).__name__ for c in before}
     made = mlx_kvq.make_prompt_cache(model, INT4, max_kv_size=40)
-    assert 40 in {c.max_size for c in made}
+    assert 40 in {getattr(c, "max_size", None) for c in made}
     assert kinds(model) == {type(c).__name__ for c in before}
 
 
