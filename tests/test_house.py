@@ -33,7 +33,7 @@ BELOW["__init__"] = {
     *BELOW["commands"],
 }  # for type checkers; names are loaded on first use
 # Run while mlx_lm is half imported, or at every start of the interpreter: they import late.
-LATE = {"_startup", "commands.plugin"}
+LATE = {"_startup", "commands.plugin", "commands.plugin_vlm"}
 OPTIONAL = {"huggingface_hub", "matplotlib", "mlx_lm", "transformers"}
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from ..caches import trampoline
 from ..format.spec import OFF
 from ..stock_names import missing
-from .options import cache, length
+from .options import cache, length, size
 
 HELP = (
     "Keep keys and values packed: 'int4' (short for 'int4-srft', 4.5 bits per value), 'k8v4', "
@@ -47,7 +47,7 @@ NEEDED = {
     "evaluate": ("load", "MLXLM._score_fn"),
     "generate": ("load", "load_prompt_cache", "main", "generate"),
     "perplexity": ("load", "eval_ppl"),
-    "server": ("load", "sharded_load", "ModelProvider.load_default"),
+    "server": ("load", "sharded_load", "ModelProvider.load_default", "run", "LRUPromptCache"),
     "utils": ("load", "sharded_load", "load_model", "save"),
     "models.cache": ("load_prompt_cache",),
 }
@@ -57,16 +57,14 @@ _unchecked: list[list] = []  # caches from a file, before the model is loaded
 _packed_file = False  # whether there was such a file, with packed caches
 _loaded = 0  # models; from the second on, a draft's or a server's, lines name theirs
 _lacking = ""  # what mlx_lm.utils lacks
+_folder: str | None = None  # --prompt-cache-dir of the server
+_folder_bytes = 8 << 30  # and its bound
 
 
 def patch(module: ModuleType) -> None:
     """Give a command module of mlx-lm the option ``--kv-cache``, or change ``mlx_lm.utils`` or
     ``mlx_lm.models.cache``."""
     global _lacking
-    if module.__name__.startswith("mlx_vlm."):
-        from . import plugin_vlm
-
-        return plugin_vlm.patch(module)
     names: dict[str, Any] = vars(module)
     name = module.__name__.removeprefix("mlx_lm.")
     absent = [n for n in NEEDED[name] if not _has(names, n)]
@@ -86,7 +84,8 @@ def patch(module: ModuleType) -> None:
         if any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
             print(f"[mlx_kvq] warning: {missing(f'{name}.argparse')}", file=sys.stderr)
         return
-    names["argparse"] = _Argparse(f"{name}.{absent[0]}" if absent else "")
+    lacks = f"{name}.{absent[0]}" if absent else ""
+    names["argparse"] = _Argparse(lacks, is_server=name == "server")
     if absent:
         return
     for load in ("load", "sharded_load"):
@@ -95,6 +94,7 @@ def patch(module: ModuleType) -> None:
     if name == "server":
         provider = names["ModelProvider"]
         provider.load_default = _ending_the_server(provider.load_default)
+        names["run"] = _keeping_prompts(names["run"], names)
     if name == "generate":
         names["load_prompt_cache"] = _knowing_our_caches(names["load_prompt_cache"])
         names["main"] = _saying_what_is_saved(names["main"], names)
@@ -141,6 +141,7 @@ class _Parser(argparse.ArgumentParser):
     """Adds the option last, below the command's own."""
 
     lacking = ""  # what the command's module lacks
+    is_server = False
     _ours: argparse.Action | None = None
 
     def _add_kv_cache(self) -> None:
@@ -149,6 +150,25 @@ class _Parser(argparse.ArgumentParser):
             self._ours = self.add_argument(
                 "--kv-cache", dest="mlx_kvq_cache", type=cache(), metavar="SPEC", help=HELP
             )
+            if self.is_server:
+                self._add_folder()
+
+    def _add_folder(self) -> None:
+        self.add_argument(
+            "--prompt-cache-dir",
+            dest="mlx_kvq_folder",
+            metavar="DIR",
+            help="Keep the caches of prompts of 512 tokens and more in files of this folder, also "
+            "beyond this process. From mlx_kvq.",
+        )
+        self.add_argument(
+            "--prompt-cache-dir-bytes",
+            dest="mlx_kvq_folder_bytes",
+            type=size,
+            default=_folder_bytes,
+            metavar="SIZE",
+            help="Bytes of these files, such as 20GB (default: 8GB); the least recently used go.",
+        )
 
     def format_help(self) -> str:
         self._add_kv_cache()
@@ -157,7 +177,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         self._add_kv_cache()
         parsed, rest = super().parse_known_args(args, namespace)
-        global _asked, _option
+        global _asked, _option, _folder, _folder_bytes
+        _folder = getattr(parsed, "mlx_kvq_folder", None)
+        _folder_bytes = getattr(parsed, "mlx_kvq_folder_bytes", _folder_bytes)
         if self._ours is None:
             say(
                 f"warning: {self.prog} has an option --kv-cache that is not mlx_kvq's; "
@@ -195,9 +217,10 @@ class _Parser(argparse.ArgumentParser):
 class _Argparse(ModuleType):
     """The module ``argparse`` with our parser in it."""
 
-    def __init__(self, lacking: str = ""):
+    def __init__(self, lacking: str = "", is_server: bool = False):
         super().__init__("argparse")
-        self.ArgumentParser = type("ArgumentParser", (_Parser,), {"lacking": lacking})
+        own = {"lacking": lacking, "is_server": is_server}
+        self.ArgumentParser = type("ArgumentParser", (_Parser,), own)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(argparse, name)
@@ -241,6 +264,37 @@ def _ending_the_server(load_default):
         except _PackingError as error:
             print(f"[mlx_kvq] error: {error}", file=sys.stderr, flush=True)
             os._exit(1)
+
+    return wrapper
+
+
+def _keeping_prompts(run, names: dict[str, Any]):
+    """The server's ``run``, whose prompt cache is then one over ``--prompt-cache-dir``."""
+
+    @functools.wraps(run)
+    def wrapper(host, port, model_provider, *args, **kwargs):
+        if _folder is not None:
+            import mlx.core as mx
+
+            from ..caches import prefix
+
+            with one_line(is_server=False):
+                if mx.distributed.init().size() > 1:  # whose ranks must reuse the same tokens
+                    raise ValueError("--prompt-cache-dir is for a server of one process")
+                try:
+                    folder = prefix.Folder(_folder, _folder_bytes, say)
+                except OSError as error:
+                    raise ValueError(f"--prompt-cache-dir {_folder}: {error.strerror}") from None
+
+            def model():
+                # A draft model's caches are in the same list, and it has no identity of its own.
+                draft = getattr(model_provider, "draft_model", None)
+                return model_provider.model if draft is None else None
+
+            names["LRUPromptCache"] = lambda size, *more: prefix.StoredPrompts(
+                folder, model, max_size=size
+            )
+        return run(host, port, model_provider, *args, **kwargs)
 
     return wrapper
 
