@@ -15,6 +15,8 @@ import functools
 import inspect
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -57,6 +59,8 @@ _unchecked: list[list] = []  # caches from a file, before the model is loaded
 _packed_file = False  # whether there was such a file, with packed caches
 _loaded = 0  # models; from the second on, a draft's or a server's, lines name theirs
 _lacking = ""  # what mlx_lm.utils lacks
+_waiting: list[tuple[str, weakref.ref]] = []  # path and model last loaded, without a tokenizer yet
+_inside = threading.local()  # .load: this thread is in mlx_lm.utils.load
 _folder: str | None = None  # --prompt-cache-dir of the server
 _folder_bytes = 8 << 30  # and its bound
 
@@ -79,6 +83,8 @@ def patch(module: ModuleType) -> None:
             trampoline.replace(names["load"], _as_the_repository_says)
             trampoline.replace(names["sharded_load"], _as_the_repository_says)
             trampoline.replace(names["save"], _with_the_calibration)
+            if (function := trampoline.function(names.get("load_tokenizer"))) is not None:
+                trampoline.replace(function, _completing)
         return
     if names.get("argparse") is not argparse:
         if any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
@@ -309,6 +315,7 @@ def _remembering(load_model):
             from ..repositories import repository
 
             repository.attach(loaded[0], model_path, loaded[1]["kv_cache"])
+        _waiting[:] = [(str(model_path), weakref.ref(loaded[0]))]
         return loaded
 
     return wrapper
@@ -330,22 +337,47 @@ def _as_the_repository_says(load):
 
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
-        loaded = load(*args, **kwargs)
+        before, _inside.load = getattr(_inside, "load", False), True
+        try:
+            loaded = load(*args, **kwargs)
+        finally:
+            _inside.load = before
         given = signature.bind(*args, **kwargs).arguments
-        name = str(next(iter(given.values())))
-        loaded[0]._mlx_kvq_loaded = Loaded(name, loaded[1])
-        if (source := vars(loaded[0]).get("_mlx_kvq_repository")) is not None:
-            from ..repositories import repository
-
-            source.name, source.revision = name, given.get("revision")
-            if asked() is None:
-                repository.apply(loaded[0], verbose=not quiet())
-            else:
-                option = _option if _asked is not None else f"MLX_KVQ_SPEC={asked()}"
-                say(f"{option} in place of the repository's {source.said}")
-        if _asked is None and asked() is not None:
-            enable_asked(loaded[0], loaded[1])
+        _prepare(loaded[0], loaded[1], str(next(iter(given.values()))), given.get("revision"))
         return loaded
+
+    return wrapper
+
+
+def _prepare(model: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
+    """Enable what the repository says, or ``MLX_KVQ_SPEC``, once a model and its tokenizer are
+    there. What ``--kv-cache`` says a command's own ``load`` does."""
+    model._mlx_kvq_loaded = Loaded(name, tokenizer)
+    if (source := vars(model).get("_mlx_kvq_repository")) is not None:
+        from ..repositories import repository
+
+        source.name, source.revision = name, revision
+        if asked() is None:
+            repository.apply(model, verbose=not quiet())
+        else:
+            option = _option if _asked is not None else f"MLX_KVQ_SPEC={asked()}"
+            say(f"{option} in place of the repository's {source.said}")
+    if _asked is None and asked() is not None:
+        enable_asked(model, tokenizer)
+
+
+def _completing(load_tokenizer):
+    """Programs that call ``load_model`` and then ``load_tokenizer``, and never ``load``."""
+
+    @functools.wraps(load_tokenizer)
+    def wrapper(model_path, *args, **kwargs):
+        tokenizer = load_tokenizer(model_path, *args, **kwargs)
+        waiting, _waiting[:] = list(_waiting), []
+        for path, reference in waiting:
+            model = reference()
+            if model is not None and path == str(model_path) and not getattr(_inside, "load", 0):
+                _prepare(model, tokenizer, path)
+        return tokenizer
 
     return wrapper
 
