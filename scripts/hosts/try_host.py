@@ -103,6 +103,9 @@ def main() -> None:
     parser.add_argument("host", choices=HOSTS)
     parser.add_argument("--wheel", type=Path, help="Default: built from this checkout.")
     parser.add_argument("--environment", type=Path, help="Default: a new one, deleted afterwards.")
+    parser.add_argument(
+        "--as-it-is", action="store_true", help="Install nothing into the environment."
+    )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--spec", default="int4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write what was found there.")
@@ -111,7 +114,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         home = args.environment or work / "environment"
-        found = Trial(HOSTS[args.host], home, args.model.resolve(), args.spec, work).run(args.wheel)
+        trial = Trial(HOSTS[args.host], home, args.model.resolve(), args.spec, work)
+        found = trial.run(args.wheel, args.as_it_is)
         if args.log:
             args.log.write_bytes((work / "host.log").read_bytes())
     for name, text in found.items():
@@ -128,9 +132,10 @@ class Trial:
         self.host, self.home, self.model, self.spec, self.work = host, home, model, spec, work
         self.bin = home / "bin"
 
-    def run(self, wheel: Path | None) -> dict[str, str]:
+    def run(self, wheel: Path | None, as_it_is: bool) -> dict[str, str]:
         try:
-            self.install(wheel)
+            if not as_it_is:
+                self.install(wheel)
         except subprocess.CalledProcessError as error:
             said = [line for line in error.stderr.splitlines() if "WARNING" not in line]
             return {"install": "missing: " + " ".join(said)[-400:]}
@@ -172,6 +177,8 @@ class Trial:
         ours = f"{wheel}[cpu]" if sys.platform == "linux" else str(wheel)
         pip = self.bin / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"
         self.call(*pip, ours, *self.host.packages, "openai")
+        # An environment may hold another build of the same version.
+        self.call(*pip, "--force-reinstall", "--no-deps", wheel)
         folder = "import sysconfig; print(sysconfig.get_path('purelib'))"
         site = Path(self.call(self.bin / "python", "-c", folder).strip())
         (site / "kvq_probe.py").write_text(PROBE)
@@ -198,6 +205,7 @@ class Trial:
     def environment(self) -> dict[str, str]:
         own = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | self.host.environment
         own["PATH"] = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        own["HOME"] = str(self.work)  # some keep prompts on disk, of another cache perhaps
         own["HF_HOME"] = str(self.work / "hub")
         (self.work / "hub" / "hub").mkdir(parents=True, exist_ok=True)
         own["KVQ_PROBE"] = str(self.work / "attended")
