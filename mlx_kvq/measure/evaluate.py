@@ -50,7 +50,7 @@ class Evaluation:
             row = [
                 r.name,
                 f"{r.bytes_per_token:.0f}",
-                f"{r.kl.mean:.4f}{_half(r.kl, '.4f')}",
+                f"{r.kl.mean:.4f}{_range(r.kl, '.4f')}",
                 f"{r.kl_p99:.3f}",
                 f"{100 * r.top1:.1f} %",
                 f"{r.perplexity.mean:.2f}{_range(r.perplexity, '.2f')}",
@@ -64,8 +64,8 @@ class Evaluation:
     def _notes(self, markdown: bool) -> list[str]:
         notes = [
             "{windows} windows of {tokens} tokens in chunks of {chunk}, the first chunk not "
-            "scored; KL in nats per token, from {}; 95 % intervals over windows, the change's from "
-            "paired differences.".format(self.results[0].name, **self.setting),
+            "scored; KL in nats per token, from {}; 95 % intervals over windows, on a log scale, "
+            "the change's from paired differences.".format(self.results[0].name, **self.setting),
             *(f"{r.name}: {r.note}." for r in self.results if r.note),
         ]
         return ["", "\n\n".join(notes) if markdown else "\n".join(notes)]
@@ -256,10 +256,6 @@ def _layout(rows: list[list[str]], markdown: bool) -> list[str]:
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-
-
-def _half(e: Estimate, form: str) -> str:
-    return "" if math.isnan(e.low) else f" ± {(e.high - e.low) / 2:{form}}"
 
 
 def _range(e: Estimate, form: str) -> str:
