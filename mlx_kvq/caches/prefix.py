@@ -69,7 +69,7 @@ class Folder:
 
     def __init__(self, path: str | Path, max_bytes: int, say: Callable[[str], None]):
         self.path, self.max_bytes, self.say = Path(path).expanduser(), max_bytes, say
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts are private
         self.files = [f for p in sorted(self.path.glob(f"{PREFIX}*.safetensors")) if (f := _of(p))]
         self._told = False
 

@@ -42,14 +42,14 @@ def _enabling(load):
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
         loaded = load(*args, **kwargs)
-        from ..host import language_model
-        from ..model.enable import enable
-
         given = signature.bind(*args, **kwargs).arguments
         tokenizer = getattr(loaded[1], "tokenizer", loaded[1])
-        model = language_model(loaded[0])
+        # host.language_model, without importing mlx-lm where nothing is asked for
+        model = getattr(loaded[0], "language_model", loaded[0])
         model._mlx_kvq_loaded = plugin.Loaded(str(next(iter(given.values()))), tokenizer)
         if plugin.from_option():
+            from ..model.enable import enable
+
             with plugin.one_line(is_server="mlx_vlm.server.cli" in sys.modules):
                 enable(loaded[0], plugin.asked() or "", verbose=not plugin.quiet())
         elif plugin.asked() is not None:
