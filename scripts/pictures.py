@@ -175,10 +175,12 @@ def draw_quality(data: dict, path: Path) -> None:
     """KL from fp16 and bytes per token, side by side for each cache, the exact tail apart."""
     from matplotlib.figure import Figure
 
-    results = [r for r in data["results"] if r["name"] != "fp16"]
+    base, *results = data["results"]  # the model's own cache, in the dtype that was computed in
+    fp16 = next(r for r in [*results, base] if r["name"] in ("fp16", base["name"]))
+    results = [r for r in results if r is not fp16]
     results.sort(key=lambda r: -r["kl"]["mean"])
     names = [r["name"] for r in results]
-    own = data["results"][0]["bytes_per_token"]
+    own, s = fp16["bytes_per_token"], data["setting"]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for i, r in enumerate(results):
@@ -200,16 +202,16 @@ def draw_quality(data: dict, path: Path) -> None:
         )  # fmt: skip
     left.set_yticks(range(len(names)), names)
     left.set_xlabel("KL from the model's own cache, nats per token (less is better)")
-    right.set_xlabel("bytes per token, the model's own cache = 1, exact tail included")
+    right.set_xlabel(f"bytes per token, fp16 = 1, exact tail shared out over {s['tokens']} tokens")
     left.set_xlim(0, 1.25 * max(r["kl"]["high"] or r["kl"]["mean"] for r in results))
     right.set_xlim(0, 1.15 * max(r["bytes_per_token"] for r in results) / own)
     for axes in (left, right):
         axes.xaxis.label.set_size(8)
         axes.grid(axis="x", alpha=0.25)
-    s = data["setting"]
+    lines = "; lines: 95 % intervals" if s["windows"] > 1 else ""
     figure.suptitle(
-        f"{s['model']}, {s['windows']} windows of {s['tokens']} tokens of {s['texts'][0]}, read as "
-        f"decoding reads; lines: 95 % intervals",
+        f"{s['model']}, {s['windows']} × {s['tokens']} tokens of {s['texts'][0]}, read as decoding "
+        f"reads, {s['dtype']}{lines}",
         fontsize=9,
     )
     figure.savefig(path, dpi=150)
