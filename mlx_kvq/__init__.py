@@ -5,6 +5,7 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from . import ops
+    from .caches.prefix import PrefixCache
     from .calibration.fit import calibrate
     from .calibration.set import CalibrationSet
     from .format.spec import Spec
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationSet",
+    "PrefixCache",
     "Spec",
     "__version__",
     "calibrate",
@@ -29,6 +31,7 @@ __all__ = [
 
 _MODULES = {
     "CalibrationSet": "calibration.set",
+    "PrefixCache": "caches.prefix",
     "Spec": "format.spec",
     "calibrate": "calibration.fit",
     "convert": "repositories.convert",
@@ -41,7 +44,7 @@ _MODULES = {
 
 
 # What needs mlx-lm, and says so if this one is not supported.
-_LED = {"calibrate", "convert", "disable", "enable", "evaluate", "make_prompt_cache"}
+_LED = {"PrefixCache", "calibrate", "convert", "disable", "enable", "evaluate", "make_prompt_cache"}
 
 
 def __getattr__(name: str) -> object:

@@ -30,8 +30,9 @@ COMMANDS = frozenset(
         "mlx_lm.server",
     }
 )
-# Every command and the Python API load models by the one, and saved caches by the other.
-MODULES = COMMANDS | {"mlx_lm.models.cache", "mlx_lm.utils"}
+VLM_COMMANDS = frozenset({"mlx_vlm.generate.dispatch", "mlx_vlm.server.cli"})
+# Every command and the Python API load models by utils, and saved caches by models.cache.
+MODULES = COMMANDS | VLM_COMMANDS | {"mlx_lm.models.cache", "mlx_lm.utils", "mlx_vlm.utils"}
 # What `python -m mlx_lm.<command>` runs instead of a second copy of the module: the patched one.
 # (import_module, because the function mlx_lm.generate hides the module of that name.)
 RUN_AS_MAIN = """\
@@ -95,7 +96,10 @@ def patch(module: "ModuleType") -> None:
     """Call the plug-in; whatever fails there, mlx-lm goes on as if mlx_kvq were absent."""
     before = dict(vars(module))
     try:
-        from mlx_kvq.commands.plugin import patch as patch_command
+        if module.__name__.startswith("mlx_vlm."):
+            from mlx_kvq.commands.plugin_vlm import patch as patch_command
+        else:
+            from mlx_kvq.commands.plugin import patch as patch_command
 
         patch_command(module)
     except Exception as error:

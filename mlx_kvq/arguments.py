@@ -16,7 +16,9 @@ def integer(name: str, given: object, least: int = 1, *, optional: bool = False)
 def model(given: object) -> None:
     """Raise ValueError unless ``given`` is a model with layers."""
     if not isinstance(given, nn.Module) or not hasattr(given, "layers"):
-        raise ValueError(f"model is a model from mlx_lm.load, got a {type(given).__name__}.")
+        raise ValueError(
+            f"model is a model from mlx_lm.load or mlx_vlm.load, got a {type(given).__name__}."
+        )
 
 
 def instance(name: str, given: Any, kinds: tuple[type, ...], said: str) -> None:

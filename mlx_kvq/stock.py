@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models import cache as stock
 
-PACKABLE = (stock.KVCache, stock.RotatingKVCache)
+from .host import cache_module, is_growing, is_list, is_rotating
+
 KEEP = 4  # first tokens that a cache with max_kv_size never drops, as in mlx-lm
 
 CachePath = tuple[int, ...]  # (layer,) or (layer, place in a CacheList)
@@ -44,7 +44,7 @@ def kinds_of(shapes: Shapes) -> dict[int, Kind]:
 
 
 def is_packable(cache: object, kind: Kind) -> bool:
-    return type(cache) in PACKABLE and not kind.indexed
+    return (is_growing(cache) or is_rotating(cache)) and not kind.indexed
 
 
 def packable_shapes(own: Mapping[CachePath, Any], shapes: Shapes) -> Shapes:
@@ -63,7 +63,7 @@ def packable(model: nn.Module) -> tuple[Callable[[], list], Shapes]:
 def leaves(caches: Iterable, path: CachePath = ()) -> Iterator[tuple[CachePath, Any]]:
     """Every single cache with its path."""
     for i, cache in enumerate(caches):
-        if isinstance(cache, stock.CacheList):
+        if is_list(cache):
             yield from leaves(cache.caches, (*path, i))
         else:
             yield (*path, i), cache
@@ -73,8 +73,8 @@ def map_leaves(function: Callable[[CachePath, Any], Any], caches: Iterable, path
     """A list of the same form with ``function(path, cache)`` in place of every single cache."""
     made = []
     for i, cache in enumerate(caches):
-        if isinstance(cache, stock.CacheList):
-            made.append(stock.CacheList(*map_leaves(function, cache.caches, (*path, i))))
+        if is_list(cache):
+            made.append(type(cache)(*map_leaves(function, cache.caches, (*path, i))))
         else:
             made.append(function((*path, i), cache))
     return made
@@ -126,7 +126,7 @@ class CacheFactory:
 
 
 def own_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
-    """The caches that mlx-lm makes for a model that is not enabled."""
+    """The caches that the model's program makes where it is not enabled."""
     make = getattr(type(model), "make_cache", None)
     if make is not None:
         before, _own.making = getattr(_own, "making", False), True
@@ -135,8 +135,8 @@ def own_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
         finally:
             _own.making = before
     if max_kv_size is not None:
-        return [stock.RotatingKVCache(max_kv_size, KEEP) for _ in model.layers]
-    return [stock.KVCache() for _ in model.layers]
+        return [cache_module(model).RotatingKVCache(max_kv_size, KEEP) for _ in model.layers]
+    return [cache_module(model).KVCache() for _ in model.layers]
 
 
 def factory_of(model: Any) -> CacheFactory | None:

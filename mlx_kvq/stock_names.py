@@ -20,11 +20,10 @@ class NotSupportedError(ValueError):
     """This mlx-lm lacks a name that a seam needs."""
 
 
-def missing(name: str) -> NotSupportedError:
-    """The error for a name in ``mlx_lm``."""
-    from mlx_lm import __version__
-
-    return NotSupportedError(f"mlx_lm {__version__} is not supported: {name} is missing")
+def missing(name: str, program: str = "mlx_lm") -> NotSupportedError:
+    """The error for a name in a program's package."""
+    version = import_module(program).__version__
+    return NotSupportedError(f"{program} {version} is not supported: {name} is missing")
 
 
 def check() -> None:

@@ -13,13 +13,14 @@ import mlx_kvq
 PACKAGE = Path(mlx_kvq.__file__).resolve().parent
 
 # Room or module of the top level -> what it may import.
-GROUND = {"arguments", "divergence", "files", "stock", "stock_names"}
+GROUND = {"arguments", "divergence", "files", "host", "stock", "stock_names"}
 BELOW: dict[str, set[str]] = {name: set() for name in [*GROUND, "format"]}
 BELOW["files"] = {"arguments"}
+BELOW["stock"] = {"host"}
 BELOW["format"] = {"arguments", "files"}
 BELOW["ops"] = {"format", "arguments"}
 BELOW["caches"] = {"ops", "calibration", "format", *GROUND}
-BELOW["calibration"] = {"format", "stock", "files", "arguments"}
+BELOW["calibration"] = {"format", "host", "stock", "files", "arguments"}
 BELOW["model"] = {"caches", "ops", "calibration", "format", *GROUND}
 BELOW["measure"] = {"model", *BELOW["model"]}
 BELOW["repositories"] = {"measure", *BELOW["measure"]}
@@ -32,7 +33,7 @@ BELOW["__init__"] = {
     *BELOW["commands"],
 }  # for type checkers; names are loaded on first use
 # Run while mlx_lm is half imported, or at every start of the interpreter: they import late.
-LATE = {"_startup", "commands.plugin"}
+LATE = {"_startup", "commands.plugin", "commands.plugin_vlm"}
 OPTIONAL = {"huggingface_hub", "matplotlib", "mlx_lm", "transformers"}
 
 

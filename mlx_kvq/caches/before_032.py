@@ -1,4 +1,4 @@
-"""Prompt-cache files of packed caches with an mlx-lm before 0.32.
+"""What an mlx-lm before 0.32 does otherwise: prompt-cache files, and bounded caches in a batch.
 
 There a cache's state is arrays alone and numbers go into strings. Ours has mlx-lm 0.32's form, and
 these write and read its file, of packed caches only; any other file is mlx-lm's.
@@ -11,12 +11,25 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import cache as stock
 
+from ..stock import factory_of
+
 OURS = "0.mlx_kvq"  # in the metadata of a file with packed caches
 
 
 def needed() -> bool:
     """Whether this mlx-lm is one."""
     return hasattr(stock._BaseCache, "meta_state")
+
+
+def bounding(make_new_cache: Callable) -> Callable:
+    """``BatchGenerator._make_new_cache``, whose ``max_kv_size`` bounds mlx-lm's own caches only."""
+
+    def wrapper(self):
+        if self.max_kv_size is not None and factory_of(self.model) is not None:
+            return stock.make_prompt_cache(self.model, self.max_kv_size)
+        return make_new_cache(self)
+
+    return wrapper
 
 
 def saving(original: Callable) -> Callable:

@@ -455,6 +455,12 @@ class PackedCache(_BaseCache, ABC):
     def empty(self) -> bool:
         return self.stored.array is None
 
+    def to_batch(self, left_padding: list[int]) -> "PackedCache":
+        """An empty batch of such caches, as mlx-vlm asks for one."""
+        batch = self.merge([self] * len(left_padding))  # type: ignore[attr-defined]
+        batch.prepare(left_padding=left_padding)
+        return batch
+
     @property
     def nbytes(self) -> int:
         return self.stored.nbytes + self.exact_nbytes

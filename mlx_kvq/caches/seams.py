@@ -1,8 +1,9 @@
 """Where mlx-lm is led to the packed caches: replaced functions, no model file touched.
 
-``SEAMS`` lists them all. ``install`` looks every name up before it changes anything, so that an
-mlx-lm whose names moved is refused whole. The function objects themselves are changed
-(``trampoline``): whoever imported them, by whatever name and however early, gets the replacement.
+``SEAMS`` lists them all, and ``VLM_SEAMS`` those of mlx-vlm (``mlx_kvq.caches.vlm``). ``install``
+looks every name up before it changes anything, so that a program whose names moved is refused
+whole. The function objects themselves are changed (``trampoline``): whoever imported them, by
+whatever name and however early, gets the replacement.
 
 - ``base.quantized_scaled_dot_product_attention``, which ``base.scaled_dot_product_attention``
   looks up at call time for every cache that has ``bits``: packed keys go to our attention,
@@ -24,6 +25,7 @@ mlx-lm whose names moved is refused whole. The function objects themselves are c
 - ``generate.generate_step``, ``generate.speculative_generate_step``,
   ``generate.PromptProcessingBatch.prompt`` and ``cache.LRUPromptCache.fetch_nearest_cache``: caches
   learn what of a prompt is to come, and where a cached one can go on (``mlx_kvq.caches.prompts``).
+- ``generate.BatchGenerator._make_new_cache``, before mlx-lm 0.32 (``before_032``).
 - ``cache.save_prompt_cache`` and ``cache.load_prompt_cache``, which then hash and check files of
   packed caches (``mlx_kvq.caches.prompt_file``); ``mlx_lm.models.cache``'s globals hold our cache
   classes, where the latter looks.
@@ -39,9 +41,20 @@ from typing import Any
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
+from ..host import VLM, is_list, name_of
 from ..stock import factory_of
 from ..stock_names import missing
-from . import batch, batch_rotating, before_032, prompt_file, prompts, rotating, single, trampoline
+from . import (
+    batch,
+    batch_rotating,
+    before_032,
+    prompt_file,
+    prompts,
+    rotating,
+    single,
+    trampoline,
+    vlm,
+)
 from .attention import packed_attention
 from .view import PackedView
 
@@ -58,29 +71,34 @@ class Seam:
     """A function of mlx-lm and what takes its place.
 
     Args:
-        module (str): In ``mlx_lm``.
+        module (str): In the program's package.
         name (str): Of a function, or ``Class.method``.
         make: Called with the original, returns the replacement. It is called with the original's
             positional parameters in their order, and may be a generator function.
+        program (str): ``mlx_lm`` or ``mlx_vlm``.
     """
 
     module: str
     name: str
     make: Callable[[Callable], Callable]
+    program: str = "mlx_lm"
 
 
-def install() -> None:
-    """Put every seam in place, or none; does nothing to those that are.
+def install(model: object = None) -> None:
+    """Put every seam in place, or none; does nothing to those that are. With a model of mlx-vlm
+    those of mlx-vlm as well.
 
     Raises:
-        NotSupportedError: If this mlx-lm lacks one.
+        NotSupportedError: If this mlx-lm, or this mlx-vlm, lacks one.
     """
     found: dict[int, tuple[FunctionType, list[Seam]]] = {}
-    for seam in SEAMS:
+    for seam in [*SEAMS, *(VLM_SEAMS if name_of(model) == VLM else ())]:
         f = _function(seam)
         found.setdefault(id(f), (f, []))[1].append(seam)
     for cls in CLASSES:
         setattr(stock, cls.__name__, cls)
+    if name_of(model) == VLM:
+        vlm.leave_prefix_cache(CLASSES)
     for f, seams in found.values():
         trampoline.replace(f, _stacked(seams))
 
@@ -88,16 +106,16 @@ def install() -> None:
 def _function(seam: Seam) -> FunctionType:
     """What is to be changed."""
     try:
-        found: Any = import_module(f"mlx_lm.{seam.module}")
+        found: Any = import_module(f"{seam.program}.{seam.module}")
     except ModuleNotFoundError as error:
-        if error.name != f"mlx_lm.{seam.module}":
+        if not f"{seam.program}.{seam.module}".startswith(error.name or "?"):
             raise
         found = None
     for part in seam.name.split("."):
         found = None if found is None else vars(found).get(part)
     function = trampoline.function(found)
     if function is None:
-        raise missing(f"{seam.module}.{seam.name}")
+        raise missing(f"{seam.module}.{seam.name}", seam.program)
     return function
 
 
@@ -191,7 +209,7 @@ NO_DRAFT = (
 def refuse_kv_bits(caches, asked: str, hint: str = "") -> None:
     """Raise a ``ValueError`` if ``asked``, mlx-lm's own quantization, meets a packed cache."""
     for c in caches:
-        if isinstance(c, stock.CacheList):
+        if is_list(c):
             refuse_kv_bits(c.caches, asked, hint)
         elif isinstance(c, CLASSES):
             raise ValueError(
@@ -236,4 +254,17 @@ SEAMS = [
     Seam("generate", "generate_step", prompts.generating),
     Seam("generate", "PromptProcessingBatch.prompt", prompts.reading),
     Seam("models.cache", "LRUPromptCache.fetch_nearest_cache", prompts.fetching),
+]
+if before_032.needed():
+    SEAMS.append(Seam("generate", "BatchGenerator._make_new_cache", before_032.bounding))
+
+VLM_SEAMS = [
+    Seam("models.base", "scaled_dot_product_attention", vlm.attention, VLM),
+    Seam("models.cache", "make_prompt_cache", _make_prompt_cache, VLM),
+    Seam("generate.common", "maybe_quantize_kv_cache", _quantize, VLM),
+    Seam("generate.common", "PromptCacheState.find_prefix_length", vlm.finding, VLM),
+    Seam("generate.ar", "generate_step", vlm.generating, VLM),
+    Seam("generate.ar", "PromptProcessingBatch.prompt_step", vlm.reading, VLM),
+    Seam("generate.ar", "PromptProcessingBatch.generate", vlm.finishing, VLM),
+    Seam("speculative.utils", "make_speculative_prompt_cache", vlm.drafting, VLM),
 ]

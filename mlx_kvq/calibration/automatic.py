@@ -184,5 +184,6 @@ def prune(folder: Path, most: int) -> list[Path]:
 
 def random_tokens(model: nn.Module) -> mx.array:
     """The same ids in every run, from all the vocabulary."""
-    rows = [m.weight.shape[0] for _, m in model.named_modules() if "Embedding" in type(m).__name__]
+    modules = [m for _, m in model.named_modules() if "Embedding" in type(m).__name__]
+    rows = [m.weight.shape[0] for m in modules if "weight" in m]  # one of positions may have none
     return mx.array(np.random.RandomState(0).randint(0, max(rows, default=2), RANDOM_TOKENS))

@@ -17,6 +17,7 @@ from .. import __version__, arguments
 from ..format import rotation
 from ..format.spec import Spec
 from ..format.transform import Calibration
+from ..host import language_model
 from ..stock import packable
 from .moments import FIRST, LayerMoments, collect
 from .set import CalibrationSet, LayerCalibration
@@ -62,6 +63,7 @@ def calibrate(
     Raises:
         ValueError: If nothing of the model can be packed or the texts are empty.
     """
+    model = language_model(model)
     arguments.model(model)
     arguments.integer("tokens", tokens)
     arguments.integer("length", length, FIRST + 1)

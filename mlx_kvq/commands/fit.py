@@ -24,7 +24,6 @@ CACHES = [OFF, "kv8", "kv4", "int8-srft", "k8v4-srft", "int4-srft"]
 SEQUENCES = (1, 2, 4, 8, 16, 32)
 STEP = 256  # tokens by which caches grow
 RESERVE = 3 << 29
-COLORS = dict(zip(CACHES, ("black", "C7", "C1", "C2", "C4", "C0"), strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +242,7 @@ def draw(plans: dict, before: float, limit: float, most: int | None, title: str,
     for name, plan in plans.items():
         x = [T * i // 64 for i in range(65)]
         y = [(before + plan.bytes(t, 1)) / (1 << 30) for t in x]
-        axes.plot(x, y, color=COLORS.get(name), label=name)
+        axes.plot(x, y, color=plots.color_of(name, list(plans)), label=name)
     axes.axhline(limit / (1 << 30), color="red", lw=0.8, ls="--", label="may be wired")
     axes.set_ylim(0, 1.25 * limit / (1 << 30))
     axes.set_xlim(0, T)

@@ -15,6 +15,8 @@ import functools
 import inspect
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from typing import Any
 from ..caches import trampoline
 from ..format.spec import OFF
 from ..stock_names import missing
-from .options import cache, length
+from .options import cache, length, size
 
 HELP = (
     "Keep keys and values packed: 'int4' (short for 'int4-srft', 4.5 bits per value), 'k8v4', "
@@ -48,7 +50,7 @@ NEEDED = {
     "evaluate": ("load", "MLXLM._score_fn"),
     "generate": ("load", "load_prompt_cache", "main", "generate"),
     "perplexity": ("load", "eval_ppl"),
-    "server": ("load", "sharded_load", "ModelProvider.load_default"),
+    "server": ("load", "sharded_load", "ModelProvider.load_default", "run", "LRUPromptCache"),
     "utils": ("load", "sharded_load", "load_model", "save"),
     "models.cache": ("load_prompt_cache",),
 }
@@ -58,6 +60,10 @@ _unchecked: list[list] = []  # caches from a file, before the model is loaded
 _packed_file = False  # whether there was such a file, with packed caches
 _loaded = 0  # models; from the second on, a draft's or a server's, lines name theirs
 _lacking = ""  # what mlx_lm.utils lacks
+_waiting: list[tuple[str, weakref.ref]] = []  # path and model last loaded, without a tokenizer yet
+_inside = threading.local()  # .load: this thread is in mlx_lm.utils.load
+_folder: str | None = None  # --prompt-cache-dir of the server
+_folder_bytes = 8 << 30  # and its bound
 
 
 def patch(module: ModuleType) -> None:
@@ -78,12 +84,15 @@ def patch(module: ModuleType) -> None:
             trampoline.replace(names["load"], _as_the_repository_says)
             trampoline.replace(names["sharded_load"], _as_the_repository_says)
             trampoline.replace(names["save"], _with_the_calibration)
+            if (function := trampoline.function(names.get("load_tokenizer"))) is not None:
+                trampoline.replace(function, _completing)
         return
     if names.get("argparse") is not argparse:
         if any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
             print(f"[mlx_kvq] warning: {missing(f'{name}.argparse')}", file=sys.stderr)
         return
-    names["argparse"] = _Argparse(f"{name}.{absent[0]}" if absent else "")
+    lacks = f"{name}.{absent[0]}" if absent else ""
+    names["argparse"] = _Argparse(lacks, is_server=name == "server")
     if absent:
         return
     for load in ("load", "sharded_load"):
@@ -92,6 +101,7 @@ def patch(module: ModuleType) -> None:
     if name == "server":
         provider = names["ModelProvider"]
         provider.load_default = _ending_the_server(provider.load_default)
+        names["run"] = _keeping_prompts(names["run"], names)
     if name == "generate":
         names["load_prompt_cache"] = _knowing_our_caches(names["load_prompt_cache"])
         names["main"] = _saying_what_is_saved(names["main"], names)
@@ -99,6 +109,33 @@ def patch(module: ModuleType) -> None:
         names["eval_ppl"] = _through_the_cache(names["eval_ppl"])
     if name == "evaluate":
         names["MLXLM"]._score_fn = _in_chunks(names["MLXLM"]._score_fn)
+
+
+def asked() -> str | None:
+    """``--kv-cache`` of this process, or else ``MLX_KVQ_SPEC``, for programs without the option."""
+    return _asked if _asked is not None else os.environ.get("MLX_KVQ_SPEC") or None
+
+
+def from_option() -> bool:
+    """Whether this process has the option ``--kv-cache``, rather than the variable."""
+    return _asked is not None
+
+
+def enable_asked(model: Any, tokenizer: Any) -> None:
+    """Enable what ``MLX_KVQ_SPEC`` says, where a program loads a model."""
+    from ..model.enable import enable
+
+    spec = os.environ["MLX_KVQ_SPEC"]
+    try:
+        enable(model, spec, tokenizer=tokenizer, verbose=not quiet())
+    except ValueError as error:
+        raise ValueError(f"MLX_KVQ_SPEC={spec}: {error}") from error
+
+
+def lacking(name: str, program: str) -> None:
+    """``--kv-cache`` is an error that names what a program lacks."""
+    global _lacking
+    _lacking = f"{program}:{name}"
 
 
 def _has(names: dict[str, Any], name: str) -> bool:
@@ -111,6 +148,7 @@ class _Parser(argparse.ArgumentParser):
     """Adds the option last, below the command's own."""
 
     lacking = ""  # what the command's module lacks
+    is_server = False
     _ours: argparse.Action | None = None
 
     def _add_kv_cache(self) -> None:
@@ -119,6 +157,25 @@ class _Parser(argparse.ArgumentParser):
             self._ours = self.add_argument(
                 "--kv-cache", dest="mlx_kvq_cache", type=cache(), metavar="SPEC", help=HELP
             )
+            if self.is_server:
+                self._add_folder()
+
+    def _add_folder(self) -> None:
+        self.add_argument(
+            "--prompt-cache-dir",
+            dest="mlx_kvq_folder",
+            metavar="DIR",
+            help="Keep the caches of prompts of 512 tokens and more in files of this folder, also "
+            "beyond this process. From mlx_kvq.",
+        )
+        self.add_argument(
+            "--prompt-cache-dir-bytes",
+            dest="mlx_kvq_folder_bytes",
+            type=size,
+            default=_folder_bytes,
+            metavar="SIZE",
+            help="Bytes of these files, such as 20GB (default: 8GB); the least recently used go.",
+        )
 
     def format_help(self) -> str:
         self._add_kv_cache()
@@ -127,9 +184,11 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         self._add_kv_cache()
         parsed, rest = super().parse_known_args(args, namespace)
-        global _asked, _option
+        global _asked, _option, _folder, _folder_bytes
+        _folder = getattr(parsed, "mlx_kvq_folder", None)
+        _folder_bytes = getattr(parsed, "mlx_kvq_folder_bytes", _folder_bytes)
         if self._ours is None:
-            _say(
+            say(
                 f"warning: {self.prog} has an option --kv-cache that is not mlx_kvq's; "
                 "mlx_kvq.enable(model, …) packs a cache from Python"
             )
@@ -150,7 +209,8 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"--max-kv-size is at least 1, got {max_kv_size}")
         try:
             for name in filter(None, (self.lacking, _lacking)):
-                raise missing(name)
+                program, _, rest = name.rpartition(":")
+                raise missing(rest, program or "mlx_lm")
             from .. import stock_names
 
             stock_names.check()
@@ -164,20 +224,26 @@ class _Parser(argparse.ArgumentParser):
 class _Argparse(ModuleType):
     """The module ``argparse`` with our parser in it."""
 
-    def __init__(self, lacking: str = ""):
+    def __init__(self, lacking: str = "", is_server: bool = False):
         super().__init__("argparse")
-        self.ArgumentParser = type("ArgumentParser", (_Parser,), {"lacking": lacking})
+        own = {"lacking": lacking, "is_server": is_server}
+        self.ArgumentParser = type("ArgumentParser", (_Parser,), own)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(argparse, name)
 
 
-def _say(line: str) -> None:
+def argparse_with_option() -> ModuleType:
+    """The module ``argparse`` whose parsers know ``--kv-cache``."""
+    return _Argparse()
+
+
+def say(line: str) -> None:
     print(f"[mlx_kvq] {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _one_line(is_server: bool) -> Iterator[None]:
+def one_line(is_server: bool) -> Iterator[None]:
     """End the command with one line where what was asked for cannot be had; a server answers the
     request with it and goes on."""
     try:
@@ -187,7 +253,7 @@ def _one_line(is_server: bool) -> Iterator[None]:
             raise _PackingError(str(error)) from error
         sys.exit(f"[mlx_kvq] error: {error}")
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         sys.exit(130)
 
 
@@ -209,6 +275,37 @@ def _ending_the_server(load_default):
     return wrapper
 
 
+def _keeping_prompts(run, names: dict[str, Any]):
+    """The server's ``run``, whose prompt cache is then one over ``--prompt-cache-dir``."""
+
+    @functools.wraps(run)
+    def wrapper(host, port, model_provider, *args, **kwargs):
+        if _folder is not None:
+            import mlx.core as mx
+
+            from ..caches import prefix
+
+            with one_line(is_server=False):
+                if mx.distributed.init().size() > 1:  # whose ranks must reuse the same tokens
+                    raise ValueError("--prompt-cache-dir is for a server of one process")
+                try:
+                    folder = prefix.Folder(_folder, _folder_bytes, say)
+                except OSError as error:
+                    raise ValueError(f"--prompt-cache-dir {_folder}: {error.strerror}") from None
+
+            def model():
+                # A draft model's caches are in the same list, and it has no identity of its own.
+                draft = getattr(model_provider, "draft_model", None)
+                return model_provider.model if draft is None else None
+
+            names["LRUPromptCache"] = lambda size, *more: prefix.StoredPrompts(
+                folder, model, max_size=size
+            )
+        return run(host, port, model_provider, *args, **kwargs)
+
+    return wrapper
+
+
 def _remembering(load_model):
     """Models remember the repository that they are from, if that says which cache to use."""
 
@@ -219,6 +316,7 @@ def _remembering(load_model):
             from ..repositories import repository
 
             repository.attach(loaded[0], model_path, loaded[1]["kv_cache"])
+        _waiting[:] = [(str(model_path), weakref.ref(loaded[0]))]
         return loaded
 
     return wrapper
@@ -240,20 +338,47 @@ def _as_the_repository_says(load):
 
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
-        loaded = load(*args, **kwargs)
+        before, _inside.load = getattr(_inside, "load", False), True
+        try:
+            loaded = load(*args, **kwargs)
+        finally:
+            _inside.load = before
         given = signature.bind(*args, **kwargs).arguments
-        name = str(next(iter(given.values())))
-        loaded[0]._mlx_kvq_loaded = Loaded(name, loaded[1])
-        if (source := vars(loaded[0]).get("_mlx_kvq_repository")) is not None:
-            from ..repositories import repository
-
-            source.name, source.revision = name, given.get("revision")
-            if _asked is None:
-                repository.apply(loaded[0], verbose=not _quiet())
-            else:
-                said = source.said
-                print(f"[mlx_kvq] {_option} in place of the repository's {said}", file=sys.stderr)
+        _prepare(loaded[0], loaded[1], str(next(iter(given.values()))), given.get("revision"))
         return loaded
+
+    return wrapper
+
+
+def _prepare(model: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
+    """Enable what the repository says, or ``MLX_KVQ_SPEC``, once a model and its tokenizer are
+    there. What ``--kv-cache`` says a command's own ``load`` does."""
+    model._mlx_kvq_loaded = Loaded(name, tokenizer)
+    if (source := vars(model).get("_mlx_kvq_repository")) is not None:
+        from ..repositories import repository
+
+        source.name, source.revision = name, revision
+        if asked() is None:
+            repository.apply(model, verbose=not quiet())
+        else:
+            option = _option if _asked is not None else f"MLX_KVQ_SPEC={asked()}"
+            say(f"{option} in place of the repository's {source.said}")
+    if _asked is None and asked() is not None:
+        enable_asked(model, tokenizer)
+
+
+def _completing(load_tokenizer):
+    """Programs that call ``load_model`` and then ``load_tokenizer``, and never ``load``."""
+
+    @functools.wraps(load_tokenizer)
+    def wrapper(model_path, *args, **kwargs):
+        tokenizer = load_tokenizer(model_path, *args, **kwargs)
+        waiting, _waiting[:] = list(_waiting), []
+        for path, reference in waiting:
+            model = reference()
+            if model is not None and path == str(model_path) and not getattr(_inside, "load", 0):
+                _prepare(model, tokenizer, path)
+        return tokenizer
 
     return wrapper
 
@@ -288,12 +413,12 @@ def _enabling(load, is_server: bool):
 
             if not isinstance(error, RepositoryError):
                 raise
-            with _one_line(is_server):
+            with one_line(is_server):
                 raise
         caches = _unchecked.pop() if from_file else None
         if _asked is None and caches is None:
             return loaded
-        with _one_line(is_server):
+        with one_line(is_server):
             from ..caches.prompt_file import check
             from ..caches.seams import CLASSES, refuse_kv_bits
             from ..model.enable import enable
@@ -303,7 +428,7 @@ def _enabling(load, is_server: bool):
             if _asked is not None:
                 name = getattr(vars(loaded[0]).get("_mlx_kvq_loaded"), "name", "")
                 with about(name if _loaded > 1 else ""):
-                    enable(loaded[0], _asked, tokenizer=loaded[1], verbose=not _quiet())
+                    enable(loaded[0], _asked, tokenizer=loaded[1], verbose=not quiet())
             if caches is not None:
                 check(caches, loaded[0])
                 if _option.startswith("--kv-bits"):
@@ -314,7 +439,7 @@ def _enabling(load, is_server: bool):
     return wrapper
 
 
-def _quiet() -> bool:
+def quiet() -> bool:
     return os.environ.get("MLX_KVQ_QUIET", "") not in ("", "0")
 
 
@@ -342,7 +467,7 @@ def _saying_what_is_saved(main, names: dict[str, Any]):
 
     @functools.wraps(main)
     def wrapper():
-        if not _quiet():
+        if not quiet():
             names["generate"] = generate
         try:
             return main()

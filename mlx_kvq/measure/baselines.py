@@ -16,9 +16,10 @@ from ..calibration import automatic
 from ..calibration.set import CalibrationSet
 from ..files import line
 from ..format.spec import OFF, Spec
+from ..host import is_growing, is_rotating
 from ..model.plan import make_plan
 from ..model.report import log
-from ..stock import PACKABLE, leaves, own_caches
+from ..stock import leaves, own_caches
 
 PLAIN = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 KV_BITS = {"kv4": 4, "kv8": 8}  # mlx-lm's --kv-bits, from the first token on
@@ -136,7 +137,7 @@ def _with_rest_rounded(make: Callable[[], list]) -> list:
     """Caches of which plain ones round to fp16."""
     caches = make()
     for _, cache in leaves(caches):
-        if type(cache) in PACKABLE:
+        if is_growing(cache) or is_rotating(cache):
             cache.update_and_fetch = partial(_round, cache.update_and_fetch)
     return caches
 

@@ -50,7 +50,7 @@ class Evaluation:
             row = [
                 r.name,
                 f"{r.bytes_per_token:.0f}",
-                f"{r.kl.mean:.4f}{_half(r.kl, '.4f')}",
+                f"{r.kl.mean:.4f}{_range(r.kl, '.4f')}",
                 f"{r.kl_p99:.3f}",
                 f"{100 * r.top1:.1f} %",
                 f"{r.perplexity.mean:.2f}{_range(r.perplexity, '.2f')}",
@@ -64,7 +64,7 @@ class Evaluation:
     def _notes(self, markdown: bool) -> list[str]:
         notes = [
             f"{_fed(self.setting)}; KL in nats per token, from {self.results[0].name}; 95 % "
-            "intervals over windows, the change's from paired differences.",
+            "intervals over windows, on a log scale, the change's from paired differences.",
             *(f"{r.name}: {r.note}." for r in self.results if r.note),
         ]
         return ["", "\n\n".join(notes) if markdown else "\n".join(notes)]
@@ -276,10 +276,6 @@ def _layout(rows: list[list[str]], markdown: bool) -> list[str]:
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-
-
-def _half(e: Estimate, form: str) -> str:
-    return "" if math.isnan(e.low) else f" ± {(e.high - e.low) / 2:{form}}"
 
 
 def _range(e: Estimate, form: str) -> str:

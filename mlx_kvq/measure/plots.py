@@ -11,9 +11,22 @@ import numpy as np
 from ..calibration.set import NAMES, CalibrationSet
 from .evaluate import Evaluation
 
+# Of caches, in every picture; a cache's options change the marker, not the color.
+COLORS = {
+    "fp16": "black", "kv8": "C7", "kv4": "C1", "int8-srft": "C2", "k8v4-srft": "C4",
+    "int4-srft": "C0",
+}  # fmt: skip
+OTHERS = ("C3", "C5", "C6", "C8", "C9")  # for caches that are not of these
 SYMBOLS = {"mu": "μ", "sigma": "σ", "lam": "λ"}
 FLOOR = 1e-5  # nats; a smaller KL is drawn there, as a triangle
 APART = 1.008  # factor between results of the same size, so that they are beside each other
+
+
+def color_of(name: str, names: Sequence[str]) -> str:
+    """The color of a cache among ``names``; one with options has that of its kind."""
+    kind = name.partition(":")[0]
+    rest = [n for n in dict.fromkeys(x.partition(":")[0] for x in names) if n not in COLORS]
+    return COLORS[kind] if kind in COLORS else OTHERS[rest.index(kind) % len(OTHERS)]
 
 
 def check(path: str) -> None:
@@ -29,20 +42,22 @@ def check(path: str) -> None:
 
 def draw_quality(evaluation: Evaluation, path: str) -> None:
     """Draw mean and 99th-percentile KL, and the change of perplexity, against bytes per token."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     results = evaluation.results[1:]
     s = evaluation.setting
-    sizes = [r.bytes_per_token for r in results]
-    colors = colormaps["tab10"].colors + colormaps["Dark2"].colors  # type: ignore[attr-defined]
+    sizes, names = [r.bytes_per_token for r in results], [r.name for r in results]
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, r in enumerate(results):
-        style = {"color": colors[i % len(colors)], "marker": "o" if "-" in r.name else "s"}
+        style: dict = {"color": color_of(r.name, names), "marker": "o" if "-" in r.name else "s"}
+        if ":" in r.name:
+            style |= {"mfc": "white", "marker": MARKERS[_variant(r.name, names) % len(MARKERS)]}
         x = r.bytes_per_token
         x *= APART ** (sizes[:i].count(x) - (sizes.count(x) - 1) / 2)
         kl, high = max(r.kl.mean, FLOOR), max(r.kl_p99, FLOOR)
+        ends = [max(v, FLOOR) for v in (r.kl.low, r.kl.high) if not np.isnan(v)]
+        left.plot([x] * len(ends), ends, **style | {"lw": 2.5, "marker": "", "alpha": 0.5})
         left.plot([x, x], [kl, high], **style | {"lw": 0.8, "marker": ""})
         left.plot(x, high, **style | {"marker": "_"})
         left.plot(x, kl, **style if kl > FLOOR else style | {"marker": "v"})
@@ -50,7 +65,7 @@ def draw_quality(evaluation: Evaluation, path: str) -> None:
         right.plot([x, x], [low, high], **style | {"lw": 0.8, "marker": "_"})
         right.plot(x, change, ls="", label=f"{r.name}  ({r.bytes_per_token:.0f})", **style)
     left.set_yscale("log")
-    left.set_ylabel("KL, nats per token: mean, and 99th percentile (–)")
+    left.set_ylabel("KL, nats per token: mean with its 95 % interval, and 99th percentile (–)")
     right.set_ylabel("change of perplexity, %, with its 95 % interval")
     right.axhline(0, color="0.6", lw=0.8)
     for axes in (left, right):
@@ -62,6 +77,15 @@ def draw_quality(evaluation: Evaluation, path: str) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=150)
+
+
+MARKERS = "oDv^<>ph"  # of a cache's options
+
+
+def _variant(name: str, names: Sequence[str]) -> int:
+    """The how manieth with options of its kind this is."""
+    kind = name.partition(":")[0]
+    return [n for n in names if n.startswith(f"{kind}:")].index(name)
 
 
 def _log2_axis(axes, label: str, ticks: list, text: Callable[..., str]) -> None:
@@ -141,7 +165,7 @@ def _draw_panel(axes, title: str, caches: dict[str, list], names: list[str], ban
 
     for cache, points in caches.items():
         T, middle, low, high = zip(*sorted(points), strict=True)
-        color = "black" if cache == "fp16" else f"C{names.index(cache)}"
+        color = color_of(cache, names)
         style = "-" if "-" in cache else "--"
         if cache != "fp16":
             axes.fill_between(T, low, high, color=color, alpha=0.15, lw=0)

@@ -121,6 +121,17 @@ class Estimate:
             half = t_quantile(len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
         return cls(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
+    @classmethod
+    def on_log_scale(cls, values: Sequence[float] | np.ndarray) -> "Estimate":
+        """Of a positive quantity that spans decades: the interval of the logarithms, around the
+        mean. Its ends are the mean over and times the same factor, so it never reaches 0."""
+        x = np.asarray(values, dtype=np.float64)
+        mean, factor = float(x.mean()), np.nan
+        if len(x) > 1 and (x > 0).all():
+            log = np.log(x)
+            factor = float(np.exp(t_quantile(len(x) - 1) * log.std(ddof=1) / np.sqrt(len(x))))
+        return cls(mean, mean / factor, mean * factor)
+
     def map(self, function: Callable) -> "Estimate":
         """The estimate of an increasing function of this quantity."""
         return Estimate(*(float(function(v)) for v in (self.mean, self.low, self.high)))
@@ -151,7 +162,7 @@ def summarize(name: str, scores: Scores, baseline: Scores, bytes_per_token: floa
     return Result(
         name,
         bytes_per_token,
-        Estimate.of(kl),
+        Estimate.on_log_scale(kl),
         float(np.quantile(np.concatenate(scores.kl), 0.99)),
         float(np.concatenate(scores.same).mean()),
         Estimate.of(loss).map(np.exp),

@@ -11,6 +11,7 @@ from ..caches import seams
 from ..calibration import automatic
 from ..calibration.set import CalibrationSet
 from ..format.spec import Spec
+from ..host import language_model, undisturbed
 from ..stock import CacheFactory, factory_of, own_caches, same_layers
 from .plan import make_plan
 from .report import Report, log
@@ -32,7 +33,7 @@ def enable(
     If weights change afterwards, the next cache warns once; files then belong to the new weights.
 
     Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
+        model (nn.Module): A model from ``mlx_lm.load`` or ``mlx_vlm.load``.
         spec (str or Spec): For example ``"int4-srft"``; ``"fp16"`` is :func:`disable`.
         calibration (CalibrationSet or path, optional): From :func:`mlx_kvq.calibrate`. Default:
             the converted repository's own, or an automatic one on a built-in text, kept in the
@@ -49,14 +50,16 @@ def enable(
         ValueError: If the spec is not valid, nothing in this model can be packed, or the
             calibration is not one of this model.
     """
+    model = language_model(model)
     arguments.model(model)
     parsed = Spec.parse(spec)
     if parsed is None:
         disable(model)
         return None
     say = log if verbose else automatic.silent
-    packing, report = make_plan(model, parsed, calibration, tokenizer, say, policy)
-    seams.install()
+    with undisturbed(model):
+        packing, report = make_plan(model, parsed, calibration, tokenizer, say, policy)
+    seams.install(model)
     disable(model)
     holders: list = []
     for part in (model, *same_layers(model)):
@@ -67,6 +70,7 @@ def enable(
 
 def disable(model: nn.Module) -> None:
     """Give a model, or both halves of a wrapper, its own cache back."""
+    model = language_model(model)
     while (factory := factory_of(model)) is not None:
         for part in factory.holders:
             if getattr(vars(part).get("make_cache"), "holders", None) is factory.holders:
@@ -84,7 +88,7 @@ def make_prompt_cache(
     """A packed prompt cache for one conversation, without enabling the model.
 
     Args:
-        model (nn.Module): A model from ``mlx_lm.load``.
+        model (nn.Module): A model from ``mlx_lm.load`` or ``mlx_vlm.load``.
         spec (str or Spec): For example ``"int4-srft"``.
         max_kv_size (int, optional): Bounds every growing layer to so many tokens, at least 1,
             of which the first 4 are never dropped.
@@ -93,11 +97,13 @@ def make_prompt_cache(
     Raises:
         ValueError: As :func:`enable`.
     """
+    model = language_model(model)
     arguments.model(model)
     parsed = Spec.parse(spec)
     arguments.integer("max_kv_size", max_kv_size, optional=True)
     if parsed is None:
         return own_caches(model, max_kv_size)
-    packing, _ = make_plan(model, parsed, calibration, tokenizer, automatic.silent)
-    seams.install()
+    with undisturbed(model):
+        packing, _ = make_plan(model, parsed, calibration, tokenizer, automatic.silent)
+    seams.install(model)
     return packing(max_kv_size)

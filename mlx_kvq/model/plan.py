@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .. import arguments, stock
 from ..caches import seams
@@ -17,7 +16,8 @@ from ..calibration.fit import lambda_of
 from ..calibration.set import CalibrationSet, LayerCalibration
 from ..format.format import Format, make_format
 from ..format.spec import Spec
-from ..stock import PACKABLE, CachePath, Identity, Shapes, leaves, own_caches
+from ..host import bounded, is_growing, is_rotating
+from ..stock import CachePath, Identity, Shapes, leaves, own_caches
 from .bits import STEPS, allocate, bits_by_policy, bits_by_spec
 from .report import Report, log
 from .trial import batch_failure, first_failure
@@ -42,7 +42,7 @@ class Packing:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        seams.install()  # unpickled where nothing was enabled yet
+        seams.install(self.model)  # unpickled where nothing was enabled yet
 
     def __call__(self, max_kv_size: int | None = None) -> list:
         arguments.integer("max_kv_size", max_kv_size, optional=True)
@@ -70,11 +70,11 @@ def pack_caches(
     ones bounded by ``max_kv_size``."""
 
     def packed(path: CachePath, cache):
-        if type(cache) is KVCache and max_kv_size is not None:
-            cache = RotatingKVCache(max_kv_size, stock.KEEP)
+        if is_growing(cache) and max_kv_size is not None:
+            cache = bounded(cache, max_kv_size, stock.KEEP)
         if (fmt := formats.get(path)) is None:
             return cache
-        if isinstance(cache, RotatingKVCache):
+        if is_rotating(cache):
             return PackedRotatingKVCache(fmt, cache.max_size, cache.keep)
         return PackedKVCache(fmt)
 
@@ -146,7 +146,7 @@ class _Plan:
                 self.report.left[path[0]] = reason
 
     def _why_not(self, path: CachePath, cache) -> str:
-        if type(cache) not in PACKABLE:
+        if not (is_growing(cache) or is_rotating(cache)):
             return f"{type(cache).__name__} is not a plain key/value cache"
         if path not in self.shapes:
             return "not reached by a forward pass"
@@ -158,7 +158,7 @@ class _Plan:
     def leave_failing(self) -> None:
         """Try the model on packed caches. Layers that fail are given arrays to attend to, and keep
         their own caches if they fail again."""
-        seams.install()
+        seams.install(self.model)
         formats, as_arrays = self.packing.formats, self.packing.as_arrays
         while formats and (failed := first_failure(self.model, self.packing())):
             path, error = failed

@@ -598,3 +598,15 @@ def test_a_rotating_batch_must_know_lengths(tokens):
     cache = PackedBatchRotatingKVCache(tokens.format, 8, [0, 0])
     with pytest.raises(ValueError, match="needs lengths, got none"):
         cache.prepare(right_padding=[0, 3])
+
+
+def test_max_kv_size_of_a_batch_generator():
+    """mlx-lm before 0.32 bounds its own classes there, and no others."""
+    model, tokenizer = load_float32("tiny-qwen2-8bit")
+    mlx_kvq.enable(model, "int4-srft:calibrate=off", verbose=False)
+    generator = BatchGenerator(model, max_tokens=4, max_kv_size=32)
+    generator.insert([tokenizer.encode("They walked along the river")])
+    made = generator._unprocessed_sequences[0]
+    caches = next(x for x in made if isinstance(x, list) and hasattr(x[0], "nbytes"))
+    assert {getattr(c, "max_size", None) for c in caches} == {32}
+    mlx_kvq.disable(model)

@@ -382,8 +382,14 @@ def test_the_smallest_sizes_work(enabled, size):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m: mlx_kvq.enable("model", SPEC), "model is a model from mlx_lm.load, got a str"),
-        (lambda m: mlx_kvq.enable(None, "fp16"), "model is a model from mlx_lm.load, got a None"),
+        (
+            lambda m: mlx_kvq.enable("model", SPEC),
+            "model is a model from mlx_lm.load or mlx_vlm.load, got a str",
+        ),
+        (
+            lambda m: mlx_kvq.enable(None, "fp16"),
+            "model is a model from mlx_lm.load or mlx_vlm.load, got a None",
+        ),
         (lambda m: mlx_kvq.make_prompt_cache([], SPEC), "model is a model .* got a list"),
         (lambda m: mlx_kvq.calibrate(3, None), "model is a model .* got a int"),
         (lambda m: mlx_kvq.enable(m, SPEC, calibration=3), "calibration is a CalibrationSet or a"),

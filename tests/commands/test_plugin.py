@@ -185,3 +185,37 @@ def test_perplexity_reads_compressed_history():
     del fake.make_cache  # as --kv-cache fp16 does
     wrapped(fake, mx.zeros((2, 300), mx.int32))
     assert fake.calls[-1] == ((2, 300), None)
+
+
+LOADED = (
+    "from mlx_lm import utils; from pathlib import Path\n"
+    "from mlx_lm.models.cache import make_prompt_cache\n"
+    "{how}\n"
+    "print(*{{str(getattr(c, 'format', None) and c.format.spec) for c in make_prompt_cache(m)}})\n"
+    "print(vars(m)['_mlx_kvq_loaded'].tokenizer is not None)\n"
+)
+HOW = {
+    "load": f"m, t = utils.load({QWEN!r})",
+    # As some servers do.
+    "load_model": f"m, c = utils.load_model(Path({QWEN!r})); utils.load_tokenizer(Path({QWEN!r}))",
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_variable_for_programs_without_the_option(how):
+    code = [sys.executable, "-c", LOADED.format(how=HOW[how])]
+    process = shell(*code, MLX_KVQ_SPEC="int4:calibrate=off")
+    assert process.stdout.split() == ["int4-srft:calibrate=off", "True"], process.stderr
+    assert process.stderr.startswith("[mlx_kvq] int4-srft:calibrate=off: packed 4 of 4 layers")
+    process = shell(*code, MLX_KVQ_SPEC="int4:calibrate=off", MLX_KVQ_QUIET="1")
+    assert process.stderr == ""
+    assert shell(*code).stdout.split() == ["None", "True"]
+    process = shell(*code, MLX_KVQ_SPEC="int5")
+    assert "ValueError: MLX_KVQ_SPEC=int5: KV cache spec 'int5'" in process.stderr
+
+
+def test_the_option_comes_before_the_variable():
+    process = generate("mlx_lm.generate", "--kv-cache", "fp16", MLX_KVQ_SPEC="int4:calibrate=off")
+    assert process.returncode == 0 and "packed" not in process.stderr
+    process = generate("mlx_lm.generate", MLX_KVQ_SPEC="int4:calibrate=off")
+    assert "[mlx_kvq] int4-srft:calibrate=off: packed 4 of 4 layers" in process.stderr

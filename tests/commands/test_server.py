@@ -136,3 +136,36 @@ def test_prefix_reuse(spec):
     )
     lru.trim_to(n_bytes=0)
     assert lru.nbytes == len(lru) == 0
+
+
+def test_prompts_that_outlive_the_server(tmp_path_factory):
+    """--prompt-cache-dir: a later server goes on from the files of an earlier one, one with another
+    cache leaves them alone."""
+    folder = write_float32("tiny-qwen2-8bit", tmp_path_factory.mktemp("models"))
+    kept = tmp_path_factory.mktemp("prompts")
+    (kept / "notes.txt").write_text("mine")
+    long = max((r[0] for r in requests(folder)), key=len)
+    options = "--prompt-cache-dir", str(kept), "--kv-cache"
+    found = []
+    for spec in ("int4-srft", "int4-srft", "int4-srft:recent=0"):
+        with Server(folder, *options, spec) as server:
+            answer = server.complete((long, 6))
+            reused = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            found.append((answer["text"], reused, server.log.read_text()))
+    (first, none, _), (again, some, log), (_, nothing, other) = found
+    assert again == first and some >= BLOCK and none == nothing == 0
+    assert "are of another model or cache: not used" in other and "not used" not in log
+    assert (kept / "notes.txt").read_text() == "mine"
+    assert len(list(kept.glob("mlx_kvq-*.safetensors"))) == 2
+
+
+def test_a_folder_that_cannot_be_made_ends_the_server(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = subprocess.run(
+        [BIN / "mlx_lm.server", "--model", folder, "--port", "0", "--prompt-cache-dir",
+         tmp_path / "file"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert "[mlx_kvq] error: --prompt-cache-dir" in process.stderr
+    assert "Traceback" not in process.stderr

@@ -490,3 +490,15 @@ def test_the_package_has_it_under_its_name(qwen):
     with pytest.raises(ValueError, match="no text"):
         mlx_kvq.evaluate(*qwen, [], [])
     assert quality.LEVEL == 0.95
+
+
+def test_intervals_of_what_is_positive_are_on_a_log_scale():
+    """They never reach 0, and a factor on all values is one on the ends."""
+    x = np.array([0.01, 0.02, 0.08])
+    e = Estimate.on_log_scale(x)
+    assert e.mean == pytest.approx(x.mean())
+    assert 0 < e.low < e.mean < e.high
+    assert e.mean / e.low == pytest.approx(e.high / e.mean)
+    assert Estimate.on_log_scale(5 * x).high == pytest.approx(5 * e.high)
+    assert np.isnan(Estimate.on_log_scale([0.1]).low)
+    assert np.isnan(Estimate.on_log_scale([0.0, 0.1]).low)

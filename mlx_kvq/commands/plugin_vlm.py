@@ -1,0 +1,59 @@
+"""``--kv-cache`` for mlx-vlm's commands, as ``plugin`` adds it to mlx-lm's.
+
+``mlx_vlm.utils.load``, by which all of them load a model, then enables what was asked, and models
+remember their tokenizer for the automatic calibration. mlx-vlm's modules may be half imported
+here, too.
+"""
+
+import argparse
+import functools
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+from ..caches import trampoline
+from ..stock_names import missing
+from . import plugin
+
+# A module of mlx-vlm -> what it must have.
+NEEDED = {"utils": "load", "generate.dispatch": "argparse", "server.cli": "argparse"}
+
+
+def patch(module: ModuleType) -> None:
+    """Give a command of mlx-vlm the option, or change ``mlx_vlm.utils.load``."""
+    names: dict[str, Any] = vars(module)
+    name = module.__name__.removeprefix("mlx_vlm.")
+    if name == "utils":
+        function = trampoline.function(names.get("load"))
+        if function is None:
+            plugin.lacking("utils.load", "mlx_vlm")
+        else:
+            trampoline.replace(function, _enabling)
+    elif names.get("argparse") is argparse:
+        names["argparse"] = plugin.argparse_with_option()
+    elif any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
+        plugin.say(f"warning: {missing(f'{name}.argparse', 'mlx_vlm')}")
+
+
+def _enabling(load):
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def wrapper(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        tokenizer = getattr(loaded[1], "tokenizer", loaded[1])
+        # host.language_model, without importing mlx-lm where nothing is asked for
+        model = getattr(loaded[0], "language_model", loaded[0])
+        model._mlx_kvq_loaded = plugin.Loaded(str(next(iter(given.values()))), tokenizer)
+        if plugin.from_option():
+            from ..model.enable import enable
+
+            with plugin.one_line(is_server="mlx_vlm.server.cli" in sys.modules):
+                enable(loaded[0], plugin.asked() or "", verbose=not plugin.quiet())
+        elif plugin.asked() is not None:
+            plugin.enable_asked(loaded[0], tokenizer)
+        return loaded
+
+    return wrapper

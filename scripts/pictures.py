@@ -1,0 +1,227 @@
+"""Draws the pictures of README.md and docs/, and the table in docs/memory.md, from docs/pictures/.
+
+    python scripts/pictures.py            # draw, and write the table
+    python scripts/pictures.py --check    # say which are not current; CI runs the same as a test
+
+- ``configs.json``: configs of real models and the memory they are to fit into; ``memory.png``.
+- ``quality.json``: written by ``mlx_kvq evaluate --json``; ``quality.png``.
+
+A picture carries a hash of its JSON, of this file and of the colors in its metadata. A change of
+the JSON that is not drawn, and a picture that something else drew, is found by that.
+"""
+
+import argparse
+import hashlib
+import json
+import struct
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from mlx_kvq.commands import fit
+from mlx_kvq.commands.options import size
+from mlx_kvq.measure.plots import COLORS, color_of
+from mlx_kvq.repositories.repository import Repository
+from mlx_kvq.repositories.summary import build
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, IMAGES = ROOT / "docs" / "pictures", ROOT / "docs" / "images"
+KEY = "mlx_kvq"  # of the hash in a picture's metadata
+SIZES = ("16GB", "24GB", "32GB", "64GB")
+BEGIN, END = "<!-- fits -->\n", "<!-- /fits -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="Draw nothing.")
+    if parser.parse_args().check:
+        sys.exit("\n".join(stale()) or 0)
+    for name, (draw, data) in PICTURES.items():
+        draw(json.loads((DATA / data).read_text()), IMAGES / name)
+        stamp(IMAGES / name, digest(data))
+        print(IMAGES / name)
+    page = ROOT / "docs" / "memory.md"
+    page.write_text(with_table(page.read_text(), fits_table()))
+
+
+def digest(data: str) -> str:
+    """What a picture of this JSON depends on."""
+    text = (DATA / data).read_bytes() + Path(__file__).read_bytes() + repr(COLORS).encode()
+    return hashlib.sha256(text).hexdigest()[:24]
+
+
+def stale() -> list[str]:
+    """The pictures that are not current, and those that nothing here draws."""
+    found = [
+        f"docs/images/{name} is not that of docs/pictures/{data}: python scripts/pictures.py"
+        for name, (_, data) in PICTURES.items()
+        if not (IMAGES / name).exists() or stamped(IMAGES / name) != digest(data)
+    ]
+    others = {p.name for p in IMAGES.iterdir()} - set(PICTURES)
+    return found + [f"docs/images/{name} is drawn by nothing here" for name in sorted(others)]
+
+
+def chunks(png: bytes) -> list[tuple[bytes, bytes]]:
+    """Type and content of every chunk of a PNG file."""
+    found, at = [], 8
+    while at < len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        found.append((png[at + 4 : at + 8], png[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return found
+
+
+def stamp(path: Path, text: str) -> None:
+    """Put a text chunk behind the header of a PNG file; others go, as they name versions."""
+    png = path.read_bytes()
+    kept = [c for c in chunks(png) if c[0] != b"tEXt"]
+    kept.insert(1, (b"tEXt", f"{KEY}\0{text}".encode()))
+    with open(path, "wb") as file:
+        file.write(png[:8])
+        for kind, data in kept:
+            crc = struct.pack(">I", zlib.crc32(kind + data))
+            file.write(struct.pack(">I", len(data)) + kind + data + crc)
+
+
+def stamped(path: Path) -> str:
+    """The hash in a picture, "" without one."""
+    for kind, data in chunks(path.read_bytes()):
+        if kind == b"tEXt" and data.startswith(f"{KEY}\0".encode()):
+            return data.partition(b"\0")[2].decode()
+    return ""
+
+
+class Model:
+    """What ``mlx_kvq fit`` says of a config."""
+
+    def __init__(self, name: str, config: dict, weight_bits: int):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            model = build(Repository(Path(folder), None, name))
+            self.weights, _ = fit.weight_bytes(model, Path(folder), config, weight_bits)
+            self.layers = fit.layers_of(model)
+        self.config, self.most = config, fit.longest(config)
+
+    def plan(self, cache: str) -> fit.Plan:
+        return fit.Plan(self.layers, cache, self.config)
+
+    def cell(self, cache: str, memory: str, sequences: int = 1) -> str:
+        """Tokens of context, as ``mlx_kvq fit`` prints them; "" if the weights do not fit."""
+        left = fit.wired(size(memory))[0] - self.weights - fit.RESERVE
+        return self.plan(cache).cell(left, sequences, self.most) if left > 0 else ""
+
+
+def models() -> dict[str, Model]:
+    data = json.loads((DATA / "configs.json").read_text())
+    return {n: Model(n, m["config"], data["weight_bits"]) for n, m in data["models"].items()}
+
+
+def fits_table() -> str:
+    """Tokens of context of one request in fp16 and int4, over the memory of the machine."""
+    head = f"| weights in 4 bits | cache | {' | '.join(s[:-2] + ' GB' for s in SIZES)} |\n"
+    lines = [head, f"|---|---|{'--:|' * len(SIZES)}\n"]
+    for name, model in models().items():
+        for cache in ("fp16", "int4-srft"):
+            cells = [model.cell(cache, s) or "–" for s in SIZES]
+            lines.append(f"| {name} | `{cache}` | {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
+def with_table(page: str, table: str) -> str:
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}{table}{END}{rest.partition(END)[2]}"
+
+
+def draw_memory(data: dict, path: Path) -> None:
+    """Memory over the context of one request, and where 16 GB end."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    name, given = next(iter(data["models"].items()))
+    model = Model(name, given["config"], data["weight_bits"])
+    limit, before = fit.wired(size(given["memory"]))[0], model.weights + fit.RESERVE
+    most = model.most or 1 << 17
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for cache in ("fp16", "int8-srft", "int4-srft"):
+        x = [most * i // 64 for i in range(65)]
+        plan = model.plan(cache)
+        y = [(before + plan.bytes(t, 1)) / (1 << 30) for t in x]
+        color = color_of(cache, [cache])
+        axes.plot(x, y, color=color, lw=2, label=cache)
+        end = min(plan.context(limit - before, 1), most)
+        axes.plot(end, (before + plan.bytes(end, 1)) / (1 << 30), "o", color=color)
+        axes.annotate(
+            f"{end / 1024:.0f}K", (end, limit / (1 << 30)), (0, 6), textcoords="offset points",
+            ha="right" if end > most / 2 else "center", color=color,
+        )  # fmt: skip
+    text = f"what macOS lets a process wire of {given['memory'][:-2]} GB"
+    axes.axhline(limit / (1 << 30), color="0.4", lw=0.8, ls="--", label=text)
+    axes.set_ylim(0, 1.6 * limit / (1 << 30))
+    axes.set_xlim(0, most)
+    axes.set_xticks(range(0, most + 1, 16384))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t / 1024:.0f}K"))
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("GB: weights, reserve, cache")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_title(f"{name}, weights in {data['weight_bits']} bits: computed by mlx_kvq fit")
+    figure.savefig(path, dpi=150)
+
+
+def draw_quality(data: dict, path: Path) -> None:
+    """KL from fp16 and bytes per token, side by side for each cache, the exact tail apart."""
+    from matplotlib.figure import Figure
+
+    base, *results = data["results"]  # the model's own cache, in the dtype that was computed in
+    fp16 = next(r for r in [*results, base] if r["name"] in ("fp16", base["name"]))
+    results = [r for r in results if r is not fp16]
+    results.sort(key=lambda r: -r["kl"]["mean"])
+    names = [r["name"] for r in results]
+    own, s = fp16["bytes_per_token"], data["setting"]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, r in enumerate(results):
+        style = {"color": color_of(r["name"], names), "hatch": "//" if ":" in r["name"] else ""}
+        style |= {"edgecolor": "white"}
+        kl = r["kl"]
+        left.barh(i, kl["mean"], **style)
+        if kl["low"] is not None:
+            left.plot([kl["low"], kl["high"]], [i, i], color="0.2", lw=1.2)
+        left.annotate(
+            f"{kl['mean']:.4f}", (kl["high"] or kl["mean"], i), (4, 0), va="center",
+            textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+        bytes_ = r["bytes_per_token"] / own
+        right.barh(i, bytes_, **style)
+        right.annotate(
+            f"{bytes_:.2f}", (bytes_, i), (4, 0), va="center", textcoords="offset points",
+            fontsize=8,
+        )  # fmt: skip
+    left.set_yticks(range(len(names)), names)
+    left.set_xlabel("KL from the model's own cache, nats per token (less is better)")
+    right.set_xlabel(f"bytes per token, fp16 = 1, exact tail shared out over {s['tokens']} tokens")
+    left.set_xlim(0, 1.25 * max(r["kl"]["high"] or r["kl"]["mean"] for r in results))
+    right.set_xlim(0, 1.15 * max(r["bytes_per_token"] for r in results) / own)
+    for axes in (left, right):
+        axes.xaxis.label.set_size(8)
+        axes.grid(axis="x", alpha=0.25)
+    lines = "; lines: 95 % intervals" if s["windows"] > 1 else ""
+    figure.suptitle(
+        f"{s['model']}, {s['windows']} × {s['tokens']} tokens of {s['texts'][0]}, read as decoding "
+        f"reads, {s['dtype']}{lines}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=150)
+
+
+PICTURES: dict[str, tuple[Callable[[dict, Path], None], str]] = {
+    "memory.png": (draw_memory, "configs.json"),
+    "quality.png": (draw_quality, "quality.json"),
+}
+
+
+if __name__ == "__main__":
+    main()
