@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -90,7 +91,23 @@ def kernel(machine: str, name: str, constants: Constants):
     return memo.kernel(key, lambda: _kernel(*key))
 
 
-def _kernel(machine: str, name: str, constants: Constants):
+@dataclass(frozen=True)
+class Text:
+    """What MLX is given of a kernel, and the hash of it all that is in the kernel's name."""
+
+    header: str
+    body: str
+    inputs: list[str]
+    outputs: list[str]
+    digest: str
+
+
+def text(machine: str, name: str, constants: Constants) -> Text:
+    key = ("text", machine, name, constants)
+    return memo.kernel(key, lambda: _text(machine, name, constants))
+
+
+def _text(machine: str, name: str, constants: Constants) -> Text:
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
     absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
@@ -103,19 +120,29 @@ def _kernel(machine: str, name: str, constants: Constants):
         # Bodies declare threadgroup memory, the header's functions only point to it.
         header += _include("machine.cuh", *headers)
         header += "#undef threadgroup\n#define threadgroup __shared__\n"
-        text = "".join(_source(b) for b in bodies)
+        code = "".join(_source(b) for b in bodies)
         # MLX looks for these words to pass shapes and strides.
-        words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
+        words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", code)))
         body += f"// {' '.join(words)}\n" + _include(*bodies)
-    text = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    whole = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
+    return Text(
+        header,
+        body,
+        [n for n in inputs if n not in absent],
+        [n for n in outputs if n not in absent],
+        hashlib.sha256(whole.encode()).hexdigest()[:12],
+    )
+
+
+def _kernel(machine: str, name: str, constants: Constants):
+    made = text(machine, name, constants)
     make: Any = mx.fast.metal_kernel if machine == "metal" else mx.fast.cuda_kernel
     return make(
-        name=f"kvq_{name}_{digest}",
-        input_names=[n for n in inputs if n not in absent],
-        output_names=[n for n in outputs if n not in absent],
-        header=header,
-        source=body,
+        name=f"kvq_{name}_{made.digest}",
+        input_names=made.inputs,
+        output_names=made.outputs,
+        header=made.header,
+        source=made.body,
         ensure_row_contiguous=False,
     )
 
