@@ -540,7 +540,7 @@ def test_integers_by_name():
     assert (
         arguments.enumeration("quantize_pack") == "namespace kvq { enum : int { KEPT, ROWS }; }\n"
     )
-    assert arguments.integers("quantize_pack", kept=3).tolist() == [3]
+    assert arguments.integers("quantize_pack", kept=3).tolist() == [3, 0]
     for wrong in ({"kept": 3, "rows": 7, "length": 1}, {"rows": 7}, {"kept": 3, "length": 7}):
         with pytest.raises(ValueError, match="quantize_pack takes kept, rows, not .*$"):
             arguments.integers("quantize_pack", **wrong)

@@ -107,7 +107,8 @@ class Attend:
         scores = (*self.q_shape[:3], length) if self.mask else ()
         first = launches[0].prepared((*self.like, scores))
         second = launches[1].prepared(self.like[:1]) if len(launches) > 1 else None
-        return Step(first, second, self._info(length, ring), scores, self._arrivals(launches[0]))
+        info, arrivals = self._info(length, ring), self._arrivals(launches[0])
+        return Step(first, second, info, scores, arrivals, self.machine == "metal")
 
     def _info(self, length: int, ring: tuple[int, int] | None) -> mx.array:
         """The integers that ``kernels/attend.metal`` takes."""
@@ -149,6 +150,12 @@ class Attend:
         )
 
 
+def _not_small(x: mx.array) -> mx.array:
+    """A vector in memory as it is, in a shape of at least 8 elements: MLX compiles a kernel anew
+    when an input that had fewer has more, as when the eighth sequence comes into a batch."""
+    return x if x.size >= 8 else mx.broadcast_to(x[:, None], (x.size, 8))
+
+
 @dataclass(eq=False)
 class Step:
     """What runs one length; the arrays differ from layer to layer.
@@ -158,6 +165,7 @@ class Step:
         info (mx.array): Run-time values.
         scores (tuple): Shape of an array mask.
         arrivals: Counters of attend_join.
+        metal (bool): Whether the launch is one of Metal.
     """
 
     first: Callable
@@ -165,12 +173,13 @@ class Step:
     info: mx.array
     scores: tuple[int, ...]
     arrivals: Iterator[mx.array] | None
+    metal: bool
 
     def __call__(self, q, packed: Packed, mask: Mask, sinks: mx.array | None) -> mx.array:
         table = tables.of(packed.format).attends
         inputs = [q, packed.rows, self.info]
         if mask.starts is not None:
-            inputs.append(mask.starts)
+            inputs.append(_not_small(mask.starts) if self.metal else mask.starts)
         if mask.array is not None:
             inputs.append(mx.broadcast_to(mask.array, self.scores))
         if packed.tail is not None:
