@@ -106,7 +106,9 @@ class Attend:
         launches = self.launches(parts)
         scores = (*self.q_shape[:3], length) if self.mask else ()
         first = launches[0].prepared((*self.like, scores))
-        second = launches[1].prepared(self.like[:1]) if len(launches) > 1 else None
+        # Partial sums have another shape for each number of splits.
+        many = (*self.like[:1], parts)
+        second = launches[1].prepared(many) if len(launches) > 1 else None
         info, arrivals = self._info(length, ring), self._arrivals(launches[0])
         return Step(first, second, info, scores, arrivals, self.machine == "metal")
 

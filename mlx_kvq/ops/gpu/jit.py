@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .. import memo
 from . import arguments
+from .helpers import needed
 from .sources import kernel_source, kernels_path
 from .tuning import TUNING
 
@@ -114,8 +115,8 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs) for n in absent)
     if machine == "metal":
-        header += "".join(_source(h) for h in ("machine", *headers))
         body += "".join(_source(b) for b in bodies)
+        header += needed("".join(_source(h) for h in ("machine", *headers)), body)
     else:
         # Bodies declare threadgroup memory, the header's functions only point to it.
         header += _include("machine.cuh", *headers)
