@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from .tuning import TUNING
 
 # Arrays that a launch may do without -> the constant that says whether it has them. Each costs
 # the host time at every launch.
-_OPTIONAL = {
+OPTIONAL = {
     "starts": "STARTS",
     "mask": "MASK",
     "sinks": "SINKS",
@@ -75,6 +76,8 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 Constants = tuple[tuple[str, Any], ...]  # compile-time constants of a kernel
+# Given each kernel that is made, its name and its constants; what it gives back is called instead.
+observer: Callable[[str, Constants, Any], Any] | None = None
 
 
 @lru_cache(maxsize=64)
@@ -88,8 +91,12 @@ def _source(name: str) -> str:
 def kernel(machine: str, name: str, constants: Constants):
     """A kernel with its compile-time constants. They stand in its source and not in ``template``,
     which MLX would convert and format again at every call, a few microseconds of decoding."""
-    key = (machine, name, constants)
-    return memo.kernel(key, lambda: _kernel(*key))
+
+    def make():
+        made = _kernel(machine, name, constants)
+        return made if observer is None else observer(name, constants, made)
+
+    return memo.kernel((machine, name, constants), make)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def text(machine: str, name: str, constants: Constants) -> Text:
 def _text(machine: str, name: str, constants: Constants) -> Text:
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
-    absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
+    absent = [n for n in (*inputs, *outputs) if n in OPTIONAL and not chosen[OPTIONAL[n]]]
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs) for n in absent)
     if machine == "metal":
@@ -157,7 +164,7 @@ def _constants(constants: Constants) -> str:
 
 def _absent(name: str, output: bool) -> str:
     """Declarations of an array that a launch does without: branches never taken name it."""
-    given = _OPTIONAL[name]
+    given = OPTIONAL[name]
     kind = "float" if output or given == "CHUNK" else "int"
     text = f"{'' if output else 'const '}device {kind}* {name} = nullptr;\n"
     if given in ("MASK", "TAIL", "HOLDS", "CHUNK"):
