@@ -16,6 +16,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from .. import ops
+from ..files import failure
 from ..measure.machine import machine
 from ..ops import passed
 from . import doctor_checks as checks
@@ -95,10 +96,11 @@ def block(seed: int, bar: tqdm) -> tuple[str, int]:
         results += more
         lines += ["", *formats_table(more), "", *gpu_lines(bar)]
     failed = [r for r in results if not r.passed]
+    broken = sum(line.startswith("FAIL") for line in lines)  # parts of gpu_lines
     lines += ["", f"{len(results) - len(failed)} of {len(results)} passed"]
     lines += [f"FAIL {r.op}, {r.case}: {said(r)}" for r in failed]
     lines += ["", f"not run: {not_run(language)}"]
-    return "\n".join(["```", *lines, "```"]), len(failed)
+    return "\n".join(["```", *lines, "```"]), len(failed) + broken
 
 
 def facts(seed: int) -> dict[str, str]:
@@ -146,10 +148,11 @@ def table(results: list[Result], cases: list) -> list[str]:
 def formats_table(results: list[Result]) -> list[str]:
     """A line for each format: errors by operation."""
     columns = list(dict.fromkeys(r.op for r in results))
-    lines = [f"{'other formats':58}" + "".join(f"{c:>22}" for c in columns)]
+    lines = [f"other formats: {', '.join(f'{i} {c}' for i, c in enumerate(columns, 1))}"]
+    lines.append(f"{'':58}" + "".join(f"{i:>9}" for i, _ in enumerate(columns, 1)))
     for case in dict.fromkeys(r.case for r in results):
         found = {r.op: r for r in results if r.case == case}
-        lines.append(f"{case:58}" + "".join(f"{_cell(found.get(c)):>22}" for c in columns))
+        lines.append(f"{case:58}" + "".join(f"{_cell(found.get(c)):>9}" for c in columns))
     return lines
 
 
@@ -159,24 +162,47 @@ def _cell(r: Result | None) -> str:
     return f"{r.error:.0e}" if r.passed else "FAIL"
 
 
-def gpu_lines(bar: tqdm) -> list[str]:
-    """Compile times, replayed launches and first timings."""
-    lines = ["kernels from loading a model to its 20th token, alone and in a batch; ms to compile:"]
-    (kernels,) = watched(bar, "compiled", (figures.compiled() for _ in "1"), 1)
-    lines += [f"  {1e3 * k.seconds:8.1f}  {k.kernel}" for k in kernels]
-    total = sum(k.seconds for k in kernels)
-    lines += [f"  {1e3 * total:8.1f}  {len(kernels)} kernels", ""]
-    ((same, called, again),) = watched(bar, "replayed", (figures.replayed() for _ in "1"), 1)
-    said = "the same bits" if same else "OTHER BITS: leave MLX_KVQ_REPLAY unset"
-    lines.append(
-        f"replayed launches: {said}; a layer's step {called:.3f} ms called, ",
+def gpu_lines(bar: tqdm) -> Iterator[str]:
+    """Compile times, replayed launches and first timings. A part that fails is a line: what was
+    found before is not lost."""
+    for part, lines in (
+        ("compiled", compile_lines),
+        ("replayed", replay_lines),
+        ("beside fp16", timing_lines),
+    ):
+        bar.set_description(part)
+        try:
+            yield from lines()
+        except Exception as error:
+            yield f"FAIL {part}: {failure(error)}"
+        bar.update(SECONDS[part])
+        yield ""
+    yield f"the estimate for Apple GPUs: {ESTIMATE}"
+
+
+def compile_lines() -> Iterator[str]:
+    yield "kernels from loading a model to its 20th token, alone and in a batch; ms to compile:"
+    kernels = figures.compiled()
+    for k in kernels:
+        yield f"  {1e3 * k.seconds:8.1f}  {k.kernel}"
+    yield f"  {1e3 * sum(k.seconds for k in kernels):8.1f}  {len(kernels)} kernels"
+
+
+def replay_lines() -> Iterator[str]:
+    same, called, again = figures.replayed()
+    bits = "the same bits" if same else "OTHER BITS: leave MLX_KVQ_REPLAY unset"
+    # On CUDA they are replayed unless MLX_KVQ_REPLAY=0 forbids it.
+    failed = "FAIL " if not same and ops.language() == "cuda" else ""
+    yield (
+        f"{failed}replayed launches: {bits}; a layer's step {called:.3f} ms called, "
+        f"{again:.3f} replayed"
     )
-    lines[-1] += f"{again:.3f} replayed"
-    lines += ["", "first timings, µs (mlx-lm's KVCache in fp16, int4-srft):"]
-    rows = figures.beside_fp16(figures.CONTEXTS)
-    for found in watched(bar, "beside fp16", rows, 2 * (len(figures.CONTEXTS) + 2)):
-        lines.append(f"  {timing(found)}")
-    return [*lines, f"the estimate for Apple GPUs: {ESTIMATE}"]
+
+
+def timing_lines() -> Iterator[str]:
+    yield "first timings, µs (mlx-lm's KVCache in fp16, int4-srft):"
+    for rows in figures.beside_fp16(figures.CONTEXTS):
+        yield f"  {timing(rows)}"
 
 
 def timing(rows: list[dict]) -> str:

@@ -120,6 +120,18 @@ def test_replayed_launches_that_differ_are_said(few, capsys, monkeypatch):
     assert "OTHER BITS: leave MLX_KVQ_REPLAY unset" in capsys.readouterr().out
 
 
+def test_a_part_that_fails_loses_nothing(few, capsys, monkeypatch):
+    def broken():
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(figures, "compiled", broken)
+    with emulated("fast"):
+        assert doctor.run(ARGS) == 1
+    out = capsys.readouterr().out
+    assert "FAIL compiled: MemoryError: no room" in out and f"{TOTAL} of {TOTAL} passed" in out
+    assert "replayed launches: the same bits" in out
+
+
 def test_without_a_gpu_only_the_reference_is_checked(few, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["doctor", "--seed", "3"])
