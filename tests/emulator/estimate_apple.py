@@ -21,7 +21,8 @@ instruction throughputs that philipturner/metal-benchmarks measured on M1:
 
 What is not known is whether registers matter. Mesa's compiler (``agx/table.json``) gives our
 kernels up to 255 of them, so that a core holds 12 SIMD groups, not 24, and lets some spill; MLX's
-are taken to need few (not compiled). So every figure of ours is a range:
+take 47 to 123 (``exp`` compiled as ``exp2``): 26 SIMD groups or more. So every figure of ours is a
+range:
 
 - best: registers cost nothing; instructions and bytes overlap, the larger of the two counts.
 - worst: as many SIMD groups as registers allow, each spill and fill once a tile, and what is read
