@@ -14,7 +14,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "attend_finish": _ATTEND,
     "attend_store": _ATTEND,
     "attend_join": _ATTEND,
-    "combine": _ATTEND,
+    "combine": ("HEADS", "QUERIES", "SCALE"),
     "dequantize": ("LENGTH",),
     "restore": ("LENGTH",),
 }
@@ -22,9 +22,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 def integers(kernel: str, **values: int) -> mx.array:
     """The integers of a launch of ``kernel``, int32, by the names of :data:`ARGUMENTS` in lower
-    case; the last ones may be left out, and are 0: with fewer than 8 integers for some launches and
-    more for others MLX compiles a kernel twice. The same values give the same array: on CUDA a new
-    one costs more than the launch.
+    case; the last ones may be left out. The same values give the same array: on CUDA a new one
+    costs more than the launch. A kernel gets fewer than 8 integers, or more, by its constants
+    alone: MLX would compile it twice (``tests/ops/test_compiled.py``).
 
     Raises:
         ValueError: For other names.
@@ -37,7 +37,7 @@ def _integers(kernel: str, values: dict[str, int]) -> mx.array:
     given = names[: len(values)]
     if set(values) != set(given):
         raise ValueError(f"{kernel} takes {', '.join(names)}, not {', '.join(values)}.")
-    return mx.array([values.get(name, 0) for name in names], dtype=mx.int32)
+    return mx.array([values[name] for name in given], dtype=mx.int32)
 
 
 def enumeration(kernel: str) -> str:

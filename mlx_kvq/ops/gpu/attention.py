@@ -110,7 +110,8 @@ class Attend:
         many = (*self.like[:1], parts)
         second = launches[1].prepared(many) if len(launches) > 1 else None
         info, arrivals = self._info(length, ring), self._arrivals(launches[0])
-        return Step(first, second, info, scores, arrivals, self.machine == "metal")
+        ends = integers("combine", **{n: self.given[n] for n in ("heads", "queries", "scale")})
+        return Step(first, second, info, ends, scores, arrivals, self.machine == "metal")
 
     def _info(self, length: int, ring: tuple[int, int] | None) -> mx.array:
         """The integers that ``kernels/attend.metal`` takes."""
@@ -164,7 +165,7 @@ class Step:
 
     Args:
         first, second: The launch, and that of combine.
-        info (mx.array): Run-time values.
+        info, ends (mx.array): Run-time values, and those of combine.
         scores (tuple): Shape of an array mask.
         arrivals: Counters of attend_join.
         metal (bool): Whether the launch is one of Metal.
@@ -173,6 +174,7 @@ class Step:
     first: Callable
     second: Callable | None
     info: mx.array
+    ends: mx.array
     scores: tuple[int, ...]
     arrivals: Iterator[mx.array] | None
     metal: bool
@@ -189,7 +191,7 @@ class Step:
         inputs.append(table)
         if self.second is not None:
             last = () if sinks is None else (sinks,)
-            return self.second(q, self.info, self.first(*inputs), table, *last)
+            return self.second(q, self.ends, self.first(*inputs), table, *last)
         if sinks is not None:
             inputs.append(sinks)
         if self.arrivals is not None:
