@@ -76,7 +76,8 @@ _plain_only = False
 @contextmanager
 def reference() -> Iterator[None]:
     """Inside, plain operations: for a run that is to show errors of Python, and is hardly computed.
-    Kernels would be compiled for it, and tried, that nothing else needs."""
+    Kernels would be compiled for it, and tried, that nothing else needs. Other threads compute with
+    plain operations meanwhile, too: not for while one decodes."""
     global _plain_only
     outer, _plain_only = _plain_only, True
     try:
