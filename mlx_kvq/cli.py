@@ -13,7 +13,7 @@ from .commands.options import NAMES, length
 # line and status 1, Ctrl-C one line and status 130.
 COMMANDS: dict[str, str] = {
     "benchmark": "Time packed caches beside the model's own and mlx-lm's quantized ones.",
-    "cache": "List or delete the calibrations that were made automatically and kept.",
+    "cache": "List or delete what was kept: automatic calibrations and passed trials of kernels.",
     "calibrate": "Make a calibration file for a model from text.",
     "convert": "Convert a model repository and add a calibrated KV cache, or add it in place.",
     "doctor": "Check every kernel on this machine against the reference; first timings.",

@@ -1,8 +1,7 @@
 """Calibration for a model that came without one: made once, then kept on disk.
 
-The files lie in ``MLX_KVQ_CACHE``, else ``$XDG_CACHE_HOME/mlx_kvq``, else ``~/.cache/mlx_kvq``,
-and are named by a hash of the model's weights and by how they are made. ``mlx_kvq cache`` lists
-and deletes them.
+The files lie in ``files.kept_folder()`` and are named by a hash of the model's weights and by how
+they are made. ``mlx_kvq cache`` lists and deletes them.
 """
 
 import os
@@ -15,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..files import printable
+from ..files import LARGEST_FOLDER, kept_folder, printable, prune
 from ..stock import identity, packable
 from .fit import calibrate_tokens, sample_text
 from .moments import collect
@@ -35,15 +34,6 @@ FIRST = 16  # tokens that say whether a model can do without
 # KL is 4 and 1.6 times as much; 2 and 5 in the bundled models.
 BEARABLE = 300.0
 SECONDS = 60.0  # that reading takes at most; a slower machine reads less, never less than PROBE
-LARGEST_FOLDER = 1 << 29  # bytes; what was not used for longest is deleted
-
-
-def directory() -> Path:
-    """Where automatic calibrations are kept."""
-    if own := os.environ.get("MLX_KVQ_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "mlx_kvq"
 
 
 def silent(line: str) -> None:
@@ -74,7 +64,7 @@ def automatic(
     # A calibration from text is the first choice, also without a tokenizer.
     for kind in ("sample",) if tokenizer is not None else ("sample", "random"):
         try:
-            known = directory() / _file(name, kind)
+            known = kept_folder() / _file(name, kind)
             kept = CalibrationSet.load(known) if known.exists() else None
             if kept is not None:
                 os.utime(known)
@@ -158,28 +148,12 @@ def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> None:
     """Save into the folder; where that cannot be, one line says so and the command goes on."""
     folder: Path | str = "~/.cache"
     try:
-        folder = directory()
+        folder = kept_folder()
         found.save(folder / name)
         prune(folder, LARGEST_FOLDER)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         say(f"warning: the calibration is used but could not be kept in '{folder}': {reason}")
-
-
-def prune(folder: Path, most: int) -> list[Path]:
-    """Delete calibrations, those unused for longest first, until the others take ``most`` bytes.
-
-    Raises:
-        OSError: If one cannot be deleted.
-    """
-    files = sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
-    deleted, total = [], 0
-    for path in files:
-        total += path.stat().st_size
-        if total > most:
-            path.unlink()
-            deleted.append(path)
-    return deleted
 
 
 def random_tokens(model: nn.Module) -> mx.array:

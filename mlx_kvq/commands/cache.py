@@ -1,11 +1,13 @@
-"""``mlx_kvq cache``: the calibrations that were made automatically and kept."""
+"""``mlx_kvq cache``: what was made automatically and kept: calibrations, and which kernels passed
+their trial on this machine."""
 
 import argparse
 from datetime import UTC, datetime
+from pathlib import Path
 
-from ..calibration import automatic
+from .. import files
 from ..calibration.set import CalibrationSet
-from ..files import line, size
+from ..ops import passed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,17 +15,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = automatic.directory()
+    folder = files.kept_folder()
     if args.clear:
-        print(f"{len(automatic.prune(folder, 0))} deleted from {folder}")
+        print(f"{len(files.prune(folder, 0))} deleted from {folder}")
         return
-    files = sorted(folder.glob("*.safetensors"))
-    print(f"{folder}: {len(files)} of at most {automatic.LARGEST_FOLDER >> 20} MiB in all")
-    for path in files:
+    kept = files.kept_files(folder)
+    print(f"{folder}: {len(kept)} of at most {files.LARGEST_FOLDER >> 20} MiB in all")
+    for path in kept:
         try:
-            notes = CalibrationSet.load(path).metadata
-            text = f"{notes.get('model', '?')}: {notes.get('text')}, {notes.get('tokens')} tokens"
+            said = _trials(path) if path.suffix == ".json" else _calibration(path)
         except ValueError as error:
-            text = line(error)
+            said = files.line(error)
         used = datetime.fromtimestamp(path.stat().st_mtime, UTC).date()
-        print(f"{size(path):>9}  {used}  {path.name}  {text}")
+        print(f"{files.size(path):>9}  {used}  {path.name}  {said}")
+
+
+def _calibration(path: Path) -> str:
+    notes = CalibrationSet.load(path).metadata
+    return f"{notes.get('model', '?')}: {notes.get('text')}, {notes.get('tokens')} tokens"
+
+
+def _trials(path: Path) -> str:
+    if not (trials := passed.read(path)):
+        raise ValueError("is damaged: kernels are tried again")
+    where = files.parse_json(files.read_text(path))["machine"]
+    return files.line(f"{len(trials)} kernels passed on {', '.join(where.values())}")

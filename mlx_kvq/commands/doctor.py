@@ -1,222 +1,214 @@
-"""Check this machine: every kernel against the reference, with first timings.
+"""Check this machine: every kernel against float64, compile times, first timings beside fp16.
 
-Run it once on a Mac or an NVIDIA machine and paste the table into an issue.
+The output is one block to paste into an issue. With ``--report FILE`` the benchmark and peak memory
+come to it, in one file to attach (``doctor_report``).
 """
 
 import argparse
-import statistics
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from .. import ops
-from ..format import levels
-from ..format.format import Format, make_format
-from ..format.spec import Spec
+from ..files import failure
 from ..measure.machine import machine
+from ..ops import passed
+from . import doctor_checks as checks
+from . import doctor_figures as figures
+from . import doctor_report
+from .doctor_checks import Result
 
-fused, plain = ops.BACKENDS["gpu"], ops.BACKENDS["plain"]
-
-# (spec, head size, query heads, KV heads)
-CASES = [
-    ("int4-srft", 64, 8, 8),
-    ("int4-srft", 80, 8, 2),
-    ("int4-srft", 96, 6, 1),
-    ("int4-srft", 112, 4, 4),
-    ("int4-srft", 128, 12, 2),
-    ("int4-srft:group_size=64", 128, 32, 8),
-    ("int4-srht", 128, 8, 1),
-    ("int8-srft", 128, 12, 2),
-    ("k8v4-srft", 128, 12, 2),
-    ("int4-srft:scale=absmax", 128, 16, 1),
-    ("int4-srft", 192, 4, 2),
-    ("int4-srft", 256, 4, 1),
-    ("int4-srft:group_size=64", 256, 8, 4),
-]
-LENGTHS = (1, 37, 1000)
-QUERIES = 8  # of a draft, say
-SEEN = ops.CAUSAL
-REPEATS = 20
-CODES = 1e-3  # part of the codes that may differ from the reference, by one step
-RELATIVE = {mx.float16: 2e-3, mx.bfloat16: 1e-2}
-
-
-@dataclass
-class Result:
-    """One row of the table: an operation on one case."""
-
-    op: str
-    case: str
-    error: float
-    limit: float
-    microseconds: float
-    failure: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return not self.failure and self.error <= self.limit
+ESTIMATE = 'docs/performance.md, "Apple GPUs: an estimate"; python -m tests.emulator.estimate_apple'
+NOT_RUN = (
+    "weights of a real model; float32 models; head sizes, groups and lengths that are not in the "
+    "tables; batches of more than 2 in the checks; dense rotations and rounding=feedback, which "
+    "have no kernel"
+)
+OTHERS = {"metal": "attend_join, which is CUDA's", "cuda": "attend_store with combine, Metal's"}
+CPU_CASES = [checks.EVERY[0], checks.EVERY[3]]
+# Seconds of each part, for the time that is left: a guess until a Mac has run it; and on a CPU.
+SECONDS = {"checks": 90.0, "formats": 40.0, "compiled": 15.0, "replayed": 5.0, "beside fp16": 40.0}
+CPU_SECONDS = {"checks": 15.0}
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=None, help="Seed of the random data.")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="Also run the benchmark at three lengths and measure peak memory beside fp16, about "
+        "ten minutes, and write all of it to this Markdown file, to attach to an issue.",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="Replace the file of --report.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the machine and the table; exit status 0 if every kernel agrees, 1 if not."""
+    """Print the block; exit status 0 if everything agrees, 1 if not."""
     seed = time.time_ns() % 2**32 if args.seed is None else args.seed
-    for name, value in machine().items():
-        print(f"{name:10} {value}")
-    language = ops.language()
-    if language is None:
-        print("backend    reference (no GPU that MLX can use)")
-        print("\nNo kernels run on this machine: packed caches work, in plain mx operations.")
-        return 0
-    print(f"backend    {language}\nseed       {seed}\n")
-    results = list(tqdm(check(seed), total=5 * len(CASES) * len(RELATIVE), leave=False))
-    print(f"{'':4} {'operation':14} {'case':44} {'error':>9} {'limit':>7} {'µs':>8}")
-    for r in results:
-        verdict = "ok" if r.passed else "FAIL"
-        print(f"{verdict:4} {r.op:14} {r.case:44} {r.error:9.1e} {r.limit:7.0e} ", end="")
-        print(r.failure or f"{r.microseconds:8.1f}")
-    failed = sum(not r.passed for r in results)
-    print(f"\n{len(results) - failed} of {len(results)} passed")
+    if args.report is not None:
+        doctor_report.check(args.report, args.overwrite)
+    seconds = sum((CPU_SECONDS if ops.language() is None else SECONDS).values())
+    seconds += doctor_report.seconds() if args.report is not None else 0
+    # "12:03, about 04:10 left"
+    form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
+    with tqdm(total=seconds, leave=False, disable=None, bar_format=form) as bar:
+        if args.report is not None:
+            return doctor_report.write(args.report, partial(block, seed, bar), bar)
+        text, failed = block(seed, bar)
+    print(text)
     return 1 if failed else 0
 
 
-def check(seed: int) -> Iterator[Result]:
-    """Every operation on every case and dtype, fused against reference."""
-    mx.random.seed(seed)
-    for text, D, Hq, Hkv in CASES:
-        spec = Spec.parse(text)
-        assert spec is not None
-        fmt = make_format(spec, D)
-        for dtype in RELATIVE:
-            name = f"{text} D={D} heads={Hq}/{Hkv} {str(dtype).rpartition('.')[2]}"
-            yield from _Case(fmt, name, Hq, Hkv, dtype).results()
+def watched(bar: tqdm, part: str, items: Iterable[T], number: int) -> Iterator[T]:
+    """The items of a part of the work, the bar moved on after each."""
+    bar.set_description(part)
+    for item in items:
+        yield item
+        bar.update((CPU_SECONDS if ops.language() is None else SECONDS)[part] / number)
 
 
-@contextmanager
-def _on_cpu():
-    """The reference in full fp32: MLX rounds fp32 matrix products to TF32 on CUDA."""
-    with mx.stream(mx.cpu):
-        yield
-
-
-class _Case:
-    """The operations on random data of one shape, two sequences."""
-
-    def __init__(self, fmt: Format, name: str, Hq: int, Hkv: int, dtype: mx.Dtype):
-        self.fmt, self.name, self.dtype, T = fmt, name, dtype, max(LENGTHS)
-        lay, heads = fmt.layout, (2, Hkv, T)
-        self.k = mx.random.normal((*heads, lay.k_dim)).astype(dtype)
-        self.v = mx.random.normal((*heads, lay.v_dim)).astype(dtype)
-        self.k[:, :, ::7] *= 20  # outliers
-        self.q = mx.random.normal((2, Hq, QUERIES, lay.k_dim)).astype(dtype)
-        self.sinks = mx.random.normal((Hq,))
-        self.starts = mx.array([0, 3], mx.int32)
-        mx.eval(self.k, self.v, self.q, self.sinks)
-        with _on_cpu():
-            size = fmt.recent + QUERIES - 1
-            self.rows, self.tail = plain.quantize_pack(self.k, self.v, fmt, None, size)
-            mx.eval(self.rows, self.tail)
-
-    def results(self) -> Iterator[Result]:
-        T, exact = max(LENGTHS), RELATIVE[self.dtype]
-        for op, limit, compare, call in (
-            ("quantize_pack", CODES, self.codes, self.pack),
-            ("attend", exact, self.decoded, lambda: self.attend(fused, self.q[:, :, :1], T)),
-            # A query that sees few values, which cancel, is off by more of their sum.
-            ("attend, masks", 4 * exact, self.masked, lambda: self.attend(fused, self.q, T, SEEN)),
-            (
-                "dequantize",
-                exact,
-                self.dequantized,
-                lambda: fused.dequantize(self.held(T), self.dtype),
-            ),
-            ("restore", exact, self.restored, lambda: fused.restore(self.held(T), self.dtype)),
-        ):
-            try:
-                yield Result(op, self.name, compare(), limit, _microseconds(call))
-            except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                nan = float("nan")
-                yield Result(op, self.name, nan, limit, nan, reason)
-
-    def held(self, length: int) -> ops.Packed:
-        return ops.Packed(self.rows, length, self.fmt, self.tail)
-
-    def pack(self):
-        return fused.quantize_pack(self.k, self.v, self.fmt, None, self.tail.shape[2])
-
-    def codes(self) -> float:
-        got, kept = self.pack()
-        if (off := _relative(kept, self.tail.astype(mx.float32))) > RELATIVE[self.dtype]:
-            raise RuntimeError(f"the exact tail is off by {off:.1e}")
-        lay = self.fmt.layout
-        sides = zip(levels.split(got, lay), levels.split(self.rows, lay), strict=True)
-        apart = [
-            levels.unpack_codes(a, bits) != levels.unpack_codes(b, bits)
-            for (a, b), bits in zip(sides, (lay.k_bits, lay.v_bits), strict=False)
+def block(seed: int, bar: tqdm) -> tuple[str, int]:
+    """The block, and how many checks failed. What this machine's earlier trials found is forgotten
+    first: every kernel is tried anew."""
+    passed.forget()
+    ops.forget()
+    language = ops.language()
+    lines = [f"{name:10} {value}" for name, value in facts(seed).items()]
+    if language is None:
+        lines += [
+            "",
+            "No kernel ran: MLX has no GPU here. Only the reference was checked, plain mx",
         ]
-        return max(_number(d.astype(mx.float32).mean()) for d in apart)
-
-    def attend(self, backend, q, length: int, mask: ops.Mask = ops.EVERY, sinks=None) -> mx.array:
-        return backend.attend(q, self.held(length), q.shape[3] ** -0.5, mask, sinks)
-
-    def off(self, *args) -> float:
-        """How far the kernel's attention is from the reference's."""
-        with _on_cpu():
-            q, *rest = args
-            expected = self.attend(plain, q.astype(mx.float32), *rest)
-            mx.eval(expected)
-        return _relative(self.attend(fused, *args), expected)
-
-    def decoded(self) -> float:
-        return max(self.off(self.q[:, :, :1], length) for length in LENGTHS)
-
-    def masked(self) -> float:
-        """Several queries: drafts, batches with padding, windows, sinks, a model's own mask."""
-        T, allowed = max(LENGTHS), mx.arange(max(LENGTHS)) % 5 != 0
-        padded = ops.Mask(True, 90, self.starts)
-        cases = (SEEN,), (padded,), (padded, self.sinks), (ops.Mask(array=allowed),)
-        return max(self.off(self.q, T, *case) for case in cases)
-
-    def dequantized(self) -> float:
-        T = max(LENGTHS)
-        return _furthest(fused.dequantize(self.held(T), self.dtype), plain.dequantize(self.held(T)))
-
-    def restored(self) -> float:
-        held, chunk = self.held(max(LENGTHS)), (self.k[:, :, :9], self.v[:, :, :9])
-        got = fused.restore(held, self.dtype, chunk)
-        return _furthest(got, plain.restore(held, mx.float32, chunk))
+        lines += ["operations on a CPU, against float64. It says nothing about kernels."]
+    cases = CPU_CASES if language is None else checks.EVERY
+    every, few = checks.check(seed, cases), checks.check(seed + 1, checks.MORE, checks.FEW)
+    results = list(watched(bar, "checks", every, checks.number(cases)))
+    lines += ["", *table(results, cases)]
+    if language is not None:
+        number = checks.number(checks.MORE, checks.FEW)
+        more = list(watched(bar, "formats", few, number))
+        results += more
+        lines += ["", *formats_table(more), "", *gpu_lines(bar)]
+    failed = [r for r in results if not r.passed]
+    broken = sum(line.startswith("FAIL") for line in lines)  # parts of gpu_lines
+    lines += ["", f"{len(results) - len(failed)} of {len(results)} passed"]
+    lines += [f"FAIL {r.op}, {r.case}: {said(r)}" for r in failed]
+    lines += ["", f"not run: {not_run(language)}"]
+    return "\n".join(["```", *lines, "```"]), len(failed) + broken
 
 
-def _furthest(got, expected) -> float:
-    return max(_relative(a, b) for a, b in zip(got, expected, strict=True))
+def facts(seed: int) -> dict[str, str]:
+    language = ops.language()
+    found = machine()
+    found["memory"] = memory()
+    found["backend"] = language or "reference (no GPU that MLX can use)"
+    return {**found, "seed": str(seed)}
 
 
-def _number(x: mx.array) -> float:
-    return cast(float, x.item())
+def memory() -> str:
+    """Of the machine, and how much of it a GPU may use, where MLX says so."""
+    info = mx.device_info() if ops.language() else {}
+    size = int(info.get("memory_size") or info.get("total_memory") or 0)
+    size = size or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = int(info.get("max_recommended_working_set_size") or 0)
+    return f"{size / 2**30:.0f} GiB" + (f", {limit / 2**30:.1f} for the GPU" if limit else "")
 
 
-def _relative(got: mx.array, expected: mx.array) -> float:
-    """Largest difference in a vector, relative to the vector's largest channel."""
-    apart = mx.abs(got.astype(mx.float32) - expected).max(axis=-1)
-    return _number((apart / mx.abs(expected).max(axis=-1)).max())
+def not_run(language: str | None) -> str:
+    if language is None:
+        return f"every kernel, compile times, timings; {NOT_RUN}"
+    return f"{NOT_RUN}; {OTHERS[language]}"
 
 
-def _microseconds(call) -> float:
-    """Median wall-clock time of one evaluated call, launch and synchronization included."""
-    for _ in range(3):
-        mx.eval(call())
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        mx.eval(call())
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
+def said(r: Result) -> str:
+    return r.failure or f"error {r.error:.1e}, at most {r.limit:.0e}"
+
+
+def table(results: list[Result], cases: list) -> list[str]:
+    """A line for each variant: errors by case, and µs of one call in the first that has it."""
+    names = list(dict.fromkeys(r.case for r in results))
+    lines = ["largest error against float64, of pack the part of other codes than the reference's:"]
+    lines += [f"  {chr(97 + i)}  {name}" for i, name in enumerate(names)]
+    heads = "".join(f"{chr(97 + i):>9}" for i in range(len(names)))
+    lines.append(f"{'':30}{heads}{'µs, first':>10}")
+    for op in dict.fromkeys(r.op for r in results):
+        found = {r.case: r for r in results if r.op == op}
+        cells = "".join(f"{_cell(found.get(name)):>9}" for name in names)
+        first = next(iter(found.values()))
+        lines.append(f"{op:30}{cells}{first.microseconds:10.1f}")
+    return lines
+
+
+def formats_table(results: list[Result]) -> list[str]:
+    """A line for each format: errors by operation."""
+    columns = list(dict.fromkeys(r.op for r in results))
+    lines = [f"other formats: {', '.join(f'{i} {c}' for i, c in enumerate(columns, 1))}"]
+    lines.append(f"{'':58}" + "".join(f"{i:>9}" for i, _ in enumerate(columns, 1)))
+    for case in dict.fromkeys(r.case for r in results):
+        found = {r.op: r for r in results if r.case == case}
+        lines.append(f"{case:58}" + "".join(f"{_cell(found.get(c)):>9}" for c in columns))
+    return lines
+
+
+def _cell(r: Result | None) -> str:
+    if r is None:
+        return "-"
+    return f"{r.error:.0e}" if r.passed else "FAIL"
+
+
+def gpu_lines(bar: tqdm) -> Iterator[str]:
+    """Compile times, replayed launches and first timings. A part that fails is a line: what was
+    found before is not lost."""
+    for part, lines in (
+        ("compiled", compile_lines),
+        ("replayed", replay_lines),
+        ("beside fp16", timing_lines),
+    ):
+        bar.set_description(part)
+        try:
+            yield from lines()
+        except Exception as error:
+            yield f"FAIL {part}: {failure(error)}"
+        bar.update(SECONDS[part])
+        yield ""
+    yield f"the estimate for Apple GPUs: {ESTIMATE}"
+
+
+def compile_lines() -> Iterator[str]:
+    yield "kernels from loading a model to its 20th token, alone and in a batch; ms to compile:"
+    kernels = figures.compiled()
+    for k in kernels:
+        yield f"  {1e3 * k.seconds:8.1f}  {k.kernel}"
+    yield f"  {1e3 * sum(k.seconds for k in kernels):8.1f}  {len(kernels)} kernels"
+
+
+def replay_lines() -> Iterator[str]:
+    same, called, again = figures.replayed()
+    bits = "the same bits" if same else "OTHER BITS: leave MLX_KVQ_REPLAY unset"
+    # On CUDA they are replayed unless MLX_KVQ_REPLAY=0 forbids it.
+    failed = "FAIL " if not same and ops.language() == "cuda" else ""
+    yield (
+        f"{failed}replayed launches: {bits}; a layer's step {called:.3f} ms called, "
+        f"{again:.3f} replayed"
+    )
+
+
+def timing_lines() -> Iterator[str]:
+    yield "first timings, µs (mlx-lm's KVCache in fp16, int4-srft):"
+    for rows in figures.beside_fp16(figures.CONTEXTS):
+        yield f"  {timing(rows)}"
+
+
+def timing(rows: list[dict]) -> str:
+    """One line for the rows of an operation at one shape."""
+    first = rows[0]
+    figures = (f"{r['cache']} {r['us']:.1f}" if "us" in r else r["note"] for r in rows)
+    line = f"{first['op']:9} {first['heads']}, {first['tokens']} tokens: {', '.join(figures)}"
+    last = rows[-1]
+    return line + (f", {last['x_fp16'][0]:.2f} x" if "x_fp16" in last else "")

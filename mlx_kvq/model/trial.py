@@ -1,13 +1,19 @@
-"""Trial runs of a model on packed caches, which not every model can attend to."""
+"""Trial runs of a model on packed caches, which not every model can attend to.
+
+They run on plain operations: next to nothing of them is computed, and the kernels for these shapes
+and formats would be compiled for nothing (tests/ops/test_compiled.py).
+"""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import ops
 from ..stock import CachePath, watch
 
 
+@ops.reference()
 def first_failure(model: nn.Module, caches: list) -> tuple[CachePath, Exception] | None:
     """The error of a prompt, a chunk and a token, if any, and the path of the cache updated last
     before it."""
@@ -26,6 +32,7 @@ def first_failure(model: nn.Module, caches: list) -> tuple[CachePath, Exception]
     return None
 
 
+@ops.reference()
 def batch_failure(model: nn.Module, make: Callable) -> str:
     """Name of the error that three sequences raise together; empty if there is none, or if
     mlx-lm's server would not batch these caches."""

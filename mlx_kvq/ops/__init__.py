@@ -7,7 +7,8 @@ A call's shapes and dtypes are checked once: what runs it is then in ``memo.laun
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import mlx.core as mx
@@ -39,6 +40,7 @@ __all__ = [
     "kernels_path",
     "language",
     "quantize_pack",
+    "reference",
     "restore",
     "tail_dtype",
 ]
@@ -61,12 +63,29 @@ def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:
     asked = os.environ.get("MLX_KVQ_BACKEND", "")
     if asked not in ("", "reference"):
         raise ValueError(f"MLX_KVQ_BACKEND is 'reference' or unset, got {asked!r}.")
-    if asked == "reference" or language() is None:
+    if asked == "reference" or language() is None or _plain_only:
         return plain
     if reason := gpu.why_not(fmt, dtype):
         trial.say(f"{reason}: using plain mx operations, which are slower.")
         return plain
     return gpu
+
+
+_plain_only = False
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Inside, plain operations: for a run that is to show errors of Python, and is hardly computed.
+    Kernels would be compiled for it, and tried, that nothing else needs. Other threads compute with
+    plain operations meanwhile, too: not for while one decodes."""
+    global _plain_only
+    outer, _plain_only = _plain_only, True
+    try:
+        with memo.apart():
+            yield
+    finally:
+        _plain_only = outer
 
 
 def is_reference(fmt: Format, dtype: mx.Dtype) -> bool:

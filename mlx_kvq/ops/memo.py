@@ -1,6 +1,7 @@
 """What was made for earlier calls: tens of layers ask for the same launches at every token."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 MOST = 4096  # a decode step adds one for each kind of layer
@@ -34,3 +35,15 @@ def forget() -> None:
     """Make everything anew: for tests and for tuning, which change the environment."""
     launches.clear()
     kernels.clear()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, nothing that was made before is used; what is made inside is dropped."""
+    global launches, kernels
+    before = launches, kernels
+    launches, kernels = {}, {}
+    try:
+        yield
+    finally:
+        launches, kernels = before

@@ -1,5 +1,6 @@
 """The first use of a kernel on this machine: random data, compared with plain operations. Kernels
-are compiled when they are evaluated, which is too late to fall back."""
+are compiled when they are evaluated, which is too late to fall back. What passed is kept on disk,
+what failed is tried again by the next process."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +9,8 @@ from typing import cast
 import mlx.core as mx
 
 from ..format.format import Format
-from . import gpu, memo, plain
+from . import gpu, memo, passed, plain
+from .gpu import jit
 from .gpu.attention import Attend
 from .gpu.launch import Launch
 from .packed import First, Mask, Packed
@@ -27,14 +29,19 @@ def say(line: str) -> None:
 
 def works(op: str, launches: Sequence[Launch], dtypes: tuple, run: Callable) -> bool:
     """Whether these kernels do what plain operations do; ``run(backend)`` gives their outputs."""
-    key = (op, *dtypes, *((x.name, x.constants) for x in launches))
-    return memo.kernel(key, lambda: _works(op, run))
+    kernels = [(x.machine, x.name, x.constants) for x in launches]
+    return memo.kernel((op, *dtypes, *kernels), lambda: _works(op, kernels, dtypes, run))
 
 
-def _works(op: str, run: Callable) -> bool:
+def _works(op: str, kernels: list[tuple], dtypes: tuple, run: Callable) -> bool:
     try:
+        kept = passed.key(op, [jit.text(*kernel).digest for kernel in kernels], dtypes)
+        if passed.has(kept):
+            return True
         off = [_apart(got, want) for got, want in zip(run(gpu), run(plain), strict=True)]
         if max(off) <= 1:
+            names = " and ".join(name for _, name, _ in kernels)
+            passed.add(kept, " ".join([names, *(_name(x) for x in dtypes if x is not None)]))
             return True
         reason = "its results are wrong"
     except Exception as error:
@@ -56,6 +63,10 @@ def _apart(got: mx.array, want: mx.array) -> float:
     off = mx.abs(got - want).max() / mx.maximum(mx.abs(want).max(), 1e-6)
     value = cast(float, off.item())
     return value / _TOLERANCE if value == value else float("inf")
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def _normal(shape: Sequence[int], dtype: mx.Dtype, key: int) -> mx.array:

@@ -7,6 +7,7 @@ import pytest
 from mlx_lm import load
 
 import mlx_kvq
+from mlx_kvq import files
 from mlx_kvq.calibration import automatic
 from mlx_kvq.stock import identity
 from tests.calibration.test_calibrate import Attention, Model, Words
@@ -145,10 +146,10 @@ def test_the_folder_does_not_grow_for_ever(kept, monkeypatch):
     automatic.automatic(other, Words())
     names = {p.name[0] for p in kept.iterdir()} & set("xyz")
     assert len(list(kept.iterdir())) == 3 and names == {"z"}
-    assert automatic.prune(kept, 0) and not list(kept.iterdir())
+    assert files.prune(kept, 0) and not list(kept.iterdir())
 
 
 def test_other_files_in_the_folder_are_left_alone(kept):
     kept.mkdir()
     (kept / "mine.txt").write_text("x")
-    assert automatic.prune(kept, 0) == [] and Path(kept, "mine.txt").exists()
+    assert files.prune(kept, 0) == [] and Path(kept, "mine.txt").exists()

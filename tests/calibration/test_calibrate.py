@@ -16,6 +16,7 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 import mlx_kvq
+from mlx_kvq import files
 from mlx_kvq.calibration import automatic
 from mlx_kvq.calibration.fit import balanced_scale, calibrate_tokens, sample_text
 from mlx_kvq.calibration.moments import CHUNK, FIRST, Moments, collect
@@ -468,11 +469,11 @@ def test_quiet_says_nothing(kept, capsys):
 def test_the_folder_follows_the_conventions(monkeypatch):
     monkeypatch.setenv("MLX_KVQ_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert automatic.directory() == Path("/a")
+    assert files.kept_folder() == Path("/a")
     monkeypatch.delenv("MLX_KVQ_CACHE")
-    assert automatic.directory() == Path("/b/mlx_kvq")
+    assert files.kept_folder() == Path("/b/mlx_kvq")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert automatic.directory() == Path.home() / ".cache" / "mlx_kvq"
+    assert files.kept_folder() == Path.home() / ".cache" / "mlx_kvq"
 
 
 def test_identity_follows_the_weights():

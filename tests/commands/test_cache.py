@@ -4,6 +4,7 @@ import pytest
 
 from mlx_kvq import cli
 from mlx_kvq.calibration import automatic
+from mlx_kvq.ops import passed
 from tests.calibration.test_calibrate import Attention, Model, Words
 
 
@@ -28,6 +29,19 @@ def test_list_and_clear(tmp_path, monkeypatch, capsys):
     run("--clear")
     assert capsys.readouterr().out == f"2 deleted from {tmp_path}\n"
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_passed_trials_are_listed_and_deleted_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path))
+    passed.add("a1", "attend float16")
+    passed.add("a2", "restore float16")
+    (tmp_path / "trials-0.json").write_text("{")
+    run()
+    _, damaged, made = capsys.readouterr().out.splitlines()
+    assert f"2 kernels passed on {passed.machine()['device']}, " in made
+    assert damaged.endswith("trials-0.json  is damaged: kernels are tried again")
+    run("--clear")
+    assert capsys.readouterr().out == f"2 deleted from {tmp_path}\n"
 
 
 def test_no_folder_is_an_empty_one(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_kvq import ops
+from mlx_kvq.ops import passed
 from mlx_kvq.ops.gpu import machine
 
 from .arrays import to_mlx
@@ -147,8 +148,9 @@ def metal_kernel(
 
 
 @contextmanager
-def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
-    """Inside, ``mx.fast.metal_kernel`` is the emulator's, and mlx_kvq believes in Metal.
+def emulated(mode: str = "fast", seed: int = 0, keep: bool = False) -> Iterator[Emulated]:
+    """Inside, ``mx.fast.metal_kernel`` is the emulator's, and mlx_kvq believes in Metal. Passed
+    trials are kept on disk only with ``keep``.
 
     ``mlx_kvq.ops.gpu.machine.language`` returns ``"metal"``. What ``mlx_kvq.ops`` remembers is
     dropped on both ways, so no kernel built outside runs inside, nor the reverse.
@@ -162,15 +164,17 @@ def emulated(mode: str = "fast", seed: int = 0) -> Iterator[Emulated]:
     def stand_in(*args, **keywords):
         return metal_kernel(*args, **keywords, mode=mode, seed=seed, seen=seen)
 
-    before, language = mx.fast.metal_kernel, machine.language
+    before, language, path = mx.fast.metal_kernel, machine.language, passed.path
     ops.forget()
+    if not keep:
+        passed.path = lambda: None
     mx.fast.metal_kernel = stand_in
     machine.language = lambda: "metal"
     try:
         yield seen
     finally:
         mx.fast.metal_kernel = before
-        machine.language = language
+        machine.language, passed.path = language, path
         ops.forget()
     if seen.errors:
         raise seen.errors[0]

@@ -28,6 +28,21 @@ def test_nothing_else_changes(title):
             assert own[name] == packed[name], name
 
 
+@pytest.mark.parametrize("title", MODELS)
+@pytest.mark.parametrize("T", [100, 600])
+def test_a_replayed_step_runs_the_same_kernels(title, T, monkeypatch):
+    """One split, and several, of which Metal merges the sums by a launch of its own."""
+    called = count.traced(count.MODELS[title], 2, "int4-srft", T, 1)
+    monkeypatch.setenv("MLX_KVQ_REPLAY", "1")
+    replayed = count.traced.__wrapped__(count.MODELS[title], 2, "int4-srft", T, 1)
+    given, found = (
+        [(x["name"], x["arguments"], [s for _, s, _ in x["inputs"]]) for x in graph
+         if x["type"] == "primitive" and x["name"] == "CustomKernel"]
+        for graph in (called, replayed)
+    )  # fmt: skip
+    assert given == found and any("kvq_attend" in name for _, (name, *_), _ in found)
+
+
 def kernels(title: str, T: int, chip: str) -> tuple[int, int]:
     """Of storing and attention in a layer, with int4 and with fp16."""
     build = count.MODELS[title]

@@ -1,10 +1,12 @@
-"""What CUDA's launches are handed, on any machine: a kernel that mixes all it gets stands in.
+"""What replayed launches are handed, on any machine: a kernel that mixes all it gets stands in.
+CUDA replays, Metal where MLX_KVQ_REPLAY asks for it.
 
 That replayed launches compute the same on a GPU is checked there, by tests/support/check_gpu.py.
 """
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -15,19 +17,22 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import memo, trial
-from mlx_kvq.ops.gpu import jit, machine
+from mlx_kvq.ops.gpu import jit, machine, tuning
 from mlx_kvq.ops.gpu.launch import Launch
 from tests.support import calls
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    """fused believes in CUDA; the kernels it makes are lazy sums of their inputs and launch."""
+@pytest.fixture(params=["cuda", "metal"])
+def gpu(request, monkeypatch):
+    """fused believes in this machine; the kernels it makes are lazy sums of their inputs and
+    launch. What was called is in ``.calls``, what was made in ``.kernels``."""
+    calls = []
 
     def kernel(machine, name, constants):
         salt = float(hash((name, constants)) % 1000)
 
         def launch(inputs, grid, threadgroup, output_shapes, output_dtypes):
+            calls.append(name)
             # No two element-wise operations in a row: on a CPU mx.compile would call a compiler.
             small = [a if a.dtype == mx.float32 else a % 1009 for a in inputs]
             sums = mx.stack([a.sum().astype(mx.float32) for a in small])
@@ -46,11 +51,12 @@ def cuda(monkeypatch):
     def same(*key):
         return kernels.setdefault(key, kernel(*key))
 
-    monkeypatch.setattr(machine, "language", lambda: "cuda")
+    monkeypatch.setattr(machine, "language", lambda: request.param)
+    monkeypatch.setenv("MLX_KVQ_REPLAY", "1" if request.param == "metal" else "")
     monkeypatch.setattr(jit, "kernel", same)
     monkeypatch.setattr(trial, "works", lambda *_: True)
     ops.forget()
-    yield kernels
+    yield SimpleNamespace(calls=calls, kernels=kernels, machine=request.param)
     ops.forget()
 
 
@@ -70,7 +76,7 @@ def launches(kind):
 
 
 @pytest.mark.parametrize("starts, window", [(None, None), ([0, 3], None), (None, 300)])
-def test_decode_steps_launch_what_plain_launches_do(cuda, starts, window):
+def test_decode_steps_launch_what_plain_launches_do(gpu, starts, window):
     starts = None if starts is None else mx.array(starts, dtype=mx.int32)
     layers = formats()
     buffer = mx.random.randint(0, 1000, (2, 2, 2304, layers[0].layout.words)).astype(mx.uint32)
@@ -92,7 +98,38 @@ def test_decode_steps_launch_what_plain_launches_do(cuda, starts, window):
     assert len(seen) > 20  # they do differ
 
 
-def test_layers_share_their_traces(cuda):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_replayed_and_called_launches_compute_the_same(gpu, sinks, monkeypatch):
+    """At one split and at several, which are two launches on Metal. Sums of all that a launch is
+    given differ if one array or size does."""
+    fmt = formats()[0]
+    rows = mx.random.randint(0, 1000, (1, 2, 4096, fmt.layout.words)).astype(mx.uint32)
+    more = {"sinks": mx.random.normal((6,))} if sinks else {}
+    steps = [(n, mx.random.normal((1, 6, 1, 64))) for n in (90, 90, 500, 800, 801, 3000, 801, 90)]
+    found, launched = {}, {}
+    for replay in "01":
+        monkeypatch.setenv("MLX_KVQ_REPLAY", replay)
+        ops.forget()
+        gpu.calls.clear()
+        found[replay] = [calls.attend(ops, q, rows, n, fmt, 0.1, **more) for n, q in steps]
+        mx.eval(found[replay])
+        launched[replay] = len(gpu.calls)
+    assert all(mx.array_equal(a, b) for a, b in zip(found["0"], found["1"], strict=True))
+    assert launched["1"] < launched["0"] == len(steps) + (5 if gpu.machine == "metal" else 0)
+    assert ("combine" in gpu.calls) == (gpu.machine == "metal")
+
+
+def test_the_switch_is_0_or_1(gpu, monkeypatch):
+    monkeypatch.setenv("MLX_KVQ_REPLAY", "yes")
+    ops.forget()
+    fmt = formats()[0]
+    with pytest.raises(ValueError, match="MLX_KVQ_REPLAY is 0, 1 or unset, got 'yes'"):
+        calls.quantize_pack(ops, mx.zeros((1, 2, 1, 64)), mx.zeros((1, 2, 1, 64)), fmt)
+    monkeypatch.setenv("MLX_KVQ_REPLAY", "")
+    assert tuning.replays("cuda") and not tuning.replays("metal")
+
+
+def test_layers_share_their_traces(gpu):
     layers = formats()[:2]
     rows = mx.zeros((1, 2, 1024, layers[0].layout.words), mx.uint32)
     q = mx.random.normal((1, 6, 1, 64))
@@ -101,10 +138,11 @@ def test_layers_share_their_traces(cuda):
             calls.attend(ops, q, rows, length, fmt, 0.1)
     assert len(launches(dict)) == 1  # not by layer
     traces = [key for key in memo.launches if isinstance(key[0], Launch)]
-    assert len(traces) == 1  # by splits, not by layer or length
+    # By splits, not by layer or length; on Metal store and combine.
+    assert len(traces) == (1 if gpu.machine == "cuda" else 2)
 
 
-def test_prefill_gets_every_output(cuda):
+def test_prefill_gets_every_output(gpu):
     fmt = formats()[0]
     rows = mx.random.randint(0, 1000, (1, 2, 300, fmt.layout.words)).astype(mx.uint32)
     for _ in range(2):
@@ -120,7 +158,7 @@ def test_prefill_gets_every_output(cuda):
         )
 
 
-def test_a_launch_is_not_taken_on_another_device(cuda, monkeypatch):
+def test_a_launch_is_not_taken_on_another_device(gpu, monkeypatch):
     fmt = formats()[0]
     rows = mx.zeros((1, 2, 256, fmt.layout.words), mx.uint32)
     q = mx.random.normal((1, 4, 1, 64))
@@ -132,7 +170,7 @@ def test_a_launch_is_not_taken_on_another_device(cuda, monkeypatch):
     assert len(launches(dict)) == 2
 
 
-def test_the_table_of_launches_has_an_end(cuda, monkeypatch):
+def test_the_table_of_launches_has_an_end(gpu, monkeypatch):
     monkeypatch.setattr(memo, "MOST", 20)
     fmt = formats()[0]
     rows = mx.zeros((1, 2, 256, fmt.layout.words), mx.uint32)
@@ -143,7 +181,7 @@ def test_the_table_of_launches_has_an_end(cuda, monkeypatch):
         assert len(memo.launches) <= 20
 
 
-def test_what_is_known_of_a_format_goes_with_it(cuda):
+def test_what_is_known_of_a_format_goes_with_it(gpu):
     fmt = make_format(Spec.parse("int4-srft:recent=4"), 64, keys=Calibration(mx.zeros((2, 64))))
     k, q = mx.zeros((1, 2, 1, 64)), mx.zeros((1, 4, 1, 64))
     tail = mx.zeros((1, 2, 4, 128))

@@ -1,5 +1,8 @@
 """A kernel's first use on a machine, in the emulator: compared with plain operations, once for each
-set of compile-time constants."""
+set of compile-time constants, and not again by the next process if it passed."""
+
+import json
+import threading
 
 import mlx.core as mx
 import pytest
@@ -8,7 +11,8 @@ from mlx_kvq import ops
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
-from mlx_kvq.ops import gpu, plain
+from mlx_kvq.ops import gpu, passed, plain, trial
+from mlx_kvq.ops.gpu import jit
 from tests.emulator import emulated
 from tests.support import calls
 
@@ -72,11 +76,17 @@ def test_large_centres_fail_no_kernel(dtype, capsys):
     assert not capsys.readouterr().err
 
 
-def test_layers_of_one_kind_are_tried_once(monkeypatch):
-    tried = []
+@pytest.fixture
+def tried(monkeypatch):
+    """The operations whose kernels are tried, as they are."""
+    found = []
     for op in WRONG:
         right = getattr(gpu, op)
-        monkeypatch.setattr(gpu, op, lambda *a, op=op, right=right: tried.append(op) or right(*a))
+        monkeypatch.setattr(gpu, op, lambda *a, op=op, right=right: found.append(op) or right(*a))
+    return found
+
+
+def test_layers_of_one_kind_are_tried_once(tried):
     with emulated("fast"):
         for fmt in layers(3):
             step(fmt)
@@ -95,3 +105,140 @@ def test_a_trial_leaves_the_users_random_numbers_alone():
     step(fmt)  # on the CPU nothing is tried
     assert all(mx.array_equal(x, mx.random.normal((4,))) for x in found[:1])
     assert mx.array_equal(*found)
+
+
+# ---- what is kept for the next process --------------------------------------------------------
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def process(fmt=None):
+    """What a process tries and computes: memory is dropped before and after."""
+    with emulated("fast", keep=True):
+        return step(fmt or make_format(SPEC, 64))
+
+
+def test_the_next_process_does_not_try_what_passed(folder, tried):
+    process()
+    assert sorted(tried) == sorted(WRONG)
+    (file,) = folder.iterdir()
+    text = json.loads(file.read_text())
+    assert text["machine"] == passed.machine() and len(text["passed"]) == 3
+    assert "restore float32 float32" in text["passed"].values()
+    tried.clear()
+    process()
+    assert tried == [] and json.loads(file.read_text()) == text
+
+
+@pytest.mark.parametrize("part", ["device", "system", "mlx", "mlx_kvq"])
+def test_another_machine_or_version_tries_anew(part, folder, tried, monkeypatch):
+    process()
+    tried.clear()
+    other = {**passed.machine(), part: "another"}
+    monkeypatch.setattr(passed, "machine", lambda: other)
+    process()
+    assert sorted(tried) == sorted(WRONG)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_another_text_constant_or_dtype_tries_anew(folder, tried, monkeypatch):
+    process()
+    tried.clear()
+    process(make_format(Spec.parse("int8-srft"), 64))
+    assert sorted(tried) == sorted(WRONG)
+    tried.clear()
+    source = jit.kernel_source
+    monkeypatch.setattr(
+        jit, "kernel_source", lambda n: source(n) + ("int more;" if n == "restore.metal" else "")
+    )
+    jit._source.cache_clear()
+    process()
+    jit._source.cache_clear()
+    assert tried == ["restore"]
+    keys = {passed.key("attend", ["a"], dtypes) for dtypes in ((mx.float16,), (mx.bfloat16,))}
+    assert len(keys) == 2
+
+
+def test_a_failure_is_not_kept(folder, tried, monkeypatch, capsys):
+    right = gpu.attend
+    monkeypatch.setattr(trial, "_said", set())
+    with monkeypatch.context() as m:
+        m.setattr(gpu, "attend", WRONG["attend"](right))
+        process()
+    assert "attend kernel failed" in capsys.readouterr().err
+    tried.clear()
+    process()  # of another version of the system, say
+    assert tried == ["attend"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"\xff\xfe", b"[1]", b'{"passed": 3}', b'{"passed": {}}', b"[" * 9999,
+     b'{"passed": {"a": 1}, "machine": {}}'],
+)  # fmt: skip
+def test_a_damaged_file_is_made_anew(damage, folder, tried, capsys):
+    process()
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    tried.clear()
+    process()
+    assert sorted(tried) == sorted(WRONG)
+    assert file.read_bytes() == whole and not capsys.readouterr().err
+
+
+def test_where_nothing_can_be_kept_it_is_tried_each_time(monkeypatch, tmp_path, tried, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path / "file" / "below"))
+    for _ in range(2):
+        process()
+    assert len(tried) == 2 * len(WRONG)
+    monkeypatch.delenv("MLX_KVQ_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(passed, "kept_folder", nowhere)
+    process()
+    passed.forget()
+    assert len(tried) == 3 * len(WRONG) and not capsys.readouterr().err
+
+
+def test_forgetting_tries_anew(folder, tried):
+    process()
+    (folder / "mine.json").write_text("mine")
+    passed.forget()
+    assert [p.name for p in folder.iterdir()] == ["mine.json"]
+    tried.clear()
+    process()
+    assert sorted(tried) == sorted(WRONG)
+
+
+def test_the_file_is_whole_at_any_time(folder):
+    """Several threads, as several processes: what is read is always one of the texts written."""
+
+    def write(n):
+        for i in range(20):
+            passed.add(f"{n}-{i}", "x" * 5000)
+
+    writers = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    for w in writers:
+        w.start()
+    file, read = passed.path(), 0
+    while any(w.is_alive() for w in writers):
+        if file.exists():
+            assert passed.read(file)
+            read += 1
+    for w in writers:
+        w.join()
+    assert read and [p.name for p in folder.iterdir()] == [file.name]
+
+
+def test_the_file_has_an_end(folder, monkeypatch):
+    monkeypatch.setattr(passed, "MOST", 3)
+    for i in range(9):
+        passed.add(str(i), "x")
+    assert list(passed.read(passed.path())) == ["6", "7", "8"]

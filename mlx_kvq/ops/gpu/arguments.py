@@ -19,7 +19,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "attend_finish": _ATTEND,
     "attend_store": _ATTEND,
     "attend_join": _ATTEND,
-    "combine": _ATTEND,
+    "combine": ("HEADS", "QUERIES", "SCALE"),
     "dequantize": _UNPACK,
     "restore": _UNPACK,
 }
@@ -28,7 +28,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 def integers(kernel: str, **values: int) -> mx.array:
     """The integers of a launch of ``kernel``, int32, by the names of :data:`ARGUMENTS` in lower
     case; the last ones may be left out. The same values give the same array: on CUDA a new one
-    costs more than the launch.
+    costs more than the launch. A kernel gets fewer than 8 integers, or more, by its constants
+    alone: MLX would compile it twice (``tests/ops/test_compiled.py``).
 
     Raises:
         ValueError: For other names.
@@ -42,6 +43,12 @@ def _integers(kernel: str, values: dict[str, int]) -> mx.array:
     if set(values) != set(given):
         raise ValueError(f"{kernel} takes {', '.join(names)}, not {', '.join(values)}.")
     return mx.array([values[name] for name in given], dtype=mx.int32)
+
+
+def not_small(x: mx.array) -> mx.array:
+    """A vector in memory as it is, in a shape of at least 8 elements: MLX compiles a kernel anew
+    when an input that had fewer has more, as when the eighth sequence comes into a batch."""
+    return x if x.size >= 8 else mx.broadcast_to(x[:, None], (x.size, 8))
 
 
 def enumeration(kernel: str) -> str:

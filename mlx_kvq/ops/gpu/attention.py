@@ -10,7 +10,7 @@ import mlx.core as mx
 from .. import memo
 from ..packed import EVERY, Mask, Packed
 from . import tables
-from .arguments import integers
+from .arguments import integers, not_small
 from .launch import Launch, like
 from .machine import machine
 from .plan import plan
@@ -109,8 +109,12 @@ class Attend:
         launches = self.launches(parts)
         scores = (*self.q_shape[:3], packed.length) if self.mask else ()
         first = launches[0].prepared((*self.like, scores))
-        second = launches[1].prepared(self.like[:1]) if len(launches) > 1 else None
-        return Step(first, second, self._info(packed), scores, self._arrivals(launches[0]))
+        # Partial sums have another shape for each number of splits.
+        many = (*self.like[:1], parts)
+        second = launches[1].prepared(many) if len(launches) > 1 else None
+        info, arrivals = self._info(packed), self._arrivals(launches[0])
+        ends = integers("combine", **{n: self.given[n] for n in ("heads", "queries", "scale")})
+        return Step(first, second, info, ends, scores, arrivals, self.machine == "metal")
 
     def _info(self, packed: Packed) -> mx.array:
         """The integers that ``kernels/attend.metal`` takes."""
@@ -165,22 +169,25 @@ class Step:
 
     Args:
         first, second: The launch, and that of combine.
-        info (mx.array): Run-time values.
+        info, ends (mx.array): Run-time values, and those of combine.
         scores (tuple): Shape of an array mask.
         arrivals: Counters of attend_join.
+        metal (bool): Whether the launch is one of Metal.
     """
 
     first: Callable
     second: Callable | None
     info: mx.array
+    ends: mx.array
     scores: tuple[int, ...]
     arrivals: Iterator[mx.array] | None
+    metal: bool
 
     def __call__(self, q, packed: Packed, mask: Mask, sinks: mx.array | None) -> mx.array:
         table = tables.of(packed.format).attends
         inputs = [q, packed.rows, self.info]
         if mask.starts is not None:
-            inputs.append(mask.starts)
+            inputs.append(not_small(mask.starts) if self.metal else mask.starts)
         if mask.array is not None:
             inputs.append(mx.broadcast_to(mask.array, self.scores))
         if packed.tail is not None:
@@ -188,11 +195,11 @@ class Step:
         if (first := packed.first) is not None:
             inputs.append(first.array)
             if first.key[2] is not None:
-                inputs.append(first.at)
+                inputs.append(not_small(first.at) if self.metal else first.at)
         inputs.append(table)
         if self.second is not None:
             last = () if sinks is None else (sinks,)
-            return self.second(q, self.info, self.first(*inputs), table, *last)
+            return self.second(q, self.ends, self.first(*inputs), table, *last)
         if sinks is not None:
             inputs.append(sinks)
         if self.arrivals is not None:

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -10,12 +11,13 @@ import mlx.core as mx
 
 from .. import memo
 from . import arguments
+from .helpers import needed
 from .sources import kernel_source, kernels_path
 from .tuning import TUNING
 
 # Arrays that a launch may do without -> the constant that says whether it has them. Each costs
 # the host time at every launch.
-_OPTIONAL = {
+OPTIONAL = {
     "starts": "STARTS",
     "mask": "MASK",
     "sinks": "SINKS",
@@ -76,6 +78,8 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 Constants = tuple[tuple[str, Any], ...]  # compile-time constants of a kernel
+# Given each kernel that is made, its name and its constants; what it gives back is called instead.
+observer: Callable[[str, Constants, Any], Any] | None = None
 
 
 @lru_cache(maxsize=64)
@@ -89,36 +93,66 @@ def _source(name: str) -> str:
 def kernel(machine: str, name: str, constants: Constants):
     """A kernel with its compile-time constants. They stand in its source and not in ``template``,
     which MLX would convert and format again at every call, a few microseconds of decoding."""
-    key = (machine, name, constants)
-    return memo.kernel(key, lambda: _kernel(*key))
+
+    def make():
+        made = _kernel(machine, name, constants)
+        return made if observer is None else observer(name, constants, made)
+
+    return memo.kernel((machine, name, constants), make)
 
 
-def _kernel(machine: str, name: str, constants: Constants):
+@dataclass(frozen=True)
+class Text:
+    """What MLX is given of a kernel, and the hash of it all that is in the kernel's name."""
+
+    header: str
+    body: str
+    inputs: list[str]
+    outputs: list[str]
+    digest: str
+
+
+def text(machine: str, name: str, constants: Constants) -> Text:
+    key = ("text", machine, name, constants)
+    return memo.kernel(key, lambda: _text(machine, name, constants))
+
+
+def _text(machine: str, name: str, constants: Constants) -> Text:
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
-    absent = [n for n in (*inputs, *outputs) if n in _OPTIONAL and not chosen[_OPTIONAL[n]]]
+    absent = [n for n in (*inputs, *outputs) if n in OPTIONAL and not chosen[OPTIONAL[n]]]
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)
     if machine == "metal":
-        header += "".join(_source(h) for h in ("machine", *headers))
         body += "".join(_source(b) for b in bodies)
+        header += needed("".join(_source(h) for h in ("machine", *headers)), body)
     else:
         # Bodies declare threadgroup memory, the header's functions only point to it.
         header += _include("machine.cuh", *headers)
         header += "#undef threadgroup\n#define threadgroup __shared__\n"
-        text = "".join(_source(b) for b in bodies)
+        code = "".join(_source(b) for b in bodies)
         # MLX looks for these words to pass shapes and strides.
-        words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", text)))
+        words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", code)))
         body += f"// {' '.join(words)}\n" + _include(*bodies)
-    text = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    whole = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
+    return Text(
+        header,
+        body,
+        [n for n in inputs if n not in absent],
+        [n for n in outputs if n not in absent],
+        hashlib.sha256(whole.encode()).hexdigest()[:12],
+    )
+
+
+def _kernel(machine: str, name: str, constants: Constants):
+    made = text(machine, name, constants)
     make: Any = mx.fast.metal_kernel if machine == "metal" else mx.fast.cuda_kernel
     return make(
-        name=f"kvq_{name}_{digest}",
-        input_names=[n for n in inputs if n not in absent],
-        output_names=[n for n in outputs if n not in absent],
-        header=header,
-        source=body,
+        name=f"kvq_{name}_{made.digest}",
+        input_names=made.inputs,
+        output_names=made.outputs,
+        header=made.header,
+        source=made.body,
         ensure_row_contiguous=False,
     )
 
@@ -136,7 +170,7 @@ _ALIKE = {"tail": "first", "first": "tail"}
 
 def _absent(name: str, output: bool, names: Sequence[str], absent: Sequence[str]) -> str:
     """Declarations of an array that a launch does without: branches never taken name it."""
-    given, alike = _OPTIONAL[name], _ALIKE.get(name)
+    given, alike = OPTIONAL[name], _ALIKE.get(name)
     kind = "float" if output or given == "CHUNK" else "int"
     if alike in names and alike not in absent:
         text = f"const auto {name} = {alike};\n"

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from .. import memo
 from . import jit
-from .tuning import TUNING
+from .tuning import replays
 
 Shape = tuple[int, ...]
 Size = tuple[int, int, int]
@@ -37,10 +37,10 @@ class Launch:
 
     def prepared(self, like: tuple) -> Callable:
         """The launch for inputs of these shapes and dtypes: as it is, or traced once by MLX and
-        replayed. Calling a kernel builds its source text, 1 to 2 KB, and hashes it; replaying a
-        trace does not (H100: 12 to 20 µs of the host's time a launch before; docs/performance.md).
-        A trace for each set of shapes: MLX looks through a function's traces one by one."""
-        if TUNING[self.machine].replay:
+        replayed. Calling a kernel builds its source text and hashes it, replaying a trace does not
+        (H100: 12 to 20 µs of the host's time a launch before; docs/performance.md). A trace for
+        each set of shapes: MLX looks through a function's traces one by one."""
+        if replays(self.machine):
             return memo.launch((self, like), lambda: mx.compile(self._bound()))
         return memo.launch((self,), self._bound)
 

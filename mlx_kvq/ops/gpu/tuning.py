@@ -1,5 +1,6 @@
 """Launch sizes of the fused kernels: one table, and the functions that read it."""
 
+import os
 from dataclasses import dataclass, replace
 
 from ...format.layout import RowLayout
@@ -32,7 +33,7 @@ class Tuning:
             builds the next ones; 0 leaves it to the caller. What MLX encodes far ahead of the GPU
             is in memory at once: the arrays of a chunk's attention, of every layer.
         replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
-            replayed.
+            replayed; :func:`replays` asks the user first.
         hold_tables (bool): A SIMD group keeps twiddles and channel factors in registers while it
             packs or restores vectors; otherwise it reads them again for each set.
         hold_queries (bool): attend keeps the queries' operands and offsets in registers, otherwise
@@ -79,6 +80,8 @@ class Tuning:
 TUNING = {
     # Not measured: no Mac at hand; by tests/emulator/estimate_apple.py. One split of 512 keys would
     # leave all but one core per KV head idle and take twice the time of several and a second one.
+    # replay: right by its trace (tests/ops/test_replay.py), but no Mac has confirmed it; with
+    # MLX_KVQ_REPLAY=1 one can, and 'mlx_kvq doctor' compares both.
     "metal": Tuning(
         keys=16,
         simd_groups=8,
@@ -115,6 +118,18 @@ TUNING = {
         prefetch=True,
     ),
 }
+
+
+def replays(machine: str) -> bool:
+    """Whether launches are replayed: ``Tuning.replay``, or what ``MLX_KVQ_REPLAY`` says.
+
+    Raises:
+        ValueError: If that is neither 0 nor 1.
+    """
+    asked = os.environ.get("MLX_KVQ_REPLAY", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"MLX_KVQ_REPLAY is 0, 1 or unset, got {asked!r}.")
+    return asked == "1" if asked else TUNING[machine].replay
 
 
 def _memory(lay: RowLayout, keys: int, simd_groups: int) -> int:

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..packed import First, Packed
 from . import tables
-from .arguments import integers
+from .arguments import integers, not_small
 from .jit import Constants
 from .launch import Launch, like
 from .machine import machine
@@ -30,7 +30,9 @@ class Restore:
     def __call__(self, packed: Packed, chunk: Chunk = None) -> tuple[mx.array, mx.array]:
         inputs = [packed.rows, self.info, *([] if packed.tail is None else [packed.tail])]
         if (first := packed.first) is not None:
-            inputs += [first.array] if isinstance(first.at, int) else [first.array, first.at]
+            inputs.append(first.array)
+            if not isinstance(at := first.at, int):
+                inputs.append(not_small(at) if self.launch.machine == "metal" else at)
         if self.launch.name == "restore":
             inputs += [*(chunk or ()), tables.of(packed.format).restores]
         return self.run(*inputs)
