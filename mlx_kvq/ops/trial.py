@@ -79,13 +79,14 @@ def _rows(B: int, H: int, tokens: int, fmt: Format) -> mx.array:
     return mx.contiguous(plain.quantize_pack(k, v, fmt)[0])
 
 
-def _first(packed: Packed, B: int) -> First | None:
-    """Exact first tokens like those of ``packed``."""
+def _first(packed: Packed, B: int, starts: mx.array | None = None) -> First | None:
+    """Exact first tokens like those of ``packed``, from where sequences start."""
     if (given := packed.first) is None:
         return None
     _, H, F, D = given.array.shape
-    # Masks of the trial hide up to two rows.
-    at = 0 if isinstance(given.at, int) else mx.arange(B).astype(given.at.dtype) % 3
+    at: int | mx.array = 0
+    if not isinstance(given.at, int):
+        at = (mx.zeros((B,)) if starts is None else starts).astype(given.at.dtype)
     return First(_normal((B, H, F, D), given.array.dtype, 6), min(given.count, 2), at)
 
 
@@ -129,8 +130,9 @@ def attend(shape: Attend, parts: int, q, packed: Packed, scale: float, mask: Mas
     def run(backend):
         tail = packed.tail
         end = None if tail is None else _normal((B, Hkv, *tail.shape[2:]), tail.dtype, 2)
-        some = Packed(_rows(B, Hkv, TOKENS, fmt), TOKENS, fmt, end, None, _first(packed, B))
         starts = None if mask.starts is None else (mx.arange(B) % 3).astype(mask.starts.dtype)
+        first = _first(packed, B, starts)
+        some = Packed(_rows(B, Hkv, TOKENS, fmt), TOKENS, fmt, end, None, first)
         array = None
         if mask.array is not None:
             array = _normal((L, TOKENS), mx.float32, 4)

@@ -194,8 +194,8 @@ class Step:
             inputs.append(packed.tail)
         if (first := packed.first) is not None:
             inputs.append(first.array)
-            if first.key[2] is not None:
-                inputs.append(not_small(first.at) if self.metal else first.at)
+            if not isinstance(at := first.at, int):
+                inputs.append(not_small(at) if self.metal else at)
         inputs.append(table)
         if self.second is not None:
             last = () if sinks is None else (sinks,)
