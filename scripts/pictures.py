@@ -171,6 +171,15 @@ def draw_memory(data: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _bar(axes, at: int, value: float, text: str, style: dict, ends: tuple = (None, None)) -> None:
+    """A bar with its value behind it, and its interval, if there is one."""
+    axes.barh(at, value, edgecolor="white", **style)
+    if ends[0] is not None:
+        axes.plot(ends, [at, at], color="0.2", lw=1.2)
+    options = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+    axes.annotate(text, (ends[1] or value, at), (4, 0), **options)
+
+
 def draw_quality(data: dict, path: Path) -> None:
     """KL from fp16 and bytes per token, side by side for each cache, the exact tail apart."""
     from matplotlib.figure import Figure
@@ -185,21 +194,9 @@ def draw_quality(data: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for i, r in enumerate(results):
         style = {"color": color_of(r["name"], names), "hatch": "//" if ":" in r["name"] else ""}
-        style |= {"edgecolor": "white"}
-        kl = r["kl"]
-        left.barh(i, kl["mean"], **style)
-        if kl["low"] is not None:
-            left.plot([kl["low"], kl["high"]], [i, i], color="0.2", lw=1.2)
-        left.annotate(
-            f"{kl['mean']:.4f}", (kl["high"] or kl["mean"], i), (4, 0), va="center",
-            textcoords="offset points", fontsize=8,
-        )  # fmt: skip
-        bytes_ = r["bytes_per_token"] / own
-        right.barh(i, bytes_, **style)
-        right.annotate(
-            f"{bytes_:.2f}", (bytes_, i), (4, 0), va="center", textcoords="offset points",
-            fontsize=8,
-        )  # fmt: skip
+        kl, part = r["kl"], r["bytes_per_token"] / own
+        _bar(left, i, kl["mean"], f"{kl['mean']:.4f}", style, (kl["low"], kl["high"]))
+        _bar(right, i, part, f"{part:.2f}", style)
     left.set_yticks(range(len(names)), names)
     left.set_xlabel("KL from the model's own cache, nats per token (less is better)")
     right.set_xlabel(f"bytes per token, fp16 = 1, exact tail shared out over {s['tokens']} tokens")

@@ -80,12 +80,7 @@ def patch(module: ModuleType) -> None:
     if name == "utils":
         _lacking = f"utils.{absent[0]}" if absent else ""
         if not absent:
-            trampoline.replace(names["load_model"], _remembering)
-            trampoline.replace(names["load"], _as_the_repository_says)
-            trampoline.replace(names["sharded_load"], _as_the_repository_says)
-            trampoline.replace(names["save"], _with_the_calibration)
-            if (function := trampoline.function(names.get("load_tokenizer"))) is not None:
-                trampoline.replace(function, _completing)
+            _watch_loading(names)
         return
     if names.get("argparse") is not argparse:
         if any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
@@ -109,6 +104,16 @@ def patch(module: ModuleType) -> None:
         names["eval_ppl"] = _through_the_cache(names["eval_ppl"])
     if name == "evaluate":
         names["MLXLM"]._score_fn = _in_chunks(names["MLXLM"]._score_fn)
+
+
+def _watch_loading(names: dict[str, Any]) -> None:
+    """Change what loads and saves models."""
+    trampoline.replace(names["load_model"], _remembering)
+    trampoline.replace(names["load"], _as_the_repository_says)
+    trampoline.replace(names["sharded_load"], _as_the_repository_says)
+    trampoline.replace(names["save"], _with_the_calibration)
+    if (function := trampoline.function(names.get("load_tokenizer"))) is not None:
+        trampoline.replace(function, _completing)
 
 
 def asked() -> str | None:

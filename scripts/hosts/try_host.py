@@ -41,8 +41,10 @@ def _count():
     while True:
         time.sleep(0.2)
         if calls:
-            with open(os.environ["KVQ_PROBE"] + f".{os.getpid()}", "w") as file:
+            path = os.environ["KVQ_PROBE"] + f".{os.getpid()}"
+            with open(path.replace("attended", "part"), "w") as file:
                 file.write(str(calls))
+            os.replace(path.replace("attended", "part"), path)  # it may be ended at any time
 if "KVQ_PROBE" in os.environ:
     threading.Thread(target=_count, daemon=True).start()
 """
