@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..caches.attention import DECODE_QUERIES
 from ..calibration.set import CalibrationSet
 from ..files import read_text
+from ..format.spec import Spec
 from ..measure import plots
 from ..measure.baselines import KV_BITS
 from ..measure.evaluate import evaluate, load_model, read_recall
@@ -69,12 +70,7 @@ def run(args: argparse.Namespace) -> None:
     # Whatever can be wrong is found before the minutes of work.
     texts = [read_text(path) for path in args.text]
     recall = read_recall(args.recall, args.recall_prompts) if args.recall else []
-    calibration = None
-    if args.calibration:
-        try:
-            calibration = CalibrationSet.load(args.calibration)
-        except FileNotFoundError as error:
-            raise ValueError(str(error)) from None
+    calibration = _calibration(args.calibration)
     for path in (args.json, args.plot):
         if path and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no such directory to write to.")
@@ -99,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     )
     evaluation.setting.update(model=Path(args.model).name, texts=[Path(t).name for t in args.text])
     print(evaluation.table(args.markdown))
-    if any("-" in name and "recent=0" not in name for name in args.kv_cache):
+    if any(_keeps_tokens(name) for name in args.kv_cache):
         print(
             f"\nbytes/token contain what is kept exactly, shared out over {args.tokens} tokens: "
             "the longer the context, the fewer."
@@ -108,3 +104,16 @@ def run(args: argparse.Namespace) -> None:
         evaluation.save(args.json)
     if args.plot:
         plots.draw_quality(evaluation, args.plot)
+
+
+def _calibration(path: str | None) -> CalibrationSet | None:
+    try:
+        return CalibrationSet.load(path) if path else None
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+
+
+def _keeps_tokens(name: str) -> bool:
+    """Whether a cache keeps some tokens exactly beside the others."""
+    spec = None if name in KV_BITS else Spec.parse(name)
+    return spec is not None and spec.exact != ""

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
+from ..caches.packed import PackedCache
 from ..calibration import automatic
 from ..calibration.set import CalibrationSet
 from ..files import line
@@ -173,18 +174,19 @@ def _token_arrays(cache) -> list[mx.array]:
 
 
 def bytes_per_token(caches: list, tail: bool = True) -> float:
-    """Bytes of one token in all caches together, where it is kept. An exact tail is shared out over
-    all tokens, or left out. It follows the model's dtype, as scales and biases of mlx-lm's
-    quantized cache do: these count 2 bytes also in a model that computes in fp32."""
+    """Bytes of one token in all caches together, where it is kept. What is kept exactly besides is
+    shared out over all tokens, or left out. It follows the model's dtype, as scales and biases of
+    mlx-lm's quantized cache do: these count 2 bytes also in a model that computes in fp32."""
     total = 0.0
     for _, cache in leaves(caches):
-        exact = getattr(cache, "tail", None)
+        besides = (cache.tail, cache.oldest.array) if isinstance(cache, PackedCache) else ()
         for a in _token_arrays(cache):
-            if a is exact and not tail:
+            exact = any(a is b for b in besides)
+            if exact and not tail:
                 continue
             follows = isinstance(cache, stock.QuantizedKVCache)
-            follows |= a is exact and cache.dtype == mx.float32
+            follows |= exact and cache.dtype == mx.float32
             size = 2 if follows and a.dtype == mx.float32 else a.itemsize
-            tokens = cache.size() if a is exact else a.shape[2]
+            tokens = cache.size() if exact else a.shape[2]
             total += size * a.size / (a.shape[0] * tokens)
     return total

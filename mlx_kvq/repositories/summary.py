@@ -70,7 +70,10 @@ def describe(source: Repository, report: Report, shapes: Shapes) -> list[tuple[s
     calibration = ""
     if source.calibration is not None:
         text, tokens, length = (made.pop(note, "?") for note in ("text", "tokens", "length"))
-        calibration = f"{text}, {tokens} tokens in windows of {length}; SHA-256 "
+        calibration = f"{text}, {tokens} tokens in windows of {length}"
+        if "positions" in made:
+            calibration += f", for contexts of up to {made.pop('positions')}"
+        calibration += "; SHA-256 "
         calibration += f"{(section.sha256 or '')[:16]}…, as it should be"
     lines = {
         "cache": f"{spec}, seed {spec.seed}, format {VERSION}",
