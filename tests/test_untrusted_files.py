@@ -162,6 +162,7 @@ def test_a_calibration_in_a_cache_is_of_its_heads(tmp_path):
     cache = filled(calibrated=True)
     cache.rows = mx.concatenate([cache.rows] * 2, axis=1)
     cache.newest.array = mx.concatenate([cache.tail] * 2, axis=1)
+    cache.oldest.array = mx.concatenate([cache.oldest.array] * 2, axis=1)
     save(tmp_path / "c.safetensors", [cache])
     assert "mu of its keys is of 2 KV heads, its rows of 4" in refused(tmp_path / "c.safetensors")
 

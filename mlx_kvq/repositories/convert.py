@@ -162,7 +162,8 @@ def _add(
     made = {"mlx_kvq": __version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
     if spec.calibrate != "off":
         calibration = calibrate(model, tokenizer, texts, progress=progress)
-        made |= {k: calibration.metadata[k] for k in ("text", "tokens", "length", "positions")}
+        notes = "text", "tokens", "length", "positions"
+        made |= {k: v for k, v in calibration.metadata.items() if k in notes}
     report = enable(model, spec, calibration=calibration, tokenizer=tokenizer, verbose=False)
     assert report is not None  # fp16 is refused
     own = leaves(model.make_cache())

@@ -333,7 +333,7 @@ def test_a_cache_folder_that_cannot_be_used(place, model, tmp_path, monkeypatch,
         def no_home():
             raise RuntimeError("Could not determine home directory.")
 
-        monkeypatch.setattr(automatic, "directory", no_home)
+        monkeypatch.setattr(automatic, "kept_folder", no_home)
     report = mlx_kvq.enable(model, "int4-srft")
     assert report.calibration is not None
     lines = capsys.readouterr().err.splitlines()

@@ -165,8 +165,8 @@ def test_what_is_compiled_from_loading_to_the_twentieth_token():
     with compiled.compiling() as sources:
         found = figures.compiled()
     assert sorted(k.kernel for k in found) == [
-        "attend_store starts tail", "attend_store tail", "combine", "quantize_pack keeps",
-        "quantize_pack keeps tail holds", "restore chunk",
+        "attend_store starts tail first places", "attend_store tail first", "combine",
+        "quantize_pack keeps", "quantize_pack keeps tail holds", "restore chunk first",
     ]  # fmt: skip
     assert len(found) == sum(map(len, sources.values()))
     assert all(k.seconds >= 0 for k in found)
@@ -356,7 +356,7 @@ def test_what_compiles_for_a_token_is_tried_again_for_a_prompt(capsys, monkeypat
             raise RuntimeError("too much threadgroup memory")
         return attend(q, *args)
 
-    sizes = replace(tuning.TUNING["metal"], busy=32, busy_sizes=(32, 4, 0))
+    sizes = replace(tuning.TUNING["metal"], busy=32, busy_narrow=(32, 4, 0))
     monkeypatch.setitem(tuning.TUNING, "metal", sizes)
     with emulated("fast"):
         monkeypatch.setattr(fused, "quantize_pack", only_few)

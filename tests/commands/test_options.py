@@ -46,7 +46,7 @@ def test_names(text, spec):
         ("int4:seed=x", "KV cache spec 'int4:seed=x': seed is an integer, got 'x'."),
         ("int4:sed=1", "KV cache spec 'int4:sed=1': unknown option 'sed'. Did you mean "
                        "'seed'? Known: group_size, seed, scale, calibrate, skip, high, budget, "
-                       "rounding, recent."),
+                       "rounding, recent, first."),
     ],
 )  # fmt: skip
 def test_mistakes(text, said):

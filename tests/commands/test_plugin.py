@@ -69,7 +69,7 @@ def test_every_way_to_type_it(way, expected):
     assert lines == [
         "[mlx_kvq] int4-srft:calibrate=off: packed 4 of 4 layers, 4.50 bits per value, "
         "3.56x smaller than fp16, the newest 16 and the first 4 tokens exact, not calibrated",
-        "[mlx_kvq] 10 tokens: 0.07 MB (0.07 MB of it the exact tail), fp16 0.02 MB",
+        "[mlx_kvq] 10 tokens: 0.09 MB (0.08 MB of it tokens kept exactly), fp16 0.02 MB",
     ]
 
 

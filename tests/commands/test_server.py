@@ -76,7 +76,7 @@ def test_bytes_of_the_prompt_cache():
     model, tokenizer = load_float32("tiny-qwen2-8bit")
     many = prompts(tokenizer, [5, 30])
     sizes = {}
-    for spec in ("fp16", "int4-srft:recent=0,first=0", "int4-srft:recent=2"):
+    for spec in ("fp16", "int4-srft:recent=0,first=0", "int4-srft:recent=2,first=1"):
         mlx_kvq.enable(model, spec, verbose=False)
         assert all(hasattr(c, "merge") for c in make_prompt_cache(model))  # or no batching
         caches = batch_generate(
@@ -88,12 +88,13 @@ def test_bytes_of_the_prompt_cache():
             lru.insert_cache("model", prompt, cache)
             held += cache[0].offset
         sizes[spec] = lru.nbytes / held / len(model.layers)
-    # The model's own cache is fp32 here, and so is the tail, two tokens for each sequence.
-    tail = 2 * 2 * 2 * 512 / held
+    # The model's own cache is fp32 here, and so is what is kept exactly, three tokens for each
+    # sequence.
+    tail = 2 * 3 * 2 * 512 / held
     assert sizes == {
         "fp16": 2 * 512,
         "int4-srft:recent=0,first=0": 144,
-        "int4-srft:recent=2": pytest.approx(144 + tail),
+        "int4-srft:recent=2,first=1": pytest.approx(144 + tail),
     }
 
 

@@ -40,7 +40,7 @@ def test_what_is_compiled(name, situation):
 
 def test_small_arrays_would_compile_a_kernel_twice(monkeypatch):
     """What the list would show of a batch that grows beyond seven sequences."""
-    monkeypatch.setattr(attention, "_not_small", lambda x: x)
+    monkeypatch.setattr(attention, "not_small", lambda x: x)
     found = compiled.kernels(QWEN, compiled.SITUATIONS["a server"])
     twice = [label for label, sources in found.items() if len(sources) > 1]
     assert twice == ["attend_store tail starts"]

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_kvq import ops
 from mlx_kvq.format import levels
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
@@ -152,8 +153,45 @@ def rows_beyond_8_gigabytes(launches):
         standin.run = run
 
 
+def first_tokens(launches):
+    """At the beginning, after padding, gone in part, to come in part; in rings, around their end;
+    beside a tail that has some of them."""
+    launches(single=0, restore_threadgroups=1)
+    fmt = format_of("int4-srft:recent=5", 64, what="mu")
+    rows, tail = packed(fmt, 2, 2, 40), normal(2, 2, 7, 128, seed=30)
+    array, q = normal(2, 2, 6, 128, seed=31), transposed(2, 4, 2, 64)
+    at = mx.array([3, 30], mx.int32)
+    for first, more in (
+        (ops.First(array, 6), {}),
+        (ops.First(array, 4, -2), {}),
+        (ops.First(array, 6, at), {"starts": at}),
+    ):
+        for length in (33, 35, 37) if more else (3, 7, 33, 37):
+            given = {"tail": tail, "first": first, "mask": "causal", **more}
+            assert_attends(q, rows, length, fmt, **given)
+        unpacked = rows, 37, fmt, mx.float32
+        for a, b in zip(
+            calls.restore(fused, *unpacked, first=first),
+            calls.restore(plain, *unpacked, first=first),
+            strict=True,
+        ):
+            same(a, b, 1e-5)
+    hidden = mx.arange(37) >= 0
+    for keep, idx, first in (
+        (4, 20, ops.First(array, 4)),
+        (0, 20, ops.First(array, 6, -2)),
+        (0, 35, ops.First(array, 6)),
+        (0, 33, ops.First(array, 6, mx.array([0, 1], mx.int32))),
+    ):
+        seen = mx.broadcast_to(hidden & (mx.arange(37) % 9 != 5), (2, 1, 1, 37))
+        if not isinstance(first.at, int):  # padding, which is the oldest row
+            seen = seen & mx.stack([mx.arange(37) != 99, mx.arange(37) != idx])[:, None, None]
+        given = {"tail": tail, "first": first, "ring": (keep, idx), "mask": seen}
+        assert_attends(q[:, :, :1], rows, 37, fmt, **given)
+
+
 CHECKS = (
-    edges, edges_beside_a_tail, attention, attention_of_odd_sizes, packing, restoring,
+    edges, edges_beside_a_tail, attention, attention_of_odd_sizes, packing, restoring, first_tokens,
     rows_beyond_8_gigabytes,
 )  # fmt: skip
 
@@ -186,7 +224,24 @@ FAULTS = [
     ("a split's end", attention, "attend.metal", "(split + 1) * share)",
      "(split + 1) * share + 1)"),
     ("tail of the last query only", attention, "attend.metal",
-     "age < min(recent + L - 1, length - keep)", "age < min(recent, length - keep)"),
+     "TAIL ? min(recent + L - 1, length - keep)", "TAIL ? min(recent, length - keep)"),
+    ("first tokens' rows counted, too", first_tokens, "attend.metal",
+     "FIRST ? max(start, place + firsts + (wraps ? idx - length : 0)) : start", "start"),
+    ("first tokens of a ring counted, too", first_tokens, "attend.metal",
+     "wraps ? min(length, idx + max(0, place + firsts)) : idx", "idx"),
+    ("first tokens of a ring that wraps", first_tokens, "attend.metal",
+     "place + firsts + (wraps ? idx - length : 0)", "place + firsts + (wraps ? -length : 0)"),
+    ("a first token in the tail, too", first_tokens, "attend.metal", "t < oldest", "t <= oldest"),
+    ("mask of a ring's first tokens", first_tokens, "attend.metal",
+     "key -= key >= length ? length - keep : 0", "key -= 0"),
+    ("a first token that has gone", first_tokens, "attend.metal", "t < 0 || t >= length",
+     "t < -9 || t >= length"),
+    ("a first token that is to come", first_tokens, "attend.metal", "t < 0 || t >= length",
+     "t < 0"),
+    ("first tokens at other rows", first_tokens, "restore.metal",
+     "row >= place && row < place + firsts", "row < firsts"),
+    ("first tokens of another place", first_tokens, "restore_rows.metal",
+     "PLACES ? int(first_at[b]) :", ""),
     ("tail into the kept rows", attention, "attend.metal", "max(keep, idx - recent) : length",
      "idx - recent : length"),
     ("end of a ring", attention, "attend.metal", "length - recent + idx - keep) :",

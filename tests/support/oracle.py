@@ -367,7 +367,7 @@ def attend(
     output is 0). A masked position still has p = 0 times its value, so a NaN value shows.
 
     exact: None, or (k, v, reads): the vectors before rounding, of the shapes of k_hat and v_hat,
-    and bool [B, L, T], where a query takes them in place of k_hat and v_hat.
+    and bool [L, T] or [B, L, T], where a query takes them in place of k_hat and v_hat.
     """
     q, k_hat, v_hat = (np.asarray(a, np.float64) for a in (q, k_hat, v_hat))
     Hq, Hkv = q.shape[1], k_hat.shape[1]
@@ -389,6 +389,7 @@ def attend(
     if exact is None:
         exact = k_hat, v_hat, np.zeros((len(q), q.shape[2], k_hat.shape[2]), bool)
     *whole, reads = exact
+    reads = np.broadcast_to(reads, (len(q), q.shape[2], k_hat.shape[2]))
     read = [  # by each query: keys [B, Hq, T, Dk], values [B, Hq, T, Dv]
         [
             _heads(np.where(reads[:, None, i, :, None], x, x_hat), Hq)
