@@ -176,14 +176,16 @@ def first_tokens(launches):
             strict=True,
         ):
             same(a, b, 1e-5)
-    hidden = mx.arange(37) >= 0
+    seen = (mx.arange(33) >= at[:, None])[:, None, None]  # which is as long as the rows
+    given = {"tail": tail, "first": ops.First(array, 6, at), "mask": seen}
+    assert_attends(q[:, :, :1], rows, 33, fmt, **given)
     for keep, idx, first in (
         (4, 20, ops.First(array, 4)),
         (0, 20, ops.First(array, 6, -2)),
         (0, 35, ops.First(array, 6)),
         (0, 33, ops.First(array, 6, mx.array([0, 1], mx.int32))),
     ):
-        seen = mx.broadcast_to(hidden & (mx.arange(37) % 9 != 5), (2, 1, 1, 37))
+        seen = mx.broadcast_to(mx.arange(37) % 9 != 5, (2, 1, 1, 37))
         if not isinstance(first.at, int):  # padding, which is the oldest row
             seen = seen & mx.stack([mx.arange(37) != 99, mx.arange(37) != idx])[:, None, None]
         given = {"tail": tail, "first": first, "ring": (keep, idx), "mask": seen}
