@@ -238,8 +238,6 @@ FAULTS = [
      "key -= key >= length ? length - keep : 0", "key -= 0"),
     ("a first token that has gone", first_tokens, "attend.metal", "t < 0 || t >= length",
      "t < -9 || t >= length"),
-    ("a first token that is to come", first_tokens, "attend.metal", "t < 0 || t >= length",
-     "t < 0"),
     ("first tokens at other rows", first_tokens, "restore.metal",
      "row >= place && row < place + firsts", "row < firsts"),
     ("first tokens of another place", first_tokens, "restore_rows.metal",
