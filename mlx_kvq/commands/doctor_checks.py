@@ -102,8 +102,10 @@ class _Case:
         size = self.fmt.recent + QUERIES - 1
         with mx.stream(mx.cpu):  # in full fp32: MLX rounds fp32 products to TF32 on CUDA
             rows, tail = ops.BACKENDS["plain"].quantize_pack(self.k, self.v, self.fmt, None, size)
-        self.rows, self.tail = rows, tail
-        mx.eval(self.k, self.v, self.q, rows, tail)
+            begin = self.k[:, :, :4], self.v[:, :, :4], self.fmt, None, 4
+            first = ops.BACKENDS["plain"].quantize_pack(*begin)[1]
+        self.rows, self.tail, self.first = rows, tail, first
+        mx.eval(self.k, self.v, self.q, rows, tail, first)
 
     def results(self, chosen: set[str] | None) -> Iterator[Result]:
         self.data()
@@ -140,7 +142,10 @@ class _Case:
                 taken = partial(self.unpacked, call, partial(self.exact, chunk=chunk), with_tail)
                 label = f"restore{name}{', chunk' if chunk else ''}"
                 found[label] = self.limit, taken, partial(self.held_by, call, with_tail)
-        return found
+        call = partial(self.restore, chunk=True)
+        taken = partial(self.unpacked, call, partial(self.exact, chunk=True), False, True)
+        again = partial(self.held_by, call, False, True)
+        return found | {"restore, first, chunk": (self.limit, taken, again)}
 
     # ---- packing ------------------------------------------------------------------------------
     def pack(self, tokens: int, kept: bool, first: bool, pending: bool, backend) -> tuple:
@@ -186,6 +191,9 @@ class _Case:
             "attend, boolean mask": {"mask": ops.Mask(array=allowed)},
             "attend, float mask": {"mask": ops.Mask(array=added)},
             "attend, ring": {"ring": (4, TOKENS // 3)},
+            "attend, first": {"first": 0},
+            "attend, starts, first": {"mask": ops.Mask(starts=starts), "first": starts},
+            "attend, ring, first": {"ring": (4, TOKENS // 3), "first": 0},
         }
         if not self.calibrated:
             sinks = {"sinks": mx.linspace(-2, 3, Hq)}
@@ -193,8 +201,12 @@ class _Case:
             cases["attend, sinks, one split"] = {**sinks, "parts": 1}
         return cases
 
-    def arguments(self, L=1, T=None, mask=ops.EVERY, sinks=None, tail=True, ring=None) -> tuple:
-        held = ops.Packed(self.rows, T or TOKENS, self.fmt, self.tail if tail else None, ring)
+    def arguments(
+        self, L=1, T=None, mask=ops.EVERY, sinks=None, tail=True, ring=None, first=None
+    ) -> tuple:
+        begin = None if first is None else ops.First(self.first, 4, first)
+        end = self.tail if tail else None
+        held = ops.Packed(self.rows, T or TOKENS, self.fmt, end, ring, begin)
         # Less than a model's scale: with outliers in keys one key would have all the weight, and
         # the kernels' fp16 queries turn logits of 60 by 0.03, as they may.
         return self.q[:, :, :L], held, self.q.shape[3] ** -0.5 / 8, mask, sinks
@@ -207,8 +219,10 @@ class _Case:
         return _relative(self.attend(parts, **given), exact.attend(*self.arguments(**given)))
 
     # ---- and back -----------------------------------------------------------------------------
-    def held_by(self, call: Callable, with_tail: bool) -> Any:
-        return call(ops.Packed(self.rows, TOKENS, self.fmt, self.tail if with_tail else None))
+    def held_by(self, call: Callable, with_tail: bool, with_first: bool = False) -> Any:
+        first = ops.First(self.first, 4) if with_first else None
+        tail = self.tail if with_tail else None
+        return call(ops.Packed(self.rows, TOKENS, self.fmt, tail, None, first))
 
     def restore(self, held: ops.Packed, chunk: bool) -> tuple:
         new = (self.k[:, :, :9], self.v[:, :, :9]) if chunk else None
@@ -220,8 +234,8 @@ class _Case:
             return [old for old, _ in both]
         return [np.concatenate([old, exact.of(new[:, :, :9])], axis=2) for old, new in both]
 
-    def unpacked(self, call: Callable, wanted: Callable, with_tail: bool) -> float:
-        pairs = zip(self.held_by(call, with_tail), self.held_by(wanted, with_tail), strict=True)
+    def unpacked(self, call: Callable, wanted: Callable, *kept: bool) -> float:
+        pairs = zip(self.held_by(call, *kept), self.held_by(wanted, *kept), strict=True)
         return max(_relative(a, b) for a, b in pairs)
 
 

@@ -82,6 +82,8 @@ def attend(
     seen, added = _seen(mask, (B, Hq, L, packed.length), order)
     for i in range(L):
         K, V = (x.copy() for x in rows)
+        if packed.first is not None:
+            _put_first(K, V, packed.first)
         if exact is not None:
             keep = (packed.ring or (0, 0))[0]
             n = min(fmt.recent + L - 1 - i, packed.length - keep)
@@ -100,6 +102,14 @@ def attend(
     ):  # a sink's probability adds no value, nor a centre
         raise ValueError("Sinks beside a centre of values are not among doctor's cases.")
     return out
+
+
+def _put_first(K: np.ndarray, V: np.ndarray, first: ops.First) -> None:
+    """The exact first tokens in place of their rows; K and V in the order of the tokens."""
+    array = np.repeat(of(first.array), K.shape[1] // first.array.shape[1], axis=1)
+    for b, place in enumerate(np.broadcast_to(np.array(first.at), len(K))):
+        to = slice(place, place + first.count)
+        K[b, :, to], V[b, :, to] = np.split(array[b, :, : first.count], [K.shape[3]], axis=2)
 
 
 def _order(packed: ops.Packed) -> np.ndarray:

@@ -50,7 +50,7 @@ def few(monkeypatch):
     monkeypatch.setattr(figures, "beside_fp16", lambda contexts: iter([ROWS]))
 
 
-TOTAL = 21 + 23 + 5  # variants of the two cases; calibrated values know no sinks; a format
+TOTAL = 25 + 27 + 5  # variants of the two cases; calibrated values know no sinks; a format
 
 
 def test_all_kernels_pass(few, capsys):
@@ -86,7 +86,7 @@ def test_a_wrong_kernel_fails_and_the_exit_status_says_it(few, capsys, monkeypat
     with emulated("fast"):
         assert doctor.run(ARGS) == 1
     failed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAIL")]
-    assert len(failed) == 11 + 13 + 2
+    assert len(failed) == 14 + 16 + 2
     assert all(line.startswith("FAIL attend, ") for line in failed)
     said = re.search(r"error (\S+), at most 1e-02", failed[0])
     assert said is not None and float(said[1]) == pytest.approx(0.05, rel=0.2)
@@ -139,7 +139,7 @@ def test_without_a_gpu_only_the_reference_is_checked(few, capsys):
         main(["doctor", "--seed", "3"])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert "backend    reference" in out and "44 of 44 passed" in out
+    assert "backend    reference" in out and "52 of 52 passed" in out
     assert "No kernel ran" in out and "Only the reference was checked" in out
     assert "not run: every kernel" in out and "replayed" not in out
 
@@ -158,7 +158,7 @@ def test_float64_is_nearer_to_the_reference_than_any_limit(monkeypatch):
     monkeypatch.setattr(checks, "REPEATS", 1)
     cases = [("int4-srft", 64, 4, 2, mx.float32, c) for c in (True, False)]
     found = list(checks.check(1, cases))
-    assert len(found) == 44 and [r for r in found if not r.passed] == []
+    assert len(found) == 52 and [r for r in found if not r.passed] == []
 
 
 def test_what_is_compiled_from_loading_to_the_twentieth_token():
@@ -239,7 +239,7 @@ def test_a_report_of_a_cpu_says_that_it_is_one(short, private, capsys):
     assert "written to report.md" in capsys.readouterr().out
     text = Path("report.md").read_text()
     assert text.startswith("# mlx_kvq doctor: REDUCED report of a CPU")
-    assert "44 of 44 passed" in text and text.endswith("Complete. Every check passed.\n")
+    assert "52 of 52 passed" in text and text.endswith("Complete. Every check passed.\n")
     rows = [line for line in text.splitlines() if line.startswith(("| fp16", "| int4-srft"))]
     assert [row.split("|")[2].strip() for row in rows] == ["8", "8", "16", "16", "24", "24"]
     assert "peak MB of prefill" in text and "nan" not in text
@@ -288,7 +288,7 @@ def test_what_is_done_is_in_the_file_when_a_run_is_cut_off(short, private, monke
     monkeypatch.setattr(doctor_report, "_benchmark", stopped)
     assert report("report.md") == 130
     text = Path("report.md").read_text()
-    assert "44 of 44 passed" in text and "Complete" not in text
+    assert "52 of 52 passed" in text and "Complete" not in text
 
 
 # ---- the choice of a backend --------------------------------------------------------------------
