@@ -28,6 +28,7 @@ mlx-lm, no option is needed:
 
 ```sh
 mlx_lm.generate --model {name} --prompt "Hello"
+mlx_lm.server --model {name} --port 8080   # for any OpenAI client; requests are batched
 ```
 
 `--kv-cache fp16` turns it off and another `--kv-cache` replaces it. Without mlx_kvq this is an \

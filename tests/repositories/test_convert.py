@@ -171,6 +171,7 @@ def test_both_bundled_models(source, layers, spec, text, tmp_path, capsys, quick
     assert 0 < values["kl_divergence", spec] < 1
     assert values["exact_match", spec] in (0, 1)
     assert 'mlx_lm.generate --model model --prompt "Hello"' in body
+    assert "mlx_lm.server --model model --port 8080" in body
     assert "### Measured on held-out text\n" in body
     assert entry["results"][0]["dataset"]["name"] == "held-out text"
     readme = (folder / "README.md").read_text()
