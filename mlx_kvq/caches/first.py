@@ -16,12 +16,14 @@ class FirstTokens:
         array (mx.array, optional): [B, Hkv, F, Dk + Dv] in the tail's dtype; what is in it for
             tokens that are still to come, nobody reads.
         filling (bool): Whether a sequence may have fewer tokens.
+        changed (bool): Whether the array is not yet evaluated with anything that a step reads.
     """
 
     def __init__(self, fmt: Format):
         self.format = fmt
         self.array: mx.array | None = None
         self.filling = fmt.first > 0
+        self.changed = False
         self._seen: ops.First | None = None
 
     def __getstate__(self) -> dict:
@@ -47,6 +49,7 @@ class FirstTokens:
         self.array = array
         if max(map(max, wanted)) < 0:
             return
+        self.changed = True
         if len({tuple(columns) for columns in wanted}) == 1:
             there = [p for p in range(F) if wanted[0][p] >= 0]
             first, end = wanted[0][there[0]], wanted[0][there[-1]] + 1

@@ -262,8 +262,9 @@ class PackedCache(_BaseCache, ABC):
         leave unread, ``more`` too."""
         self.reading = max(0, self.reading - L)
         decodes = view.get("tail") is self.tail
-        if self.oldest.array is not None:
+        if self.oldest.changed and self.oldest.array is not None:
             more = (*more, self.oldest.array)
+            self.oldest.changed = False
         if self.tail is not None:
             (self.newest.array,) = mx.depends([self.tail], [self.stored.filled(), *more])
         elif more:
