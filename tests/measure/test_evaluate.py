@@ -179,6 +179,42 @@ def test_only_a_chunk_of_logits_is_kept():
     assert mx.get_peak_memory() - before < 4 * vocabulary * T  # all logits of one cache
 
 
+def test_pieces_of_a_window():
+    assert quality.pieces(10, 4, 0) == [(0, 4, False), (4, 8, True), (8, 10, True)]
+    assert quality.pieces(10, 4, 3) == [
+        (0, 4, False), (4, 7, False), (7, 8, True), (8, 9, True), (9, 10, True)
+    ]  # fmt: skip
+    assert quality.pieces(5, 8, 4) == [(0, 1, False), *((i, i + 1, True) for i in range(1, 5))]
+
+
+def test_decoding_against_generation(qwen, tokens):
+    """A prompt that is not scored, then tokens one at a time: as a loop over the model gives it, in
+    any batch."""
+    model, _ = qwen
+    packed = baselines.candidate(model, "int4-srft:calibrate=off")
+    makers = {"own": baselines.own(model).make, "int4": packed.make}
+    found = measure(model, makers, tokens, 64, decode=20, batch=2)["int4"]
+    for row, kl_, loss in zip(tokens, found.kl, found.loss, strict=True):
+        caches = [make() for make in makers.values()]
+        T = row.size
+        logits: list[list] = [[], []]
+        for start, end in [(0, 64), (64, T - 20), *((i, i + 1) for i in range(T - 20, T))]:
+            for kept, c in zip(logits, caches, strict=True):
+                out = np.array(model(row[None, start:end], cache=c)[0])
+                if start >= T - 20:
+                    kept.append(log_softmax(out[-1]))
+        exact, got = (np.stack(x) for x in logits)
+        np.testing.assert_allclose(kl_, (np.exp(exact) * (exact - got)).sum(axis=1), atol=2e-4)
+        ids = np.array(row[T - 19 :])
+        np.testing.assert_allclose(loss, -got[np.arange(19), ids], atol=2e-3)
+
+
+@pytest.mark.parametrize("given, says", [("48", "leave no prompt"), ("-1", "decode")])
+def test_what_decode_may_be(capsys, given, says):
+    _, err, status = run(capsys, "--kv-cache", "int4", "--decode", given)
+    assert says in f"{err}{status}" and status
+
+
 SIZES: dict = {
     # Over 4 layers of 1 KV head with D = 128: keys and values, 1024 values.
     "qwen": {"own": 4 * 1024, "fp16": 2 * 1024, "kv8": 1088, "kv4": 576, "int8-srft": 1088,
