@@ -191,7 +191,8 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
       key += key < keep ? length - keep : 0;
     }
     const auto y = is_first
-        ? first + (b * first_strides[0] + kv_head * first_strides[1] + (age - newest) * first_strides[2])
+        ? first + (b * first_strides[0] + kv_head * first_strides[1] +
+                   (age - newest) * first_strides[2])
         : tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
                   (tail_shape[2] - 1 - age) * tail_strides[2]);
     float exact_value[PREFETCH != 0 ? V_TILES : 1];

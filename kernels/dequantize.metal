@@ -41,7 +41,8 @@ if (eight < KD / 8) {
     if (TAIL && row + j >= exact && row + j < length) {
       kvq::convert_eight(keys + ((to + row + j) * KD + 8 * eight), end + (row + j) * tail_strides[2]);
     } else if (FIRST && row + j >= place && row + j < min(place + firsts, length)) {
-      kvq::convert_eight(keys + ((to + row + j) * KD + 8 * eight), begin + (row + j) * first_strides[2]);
+      kvq::convert_eight(
+          keys + ((to + row + j) * KD + 8 * eight), begin + (row + j) * first_strides[2]);
     } else if (row + j < length) {
       kvq::eight_levels<KB, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(keys + ((to + row + j) * KD + 8 * eight), x);
@@ -60,7 +61,8 @@ if (eight < KD / 8) {
     if (TAIL && row + j >= exact && row + j < length) {
       kvq::convert_eight(values + ((to + row + j) * VD + 8 * v), end + (row + j) * tail_strides[2]);
     } else if (FIRST && row + j >= place && row + j < min(place + firsts, length)) {
-      kvq::convert_eight(values + ((to + row + j) * VD + 8 * v), begin + (row + j) * first_strides[2]);
+      kvq::convert_eight(
+          values + ((to + row + j) * VD + 8 * v), begin + (row + j) * first_strides[2]);
     } else if (row + j < length) {
       kvq::eight_levels<VB, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(values + ((to + row + j) * VD + 8 * v), x);

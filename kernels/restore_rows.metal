@@ -3,8 +3,9 @@
 //
 // Layout: rows uint32 [B, H, capacity, W], any batch and head strides; outputs row contiguous. If
 //   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD]. If FIRST, others from row
-//   first_at[b] (if PLACES, else of info) on are those of first [B, H, F, KD + VD]. If CHUNK, tokens of new_k
-//   and new_v [B, H, L, D], any strides, follow the rows in the outputs, as they are.
+//   first_at[b] (if PLACES, else of info) on are those of first [B, H, F, KD + VD]. If CHUNK,
+//   tokens of new_k and new_v [B, H, L, D], any strides, follow the rows in the outputs, as they
+//   are.
 // Grid: (any number, B * H) threadgroups of two pairs of SIMD groups. The even one of a pair does
 //   keys, the odd one values, as in quantize_pack.metal.
 // Limits: head sizes as quantize_pack. fp32 arithmetic, rounded once.

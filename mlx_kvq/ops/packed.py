@@ -37,6 +37,11 @@ class First:
         object.__setattr__(self, "key", (array.shape, array.dtype, place))
 
     @property
+    def has_places(self) -> bool:
+        """Whether each sequence has a place of its own."""
+        return self.key[2] is not None
+
+    @property
     def numbers(self) -> tuple[int, int]:
         """``count``, and ``at`` if it is one number."""
         return self.count, self.at if isinstance(self.at, int) else 0

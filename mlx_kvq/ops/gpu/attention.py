@@ -78,7 +78,7 @@ class Attend:
             packed.tail is not None,
         )
         first = packed.first
-        self.first, self.places = first is not None, first is not None and first.key[2] is not None
+        self.first, self.places = first is not None, first is not None and first.has_places
         self.starts, self.sinks = mask.starts is not None, sinks is not None
         heads, L = q.shape[1] // self.Hkv, q.shape[2]
         self.given = {

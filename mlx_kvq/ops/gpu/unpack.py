@@ -70,7 +70,7 @@ def prepare(op: str, packed: Packed, dtype: mx.Dtype, chunk: Chunk = None) -> Re
 
 
 def _firsts(first: First | None) -> Constants:
-    return ("FIRST", first is not None), ("PLACES", first is not None and first.key[2] is not None)
+    return ("FIRST", first is not None), ("PLACES", first is not None and first.has_places)
 
 
 def dequantize(packed: Packed, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
