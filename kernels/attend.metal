@@ -8,8 +8,8 @@
 //   so.
 //   tables: of the keys and then of the values (mlx_kvq/ops/gpu/tables.py).
 //   tail [B, Hkv, R, KD + VD]: rotated vectors of the newest tokens, the newest last. A query reads
-//   the `recent` tokens up to its own, and those after it, from there, all others from rows. The
-//   newest token's row is idx - 1; before row `keep` rows wrap around to the last one (a ring).
+//   the kvq::recent_of tokens up to its own, and those after it, from there, all others from rows.
+//   The newest token's row is idx - 1; before row `keep` rows wrap around to the last one (a ring).
 //   first [B, Hkv, F, KD + VD]: likewise the first tokens, read from there unless the tail has them.
 //   The first one is at place first_at[b] (if PLACES, else of info) in the order of the tokens.
 // Grid: (splits, Hkv * blocks of 8 query rows, B) threadgroups of NSG SIMD groups. A split is a
@@ -69,10 +69,13 @@ const auto at = kvq::tile_position(lane);
 // Which keys each position may attend to: [low, high), checked only in tiles at an edge.
 const int offset = length - L;
 // Rows of tokens that are read from the tail: in a ring [hole, idx) and those from `end` on,
-// otherwise the last ones. Rows of first tokens, and of padding before them, are those before
+// otherwise the last ones, by every query those from `end` on. Rows of first tokens, and of padding before them, are those before
 // rows_start, and in a ring without kept tokens those that follow the newest one, [idx, hole_end).
-const int recent = TAIL ? info[kvq::RECENT] : 0;
+const int least = TAIL ? info[kvq::RECENT] : 0;
 const int keep = EXACT ? info[kvq::KEEP] : 0;
+// Of the last query and of the first one.
+const int recent = TAIL ? min(kvq::recent_of(least, length - start), length - keep) : 0;
+const int recent_before = TAIL ? min(kvq::recent_of(least, offset + 1 - start), length - keep) : 0;
 const int idx = EXACT ? info[kvq::NEXT] : length;
 const bool is_ring = EXACT && idx < length;
 const int hole = is_ring ? max(keep, idx - recent) : length;
@@ -84,7 +87,7 @@ const int rows_start = FIRST ? max(start, place + firsts + (wraps ? idx - length
 const int lowest = max(rows_start, window > 0 ? offset - window + 1 : 0);
 const int low_edge = max(rows_start, window > 0 ? length - window : 0);
 int high_edge = causal ? offset + 1 : length;
-const int end = is_ring ? min(length, length - recent + idx - keep) : length - recent;
+const int end = is_ring ? min(length, length - recent + idx - keep) : length - recent_before;
 if (TAIL) high_edge = min(high_edge, is_ring ? end : offset + 1 - recent);
 
 const auto head_rows = rows + (b * rows_strides[0] + kv_head * rows_strides[1]);
@@ -215,7 +218,9 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
     UNROLL for (int i = 0; i < 2; i++) {
       const int low = max(start, window > 0 ? position[i] - window + 1 : 0);
       // The oldest token of the tail: its key, or its place in a ring.
-      const int oldest = is_ring ? length - recent : max(keep, position[i] + 1 - recent);
+      const int oldest = is_ring
+          ? length - recent
+          : max(keep, position[i] + 1 - kvq::recent_of(least, position[i] + 1 - start));
       seen[i] = key >= low && key < (causal ? position[i] + 1 : length) &&
           (is_first ? !TAIL || t < oldest : is_ring || key >= oldest);
     }
@@ -292,7 +297,11 @@ for (; tile < tile_end; tile += NSG) {
       UNROLL for (int j = 0; j < 2; j++) {
         const int low = max(rows_start, window > 0 ? position[j] - window + 1 : 0);
         int high = causal ? position[j] + 1 : length;
-        if (TAIL) high = min(high, is_ring ? end : max(keep, position[j] + 1 - recent));
+        if (TAIL && is_ring) high = min(high, end);
+        if (TAIL && !is_ring) {
+          const int n = kvq::recent_of(least, position[j] + 1 - start);
+          high = min(high, max(keep, position[j] + 1 - n));
+        }
         seen[j] = key >= low && key < high && (!EXACT || key < hole || key >= hole_end);
       }
       s[i] = float2(seen[0] ? s[i].x : masked, seen[1] ? s[i].y : masked);

@@ -251,7 +251,8 @@ class PackedBatchKVCache(PackedBatch):
             self._roll_right(self._right_padding)
             if self.tail is not None and self._lengths is None:
                 rows = self.stored.written()[:, :, : self._idx]
-                self.newest.array = self.newest.of_rows(rows, self.format.recent, self._first())
+                recent = self.format.recent_at(self._idx)
+                self.newest.array = self.newest.of_rows(rows, recent, self._first())
                 self.newest.exact = [0] * len(self.exact)
             self._right_padding = self._lengths = None
             self._start()

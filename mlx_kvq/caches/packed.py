@@ -150,6 +150,11 @@ class PackedCache(_BaseCache, ABC):
         """Tokens that a rotating cache keeps; 0 of a growing one."""
         return 0
 
+    def _held(self, L: int = 0) -> int:
+        """Rows after L more."""
+        have, limit = 0 if self.empty() else self._length(), self._limit()
+        return L + (min(have, limit - 1) if limit and L else have)
+
     def _in_place(self, L: int) -> bool:
         """Whether L new rows go to where there is room, one by one."""
         return L == 1 and not self.reading
@@ -160,18 +165,19 @@ class PackedCache(_BaseCache, ABC):
         """Pack the token of a usual decode step, whose row ``at`` waits with others before and
         after it: as :meth:`_pack` and ``Rows.write``, in less of the host's time. False where they
         must do it."""
-        rows, tail = self.stored, self.newest.array
-        if not rows.goes_on(at) or tail is None or not self._in_place(keys.shape[2]):
+        rows, tail = self.stored, self.newest
+        if not rows.goes_on(at) or (old := tail.array) is None:
             return False
-        if self.oldest.filling or tail.dtype != ops.tail_dtype(keys.dtype):
+        if not self._in_place(keys.shape[2]) or at + 1 >= tail.until:
             return False
-        recent = self.format.spec.recent
-        rows.pending, self.newest.array = ops.quantize_pack(
-            keys, values, self.format, tail, recent, rows.pending
+        if self.oldest.filling or old.dtype != ops.tail_dtype(keys.dtype):
+            return False
+        rows.pending, tail.array = ops.quantize_pack(
+            keys, values, self.format, old, tail.recent, rows.pending
         )
         rows.count += 1
-        if self.newest.filling:
-            self.newest.got(recent, self._counts(1))
+        if tail.filling:
+            tail.got(tail.recent, self._counts(1))
         return True
 
     def _pack(
@@ -192,8 +198,9 @@ class PackedCache(_BaseCache, ABC):
             tail.array = tail.array.astype(dtype)
             if self.oldest.array is not None:
                 self.oldest.array = self.oldest.array.astype(dtype)
+        tail.reach(self._held(L), self._in_order, self._first)
         old, new = tail.array, self._counts(L)
-        before = fmt.recent if old is None else tail.size
+        before = tail.recent if old is None else tail.size
         pending, capacity = self._pending(keys), None
         if pending is None and tokens is not None:
             capacity = self.stored.growth(tokens, L, self.step)
@@ -245,7 +252,7 @@ class PackedCache(_BaseCache, ABC):
 
     def _tail_size(self, L: int) -> int:
         """Tokens that the tail keeps after L more rows."""
-        recent = self.format.recent
+        recent = self.newest.recent
         if not self._prompted:
             # Each of a few tokens reads `recent` of them, and then all but one may be taken back.
             return recent + L - 1
@@ -255,7 +262,8 @@ class PackedCache(_BaseCache, ABC):
         """Tokens of the tail if a chunk of a prompt ends L rows from here: those that decoding
         reads, or the unfinished block."""
         ends = [max(0, end) % attention.BLOCK for end in self._positions(L)]
-        return max(self.format.recent, min(max(ends, default=0), self._reach()))
+        recent = self.format.recent_at(self._held(L))
+        return max(recent, min(max(ends, default=0), self._reach()))
 
     def _updated(self, L: int, view: dict, *more: mx.array) -> tuple:
         """The end of an update: with what attention reads, everything is evaluated that a step may
@@ -307,7 +315,7 @@ class PackedCache(_BaseCache, ABC):
         if last is None or idx == length:
             return ops.restore(ops.Packed(rows, length, fmt, last, None, begin), self.dtype)
         # The newest tokens are before row idx, and before them those at the end.
-        n = min(fmt.recent, length - keep)
+        n = min(fmt.recent_at(length), length - keep)
         here = min(n, idx - keep)
         k, v = ops.restore(ops.Packed(rows, length, fmt, None, None, begin), self.dtype)
         exact = ops.restore(ops.Packed(rows, n, fmt, last[:, :, -n:]), self.dtype)
@@ -347,11 +355,14 @@ class PackedCache(_BaseCache, ABC):
         rows = self.stored.array, self.stored.pending, self.newest.array, self.oldest.array
         mx.async_eval(own + [a for a in rows if a is not None])
 
+    def reads(self, tokens: int) -> int:
+        """Newest tokens that the last of ``tokens`` reads exactly."""
+        return self.format.recent_at(min(tokens, self._limit() or tokens))
+
     def goes_on(self, at: int, end: int) -> bool:
         """Whether tokens ``at`` to ``end`` of a prompt find what they would if it were read at
         once: all before were read as a prompt, and what is to be read exactly is in the tail."""
-        recent = self.format.recent
-        needed = max(0, min(at, recent - (end - at)))  # by the last token
+        needed = max(0, min(at, self.reads(end) - (end - at)))  # by the last token
         if end - at > 1:
             needed = max(needed, min(at % attention.BLOCK, self._reach()))
         return at < end and self.prompt[0] >= at and self.exact[0] >= needed

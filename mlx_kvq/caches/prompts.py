@@ -128,7 +128,7 @@ def resume(caches: list, at: int, end: int) -> int:
         return at
     if at < end and all(c.has_decoded(at) for c in packed):
         return at  # a conversation
-    recent = max(c.format.recent for c in packed)  # the last token reads as many exactly
+    recent = max(c.reads(end) for c in packed)  # the last token reads as many exactly
     back = min(at, end - recent, *(c.prompt[0] for c in packed))
     back -= back % attention.BLOCK
     if back <= 0 or not all(c.is_trimmable() for c in every):

@@ -1,5 +1,7 @@
 """The exact tail of a cache: its newest tokens as they are, rotated and unrounded."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from .. import ops
@@ -18,7 +20,9 @@ class Tail:
         array (mx.array, optional): [B, Hkv, R, Dk + Dv] (``ops.quantize_pack``).
         prompt (list): For each sequence, its first tokens that were read as a prompt.
         exact (list): For each sequence, its newest tokens that ``array`` has as they are.
-        filling (bool): Whether a sequence has fewer of these than decoding reads.
+        recent (int): Tokens that decoding reads here, in a context below ``until`` tokens.
+        until (int): Contexts from here on read more (``Format.recent_at``).
+        filling (bool): Whether a sequence has fewer of ``exact`` than decoding reads.
     """
 
     def __init__(self, fmt: Format, sequences: int = 1):
@@ -27,6 +31,8 @@ class Tail:
         self.prompt = [0] * sequences
         self.exact = [0] * sequences
         self.filling = True
+        self.recent = fmt.recent
+        self.until = 0
 
     @property
     def size(self) -> int:
@@ -35,7 +41,29 @@ class Tail:
     def got(self, size: int, new: list[int]) -> None:
         """Note that the array, now of ``size`` tokens, has got ``new`` ones of each sequence."""
         self.exact = [min(size, n + m) for n, m in zip(self.exact, new, strict=True)]
-        self.filling = min(self.exact, default=0) < self.format.recent
+        self.filling = min(self.exact, default=0) < self.recent
+
+    def reach(
+        self,
+        tokens: int,
+        rows: Callable[[], mx.array],
+        first: Callable[[], ops.First | None],
+    ) -> None:
+        """Hold what decoding reads in a context of ``tokens``.
+
+        Args:
+            tokens (int): Of the longest sequence.
+            rows (callable): Gives all rows, in the order of their tokens: where the tail gets
+                longer, the tokens that it lacks come from there,
+            first (callable): or from the exact first tokens, which it gives.
+        """
+        fmt = self.format
+        self.recent = fmt.recent_at(tokens)
+        self.until = next((n for n in fmt.grows if tokens < n), 1 << 62)
+        if self.array is not None and (lacking := self.recent - self.size) > 0:
+            older = self.of_rows(rows()[:, :, : -self.size], lacking, first())
+            self.array = mx.concatenate([older, self.array], axis=2)
+            self.filling = True
 
     def without_padding(self, L: int, size: int, new: list[int]) -> None:
         """Keep the last ``size`` tokens of each sequence, where the last L hold ``new`` each."""
@@ -63,13 +91,14 @@ class Tail:
         self.prompt = [min(m, at) for m, at in zip(self.prompt, left, strict=True)]
         self.exact = [max(0, m - n) for m in self.exact]
         self.filling = True
+        self.recent, self.until = self.format.recent, 0  # until the next token is there
         if self.array is None:
             return
         size = max(self.size - n, 0)
         tail = self.array[:, :, :size]
         if length == 0:
             self.array = None
-        elif (lacking := self.format.recent - size) <= 0:
+        elif (lacking := self.recent - size) <= 0:
             self.array = tail
         else:
             rows = stored.written()[:, :, : max(0, length - size)]

@@ -86,7 +86,8 @@ def attend(
             _put_first(K, V, packed.first)
         if exact is not None:
             keep = (packed.ring or (0, 0))[0]
-            n = min(fmt.recent + L - 1 - i, packed.length - keep)
+            recent = fmt.recent_at(packed.length - L + 1 + i)
+            n = min(recent + L - 1 - i, packed.length - keep)
             K[:, :, -n:], V[:, :, -n:] = np.split(exact[:, :, -n:], [fmt.layout.k_dim], axis=3)
         logits = np.einsum("bhd,bhtd->bht", queries[:, :, i], K) * scale + added[:, :, i]
         logits = np.where(seen[:, :, i], logits, -np.inf)

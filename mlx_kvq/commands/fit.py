@@ -11,7 +11,7 @@ from mlx_lm import utils
 from mlx_lm.models import cache as stock
 
 from ..files import line
-from ..format.format import make_format
+from ..format.format import make_format, recent_at
 from ..format.spec import OFF, Spec
 from ..measure import plots
 from ..measure.baselines import KV_BITS, KV_GROUP
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n| {' | '.join(columns)} |\n|---{'|--:' * (len(columns) - 1)}|")
     for name, plan in found.items():
         cells = [plan.cell(left, n, most) for n in SEQUENCES]
-        print(f"| {name} | {plan.bytes(1, 1) - plan.fixed:,.0f} | {' | '.join(cells)} |")
+        print(f"| {name} | {plan.token:,.0f} | {' | '.join(cells)} |")
     notes.append(
         "Tokens of context of each of so many sequences. *: the model's own limit, elsewhere "
         "memory binds. –: mlx-lm does not batch its quantized cache."
@@ -194,29 +194,47 @@ class Plan:
     """
 
     def __init__(self, layers: list[Layer], name: str, config: dict):
-        self.name, self.fixed = name, 0
-        self.tokens = [(self._token(layer, config), layer.window) for layer in layers]
+        self.name = name
+        # Bytes of a token, of one that is kept exactly besides, and the window, of each layer.
+        self.spec = Spec.parse(name) if name not in KV_BITS else None
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        twice = 2 if dtype == "float16" else 1  # what is kept exactly of fp16 models is fp32
+        self.layers = [
+            (self._token(layer), twice * layer.fp16 * self._packs(layer), layer.window)
+            for layer in layers
+        ]
         # A second copy of one layer: fp16's while it grows, a packed one's unpacked for a prompt.
         self.copy = max((layer.fp16 for layer in layers if layer.window is None), default=0)
 
-    def _token(self, layer: Layer, config: dict) -> float:
+    @property
+    def token(self) -> float:
+        """Bytes of a token in all layers."""
+        return sum(token for token, _, _ in self.layers)
+
+    def _packs(self, layer: Layer) -> bool:
+        return self.spec is not None and layer.packable
+
+    def _token(self, layer: Layer) -> float:
         if self.name in KV_BITS:
             if layer.window is not None:
                 raise ValueError(f"mlx-lm cannot quantize a {stock.RotatingKVCache.__name__}.")
             if layer.k_dim % KV_GROUP or layer.v_dim % KV_GROUP:
                 raise ValueError(f"mlx-lm quantizes groups of {KV_GROUP} channels.")
             return layer.fp16 / 16 * (KV_BITS[self.name] + 32 / KV_GROUP)
-        spec = Spec.parse(self.name)
-        if spec is None or not layer.packable:
+        if self.spec is None or not layer.packable:
             return layer.fp16
-        # What is kept exactly: of fp16 models in fp32.
-        dtype = config.get("dtype") or config.get("torch_dtype")
-        self.fixed += (spec.recent + spec.first) * layer.fp16 * (2 if dtype == "float16" else 1)
-        return 4 * layer.heads * make_format(spec, layer.k_dim, layer.v_dim).layout.words
+        return 4 * layer.heads * make_format(self.spec, layer.k_dim, layer.v_dim).layout.words
+
+    def _exact(self, tokens: int) -> int:
+        """Tokens of a context that are kept exactly besides."""
+        return 0 if self.spec is None else recent_at(self.spec.recent, tokens) + self.spec.first
 
     def bytes(self, tokens: int, sequences: int) -> float:
-        held = sum(b * min(tokens, window or tokens) for b, window in self.tokens)
-        return sequences * (held + self.fixed) + self.copy * (tokens if tokens > STEP else 0)
+        held = 0.0
+        for token, exact, window in self.layers:
+            n = min(tokens, window or tokens)
+            held += n * token + self._exact(n) * exact
+        return sequences * held + self.copy * (tokens if tokens > STEP else 0)
 
     def context(self, left: float, sequences: int) -> int:
         """Tokens of each sequence that fit, in the steps by which caches grow."""

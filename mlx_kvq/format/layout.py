@@ -6,8 +6,8 @@
 
 Codes are ``32 / bits`` to a word, lowest bits first: MLX's own affine order, so codes and
 scales feed ``mx.quantized_matmul`` as they are. Scales are fp16, two to a word, lower half
-first; one zero half pads an odd count. For D = 128, 4 bits and groups of 32 a row is
-16 + 16 + 2 + 2 = 36 words, 144 bytes, against 512 bytes in fp16.
+first; one zero half pads an odd count. For D = 128, 4 bits and groups of 64 a row is
+16 + 16 + 1 + 1 = 34 words, 136 bytes, against 512 bytes in fp16.
 """
 
 from dataclasses import dataclass
@@ -81,11 +81,11 @@ def check_dim(D: int) -> None:
 
 
 def choose_group(D: int, group_size: int | None) -> int:
-    """The group size for head size D: as asked, or 32, or the next divisor above 32. Raises
+    """The group size for head size D: as asked, or 64, or the next divisor above 64. Raises
     ValueError if D cannot be packed, or the asked group size does not divide it."""
     check_dim(D)
     if group_size is None:
-        return next((g for g in range(32, D, 8) if D % g == 0), D)
+        return next((g for g in range(64, D, 8) if D % g == 0), D)
     if type(group_size) is not int or group_size < 8 or group_size % 8 or D % group_size:
         fits = [str(g) for g in range(8, D + 1, 8) if D % g == 0]
         raise ValueError(

@@ -34,7 +34,7 @@ class Spec:
         rotation (str): Random signs and a real FFT, ``"srft"``, for even head sizes, or a Hadamard
             transform, ``"srht"``, for powers of two; ``"none"``; or one of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
-            the head size. ``None`` takes 32, or the next such divisor above 32.
+            the head size. ``None`` takes 64, or the next such divisor above 64.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
         scale (str): ``"search"``: the better of two by angle; ``"absmax"``: the largest magnitude
             maps to the outermost level; ``"paper"``: an odd number of levels around zero.
@@ -47,7 +47,8 @@ class Spec:
         rounding (str): Of keys when written: to the ``"nearest"`` level, or with ``"feedback"``
             from the errors of other channels (``format.feedback``).
         recent (int): Newest tokens of a query, its own included, that are also kept unrounded and
-            read from there, 0 to 1024.
+            read from there, 0 to 1024; twice as many from a context of ``128 * recent`` tokens on,
+            and four times as many from ``256 * recent`` on.
         first (int): First tokens of a sequence that are also kept unrounded, 0 to 64. Attention
             rests on the first one, whose key is an outlier: in Qwen2.5 and SmolLM2 it had 90 % of
             the error of all keys (docs/quality.md).
@@ -66,7 +67,7 @@ class Spec:
     high: tuple[int | str, ...] = ()
     budget: float | None = None
     rounding: str = "nearest"
-    recent: int = 16
+    recent: int = 64
     first: int = 4
 
     def __post_init__(self):
@@ -112,8 +113,9 @@ class Spec:
     @property
     def exact(self) -> str:
         """Which tokens are kept exactly, in words; "" if none is."""
-        named = ("the newest", self.recent), ("the first", self.first)
-        words = " and ".join(f"{which} {n}" for which, n in named if n)
+        newest = f"the newest {self.recent} to {4 * self.recent}" if self.recent else ""
+        first = f"the first {self.first}" if self.first else ""
+        words = " and ".join(filter(None, (newest, first)))
         return f"{words} tokens" if words else ""
 
     def __str__(self) -> str:

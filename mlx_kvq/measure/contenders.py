@@ -124,7 +124,7 @@ def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerConten
     @functools.cache
     def before(B: int) -> tuple[mx.array, mx.array | None]:
         """Tail and pending rows of a cache before a decode step."""
-        tail = random(heads.kv, B, recent, 2 * heads.dim, dtype)
+        tail = random(heads.kv, B, recent, 2 * heads.dim, ops.tail_dtype(dtype))
         rows = mx.zeros((B, heads.kv, min(recent, PENDING), fmt.layout.words), mx.uint32)
         mx.eval(tail, rows)
         return tail, rows if rows.shape[2] > 1 else None

@@ -154,9 +154,10 @@ def attend(
     Args:
         q (mx.array): Queries [B, Hq, L, Dk]; Hq is a multiple of Hkv.
         packed (Packed): The layer's keys and values. With a tail of at least
-            ``format.recent + L - 1`` tokens, a query reads the ``format.recent`` tokens up to its
-            own, and any after it, from there and not from their rows; likewise the first tokens
-            that are kept exactly. Where rows are a ring and there is either, L is 1, unless its
+            ``format.recent_at(length) + L - 1`` tokens, a query that is the last of n tokens of
+            its sequence reads the ``format.recent_at(n)`` tokens up to its own, and any after
+            it, from there and not from their rows; likewise the first tokens that are kept
+            exactly. Where rows are a ring and there is either, L is 1, unless its
             ``idx`` is ``length``.
         scale (float): Softmax scale, usually Dk ** -0.5; finite.
         mask (Mask): What a query may see.

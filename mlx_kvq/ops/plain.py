@@ -10,7 +10,7 @@ What the choices here were measured by is in ``docs/performance.md``.
 
 import mlx.core as mx
 
-from ..format.format import Format
+from ..format.format import Format, recent_at
 from ..format.layout import tail_dtype
 from ..format.levels import (
     HALF_MAX,
@@ -240,7 +240,7 @@ def attend(
     if packed.tail is not None or packed.first is not None:
         rows, array = in_token_order(rows, array, length, keep, idx)
     if packed.tail is not None:
-        exact = _Exact(packed.tail, fmt, length, L, length - keep)
+        exact = _Exact(packed, L, mask.starts)
     n = length if exact is None else exact.packed  # from rows
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, fmt.layout.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
@@ -269,16 +269,22 @@ class _Exact:
     """The newest keys, which queries read from the tail: ``n`` that some query reads there, and
     ``packed`` that some query reads from its row."""
 
-    def __init__(self, tail: mx.array, fmt: Format, length: int, L: int, most: int):
-        self.n = min(fmt.recent + L - 1, most)
+    def __init__(self, packed: Packed, L: int, starts: mx.array | None):
+        fmt, length, tail = packed.format, packed.length, packed.tail
+        assert tail is not None
+        keep = packed.ring[0] if packed.ring else 0
+        recent = fmt.recent_at(length)
+        self.n = min(recent + L - 1, length - keep)
         self.length, self.dim = length, fmt.layout.k_dim
         self.tail = tail[:, :, tail.shape[2] - self.n :].astype(mx.float32)
         self.packed, self.own = length, None
-        if L == 1:  # what is left out would add zeros: the sums are the same to the last bit
+        alike = starts is None or recent == fmt.recent  # in all sequences
+        if L == 1 and alike:  # what is left out would add zeros: the sums are the same to the bit
             self.packed = length - self.n
-        else:
-            query = mx.arange(length - L, length)
-            self.own = mx.arange(length - self.n, length) > query[:, None] - fmt.recent
+            return
+        query = mx.arange(length - L, length)[:, None]
+        tokens = query + 1 if starts is None else query + 1 - starts.reshape(-1, 1, 1, 1)
+        self.own = mx.arange(length - self.n, length) > query - recent_at(fmt.recent, tokens)
 
     def scores(self, q: mx.array, of_rows: mx.array) -> mx.array:
         """Of all keys, [B, Hq, L, length]."""

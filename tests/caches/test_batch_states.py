@@ -13,7 +13,8 @@ from mlx_lm.models import cache as stock_caches
 
 from mlx_kvq import ops
 from mlx_kvq.caches import attention, seams
-from tests.caches.test_cache_states import BLOCK, OPERATIONS, SEQUENCES, STEP, CacheMachine
+from mlx_kvq.format import format as format_module
+from tests.caches.test_cache_states import BLOCK, GROWTH, OPERATIONS, SEQUENCES, STEP, CacheMachine
 from tests.support.stock import Pair
 from tests.support.stock_batch import BatchPair, PaddedTokens, same_kind
 
@@ -145,6 +146,7 @@ class Batches(CacheMachine):
 @pytest.mark.parametrize("waiting", [False, True], ids=["written", "waiting"])
 def test_sequences_of_operations(waiting, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", BLOCK)
+    monkeypatch.setattr(format_module, "GROWTH", GROWTH)
     if waiting:
         monkeypatch.setattr(ops, "is_reference", lambda *_: False)
     for ours in seams.CLASSES:

@@ -26,12 +26,14 @@ from mlx_kvq import ops
 from mlx_kvq.caches import attention
 from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
+from mlx_kvq.format import format as format_module
 from tests.support.stock import Pair, Tokens
 
 SEQUENCES = int(os.environ.get("MLX_KVQ_SEQUENCES", "0"))
 FEW = 125  # sequences of a machine in CI
 OPERATIONS = 25  # of a sequence, at most
 BLOCK = 16  # of a prompt in place of 256
+GROWTH = 4  # times the exact tail, in place of 128
 STEP = 8  # capacity steps in place of 256, so that short sequences cross them
 
 TOKENS = {
@@ -139,6 +141,7 @@ class OneSequence(CacheMachine):
 def test_sequences_of_operations(waiting, monkeypatch):
     """Rows are written at once, as plain operations need it, or wait, as on GPUs."""
     monkeypatch.setattr(attention, "BLOCK", BLOCK)
+    monkeypatch.setattr(format_module, "GROWTH", GROWTH)
     if waiting:
         monkeypatch.setattr(ops, "is_reference", lambda *_: False)
     for ours in (PackedKVCache, PackedRotatingKVCache):

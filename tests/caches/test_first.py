@@ -133,7 +133,7 @@ def test_a_file_without_them_goes_on_in_a_model_that_keeps_them(tmp_path):
             np.array(model(mx.array([[7]]), cache=again)), np.array(want), atol=1e-4
         )
         mlx_kvq.enable(model, "int4-srft:calibrate=off,recent=5", verbose=False)
-        with pytest.raises(ValueError, match="recent 16, asked for 5"):
+        with pytest.raises(ValueError, match="recent 64, asked for 5"):
             prompt_file.check(stock.load_prompt_cache(path), model)
     finally:
         mlx_kvq.disable(model)

@@ -137,9 +137,9 @@ def test_another_version(qwen, tmp_path, monkeypatch):
         ("int8-srft", "bits int4, asked for int8"),
         ("int4-srht", "rotation srft, asked for srht"),
         ("int4-srft:seed=1", "seed 0, asked for 1"),
-        ("int4-srft:group_size=64", "group_size 32, asked for 64"),
+        ("int4-srft:group_size=32", "group_size 64, asked for 32"),
         ("int4-srft:scale=paper", "scale search, asked for paper"),
-        ("int4-srft:seed=1,recent=3", "seed 0, asked for 1; recent 16, asked for 3"),
+        ("int4-srft:seed=1,recent=3", "seed 0, asked for 1; recent 64, asked for 3"),
     ],
 )
 def test_another_spec(qwen, tmp_path, spec, says):

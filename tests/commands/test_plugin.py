@@ -67,14 +67,14 @@ def test_every_way_to_type_it(way, expected):
     assert text(process).strip() == expected.strip()
     lines = [line for line in process.stderr.splitlines() if "[mlx_kvq]" in line]
     assert lines == [
-        "[mlx_kvq] int4-srft:calibrate=off: packed 4 of 4 layers, 4.50 bits per value, "
-        "3.56x smaller than fp16, the newest 16 and the first 4 tokens exact, not calibrated",
-        "[mlx_kvq] 10 tokens: 0.09 MB (0.08 MB of it tokens kept exactly), fp16 0.02 MB",
+        "[mlx_kvq] int4-srft:calibrate=off: packed 4 of 4 layers, 4.25 bits per value, "
+        "3.76x smaller than fp16, the newest 64 to 256 and the first 4 tokens exact, not calibrated",
+        "[mlx_kvq] 10 tokens: 0.28 MB (0.28 MB of it tokens kept exactly), fp16 0.02 MB",
     ]
 
 
 def test_the_end_says_what_the_caches_hold():
-    """In fp32 or bf16 alike: rows of 144 bytes and the exact tail, against 512 bytes of fp16."""
+    """In fp32 or bf16 alike: rows of 136 bytes and the exact tail, against 512 bytes of fp16."""
     options = ["--kv-cache", "int4:calibrate=off,recent=0,first=0", "--max-tokens", "40"]
     process = generate("mlx_lm.generate", *options, "--draft-model", QWEN)
     name, draft, end = process.stderr.splitlines()
@@ -83,7 +83,7 @@ def test_the_end_says_what_the_caches_hold():
     )
     assert draft == name.replace("int4", f"{QWEN}: int4", 1)
     # Two models of 4 layers, 41 tokens each.
-    tokens, ours, fp16 = 41, 2 * 4 * 41 * 144, 2 * 4 * 41 * 512
+    tokens, ours, fp16 = 41, 2 * 4 * 41 * 136, 2 * 4 * 41 * 512
     assert end == f"[mlx_kvq] {tokens} tokens: {ours / 1e6:.2f} MB, fp16 {fp16 / 1e6:.2f} MB"
     assert generate("mlx_lm.generate", *options, MLX_KVQ_QUIET="1").stderr == ""
 

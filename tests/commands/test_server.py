@@ -93,8 +93,8 @@ def test_bytes_of_the_prompt_cache():
     tail = 2 * 3 * 2 * 512 / held
     assert sizes == {
         "fp16": 2 * 512,
-        "int4-srft:recent=0,first=0": 144,
-        "int4-srft:recent=2,first=1": pytest.approx(144 + tail),
+        "int4-srft:recent=0,first=0": 136,
+        "int4-srft:recent=2,first=1": pytest.approx(136 + tail),
     }
 
 

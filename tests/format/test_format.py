@@ -34,17 +34,19 @@ def calibrated() -> Format:
 def test_the_signature_is_frozen():
     """Saved caches carry it: any change of the text makes them unreadable."""
     assert VERSION == 1
-    assert make_format(Spec.parse("int4-srft:recent=0,first=0"), 64).signature == PLAIN
-    fmt = make_format(Spec.parse("int4-srft:first=0"), 64)
+    before = "int4-srft:group_size=32,recent=16"  # the defaults of 0.1.0
+    plain = "int4-srft:group_size=32,recent=0,first=0"
+    assert make_format(Spec.parse(plain), 64).signature == PLAIN
+    fmt = make_format(Spec.parse(f"{before},first=0"), 64)
     assert fmt.signature == f"{PLAIN};recent=16"  # what was saved before there were first tokens
-    fmt = make_format(Spec.parse("int4-srft"), 64)
+    fmt = make_format(Spec.parse(before), 64)
     assert (fmt.signature, fmt.of_rows) == (f"{PLAIN};recent=16;first=4", f"{PLAIN};recent=16")
     fmt = make_format(Spec.parse("k8v4-srht:group_size=64,seed=7,scale=paper"), 256, 128)
     assert fmt.signature == (
-        "mlx_kvq/1;k8v4-srht;scale=paper;seed=7;dims=256,128;groups=64,64;recent=16;first=4"
+        "mlx_kvq/1;k8v4-srht;scale=paper;seed=7;dims=256,128;groups=64,64;recent=64;first=4"
     )
     mu = Calibration(mu=mx.arange(128, dtype=mx.float32).reshape(2, 64))
-    fmt = make_format(Spec.parse("int4-srft"), 64, keys=mu)
+    fmt = make_format(Spec.parse(before), 64, keys=mu)
     assert fmt.signature == f"{PLAIN};recent=16;first=4;calibration=ef34f5bad13d702a"
 
 
@@ -60,7 +62,7 @@ def test_signature_and_back(bits, rotation, scale, sizes, seed, recent):
     back = parse_signature(fmt.signature)
     assert back.signature == fmt.signature
     assert (back.spec, back.layout, back.scale) == (spec, fmt.layout, fmt.scale)
-    assert (fmt.layout.k_group, fmt.layout.v_group) == (k_group or 32, v_group or 32)
+    assert (fmt.layout.k_group, fmt.layout.v_group) == (k_group or 64, v_group or 64)
     for name in "keys", "values":
         a, b = getattr(fmt, name), getattr(back, name)
         assert (a.rotation, a.seed, a.stream, a.dim) == (b.rotation, b.seed, b.stream, b.dim)

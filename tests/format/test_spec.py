@@ -79,7 +79,7 @@ def test_the_vocabulary():
 def test_every_name_alone_has_the_defaults(name):
     spec = Spec.parse(name)
     assert f"{spec.bits}-{spec.rotation}" == name == str(spec)
-    assert (spec.group_size, spec.seed, spec.scale, spec.recent) == (None, 0, "search", 16)
+    assert (spec.group_size, spec.seed, spec.scale, spec.recent) == (None, 0, "search", 64)
     assert (spec.k_bits, spec.v_bits) == BITS[name.split("-")[0]]
 
 

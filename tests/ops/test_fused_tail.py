@@ -81,6 +81,28 @@ def test_several_queries_after_kept_tokens(emulator, launches, recent, keep):
         assert_attends(q, rows, length, fmt, mask="causal", tail=tail, ring=(keep, length))
 
 
+@pytest.mark.parametrize("L", [1, 6])
+@pytest.mark.parametrize("starts", [None, [0, 3, 131, 200]])
+@pytest.mark.parametrize("length", [126, 127, 129, 133, 254, 256, 258, 261, 300])
+def test_longer_contexts_have_a_longer_tail(emulator, launches, length, starts, L):
+    """From 128 and 256 tokens of its own sequence on, a query reads 2 and 4 in place of 1."""
+    launches(single=0)
+    fmt = format_of("int4-srft:recent=1", 64)
+    assert [fmt.recent_at(n) for n in (1, 127, 128, 255, 256, 9999)] == [1, 1, 2, 2, 4, 4]
+    B = 1 if starts is None else len(starts)
+    first = None if starts is None else mx.array([min(n, length - L) for n in starts])
+    rows, tail = packed(fmt, B, 2, length), tail_of(fmt, B, 2, 4 + L - 1)
+    q = transposed(B, 4, L, 64)
+    got = assert_attends(q, rows, length, fmt, mask="causal", tail=tail, starts=first)
+    for b in range(B):  # as alone, without the padding
+        begin = 0 if first is None else first[b].item()
+        own = rows[b : b + 1, :, begin:], length - begin
+        alone = calls.attend(
+            fused, q[b : b + 1], *own, fmt, 64**-0.5, "causal", tail=tail[b : b + 1]
+        )
+        np.testing.assert_allclose(got[b], np.array(alone.astype(mx.float32))[0], atol=2e-3)
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("axes", ["LT", "BHLT"])
 @pytest.mark.parametrize("added", [False, True])

@@ -73,6 +73,20 @@ def attention(launches):
         assert_attends(one, rows, 10, fmt, tail=tail, window=4)
 
 
+def longer(launches):
+    """Contexts of which a query reads more tokens from the tail, beside padding. Of the last ones,
+    queries of a shorter context read rows of a tile of which those of the longer one read none."""
+    cases = (1, 1, 129), (1, 1, 128), (1, 1, 258), (1, 4, 130), (1, 4, 258), (9, 4, 1153)
+    for single in (0, 1023):
+        launches(single=single)
+        for recent, L, length in cases:
+            fmt = format_of(f"int4-srft:recent={recent}", 64)
+            starts = mx.array([0, 3], mx.int32)
+            tail = normal(2, 2, 4 * recent + 3, 128, seed=30)
+            q, rows = transposed(2, 4, L, 64), packed(fmt, 2, 2, length)
+            assert_attends(q, rows, length, fmt, mask="causal", tail=tail, starts=starts)
+
+
 def attention_of_odd_sizes(launches):
     """A last word that is not full; groups that are not whole slots; large and tiny scales."""
     launches(single=0)
@@ -193,8 +207,8 @@ def first_tokens(launches):
 
 
 CHECKS = (
-    edges, edges_beside_a_tail, attention, attention_of_odd_sizes, packing, restoring, first_tokens,
-    rows_beyond_8_gigabytes,
+    edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, packing,
+    restoring, first_tokens, rows_beyond_8_gigabytes,
 )  # fmt: skip
 
 # ---- faults: what, check, file, text, instead -------------------------------------------------
@@ -227,6 +241,15 @@ FAULTS = [
      "(split + 1) * share + 1)"),
     ("tail of the last query only", attention, "attend.metal",
      "TAIL ? min(recent + L - 1, length - keep)", "TAIL ? min(recent, length - keep)"),
+    ("a context's length with its padding", longer, "attend.metal",
+     "recent_of(least, position[i] + 1 - start)", "recent_of(least, position[i] + 1)"),
+    ("rows of a context's length with its padding", longer, "attend.metal",
+     "recent_of(least, position[j] + 1 - start)", "recent_of(least, position[j] + 1)"),
+    ("rows before the tail of the last query", longer, "attend.metal",
+     "length - recent_before;", "length - recent;"),
+    ("tail of the first query", longer, "attend.metal",
+     "recent_of(least, length - start)", "recent_of(least, offset + 1 - start)"),
+    ("a longer tail one token late", longer, "tile.metal", "tokens < from ?", "tokens <= from ?"),
     ("first tokens' rows counted, too", first_tokens, "attend.metal",
      "FIRST ? max(start, place + firsts + (wraps ? idx - length : 0)) : start", "start"),
     ("first tokens of a ring counted, too", first_tokens, "attend.metal",

@@ -455,7 +455,7 @@ def test_inspect_needs_no_weights(tmp_path, capsys):
     status, out, err = run(capsys, "inspect", folder)
     assert status == 0, err
     assert "576 bytes in all layers, fp16 2048: 3.56 times fewer" in out
-    assert "exact        the newest 16 and the first 4 tokens, beside the others" in out
+    assert "exact        the newest 64 to 256 and the first 4 tokens, beside the others" in out
 
 
 def test_a_plot_is_of_a_known_kind(tmp_path, capsys):
@@ -482,5 +482,6 @@ def test_a_card_keeps_what_others_wrote(tmp_path):
     assert "# model" in body
     assert "| int4-srft:calibrate=off | 2 (2.00 times fewer) |" in body
     assert (
-        "To them come, for each sequence, the newest 16 and the first 4 tokens as in fp16." in body
+        "To them come, for each sequence, the newest 64 to 256 and the first 4 tokens as in fp16."
+        in body
     )

@@ -54,7 +54,7 @@ def test_load_picks_the_cache_up(name, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         f"[mlx_kvq] int4-srft:group_size=64: packed {layers} of {layers} layers, 4.25 bits per "
-        "value, 3.76x smaller than fp16, the newest 16 and the first 4 tokens exact, calibrated "
+        "value, 3.76x smaller than fp16, the newest 64 to 256 and the first 4 tokens exact, calibrated "
         "(made up); as the "
         "model's repository says"
     )

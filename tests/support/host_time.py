@@ -76,7 +76,8 @@ def main() -> None:
     k, q = (mx.random.normal((1, n, 1, DIM)).astype(mx.float16) for n in (KV_HEADS, HEADS))
     prompt = mx.random.normal((1, KV_HEADS, TOKENS, DIM)).astype(mx.float16)
     layers = formats()
-    rows, tail = ops.quantize_pack(prompt, prompt, layers[0], None, 16)
+    recent = layers[0].recent_at(TOKENS)
+    rows, tail = ops.quantize_pack(prompt, prompt, layers[0], None, recent)
     pending = mx.zeros((1, KV_HEADS, 16, rows.shape[3]), mx.uint32)
     mx.eval(k, q, rows, tail, pending)
     caches = [PackedKVCache(fmt) for fmt in layers]
@@ -88,7 +89,7 @@ def main() -> None:
         return [ops.attend(q, ops.Packed(rows, at, fmt, tail), 0.1) for fmt in layers]
 
     def pack(i: int) -> list[mx.array]:
-        return [ops.quantize_pack(k, k, fmt, tail, 16, pending)[0] for fmt in layers]
+        return [ops.quantize_pack(k, k, fmt, tail, recent, pending)[0] for fmt in layers]
 
     def step(i: int) -> list[mx.array]:
         return [packed_attention(q, *c.update_and_fetch(k, k), scale=0.1) for c in caches]

@@ -93,14 +93,17 @@ class _Data:
             for b, tokens in enumerate(self._make_first(y[:, :, order], keep, order)):
                 reads[b][:, order[tokens]] = True
         if case.recent is not None:
-            R = case.recent + L - 1 + int(rng.integers(3))
+            R = self.format.recent_at(T) + L - 1 + int(rng.integers(3))
             newest = y[:, :, order][:, :, -R:]
             before = rng.standard_normal((B, H, R - newest.shape[2], y.shape[3]))  # of no row
             whole = mx.array(np.concatenate([before, newest], axis=2).astype(np.float32))
             self.tail = whole.astype(kept)
+            starts = np.zeros(B, int) if self.starts is None else np.array(self.starts)
             for i in range(L):
-                oldest = max(keep, T - L + i - case.recent + 1)
-                reads[:, i, order[oldest:]] = True
+                last = T - L + i + 1  # the query is the last of so many tokens, and padding
+                for b, n in enumerate(last - starts):
+                    oldest = max(keep, last - self.format.recent_at(int(n)))
+                    reads[b, i, order[oldest:]] = True
         self.exact = rounded[..., : case.dims[0]], rounded[..., case.dims[0] :], reads
 
     def _rotated(self) -> np.ndarray:

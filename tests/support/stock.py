@@ -287,9 +287,13 @@ class Pair:
     def _add_to_tails(self, ids, ends: list[int] | None = None) -> list[list] | None:
         """New tokens ids [B, L], of which sequence i has ``ends[i]``; what they attend over. Call
         it before the stock cache is updated."""
-        recent, L = self.tokens.format.recent, len(ids[0])
-        if not recent:
+        fmt, L = self.tokens.format, len(ids[0])
+        if not fmt.recent:
             return None
+        limit = getattr(self.stock, "max_size", 1 << 30)
+        recent = fmt.recent_at(min(self.stock.size(), limit - 1) + L)
+        if self.tails and len(self.tails[0]) < recent:
+            self._lengthen_tails(self.tails, recent)
         before = self.tails or [[(-1, False)] * recent] * len(ids)
         given = [L] * len(ids) if ends is None else ends
         if L <= 8:
@@ -318,14 +322,19 @@ class Pair:
         if not self.stock.size():
             self.tails = None
             return
-        held, recent = self._in_order(), self.tokens.format.recent
-        for b, tail in enumerate(self.tails):
-            left = tail[: max(0, len(tail) - n)]
+        left = [tail[: max(0, len(tail) - n)] for tail in self.tails]
+        self._lengthen_tails(left, self.tokens.format.recent)
+
+    def _lengthen_tails(self, tails: list[list], recent: int) -> None:
+        """Make these the tails, of at least ``recent`` tokens: the oldest come back from rows."""
+        held = self._in_order()
+        self.tails = list(tails)
+        for b, tail in enumerate(tails):
             older = [(-1, False)] * recent
             begin = self.firsts[b] if self.firsts else []
-            older += [(int(i), i in begin) for i in held[b, : max(0, held.shape[1] - len(left))]]
-            lacking = max(0, recent - len(left))
-            self.tails[b] = older[len(older) - lacking :] + left
+            older += [(int(i), i in begin) for i in held[b, : max(0, held.shape[1] - len(tail))]]
+            lacking = max(0, recent - len(tail))
+            self.tails[b] = older[len(older) - lacking :] + tail
 
     def _exact(
         self, ids: np.ndarray, tails: list[list] | None, L: int, at: list[int]
@@ -333,7 +342,7 @@ class Pair:
         """[B, L, T], of tokens ids [B, T] as they lie: what the last L of them, of which sequence
         b's first is at position at[b], read exactly.
 
-        Up to 8 queries read the ``recent`` tokens up to their own, and what is after it. Of a
+        Up to 8 queries read the ``recent_at`` tokens up to their own, and what is after it. Of a
         prompt each token reads its own block, as far as that is in the chunk or in the tail.
         """
         B, T = ids.shape
@@ -347,8 +356,10 @@ class Pair:
             return exact
         ring = isinstance(self.stock, RotatingKVCache) and self.stock.keep
         keep = self.stock.keep if ring and self.stock.offset > T else 0
-        queries = np.arange(L)
+        queries, fmt = np.arange(L), self.tokens.format
         for b, tail in enumerate(tails):
+            tokens = np.minimum(at[b] + queries, T - L + queries) + 1
+            recent = np.array([fmt.recent_at(int(n)) for n in tokens])
             begins = (at[b] + queries) // attention.BLOCK * attention.BLOCK
             known = True
             for age, (token, whole) in enumerate(reversed(tail[-(T - keep) :])):
@@ -356,7 +367,7 @@ class Pair:
                 known = known and whole
                 if L <= 8:
                     if whole and ids[b, where] == token:
-                        exact[b, :, where] |= age < L - 1 - queries + self.tokens.format.recent
+                        exact[b, :, where] |= age < L - 1 - queries + recent
                 elif known:
                     exact[b, :, where] |= at[b] + L - 1 - age >= begins
         return exact

@@ -122,7 +122,7 @@ class Attend:
         given = {"length": length, **self.given}
         if self.tail or self.first:
             keep, idx = packed.ring or (0, length)
-            recent = min(self.kind.recent, length - keep) if self.tail else 0
+            recent = self.kind.recent if self.tail else 0
             given |= {"recent": recent, "keep": keep, "next": idx}
         if packed.first is not None:
             given["firsts"], given["first_at"] = packed.first.numbers
