@@ -51,9 +51,7 @@ def draw_quality(evaluation: Evaluation, path: str) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, r in enumerate(results):
-        style: dict = {"color": color_of(r.name, names), "marker": "o" if "-" in r.name else "s"}
-        if ":" in r.name:
-            style |= {"mfc": "white", "marker": MARKERS[_variant(r.name, names) % len(MARKERS)]}
+        style = style_of(r.name, names)
         x = r.bytes_per_token
         x *= APART ** (sizes[:i].count(x) - (sizes.count(x) - 1) / 2)
         kl, high = max(r.kl.mean, FLOOR), max(r.kl_p99, FLOOR)
@@ -80,7 +78,15 @@ def draw_quality(evaluation: Evaluation, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-MARKERS = "oDv^<>ph"  # of a cache's options
+MARKERS = "oDv^<>phXP*d"  # of a cache's options
+
+
+def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Color and marker of a cache among ``names``."""
+    style = {"color": color_of(name, names), "marker": "o" if "-" in name else "s"}
+    if ":" in name:
+        style |= {"mfc": "white", "marker": MARKERS[_variant(name, names) % len(MARKERS)]}
+    return style
 
 
 def _variant(name: str, names: Sequence[str]) -> int:
