@@ -170,15 +170,21 @@ def _affine(model: nn.Module, name: str) -> Contender:
         _try(model, make)
     except RuntimeError as error:  # MLX on CUDA has no kernel for most lengths
         said = f"read as arrays, since mlx-lm's quantized attention fails here: {line(error)}"
-        stored, note = make, "; ".join(filter(None, [note, said]))
-
-        def make() -> list:
-            return [AsArrays(c) if hasattr(c, "bits") else c for c in stored()]
-
+        note = "; ".join(filter(None, [note, said]))
+        make = partial(_as_arrays, make)
+    except Exception as error:
+        raise ValueError(f"{name} is not possible for this model: {line(error)}") from error
+    else:
+        return Contender(name, make, note, model=model)
+    try:
         _try(model, make)
     except Exception as error:
         raise ValueError(f"{name} is not possible for this model: {line(error)}") from error
     return Contender(name, make, note, model=model)
+
+
+def _as_arrays(make: Callable[[], list]) -> list:
+    return [AsArrays(c) if isinstance(c, stock.QuantizedKVCache) else c for c in make()]
 
 
 def _try(model: nn.Module, make: Callable[[], list]) -> None:

@@ -2,10 +2,11 @@
 
 All caches read the same documents. A document is a prompt, read in chunks, then ``--decode`` tokens
 one at a time. Two things are scored: these tokens (leg ``decode``), and every few of the prompt's
-last chunk (leg ``prompt``: as prompts read, where a chunk reads more of itself exactly). The model
-is loaded once, its own logits are computed once for each document and context, and the automatic
-calibration once. Every figure is written as soon as it is there; the same command goes on where an
-earlier one stopped. Several models may be in one file.
+last chunk (leg ``prompt``: as prompts read, where a chunk reads more of itself exactly; a packed
+cache reads all of its first 512 tokens so). The model is loaded once, its own logits are computed
+once for each document and context, and the automatic calibration once. Every figure is written as
+soon as it is there; the same command goes on where an earlier one stopped. Several models may be in
+one file.
 
     MLX_KVQ_BACKEND=reference MLX_ENABLE_TF32=0 python scripts/studies/real_models.py \\
         --model MODEL --text novel.txt articles.txt --recall recall.jsonl --json real_models.json
@@ -322,16 +323,17 @@ class Study:
         args = self.args
         need = context + args.decode + 1
         documents = documents_of(self.tokenizer, self.texts, args.documents, need)
+        if not documents:
+            raise ValueError(f"No text has {need} tokens: {', '.join(self.texts)}.")
         plan = plan_of(context, args.decode, args.chunk, args.prompt)
         return Task(context, documents, plan, args.batch)
 
     def quality(self, context: int) -> None:
         """KL, perplexity and bytes of every cache that is missing at this context."""
-        task, names = self.task(context), self.missing("quality", context)
+        names = self.missing("quality", context)
         if not names:
             return
-        if not task.documents:
-            raise ValueError(f"No text has the {context} tokens of a document.")
+        task = self.task(context)
         self.bar.set_description(f"own logits at {context}")
         task.read_own(self.model, self.bar.update)
         exact, texts = task.own(), [d.text for d in task.documents]
@@ -346,19 +348,16 @@ class Study:
         for name in names:
             self.attempt("quality", context, name, work)
 
-    def recall(self, context: int, facts: list) -> None:
+    def recall(self, context: int, texts: list[Codes]) -> None:
         """Exact codes of every cache that is missing at this context."""
-        args, names = self.args, self.missing("recall", context)
-        if not names:
-            return
-        texts = codes_of(self.tokenizer, facts, self.texts, args.recall_texts, context)
+        args = self.args
 
         def work(name: str) -> dict:
             make = self.contender(name).make
             right = recall(self.model, self.tokenizer, make, texts, args.chunk, self.bar.update)
             return {"recall": sum(right), "prompts": CODES * len(texts), "texts": right}
 
-        for name in names:
+        for name in self.missing("recall", context):
             self.attempt("recall", context, name, work)
 
     def share(self, kind: str, context: int) -> int:
@@ -434,13 +433,14 @@ def run(args: argparse.Namespace) -> None:
     contexts = capped(args.contexts, most, args.decode)
     recalled = capped(args.recall_contexts, most, 64) if facts else []
     ids = {n: tokenizer.encode(t, add_special_tokens=False) for n, t in texts.items()}
+    codes = {c: codes_of(tokenizer, facts, ids, args.recall_texts, c) for c in recalled}
     with tqdm(unit="call", mininterval=1, dynamic_ncols=True) as bar:
         study = Study(args, model, tokenizer, ids, calibration, kept, bar)
         bar.reset(study.steps("quality", contexts) + study.steps("recall", recalled))
         for context in contexts:
             study.quality(context)
-        for context in recalled:
-            study.recall(context, facts)
+        for context, found in codes.items():
+            study.recall(context, found)
     if args.slim:
         kept.write(args.slim, tokens=False)
 

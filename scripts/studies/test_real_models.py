@@ -96,6 +96,10 @@ def test_it_goes_on_where_it_stopped(made, monkeypatch, capsys, tmp_path):
     assert (after[-1]["cache"], after[-1]["context"]) == ("fp16", 64)
     with pytest.raises(SystemExit, match="with decode 4, now 3: give another --json"):
         run(monkeypatch, "real_models", *SMALL, "--decode", 3, "--json", path)
+    (tmp_path / "short.txt").write_text(TEXT.read_text()[:3000])
+    short = ["--text", tmp_path / "short.txt", "--contexts", 7000, "--json", tmp_path / "x.json"]
+    with pytest.raises(SystemExit, match="No text has 7005 tokens: short.txt"):
+        run(monkeypatch, "real_models", *SMALL, *short)
     path.write_text("[]")
     with pytest.raises(SystemExit, match="was not written by this script"):
         run(monkeypatch, "real_models", *SMALL, "--json", path)
