@@ -21,6 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlx_kvq.commands import fit
 from mlx_kvq.commands.options import size
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA, IMAGES = ROOT / "docs" / "pictures", ROOT / "docs" / "images"
 KEY = "mlx_kvq"  # of the hash in a picture's metadata
 SIZES = ("16GB", "24GB", "32GB", "64GB")
+BESIDE = 1.02  # factor between caches of the same size in a panel
 BEGIN, END = "<!-- fits -->\n", "<!-- /fits -->"
 
 
@@ -231,45 +233,43 @@ def draw_real_models(data: dict, path: Path) -> None:
     names = list(dict.fromkeys(r["cache"] for r in rows))
     models = list(dict.fromkeys(r["model"] for r in rows))
     contexts = sorted({r["context"] for r in rows})
-    size = (1.5 + 4 * len(contexts), 1.5 + 3.4 * len(models) + 0.2 * len(names) / len(contexts))
-    figure = Figure(figsize=size, layout="constrained")
+    wide = max(8, 1 + 4 * len(contexts))
+    columns = max(1, int(wide // (0.6 + 0.07 * max(len(label(n)) for n in names))))
+    deep = 0.6 + 3.6 * len(models) + 0.17 * -(-len(names) // columns)
+    figure = Figure(figsize=(wide, deep), layout="constrained")
     grid = figure.subplots(len(models), len(contexts), squeeze=False)
     shown: dict = {}
     for model, line in zip(models, grid, strict=True):
+        line[0].set_ylabel("KL from its own cache, nats per token", fontsize=9)
         for context, axes in zip(contexts, line, strict=True):
             here = [r for r in rows if (r["model"], r["context"]) == (model, context)]
             axes.set_visible(bool(here))
             shown |= _panel(axes, here, names)
             axes.set_title(f"{model}, {context:,} tokens", fontsize=10)
-    figure.supxlabel(
-        "bytes per token in all layers, with everything that is kept exactly", fontsize=9
-    )
-    figure.supylabel("KL from the model's own cache, nats per token", fontsize=9)
-    figure.legend(
-        shown.values(), shown, loc="outside lower center", ncols=max(2, len(contexts)), fontsize=8,
-        frameon=False,
-    )  # fmt: skip
+            axes.set_xlabel("bytes per token, all that is kept exactly counted", fontsize=9)
+    where: Any = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(list(shown.values()), list(shown), fontsize=8, frameon=False, **where)
     record = data["record"]
     made_by = f"{record['device']}, mlx {record['mlx']}, mlx_kvq {record['commit']}"
-    figure.suptitle(f"As decoding reads; lines: 95 % intervals. {made_by}", fontsize=9)
+    figure.suptitle(f"As decoding reads; lines: 95 % intervals\n{made_by}", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
 def _panel(axes, rows: list[dict], names: list[str]) -> dict:
     """Draw the rows of one model and context; label -> what stands for it in the legend."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    shown = {}
-    for r in rows:
+    shown, sizes = {}, [r["bytes_per_token"] for r in rows]
+    for i, r in enumerate(rows):
         style, kl = style_of(r["cache"], names), r["decode"]["kl"]
         low, middle, high = (max(kl[k], FLOOR) for k in ("low", "mean", "high"))
-        x = r["bytes_per_token"]
+        x = sizes[i] * BESIDE ** (sizes[:i].count(sizes[i]) - (sizes.count(sizes[i]) - 1) / 2)
         axes.plot([x, x], [low, high], color=style["color"], lw=1.2, alpha=0.6)
         under = {"marker": "v"} if middle == FLOOR else {}
         (shown[label(r["cache"])],) = axes.plot(x, middle, ls="", ms=6, **style | under)
     axes.set_yscale("log")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)

@@ -96,8 +96,9 @@ def quality(rows: list[dict]) -> list[str]:
         here = [r for r in scored if (r["model"], r["context"]) == (model, context)]
         found.append(f"{model}, {context:,} tokens of context, {_documents(here)}:")
         found.append(_quality([r for r in here if "failed" not in r]))
-        notes = [f"{r['cache']}: {r['note']}." for r in here if r.get("note")]
-        found += [*notes, *(f"{r['cache']} failed: {r['failed']}" for r in here if "failed" in r)]
+        found += [f"{r['cache']} failed: {r['failed']}" for r in here if "failed" in r]
+    notes = (f"{r['model']}, {r['cache']}: {r['note']}." for r in scored if r.get("note"))
+    found += dict.fromkeys(notes)
     recalled = [r for r in rows if r["kind"] == "recall" and "failed" not in r]
     for model in _unique(recalled, "model"):
         here = [r for r in recalled if r["model"] == model]

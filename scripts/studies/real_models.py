@@ -303,7 +303,9 @@ class Study:
         return {"kind": kind, "model": model, "context": context, "cache": cache}
 
     def missing(self, kind: str, context: int) -> list[str]:
-        return [n for n in self.args.caches if not self.kept.has(self.key(kind, context, n))]
+        wanted = {"prompts": CODES * self.args.recall_texts} if kind == "recall" else {}
+        keys = {n: self.key(kind, context, n) | wanted for n in self.args.caches}
+        return [name for name, key in keys.items() if not self.kept.has(key)]
 
     def attempt(self, kind: str, context: int, cache: str, work: Callable[[str], dict]) -> None:
         """Keep what ``work`` gives, or say why it failed and go on with the next."""
@@ -421,7 +423,7 @@ def run(args: argparse.Namespace) -> None:
     texts = {Path(path).name: read_text(path) for path in args.text}
     kept = Kept.open(args.json)
     given = CalibrationSet.load(args.calibration) if args.calibration else None
-    names = ("documents", "decode", "prompt", "chunk", "dtype", "recall_texts")
+    names = ("documents", "decode", "prompt", "chunk", "dtype")
     setting = {name: getattr(args, name) for name in names} | {"texts": list(texts)}
     setting["calibration"] = Path(args.calibration).name if args.calibration else "automatic"
     kept.setting(Path(args.model).name, setting)
