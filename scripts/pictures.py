@@ -5,6 +5,8 @@
 
 - ``configs.json``: configs of real models and the memory they are to fit into; ``memory.png``.
 - ``quality.json``: written by ``mlx_kvq evaluate --json``; ``quality.png``.
+- ``real_models.json``: written by ``scripts/studies/real_models.py --slim``; ``real_models.png``.
+  Where it is missing, that picture is left out.
 
 A picture carries a hash of its JSON, of this file and of the colors in its metadata. A change of
 the JSON that is not drawn, and a picture that something else drew, is found by that.
@@ -19,10 +21,12 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlx_kvq.commands import fit
 from mlx_kvq.commands.options import size
-from mlx_kvq.measure.plots import COLORS, color_of
+from mlx_kvq.measure.plots import COLORS, FLOOR, color_of, style_of
+from mlx_kvq.measure.rivals import label
 from mlx_kvq.repositories.repository import Repository
 from mlx_kvq.repositories.summary import build
 
@@ -30,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA, IMAGES = ROOT / "docs" / "pictures", ROOT / "docs" / "images"
 KEY = "mlx_kvq"  # of the hash in a picture's metadata
 SIZES = ("16GB", "24GB", "32GB", "64GB")
+BESIDE = 1.02  # factor between caches of the same size in a panel
 BEGIN, END = "<!-- fits -->\n", "<!-- /fits -->"
 
 
@@ -38,12 +43,18 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="Draw nothing.")
     if parser.parse_args().check:
         sys.exit("\n".join(stale()) or 0)
-    for name, (draw, data) in PICTURES.items():
+    for name, (draw, data) in pictures().items():
         draw(json.loads((DATA / data).read_text()), IMAGES / name)
         stamp(IMAGES / name, digest(data))
         print(IMAGES / name)
     page = ROOT / "docs" / "memory.md"
     page.write_text(with_table(page.read_text(), fits_table()))
+
+
+def pictures() -> dict[str, tuple[Callable[[dict, Path], None], str]]:
+    """Those whose JSON is there."""
+    optional = {n for n, (_, data) in PICTURES.items() if not (DATA / data).exists()} & OPTIONAL
+    return {name: made for name, made in PICTURES.items() if name not in optional}
 
 
 def digest(data: str) -> str:
@@ -56,10 +67,10 @@ def stale() -> list[str]:
     """The pictures that are not current, and those that nothing here draws."""
     found = [
         f"docs/images/{name} is not that of docs/pictures/{data}: python scripts/pictures.py"
-        for name, (_, data) in PICTURES.items()
+        for name, (_, data) in pictures().items()
         if not (IMAGES / name).exists() or stamped(IMAGES / name) != digest(data)
     ]
-    others = {p.name for p in IMAGES.iterdir()} - set(PICTURES)
+    others = {p.name for p in IMAGES.iterdir()} - set(pictures())
     return found + [f"docs/images/{name} is drawn by nothing here" for name in sorted(others)]
 
 
@@ -214,10 +225,63 @@ def draw_quality(data: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_real_models(data: dict, path: Path) -> None:
+    """KL as decoding reads over bytes per token, a panel for each model and context."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in data["rows"] if r["kind"] == "quality" and "decode" in r]
+    names = list(dict.fromkeys(r["cache"] for r in rows))
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    contexts = sorted({r["context"] for r in rows})
+    wide = max(8, 1 + 4 * len(contexts))
+    columns = max(1, int(wide // (0.6 + 0.07 * max(len(label(n)) for n in names))))
+    deep = 0.6 + 3.6 * len(models) + 0.17 * -(-len(names) // columns)
+    figure = Figure(figsize=(wide, deep), layout="constrained")
+    grid = figure.subplots(len(models), len(contexts), squeeze=False)
+    shown: dict = {}
+    for model, line in zip(models, grid, strict=True):
+        line[0].set_ylabel("KL from its own cache, nats per token", fontsize=9)
+        for context, axes in zip(contexts, line, strict=True):
+            here = [r for r in rows if (r["model"], r["context"]) == (model, context)]
+            axes.set_visible(bool(here))
+            shown |= _panel(axes, here, names)
+            axes.set_title(f"{model}, {context:,} tokens", fontsize=10)
+            axes.set_xlabel("bytes per token, all that is kept exactly counted", fontsize=9)
+    where: Any = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(list(shown.values()), list(shown), fontsize=8, frameon=False, **where)
+    record = data["record"]
+    made_by = f"{record['device']}, mlx {record['mlx']}, mlx_kvq {record['commit']}"
+    figure.suptitle(f"As decoding reads; lines: 95 % intervals\n{made_by}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _panel(axes, rows: list[dict], names: list[str]) -> dict:
+    """Draw the rows of one model and context; label -> what stands for it in the legend."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    shown, sizes = {}, [r["bytes_per_token"] for r in rows]
+    for i, r in enumerate(rows):
+        style, kl = style_of(r["cache"], names), r["decode"]["kl"]
+        low, middle, high = (max(kl[k], FLOOR) for k in ("low", "mean", "high"))
+        x = sizes[i] * BESIDE ** (sizes[:i].count(sizes[i]) - (sizes.count(sizes[i]) - 1) / 2)
+        axes.plot([x, x], [low, high], color=style["color"], lw=1.2, alpha=0.6)
+        under = {"marker": "v"} if middle == FLOOR else {}
+        (shown[label(r["cache"])],) = axes.plot(x, middle, ls="", ms=6, **style | under)
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.25)
+    return shown
+
+
 PICTURES: dict[str, tuple[Callable[[dict, Path], None], str]] = {
     "memory.png": (draw_memory, "configs.json"),
     "quality.png": (draw_quality, "quality.json"),
+    "real_models.png": (draw_real_models, "real_models.json"),
 }
+OPTIONAL = {"real_models.png"}  # measured on a GPU
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The tables of README.md and docs/performance.md, as markdown, from measured JSON.
 
-    python scripts/tables.py OUT/ops.json OUT/models.json OUT/torch.json
+    python scripts/tables.py OUT/ops.json OUT/models.json OUT/torch.json real_models.json
 
-The files are those of ``mlx_kvq benchmark --json``, bench_gpu.py and bench_torch.py. Each table is
+The files are those of ``mlx_kvq benchmark --json``, bench_gpu.py, bench_torch.py and
+studies/real_models.py, whose intervals are 95 % by bootstrap. Each table is
 headed by what it was measured with. Times are medians with quartiles, factors the median quotient
 of interleaved rounds with quartiles.
 """
@@ -10,6 +11,8 @@ of interleaved rounds with quartiles.
 import argparse
 import json
 from pathlib import Path
+
+from mlx_kvq.measure.rivals import label
 
 MADE_BY = ("device", "mlx", "mlx-lm", "torch", "cudnn", "commit", "date")
 
@@ -41,6 +44,9 @@ def heading(record: dict) -> str:
 
 def tables(rows: list[dict]) -> list[str]:
     """Markdown of every table that these rows make."""
+    studied = [r for r in rows if "kind" in r]
+    if studied:
+        return quality(studied)
     ops = [r for r in rows if "op" in r]
     found = [operation([r for r in ops if r["op"] == op], op) for op in _unique(ops, "op")]
     models = [r for r in rows if "model" in r]
@@ -80,6 +86,63 @@ def operation(rows: list[dict], op: str) -> str:
         cells += [_factor(at.get(c), f"x_{base}") for c, base in compared]
         lines.append(cells)
     return _markdown(header, lines)
+
+
+def quality(rows: list[dict]) -> list[str]:
+    """Of each model and context what each cache costs, with notes, and what it recalls."""
+    found = []
+    scored = [r for r in rows if r["kind"] == "quality"]
+    for model, context in dict.fromkeys((r["model"], r["context"]) for r in scored):
+        here = [r for r in scored if (r["model"], r["context"]) == (model, context)]
+        found.append(f"{model}, {context:,} tokens of context, {_documents(here)}:")
+        found.append(_quality([r for r in here if "failed" not in r]))
+        found += [f"{r['cache']} failed: {r['failed']}" for r in here if "failed" in r]
+    notes = (f"{r['model']}, {r['cache']}: {r['note']}." for r in scored if r.get("note"))
+    found += dict.fromkeys(notes)
+    recalled = [r for r in rows if r["kind"] == "recall" and "failed" not in r]
+    for model in _unique(recalled, "model"):
+        here = [r for r in recalled if r["model"] == model]
+        contexts = sorted(_unique(here, "context"))
+        at = {(r["cache"], r["context"]): f"{r['recall']} of {r['prompts']}" for r in here}
+        header = [f"codes recalled, {model}, tokens", *(f"{c:,}" for c in contexts)]
+        lines = [
+            [label(name), *(at.get((name, c), "–") for c in contexts)]
+            for name in _unique(here, "cache")
+        ]
+        found.append(_markdown(header, lines))
+    return found
+
+
+def _documents(rows: list[dict]) -> str:
+    """How many there were, and of which texts."""
+    documents: list[dict] = next((r["decode"]["documents"] for r in rows if "decode" in r), [])
+    return f"{len(documents)} documents of {', '.join(_unique(documents, 'text'))}"
+
+
+def _quality(rows: list[dict]) -> str:
+    header = [
+        "cache", "bytes a token", "KL as decoding reads", "geometric", "top-1", "perplexity",
+        "KL as prompts read",
+    ]  # fmt: skip
+    lines = []
+    for r in rows:
+        d = r["decode"]
+        change = {k: f"{100 * (v - 1):+.2f}" for k, v in d["perplexity_ratio"].items()}
+        cells = [label(r["cache"]), f"{r['bytes_per_token']:,.0f}", _kl(d["kl"])]
+        cells += [_nats(d["geometric"]["mean"]), f"{100 * d['top1']['mean']:.1f} %"]
+        cells.append(f"{change['mean']} [{change['low']}, {change['high']}] %")
+        lines.append([*cells, _kl(r["prompt"]["kl"]) if "prompt" in r else "–"])
+    return _markdown(header, lines)
+
+
+def _kl(e: dict) -> str:
+    return f"{_nats(e['mean'])} [{_nats(e['low'])}, {_nats(e['high'])}]"
+
+
+def _nats(x: float) -> str:
+    if x < 1e-5:
+        return "< 0.00001"
+    return f"{x:.{5 if x < 1e-3 else 4 if x < 1 else 2}f}"
 
 
 def end_to_end(rows: list[dict]) -> str:

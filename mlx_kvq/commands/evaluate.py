@@ -10,8 +10,9 @@ from ..calibration.set import CalibrationSet
 from ..files import read_text
 from ..format.spec import Spec
 from ..measure import plots
-from ..measure.baselines import KV_BITS
+from ..measure.baselines import KV_BITS, OTHERS
 from ..measure.evaluate import evaluate, load_model, read_recall
+from ..measure.rivals import Rival
 from .options import cache
 
 DEFAULT = ("fp16", "kv8", "kv4", "int8-srft", "k8v4-srft", "int4-srft")
@@ -24,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         nargs="+",
-        type=cache(*KV_BITS),
+        type=_cache,
         default=list(DEFAULT),
         metavar="SPEC",
-        help="Caches to compare with the model's own: spec strings, fp16, and kv4 and kv8 for "
-        f"mlx-lm's --kv-bits. Default: {' '.join(DEFAULT)}.",
+        help="Caches to compare with the model's own: spec strings, fp16, kv4 and kv8 for "
+        "mlx-lm's --kv-bits, and kivi and kvarn, which round as these schemes do but store plain "
+        "arrays (fake-quantized; options bits, block, residual, first: kivi:first=4). "
+        f"Default: {' '.join(DEFAULT)}.",
     )
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="Held-out text.")
     parser.add_argument(
@@ -64,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="Write every figure there.")
     parser.add_argument("--plot", metavar="FILE", help="Draw quality against bytes (.png, .svg).")
     parser.add_argument("--markdown", action="store_true", help="Print a Markdown table.")
+
+
+def _cache(text: str) -> str:
+    try:
+        rival = Rival.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return str(rival) if rival else cache(*OTHERS)(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -115,5 +126,7 @@ def _calibration(path: str | None) -> CalibrationSet | None:
 
 def _keeps_tokens(name: str) -> bool:
     """Whether a cache keeps some tokens exactly beside the others."""
+    if Rival.parse(name):
+        return True
     spec = None if name in KV_BITS else Spec.parse(name)
     return spec is not None and spec.exact != ""

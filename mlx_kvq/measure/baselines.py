@@ -1,5 +1,6 @@
 """The kinds of caches that are compared: the model's own, that one rounded to 16 bits, mlx-lm's
-affine ``kv_bits`` and packed ones; and the bytes of a token in each."""
+affine ``kv_bits``, published schemes fake-quantized, and packed ones; and the bytes of a token in
+each."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from ..format.spec import OFF, Spec
 from ..host import is_growing, is_rotating
 from ..model.plan import make_plan
 from ..model.report import log
-from ..stock import leaves, own_caches
+from ..stock import head_sizes, leaves, map_leaves, own_caches
+from .rivals import BLOCKS, FakeCache, Rival
 
 PLAIN = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 KV_BITS = {"kv4": 4, "kv8": 8}  # mlx-lm's --kv-bits, from the first token on
 KV_GROUP = 64  # mlx-lm's default group size
+OTHERS = (*KV_BITS, *BLOCKS)  # names that are not specs
 PADDING = 8  # sequences of a batch are up to so many tokens shorter than the longest
 
 
@@ -32,7 +35,7 @@ PADDING = 8  # sequences of a batch are up to so many tokens shorter than the lo
 class Contender:
     """A kind of cache."""
 
-    name: str  # "fp16", "kv4", "kv8" or a spec string
+    name: str  # "fp16", "kv4", "kv8", that of a rival or a spec string
     make: Callable[[], list]  # empty caches of one sequence
     note: str = ""  # to be printed beside its figures
     merges: bool = True  # a batch is in merged caches
@@ -70,12 +73,13 @@ def affine(cache: stock.KVCache, name: str) -> stock.QuantizedKVCache:
 
 def check_name(name: str | Spec) -> None:
     """Raise ValueError if ``name`` is neither a baseline's nor a spec; the message lists both."""
-    if name in KV_BITS:
+    if name in KV_BITS or Rival.parse(name):
         return
     try:
         Spec.parse(name)
     except ValueError as error:
-        raise ValueError(f"{error} mlx-lm's own: {', '.join(KV_BITS)}.") from None
+        others = f"mlx-lm's own: {', '.join(KV_BITS)}. Fake-quantized: {', '.join(BLOCKS)}."
+        raise ValueError(f"{error} {others}") from None
 
 
 def candidate(
@@ -94,6 +98,8 @@ def candidate(
     kept = dtype(model)
     if name in KV_BITS:
         contender = _affine(model, str(name))
+    elif (rival := Rival.parse(name)) is not None:
+        contender = _fake(model, rival)
     elif (spec := Spec.parse(name)) is None:
         note = "" if kept == mx.float32 else f"the model's own {_name(kept)}"
         contender = Contender(OFF, own(model).make, note)
@@ -159,12 +165,96 @@ def _affine(model: nn.Module, name: str) -> Contender:
         caches = own_caches(model)
         return [affine(c, name) if type(c) is stock.KVCache else c for c in caches]
 
+    note = f"{len(others)} of {len(own)} layers stay as they are: {cannot}" if others else ""
     try:
-        model(mx.array([[0]]), cache=make())
+        _try(model, make)
+    except RuntimeError as error:  # MLX on CUDA has no kernel for most lengths
+        said = f"read as arrays, since mlx-lm's quantized attention fails here: {line(error)}"
+        note = "; ".join(filter(None, [note, said]))
+        make = partial(_as_arrays, make)
     except Exception as error:
         raise ValueError(f"{name} is not possible for this model: {line(error)}") from error
-    note = f"{len(others)} of {len(own)} layers stay as they are: {cannot}" if others else ""
+    else:
+        return Contender(name, make, note, model=model)
+    try:
+        _try(model, make)
+    except Exception as error:
+        raise ValueError(f"{name} is not possible for this model: {line(error)}") from error
     return Contender(name, make, note, model=model)
+
+
+def _as_arrays(make: Callable[[], list]) -> list:
+    return [AsArrays(c) if isinstance(c, stock.QuantizedKVCache) else c for c in make()]
+
+
+def _try(model: nn.Module, make: Callable[[], list]) -> None:
+    """Run a prompt of an odd length and a token, for real: what MLX lacks only shows then."""
+    caches = make()
+    for tokens in ([[0, 0, 0]], [[0]]):
+        mx.eval(model(mx.array(tokens), cache=caches))
+
+
+class AsArrays(stock.KVCache):
+    """Stores as mlx-lm's quantized cache does, and is read as arrays."""
+
+    def __init__(self, stored: stock.QuantizedKVCache):
+        super().__init__()
+        self.stored = stored
+
+    def update_and_fetch(self, keys, values):
+        kept = self.stored.update_and_fetch(keys, values)
+        self.offset = self.stored.offset
+        size, bits = self.stored.group_size, self.stored.bits
+        return tuple(
+            mx.dequantize(codes, scales, biases, group_size=size, bits=bits)
+            for codes, scales, biases in kept
+        )
+
+    @property
+    def state(self):
+        return self.stored.state
+
+    @state.setter
+    def state(self, v):
+        self.stored.state, self.offset = v, v[2]
+
+    def is_trimmable(self) -> bool:
+        return False
+
+    @classmethod
+    def merge(cls, caches):
+        raise NotImplementedError("mlx-lm's quantized caches are not merged.")
+
+
+def _fake(model: nn.Module, rival: Rival) -> Contender:
+    sizes = head_sizes(model, own_caches(model))
+    caches = dict(leaves(own_caches(model)))
+    left = {}
+    for path, cache in caches.items():
+        if not (is_growing(cache) or (is_rotating(cache) and not cache.keep)):
+            left[path] = f"{type(cache).__name__} is not a plain key/value cache"
+        elif path not in sizes:
+            left[path] = "not reached by a forward pass"
+        elif reason := rival.why_not(*sizes[path][1:]):
+            left[path] = reason
+    reasons = "; ".join(dict.fromkeys(left.values()))
+    if len(left) == len(caches):
+        raise ValueError(f"{rival} is not possible: {reasons}.")
+
+    def fake(path, cache):
+        if path in left:
+            return cache
+        return FakeCache(rival, cache.max_size if is_rotating(cache) else None)
+
+    note = rival.note
+    if left:
+        note += f"; {len(left)} of {len(caches)} caches stay as they are: {reasons}"
+    make = partial(_fake_caches, model, fake)
+    return Contender(str(rival), make, note, merges=False, model=model)
+
+
+def _fake_caches(model: nn.Module, fake: Callable) -> list:
+    return map_leaves(fake, own_caches(model))
 
 
 def _token_arrays(cache) -> list[mx.array]:
@@ -175,16 +265,20 @@ def _token_arrays(cache) -> list[mx.array]:
 
 def bytes_per_token(caches: list, tail: bool = True) -> float:
     """Bytes of one token in all caches together, where it is kept. What is kept exactly besides is
-    shared out over all tokens, or left out. It follows the model's dtype, as scales and biases of
-    mlx-lm's quantized cache do: these count 2 bytes also in a model that computes in fp32."""
+    shared out over all tokens, or left out; of a rival it always counts. It follows the model's
+    dtype, as scales and biases of mlx-lm's quantized cache do: these count 2 bytes also in a model
+    that computes in fp32."""
     total = 0.0
     for _, cache in leaves(caches):
+        if isinstance(cache, FakeCache):
+            total += cache.bytes_per_token()
+            continue
         besides = (cache.tail, cache.oldest.array) if isinstance(cache, PackedCache) else ()
         for a in _token_arrays(cache):
             exact = any(a is b for b in besides)
             if exact and not tail:
                 continue
-            follows = isinstance(cache, stock.QuantizedKVCache)
+            follows = isinstance(cache, stock.QuantizedKVCache | AsArrays)
             follows |= exact and cache.dtype == mx.float32
             size = 2 if follows and a.dtype == mx.float32 else a.itemsize
             tokens = cache.size() if exact else a.shape[2]

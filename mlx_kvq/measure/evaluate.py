@@ -25,6 +25,7 @@ from ..format.spec import Spec
 from ..model.loading import load
 from .baselines import Contender, bytes_per_token, candidate, check_name, own
 from .quality import Estimate, Result, measure, pieces, summarize
+from .rivals import Rival, label
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Evaluation:
         for r in self.results:
             percent = r.change.map(lambda part: 100 * part)
             row = [
-                r.name,
+                label(r.name),
                 f"{r.bytes_per_token:.0f}",
                 f"{r.kl.mean:.4f}{_range(r.kl, '.4f')}",
                 f"{r.kl_p99:.3f}",
@@ -102,7 +103,8 @@ def evaluate(
             that of the caches.
         tokenizer: Its tokenizer.
         specs (Sequence): Spec strings, and ``"fp16"``, ``"kv8"``, ``"kv4"`` (mlx-lm's own
-            quantized cache, group size 64, from the first token on).
+            quantized cache, group size 64, from the first token on), ``"kivi"`` and ``"kvarn"``
+            (fake-quantized: :mod:`mlx_kvq.measure.rivals`).
         texts (Sequence): Texts that the model has not seen.
         windows (int): Windows per text, one after the other from its beginning.
         tokens (int): Tokens in a window, more than ``chunk``.
@@ -197,6 +199,11 @@ def _fed(setting: dict) -> str:
 
 def _note(cache: Contender, chunk: int) -> str:
     """Chunks of a prompt read more tokens exactly than decoding does."""
+    if Rival.parse(cache.name) and chunk > DECODE_QUERIES:
+        return (
+            f"read as a prompt, whose chunks of {chunk} read themselves exactly; --chunk 1 reads "
+            "as decoding does"
+        )
     spec = Spec.parse(cache.name) if "-" in cache.name else None
     if spec is None or not spec.recent or chunk <= DECODE_QUERIES:
         return ""
@@ -209,13 +216,18 @@ def _note(cache: Contender, chunk: int) -> str:
 def answers(model: nn.Module, tokenizer, cache: Contender, item: dict, chunk: int) -> bool:
     """Whether greedy decoding after ``item["prompt"]`` writes ``item["answer"]`` exactly."""
     prompt = mx.array(tokenizer.encode(item["prompt"]))
-    answer = item["answer"].strip()
     caches = cache.make()
     for start in range(0, prompt.size, chunk):
         logits = model(prompt[None, start : start + chunk], cache=caches)
         mx.eval(logits)
-    written: list[int] = []
-    for _ in range(len(tokenizer.encode(item["answer"])) + 1):
+    return writes(model, tokenizer, caches, logits, item["answer"])
+
+
+def writes(model: nn.Module, tokenizer, caches: list, logits: mx.array, answer: str) -> bool:
+    """Whether greedy decoding writes ``answer`` after what ``caches`` hold; ``logits`` [1, L, V]
+    are the last ones so far."""
+    answer, written = answer.strip(), []
+    for _ in range(len(tokenizer.encode(f" {answer}")) + 1):
         written.append(int(logits[0, -1].argmax()))
         text = tokenizer.decode(written).strip()
         if len(text) >= len(answer) or not answer.startswith(text):

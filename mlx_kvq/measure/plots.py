@@ -10,13 +10,14 @@ import numpy as np
 
 from ..calibration.set import NAMES, CalibrationSet
 from .evaluate import Evaluation
+from .rivals import label
 
 # Of caches, in every picture; a cache's options change the marker, not the color.
 COLORS = {
     "fp16": "black", "kv8": "C7", "kv4": "C1", "int8-srft": "C2", "k8v4-srft": "C4",
-    "int4-srft": "C0",
+    "int4-srft": "C0", "kivi": "C3", "kvarn": "C5",
 }  # fmt: skip
-OTHERS = ("C3", "C5", "C6", "C8", "C9")  # for caches that are not of these
+OTHERS = ("C6", "C8", "C9", "navy", "darkgreen", "0.5")  # for caches that are not of these
 SYMBOLS = {"mu": "μ", "sigma": "σ", "lam": "λ"}
 FLOOR = 1e-5  # nats; a smaller KL is drawn there, as a triangle
 APART = 1.008  # factor between results of the same size, so that they are beside each other
@@ -50,9 +51,7 @@ def draw_quality(evaluation: Evaluation, path: str) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, r in enumerate(results):
-        style: dict = {"color": color_of(r.name, names), "marker": "o" if "-" in r.name else "s"}
-        if ":" in r.name:
-            style |= {"mfc": "white", "marker": MARKERS[_variant(r.name, names) % len(MARKERS)]}
+        style = style_of(r.name, names)
         x = r.bytes_per_token
         x *= APART ** (sizes[:i].count(x) - (sizes.count(x) - 1) / 2)
         kl, high = max(r.kl.mean, FLOOR), max(r.kl_p99, FLOOR)
@@ -63,7 +62,7 @@ def draw_quality(evaluation: Evaluation, path: str) -> None:
         left.plot(x, kl, **style if kl > FLOOR else style | {"marker": "v"})
         change, low, high = (100 * v for v in (r.change.mean, r.change.low, r.change.high))
         right.plot([x, x], [low, high], **style | {"lw": 0.8, "marker": "_"})
-        right.plot(x, change, ls="", label=f"{r.name}  ({r.bytes_per_token:.0f})", **style)
+        right.plot(x, change, ls="", label=f"{label(r.name)}  ({r.bytes_per_token:.0f})", **style)
     left.set_yscale("log")
     left.set_ylabel("KL, nats per token: mean with its 95 % interval, and 99th percentile (–)")
     right.set_ylabel("change of perplexity, %, with its 95 % interval")
@@ -79,7 +78,15 @@ def draw_quality(evaluation: Evaluation, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-MARKERS = "oDv^<>ph"  # of a cache's options
+MARKERS = "oDv^<>phXP*d"  # of a cache's options
+
+
+def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Color and marker of a cache among ``names``."""
+    style = {"color": color_of(name, names), "marker": "o" if "-" in name else "s"}
+    if ":" in name:
+        style |= {"mfc": "white", "marker": MARKERS[_variant(name, names) % len(MARKERS)]}
+    return style
 
 
 def _variant(name: str, names: Sequence[str]) -> int:
@@ -130,8 +137,8 @@ def draw_speed(results: list[dict], path: str, paper: list[dict]) -> None:
     figure.supylabel("time per token, fp16 = 1 (lower is faster)", fontsize=10)
     handles: dict = {}
     for axes in grid:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(text, handle)
     shown, labels = list(handles.values()), list(handles)
     where: Any = {"loc": "outside lower center", "ncols": 4 * wide}
     figure.legend(shown, labels, fontsize=8, frameon=False, **where)

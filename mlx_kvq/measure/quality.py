@@ -4,7 +4,7 @@ Tokens of one window share a context, so intervals take windows as the independe
 Student's t over the windows' means, two-sided, 95 %.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -63,18 +63,15 @@ def measure(
     for first in range(0, N, batch):
         some = windows[first : first + batch]
         caches = {name: make() for name, make in makers.items()}
+        plan = pieces(T, chunk, decode)
+        readings = {name: read(model, cache, some, plan) for name, cache in caches.items()}
         parts: dict[str, list] = {name: [] for name in makers}
-        for start, end, scored in pieces(T, chunk, decode):
-            tokens, targets = some[:, start:end], some[:, start + 1 : end + 1]
+        for start, end, _ in plan:
             exact: mx.array | None = None
-            for name, cache in caches.items():
-                logits = model(tokens, cache=cache)
-                if not scored:
-                    mx.eval([c.state for c in cache])
-                else:
-                    got = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+            for name, reading in readings.items():
+                if (got := next(reading)) is not None:
                     exact = got if exact is None else exact
-                    figures = compare(exact, got, targets)
+                    figures = compare(exact, got, some[:, start + 1 : end + 1])
                     mx.eval(exact, figures)
                     parts[name].append([np.array(f) for f in figures])
                 advance(1)
@@ -88,13 +85,35 @@ def measure(
     return scores
 
 
-def pieces(T: int, chunk: int, decode: int) -> list[tuple[int, int, bool]]:
-    """How a window of T tokens is fed: from, to, and whether these tokens are scored."""
+Piece = tuple[int, int, int]  # from, to, every how manieth token is scored, the first one at once
+
+
+def read(
+    model: nn.Module, caches: list, windows: mx.array, plan: Sequence[Piece]
+) -> Iterator[mx.array | None]:
+    """Feed windows [B, T] piece by piece. Yields the log-probabilities after each scored token,
+    fp32 [B, n, V], not yet computed, or None after a piece of which none is scored."""
+    for start, end, step in plan:
+        tokens = windows[:, start:end]
+        if step:  # no name holds the logits while others are asked for theirs
+            yield _log_probabilities(model(tokens, cache=caches)[:, ::step])
+        else:
+            model(tokens, cache=caches)
+            mx.eval([c.state for c in caches])
+            yield None
+
+
+def _log_probabilities(logits: mx.array) -> mx.array:
+    return nn.log_softmax(logits.astype(mx.float32), axis=-1)
+
+
+def pieces(T: int, chunk: int, decode: int) -> list[Piece]:
+    """How a window of T tokens is fed, and whether these tokens are scored, 1 or 0."""
     if not decode:
-        return [(i, min(T, i + chunk), i > 0) for i in range(0, T, chunk)]
+        return [(i, min(T, i + chunk), int(i > 0)) for i in range(0, T, chunk)]
     ends = [*range(chunk, T - decode, chunk), T - decode]
-    prompt = [(a, b, False) for a, b in zip([0, *ends], ends, strict=False)]
-    return prompt + [(i, i + 1, True) for i in range(T - decode, T)]
+    prompt = [(a, b, 0) for a, b in zip([0, *ends], ends, strict=False)]
+    return prompt + [(i, i + 1, 1) for i in range(T - decode, T)]
 
 
 def t_quantile(df: int, level: float = LEVEL) -> float:
