@@ -53,8 +53,9 @@ GROUPS = {
     # What each part brings alone, and more of it.
     "parts": (
         "int4-srft:first=0", "int4-srft:recent=0", f"int4-srft:{PLAIN}",
-        f"int4-srft:calibrate=off,{PLAIN}", "int4-srft:recent=64", "int4-srft:recent=128",
-        "int4-srft:group_size=64", "int4-srft:group_size=64,recent=64",
+        "int4-srft:calibrate=off", f"int4-srft:calibrate=off,{PLAIN}",
+        "int4-srft:group_size=32", "int4-srft:recent=16", "int4-srft:recent=256",
+        "int4-srft:rounding=feedback",
     ),
     # Block schemes keep up to a block exactly: compare them with recent=64 and recent=128.
     "rivals": ("kv4", "kv8", "kivi", "kivi:first=4", "kvarn", "kvarn:first=4"),

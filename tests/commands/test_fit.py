@@ -51,9 +51,10 @@ def test_llama_on_16_gb(llama, capsys):
         assert rows[name][0] == f"{token:,}"
         exact = 32 * 8 * 512 if name == "int4-srft" else 0
         for cell, n in zip(rows[name][1:], (1, 2, 4, 8, 16, 32), strict=True):
-            for tail in (64 + 4, 128 + 4, 256 + 4):  # which a longer context has
-                more = int((left - n * tail * exact) / (n * token + 8 * 512)) // 256 * 256
-                fits = more if tail == 68 or more >= 64 * (tail - 4) else fits
+            fits = 0
+            for tail in (64, 128, 256):  # which a longer context has
+                more = int((left - n * (tail + 4) * exact) / (n * token + 8 * 512)) // 256 * 256
+                fits = more if tail == 64 or more >= 64 * tail else fits
             said = f"{fits:,}" if fits < 131072 else "131,072*"
             assert cell == ("–" if name.startswith("kv") and n > 1 else said)
     assert rows["fp16"][1] == "39,168" and rows["int4-srft"][1] == "131,072*"

@@ -68,7 +68,8 @@ def test_every_way_to_type_it(way, expected):
     lines = [line for line in process.stderr.splitlines() if "[mlx_kvq]" in line]
     assert lines == [
         "[mlx_kvq] int4-srft:calibrate=off: packed 4 of 4 layers, 4.25 bits per value, "
-        "3.76x smaller than fp16, the newest 64 to 256 and the first 4 tokens exact, not calibrated",
+        "3.76x smaller than fp16, the newest 64 to 256 and the first 4 tokens exact, "
+        "not calibrated",
         "[mlx_kvq] 10 tokens: 0.28 MB (0.28 MB of it tokens kept exactly), fp16 0.02 MB",
     ]
 

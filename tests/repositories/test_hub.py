@@ -19,8 +19,8 @@ from tests.support.server import BIN, Server
 QWEN = MODELS / "tiny-qwen2-8bit"
 LINE = (
     "[mlx_kvq] int4-srft: packed 4 of 4 layers, 4.25 bits per value, 3.76x smaller than fp16, "
-    "the newest 64 to 256 and the first 4 tokens exact, calibrated (made up); as the model's repository "
-    "says"
+    "the newest 64 to 256 and the first 4 tokens exact, calibrated (made up); "
+    "as the model's repository says"
 )
 MEMORY = "[mlx_kvq] 10 tokens: 0.09 MB (0.08 MB of it tokens kept exactly), fp16 0.02 MB"
 

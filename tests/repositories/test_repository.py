@@ -54,9 +54,8 @@ def test_load_picks_the_cache_up(name, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         f"[mlx_kvq] int4-srft:group_size=64: packed {layers} of {layers} layers, 4.25 bits per "
-        "value, 3.76x smaller than fp16, the newest 64 to 256 and the first 4 tokens exact, calibrated "
-        "(made up); as the "
-        "model's repository says"
+        "value, 3.76x smaller than fp16, the newest 64 to 256 and the first 4 tokens exact, "
+        "calibrated (made up); as the model's repository says"
     )
     caches = make_prompt_cache(model)
     assert {type(c) for c in caches} <= {PackedKVCache, PackedRotatingKVCache}
