@@ -14,7 +14,7 @@ from tests.support.float32 import load_float32, prompts
 
 # Each option at a value that is not its default.
 OPTIONS = {
-    "group_size": "int4-srft:group_size=64,calibrate=off",
+    "group_size": "int4-srft:group_size=32,calibrate=off",
     "seed": "int4-srft:seed=3,calibrate=off",
     "scale": "int4-srft:scale=absmax,calibrate=off",
     "calibrate": "int4-srft",  # which is the default, and `off` is in every other row

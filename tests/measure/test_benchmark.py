@@ -273,9 +273,9 @@ def test_operations(tmp_path, monkeypatch, capsys):
     assert rows["attend", heads, "fp16", 64]["x_fp16"] == [1.0, 1.0, 1.0]
     assert int4["us_low"] <= int4["us"] <= int4["us_high"] and int4["of_copy"] > 0
     store = rows["quantize", heads, "int4-srft", 16]
-    assert store["bytes"] == 16 * 2 * (256 + 72)
+    assert store["bytes"] == 16 * 2 * (256 + 68)
     assert store["ns_per_vector"] == pytest.approx(1e3 * store["us"] / 64)
-    assert rows["dequantize", heads, "int4-srft", 64]["bytes"] == 64 * 2 * (72 + 256)
+    assert rows["dequantize", heads, "int4-srft", 64]["bytes"] == 64 * 2 * (68 + 256)
     # mlx-lm cannot quantize 48 channels in groups of 64: one line, and the others go on.
     assert "64" in rows["attend", "2 q / 1 kv, D = 48", "kv4", 64]["note"]
     assert "us" in rows["attend", "2 q / 1 kv, D = 48", "int4-srft", 64]

@@ -22,7 +22,7 @@ LINE = (
     "the newest 64 to 256 and the first 4 tokens exact, calibrated (made up); "
     "as the model's repository says"
 )
-MEMORY = "[mlx_kvq] 10 tokens: 0.09 MB (0.08 MB of it tokens kept exactly), fp16 0.02 MB"
+MEMORY = "[mlx_kvq] 10 tokens: 0.28 MB (0.28 MB of it tokens kept exactly), fp16 0.02 MB"
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_inspect_fetches_the_small_files_only(calibrated, hub, tmp_path):
     asked = len(hub.requests)
     process = shell("mlx_kvq", "inspect", calibrated[0], home=tmp_path, hub=hub)
     assert process.returncode == 0, process.stderr
-    assert "576 bytes in all layers" in process.stdout
+    assert "544 bytes in all layers" in process.stdout
     fetched = {path.split("/")[-1] for _, path in hub.requests[asked:]}
     assert {"config.json", FILE} <= fetched
     assert "model.safetensors" not in fetched
