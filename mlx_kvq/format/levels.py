@@ -196,10 +196,10 @@ def joined(codes: Sequence[mx.array], scales: Sequence[mx.array], bits: Sequence
     words: list[mx.array] = []
     high: list[mx.array] = []
     for of_side, b in zip(codes, bits, strict=True):
-        if b == 3:
-            of_side, halves = narrowed(of_side)
+        low, halves = narrowed(of_side) if b == 3 else (of_side, None)
+        words.append(low)
+        if halves is not None:
             high.append(halves)
-        words.append(of_side)
     return mx.concatenate([*words, *_whole(high), *_whole(scales)], axis=-1)
 
 
