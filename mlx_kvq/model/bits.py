@@ -3,8 +3,8 @@
 For a budget the KL of each packed cache alone is measured once per number of bits on a short text.
 For each two of ``STEPS``, all caches begin with the fewer bits, and the one with the largest drop
 of KL per byte gets the more, again and again, until the next one does not fit. The two whose drops
-add up to most are taken. A model has no more than these two, since each is a set of kernels; what the
-spec or its ``high`` says of a cache is not lowered.
+add up to most are taken. A model has no more than these two, since each is a set of kernels; what
+the spec or its ``high`` says of a cache is not lowered.
 """
 
 from collections.abc import Callable, Mapping
