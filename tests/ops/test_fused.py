@@ -14,7 +14,7 @@ from mlx_kvq import ops
 from mlx_kvq.format import levels
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.rotation import real_fft
-from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.spec import BITS, Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
@@ -43,6 +43,16 @@ FORMATS = [
     ("int4-srht", 128, 128, "mu sigma"),
     ("int8-none:group_size=56", 112, 112, ""),
     ("int4-none:group_size=256", 256, 256, "lam"),
+    ("int3-srft", 64, 64, "mu sigma lam"),
+    ("int3-srft", 80, 80, ""),
+    ("int3-srft:scale=paper", 96, 96, "mu"),
+    ("int3-srft:group_size=16", 112, 112, ""),
+    ("int3-srft", 128, 128, ""),
+    ("int3-srft:group_size=64,scale=absmax", 256, 128, "lam"),
+    ("int3-none:group_size=32", 192, 64, ""),
+    ("k4v3-srft", 128, 128, ""),
+    ("k4v3-srft", 80, 80, "mu sigma"),
+    ("k4v3-srht:group_size=128,scale=paper", 128, 256, ""),
 ]
 
 
@@ -479,8 +489,10 @@ def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
 def test_threadgroup_memory_fits_for_every_format(machine):
     sizes = tuning.TUNING[machine]
     for D in range(32, 257, 8):
-        for bits in ("int4", "int8", "k8v4"):
-            for group in (8, D):
+        for bits in BITS:
+            if "3" in bits and D % 16:
+                continue
+            for group in (16 if "3" in bits else 8, D):
                 lay = make_format(Spec(bits, "none", group_size=group), D).layout
                 groups, keys = tuning.attend_shape(lay, sizes)
                 assert groups >= 1
@@ -557,7 +569,11 @@ def test_bodies_use_threadgroup_only_to_declare():
 
 def test_headers_have_no_variables():
     """Metal wants them to be `constant`, which the emulator's compiler does not."""
-    names = {"machine", *(name for headers, _, _, _ in jit.KERNELS.values() for name in headers)}
+    names = {
+        "machine",
+        "narrow",
+        *(name for headers, _, _, _ in jit.KERNELS.values() for name in headers),
+    }
     for name in names:
         text = re.sub(r"//.*", "", kernel_source(f"{name}.metal"))
         found = re.findall(r"^\w[\w ]* \w+(?:\[.*\])? = .*", text, re.MULTILINE)
