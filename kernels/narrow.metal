@@ -136,11 +136,10 @@ INLINE void load_words(
   constexpr int N = copied_at_once(W, FROM, COUNT, TILE_W, TO);
   constexpr int LANES = COUNT > N ? COUNT / N : 1;  // of a row
   UNROLL for (int i = 0; i < PASSES; i++) {
-    const int item = first + 32 * i + int(lane);
+    const uint item = uint(first + 32 * i) + lane;
+    const int row = int(item / uint(LANES)), at = int(item % uint(LANES));
     UNROLL for (int j = 0; j < N; j++) stage[i * N + j] = 0;
-    if (item / LANES < valid) {
-      read_words<N>(stage + i * N, rows + item / LANES * W + FROM + item % LANES * N);
-    }
+    if (row < valid) read_words<N>(stage + i * N, rows + row * W + FROM + at * N);
   }
 }
 template <int TK, int W, int FROM, int COUNT, int TILE_W, int TO, int PASSES>
@@ -148,10 +147,9 @@ INLINE void store_words(threadgroup uint* tile, const thread uint* stage, int fi
   constexpr int N = copied_at_once(W, FROM, COUNT, TILE_W, TO);
   constexpr int LANES = COUNT > N ? COUNT / N : 1;
   UNROLL for (int i = 0; i < PASSES; i++) {
-    const int item = first + 32 * i + int(lane);
-    if (item / LANES < TK) {
-      write_words<N, N>(tile + item / LANES * TILE_W + TO + item % LANES * N, stage + i * N);
-    }
+    const uint item = uint(first + 32 * i) + lane;
+    const int row = int(item / uint(LANES)), at = int(item % uint(LANES));
+    if (row < TK) write_words<N, N>(tile + row * TILE_W + TO + at * N, stage + i * N);
   }
 }
 
@@ -161,17 +159,17 @@ INLINE void load_units(
   constexpr int N = units_at_once(W, LOW, HIGH, UNITS);
   constexpr int LANES = UNITS / N;
   UNROLL for (int i = 0; i < PASSES; i++) {
-    const int item = first + 32 * i + int(lane);
-    const int unit = item % LANES * N;
+    const uint item = uint(first + 32 * i) + lane;
+    const int row = int(item / uint(LANES)), at = int(item % uint(LANES));
     thread uint* s = stage + i * unit_words(N);
     UNROLL for (int j = 0; j < unit_words(N); j++) s[j] = 0;
-    if (item / LANES < valid) {
-      const device uint* from = rows + item / LANES * W;
-      read_words<N>(s, from + LOW + unit);
+    if (row < valid) {
+      const device uint* from = rows + row * W;
+      read_words<N>(s, from + LOW + at * N);
       if (N == 1) {
-        s[1] = reinterpret_cast<const device ushort*>(from + HIGH)[unit];
+        s[1] = reinterpret_cast<const device ushort*>(from + HIGH)[at];
       } else {
-        read_words<(N + 1) / 2>(s + N, from + HIGH + unit / 2);
+        read_words<(N + 1) / 2>(s + N, from + HIGH + at * (N / 2));
       }
     }
   }
@@ -182,7 +180,8 @@ INLINE void store_units(threadgroup uint* tile, const thread uint* stage, int fi
   constexpr int LANES = UNITS / N;
   constexpr int WIDTH = both_divide(TILE_W, TO, 2 * N);
   UNROLL for (int i = 0; i < PASSES; i++) {
-    const int item = first + 32 * i + int(lane);
+    const uint item = uint(first + 32 * i) + lane;
+    const int row = int(item / uint(LANES)), at = int(item % uint(LANES));
     const thread uint* s = stage + i * unit_words(N);
     uint words[2 * N];
     UNROLL for (int j = 0; j < N; j++) {
@@ -191,10 +190,7 @@ INLINE void store_units(threadgroup uint* tile, const thread uint* stage, int fi
       words[2 * j] = widen_first(s[j], high);
       words[2 * j + 1] = widen_second(s[j], high);
     }
-    if (item / LANES < TK) {
-      write_words<2 * N, WIDTH>(
-          tile + item / LANES * TILE_W + TO + item % LANES * (2 * N), words);
-    }
+    if (row < TK) write_words<2 * N, WIDTH>(tile + row * TILE_W + TO + at * (2 * N), words);
   }
 }
 
@@ -270,11 +266,12 @@ INLINE void store_rows(threadgroup uint* tile, const thread uint* stage, uint la
       tile, stage, 0, lane);
 }
 
-// The same without registers for a whole tile: two loads of a lane in flight at once.
+// The same without registers for a whole tile: up to 32 bytes of a lane in flight at once. With two
+// loads of four units, G13 would spill more registers than int4 does (tests/emulator/agx_table.py).
 template <int TK, int W, int FROM, int COUNT, int TILE_W, int TO>
 INLINE void copy_words(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
   constexpr int N = copied_at_once(W, FROM, COUNT, TILE_W, TO);
-  constexpr int AT_ONCE = passes(TK, COUNT, N) > 1 ? 2 : 1;
+  constexpr int AT_ONCE = N < 4 && passes(TK, COUNT, N) > 1 ? 2 : 1;
   ROLLED for (int first = 0; first < TK * COUNT / N; first += 32 * AT_ONCE) {
     uint stage[AT_ONCE * N];
     load_words<TK, W, FROM, COUNT, TILE_W, TO, AT_ONCE>(stage, rows, first, valid, lane);
@@ -286,7 +283,7 @@ INLINE void copy_rows(threadgroup uint* tile, const device uint* rows, int valid
   constexpr int K = copied_keys(KD, KB), U = units_of(KD, KB, VD);
   constexpr int S = scale_words(KD, KB, VD, TILE_W);
   constexpr int N = units_at_once(W, K, K + U, U);
-  constexpr int AT_ONCE = passes(TK, U, N) > 1 ? 2 : 1;
+  constexpr int AT_ONCE = N < 4 && passes(TK, U, N) > 1 ? 2 : 1;
   if (K > 0) copy_words<TK, W, 0, K, TILE_W, 0>(tile, rows, valid, lane);
   ROLLED for (int first = 0; first < TK * U / N; first += 32 * AT_ONCE) {
     uint stage[AT_ONCE * unit_words(N)];

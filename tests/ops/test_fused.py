@@ -232,8 +232,12 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
 
 
 @pytest.mark.parametrize(
-    "spec", ["int4-srft", "int8-srft", "int4-none:scale=paper", "int8-none", "int4-none"]
-)
+    "spec",
+    [
+        "int4-srft", "int8-srft", "int4-none:scale=paper", "int8-none", "int4-none",
+        "int3-srft", "int3-none", "int3-none:scale=paper", "k4v3-srft:group_size=64",
+    ],
+)  # fmt: skip
 def test_quantize_strange_vectors(emulator, spec):
     """Zeros, an outlier, values below fp16's scales, beyond its largest, NaN, inf."""
     fmt = format_of(spec, 64)
@@ -253,11 +257,13 @@ def test_quantize_strange_vectors(emulator, spec):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"pack_pairs": 2, "pack_threadgroups": 2}])
-@pytest.mark.parametrize("D, group", [(64, 32), (96, 24)])
-def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, D, group):
+@pytest.mark.parametrize(
+    "bits, D, group", [("int4", 64, 32), ("int4", 96, 24), ("int3", 64, 32), ("k4v3", 96, 48)]
+)
+def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, bits, D, group):
     """Also where a SIMD group does several sets of tokens, and the last set is not whole."""
     launches(**sizes)
-    fmt = format_of(f"int4-srft:group_size={group}", D)
+    fmt = format_of(f"{bits}-srft:group_size={group}", D)
     k = normal(1, 2, D, 77, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
     v = normal(2, 1, 77, 2 * D, dtype=mx.float16).swapaxes(0, 1)[..., D:]
     want = calls.quantize_pack(plain, k, v, fmt)
@@ -396,7 +402,9 @@ def test_damage_shows_where_it_is_attended_to(emulator):
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 3e4, 1e6])
-@pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16"])
+@pytest.mark.parametrize(
+    "spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16", "int3-srft:group_size=16"]
+)
 def test_values_of_any_size_survive_fp16_operands(emulator, spec, size):
     """Scales beyond 2^8 and below 2^-10: fp16 would overflow, or keep few bits."""
     fmt = format_of(spec, 64)
@@ -424,16 +432,23 @@ def test_the_buffer_may_be_a_view(emulator):
 
 # The first cases: test_ops.py has all of them on the reference, tests/support/check_gpu.py --matrix
 # on a GPU.
-@pytest.mark.parametrize("case", op_matrix.CASES[:10], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*op_matrix.CASES[:10], *[c for c in op_matrix.CASES[10:] if "3" in c.bits][:4]],
+    ids=str,
+)
 def test_op_matrix(emulator, case):
     op_matrix.check(fused, case, seed=1, fused=True)
 
 
 # ---- what a launch costs ----------------------------------------------------------------------
-@pytest.mark.parametrize("gqa", [1, 4, 6, 8])
-def test_attend_reads_each_row_once(emulator, launches, gqa):
-    launches(single=0)
-    fmt = format_of("int4-srft", 128)
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(
+    "spec, gqa", [*(("int4-srft", n) for n in (1, 4, 6, 8)), ("int3-srft", 6), ("k4v3-srft", 6)]
+)
+def test_attend_reads_each_row_once(emulator, launches, spec, gqa, prefetch):
+    launches(single=0, prefetch=prefetch)
+    fmt = format_of(spec, 128)
     rows = packed(fmt, 2, 2, 140)
     q = transposed(2, 2 * gqa, 1, 128)
     assert_attends(q, rows, 140, fmt)
@@ -443,9 +458,13 @@ def test_attend_reads_each_row_once(emulator, launches, gqa):
     assert not reads[:, :, 140:].any()
 
 
-def test_quantize_pack_reads_and_writes_once(emulator):
-    fmt = format_of("int4-srft", 128)
-    k, v = transposed(1, 2, 5, 128), transposed(1, 2, 5, 128, seed=1)
+@pytest.mark.parametrize(
+    "spec, D", [("int4-srft", 128), ("int3-srft", 128), ("int3-srft", 112), ("k4v3-srft", 80)]
+)
+def test_quantize_pack_reads_and_writes_once(emulator, spec, D):
+    """Also the zero halves behind odd numbers of high bits and of scales."""
+    fmt = format_of(spec, D)
+    k, v = transposed(1, 2, 5, D), transposed(1, 2, 5, D, seed=1)
     calls.quantize_pack(fused, k, v, fmt)
     (counters,) = emulator.counters
     assert (counters.reads["k"] == 1).all()
