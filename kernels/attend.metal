@@ -19,7 +19,7 @@
 // Then attend_finish.metal (one split: the output) or attend_store.metal (partial sums).
 // HOLD_QUERIES, PREFETCH (mlx_kvq/ops/gpu/tuning.py): what stays in registers. At D = 128 it is
 //   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's.
-// Limits: as quantize_pack; NSG a power of two, NSG * TK * TILE_W words of threadgroup memory < 32 KB.
+// Limits: as quantize_pack; NSG a power of two, NSG * TK * TILE_W words < 32 KB.
 // Reasons: matrix tiles (8 query rows at the price of one) because at 4 bits the arithmetic per
 //   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
 //   in units of log 2. Queries are fp16 after division by their largest magnitude, so any

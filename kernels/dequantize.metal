@@ -5,9 +5,9 @@
 //   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD]. If FIRST, others from row
 //   first_at[b] (if PLACES, else of info) on are those of first [B, H, F, KD + VD].
 // Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS
-//   rows: one word of 4-bit or two words of 8-bit codes each, or half a unit of 3-bit codes. Neighbouring threads write
-//   neighbouring 16 bytes in half precision; with a store per channel the kernel took 0.42 TB/s of
-//   an H100's 3.
+//   rows: one word of 4-bit or two words of 8-bit codes each, or half a unit of 3-bit codes.
+//   Neighbouring threads write neighbouring 16 bytes in half precision; with a store per channel the
+//   kernel took 0.42 TB/s of an H100's 3.
 // Limits: head sizes are multiples of 8, length * (KD + VD) / 8 is below 2^31. fp32 arithmetic,
 //   rounded once.
 constexpr int EIGHTS = (KD + VD) / 8;

@@ -1,6 +1,6 @@
 // Rows with codes of 3 bits (mlx_kvq/format/layout.py): of the values, and of the keys if KB is 3.
-// They are read as 4-bit codes of the same levels, so only what loads and stores rows knows of them.
-// The same functions as in whole.metal.
+// They are read as 4-bit codes of the same levels, so only what loads and stores rows knows of
+// them. The same functions as in whole.metal.
 //
 // A unit is 16 channels: a word of low bits, a half of high bits, two words of 4-bit codes.
 namespace kvq {
@@ -55,7 +55,7 @@ INLINE void store_codes(device uint* row, const thread uint* words, int index) {
   }
 }
 
-// Writes the codes of a lane's eight channels, number `eight` of a side's, if `valid`. Of 3 bits the
+// Writes the codes of a lane's eight channels, number `eight` of a side's, if `valid`. Of 3 bits,
 // neighbouring lanes have a unit's codes: one writes the low bits, the other one the high bits.
 template <int BITS, int FIRST, int HIGH>
 INLINE void store_eight_codes(device uint* row, const thread uint* words, int eight, bool valid) {
@@ -194,8 +194,8 @@ INLINE void store_units(threadgroup uint* tile, const thread uint* stage, int fi
   }
 }
 
-// The parts of a row: words of wider keys, which are copied, then units, then scales. A unit has one
-// word of low bits, so high bits begin at word copied_keys + units_of.
+// The parts of a row: words of wider keys, which are copied, then units, then scales. A unit has
+// one word of low bits, so high bits begin at word copied_keys + units_of.
 constexpr int copied_keys(int KD, int KB) {
   return KB == 3 ? 0 : KD * KB / 32;
 }
@@ -231,9 +231,9 @@ constexpr int stage_words() {
       words_of_loads<TK, KD, KB, VD, W, TILE_W, 2>();
 }
 
-// A SIMD group's copy of a tile of TK rows, contiguous in memory, to wide rows of TILE_W words: into
-// registers first, so that the next tile is on its way while this one is used. Each word is read
-// once. Rows past `valid` have scales of zero, hence are finite.
+// A SIMD group's copy of a tile of TK rows, contiguous in memory, to wide rows of TILE_W words:
+// into registers first, so that the next tile is on its way while this one is used. Each word is
+// read once. Rows past `valid` have scales of zero, hence are finite.
 template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
 INLINE void load_rows(thread uint* stage, const device uint* rows, int valid, uint lane) {
   constexpr int K = copied_keys(KD, KB), U = units_of(KD, KB, VD);

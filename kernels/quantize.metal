@@ -51,7 +51,7 @@ constexpr float least_top(int BITS) {
 }
 
 // Codes n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], or rint() by the paper's rule, packed
-// into words; of 3 bits in nibbles. `dot` and `length` gain the sums of x * level and level * level,
+// into words; of 3 bits in nibbles. `dot` and `length` gain the sums of x * level and level^2,
 // level = n - 7.5; with 3 bits n is 4 larger for this.
 // EXACT divides instead of multiplying by `inverse`: half-precision channels that were not rotated
 // are often whole multiples of their scale, and all backends must agree about such ties.
@@ -88,7 +88,8 @@ INLINE void code_channels(
       length = fma(level, level, length);
     }
     // The paper's codes begin at 1.
-    words[w] = word_of<WIDE>(codes) + (RULE == PAPER ? (WIDE == 4 ? 0x11111111u : 0x01010101u) : 0u);
+    constexpr uint ONES = WIDE == 4 ? 0x11111111u : 0x01010101u;
+    words[w] = word_of<WIDE>(codes) + (RULE == PAPER ? ONES : 0u);
     if (BITS == 3) words[w] -= 0x44444444u;
   }
 }
@@ -109,8 +110,8 @@ INLINE void keep_better(
   best_length = better ? length : best_length;
 }
 
-// Writes CH * BITS / 32 words (of 3-bit codes CH / 8) and the bits of the group's fp16 scale. `zero` is 0, which no compiler
-// knows: added to a loop's end, it keeps the loop from being unrolled.
+// Writes CH * BITS / 32 words (of 3-bit codes CH / 8) and the bits of the group's fp16 scale.
+// `zero` is 0, which no compiler knows: added to a loop's end, it keeps the loop from being unrolled.
 template <int CH, int BITS, int RULE, int SPAN, int MASK, bool EXACT>
 INLINE void quantize_channels(
     thread uint* words,
@@ -144,7 +145,8 @@ INLINE void quantize_channels(
         uint tried[WORDS];
         float dot = 0.0f, length = 0.0f;
         code_channels<CH, BITS, RULE, A_INSIDE, EXACT>(
-            tried, dot, length, x, some ? top * (i == 0 ? float(A) / PARTS : float(B) / PARTS) : 0.0f,
+            tried, dot, length, x,
+            some ? top * (i == 0 ? float(A) / PARTS : float(B) / PARTS) : 0.0f,
             inverse * (i == 0 ? 0.25f * PARTS / float(A) : 0.25f * PARTS / float(B)));
         keep_better<WORDS>(
             words, best_dot, best_length, tried, group_reduce<SPAN, MASK, true>(dot, first),

@@ -1,5 +1,5 @@
-// Rows whose codes, of 4 or 8 bits, are stored as they are read. narrow.metal has the same functions
-// for rows with codes of 3 bits; mlx_kvq/ops/gpu/jit.py takes one of the two.
+// Rows whose codes, of 4 or 8 bits, are stored as they are read. narrow.metal has the same
+// functions for rows with codes of 3 bits; mlx_kvq/ops/gpu/jit.py takes one of the two.
 namespace kvq {
 
 // Word number `index` of a side's codes as they are read; they begin at word FIRST of the row, and

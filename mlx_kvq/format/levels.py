@@ -185,8 +185,8 @@ def widened(rows: mx.array, lay: RowLayout) -> mx.array:
         return rows
     low = rows[..., : lay.k_words], rows[..., lay.k_words : lay.high_word]
     at = 2 * lay.high_word
-    high = rows.view(mx.uint16)[..., at : at + lay.k_halves + lay.v_halves]
-    high = high[..., : lay.k_halves], high[..., lay.k_halves :]
+    halves = rows.view(mx.uint16)[..., at : at + lay.k_halves + lay.v_halves]
+    high = halves[..., : lay.k_halves], halves[..., lay.k_halves :]
     codes = [_widened(a, b) if b.shape[-1] else a for a, b in zip(low, high, strict=True)]
     return mx.concatenate([*codes, rows[..., lay.codes_words :]], axis=-1)
 
