@@ -19,18 +19,21 @@
 // Then attend_finish.metal (one split: the output) or attend_store.metal (partial sums).
 // HOLD_QUERIES, PREFETCH (mlx_kvq/ops/gpu/tuning.py): what stays in registers. At D = 128 it is
 //   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's.
-// Limits: as quantize_pack; NSG a power of two, NSG * TK * W words of threadgroup memory < 32 KB.
+// Limits: as quantize_pack; NSG a power of two, NSG * TK * TILE_W words < 32 KB.
 // Reasons: matrix tiles (8 query rows at the price of one) because at 4 bits the arithmetic per
 //   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
 //   in units of log 2. Queries are fp16 after division by their largest magnitude, so any
 //   model's range fits; probabilities and dequantized values are fp16, every sum is fp32.
-constexpr int WIDTH = W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1;  // words a load; rows are whole loads
-constexpr int TILE = TK * W;
-constexpr int STAGE = (TILE / WIDTH + 31) / 32 * WIDTH;
-constexpr int Q_TILES = kvq::key_slots(KD, KB) * kvq::per_word(KB);
+// In threadgroup memory rows are wide: codes of 3 bits have 4 there.
+constexpr int TILE_V = KD * K_READ / 32;           // the values' codes begin here
+constexpr int TILE_CODES = TILE_V + VD * V_READ / 32;  // scales begin here
+constexpr int TILE_W = TILE_CODES + W - CODES;
+constexpr int TILE = TK * TILE_W;
+constexpr int STAGE = kvq::stage_words<TK, KD, KB, VD, VB, W, TILE_W>();
+constexpr int Q_TILES = kvq::key_slots(KD, K_READ) * kvq::per_word(K_READ);
 constexpr int QUERY_PAIRS = 8 * Q_TILES + 1;  // one more, so that lanes are on banks of their own
-constexpr int V_TILES = kvq::value_tiles(VD, VB);
-constexpr bool WHOLE = kvq::whole_slots(KB, KG);
+constexpr int V_TILES = kvq::value_tiles(VD, V_READ);
+constexpr bool WHOLE = kvq::whole_slots(K_READ, KG);
 constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
 constexpr int MEMORY_TILES = NSG * TILE;
@@ -98,8 +101,8 @@ const int tile_end = first_tile + min(tiles, (split + 1) * share);
 int tile = first_tile + split * share + group;
 uint stage[PREFETCH != 0 ? STAGE : 1];
 if (PREFETCH != 0 && tile < tile_end) {  // in flight while the queries are rotated
-  kvq::load_tile<TILE, WIDTH>(
-      stage, head_rows + int64_t(tile) * TILE, min(TK, length - tile * TK) * W, lane);
+  kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
+      stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - tile * TK), lane);
 }
 
 for (int r = group; r < 8; r += NSG) {
@@ -122,11 +125,11 @@ for (int r = group; r < 8; r += NSG) {
   if (lane < uint(kvq::lanes_of(KD))) {
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
       const int c = 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
-      kvq::store_query<KB, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, z[a], inverse);
+      kvq::store_query<K_READ, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, z[a], inverse);
     }
   }
   for (int c = KD + 2 * int(lane); c < 8 * Q_TILES; c += 64) {  // of the last word's channels
-    kvq::store_query<KB, WHOLE>(
+    kvq::store_query<K_READ, WHOLE>(
         queries + r / 2 * QUERY_PAIRS + c, r % 2, float2(0.0f, 0.0f), 0.0f);
   }
   if (lane == 0) {
@@ -142,19 +145,19 @@ half2 query[HOLD_QUERIES != 0 ? Q_TILES : 1];
 float2 offsets[HOLD_QUERIES != 0 ? OFFSETS : 1];
 if (HOLD_QUERIES != 0) {
   UNROLL for (int i = 0; i < Q_TILES; i++) {
-    query[i] = kvq::read_query<KB>(pair_queries, i, at);
+    query[i] = kvq::read_query<K_READ>(pair_queries, i, at);
   }
 }
 constexpr int GROUP = WHOLE ? KG : KD;
 if (WHOLE && HOLD_QUERIES != 0) {
   UNROLL for (int g = 0; g < OFFSETS; g++) {
     offsets[g] = kvq::PRODUCTS_ARE_CHEAP != 0
-        ? kvq::score_offset<KB, GROUP, HALF_STEP>(query, g)
-        : kvq::score_offset<KB, GROUP, HALF_STEP>(pair_queries, g, at);
+        ? kvq::score_offset<K_READ, GROUP, HALF_STEP>(query, g)
+        : kvq::score_offset<K_READ, GROUP, HALF_STEP>(pair_queries, g, at);
   }
 } else if (WHOLE) {
   for (int g = group; g < OFFSETS; g += NSG) {
-    const float2 x = kvq::score_offset<KB, GROUP, HALF_STEP>(pair_queries, g, at);
+    const float2 x = kvq::score_offset<K_READ, GROUP, HALF_STEP>(pair_queries, g, at);
     if (at.row == 0) pair_offsets[g] = x;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -199,11 +202,11 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
         : tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
                   (tail_shape[2] - 1 - age) * tail_strides[2]);
     float exact_value[PREFETCH != 0 ? V_TILES : 1];
-    const int exact_channel = kvq::value_channel<VD, VB>(0, at.row);
+    const int exact_channel = kvq::value_channel<VD, V_READ>(0, at.row);
     if (PREFETCH != 0) {  // key and value in flight at once
       kvq::read_exact<VD, V_TILES>(exact_value, y + KD, exact_channel);
     }
-    float2 s = kvq::exact_score<KD, KB, WHOLE>(y, pair_queries, at);
+    float2 s = kvq::exact_score<KD, K_READ, WHOLE>(y, pair_queries, at);
     s = float2(s.x * factor.x, s.y * factor.y);
     if (MASK != 0) {
       const auto x = mask[mask_at[0] + key * mask_strides[3]];
@@ -250,27 +253,27 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
 for (; tile < tile_end; tile += NSG) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (PREFETCH != 0) {
-    kvq::store_tile<TILE, WIDTH>(own, stage, TILE, lane);
+    kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, lane);
   } else {
-    kvq::copy_tile<TILE, WIDTH>(
-        own, head_rows + int64_t(tile) * TILE, min(TK, length - tile * TK) * W, lane);
+    kvq::copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(
+        own, head_rows + int64_t(tile) * (TK * W), min(TK, length - tile * TK), lane);
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (PREFETCH != 0 && tile + NSG < tile_end) {
-    kvq::load_tile<TILE, WIDTH>(
+    kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
         stage,
-        head_rows + int64_t(tile + NSG) * TILE,
-        min(TK, length - (tile + NSG) * TK) * W,
+        head_rows + int64_t(tile + NSG) * (TK * W),
+        min(TK, length - (tile + NSG) * TK),
         lane);
   }
   auto key_lift = kvq::no_lift();
   if (!WHOLE) {
-    key_lift = kvq::lift_of<TK, W, CODES, 0, K_SCALES>(own, lane);
+    key_lift = kvq::lift_of<TK, TILE_W, TILE_CODES, 0, K_SCALES>(own, lane);
   }
   float2 s[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i += 2) {
-    kvq::scores<KD, KB, KG, HALF_STEP, W, CODES>(
-        s[i], s[i + 1], own + 8 * i * W, query, offsets, pair_queries, pair_offsets,
+    kvq::scores<KD, K_READ, KG, HALF_STEP, TILE_W, TILE_CODES>(
+        s[i], s[i + 1], own + 8 * i * TILE_W, query, offsets, pair_queries, pair_offsets,
         key_lift.operand, at);
   }
   const int first_key = tile * TK;
@@ -318,7 +321,7 @@ for (; tile < tile_end; tile += NSG) {
     m = top;
   }
   // Probabilities are 2^8 times as large, so that the small ones have all bits of fp16.
-  const auto lift = kvq::lift_of<TK, W, CODES, K_SCALES, VD / VG>(own, lane);
+  const auto lift = kvq::lift_of<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, lane);
   const float enlarge = 256.0f * lift.back;
   half2 p[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i++) {
@@ -328,8 +331,8 @@ for (; tile < tile_end; tile += NSG) {
     p[i] = kvq::right_operand(half2(half(x * enlarge), half(y * enlarge)));
   }
   UNROLL for (int i = 0; i < TK / 8; i += 2) {
-    kvq::add_values<VD, VB, VG, HALF_STEP, W, K_WORDS, CODES, K_SCALES>(
-        sums, own + 8 * i * W, p[i], p[i + 1], lift.operand, at);
+    kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES>(
+        sums, own + 8 * i * TILE_W, p[i], p[i + 1], lift.operand, at);
   }
 }
 
@@ -376,7 +379,7 @@ UNROLL for (int half_way = NSG / 2; half_way > 0; half_way /= 2) {
 // merged [8 query rows][VD]: unnormalised sums in the rotated domain.
 if (group == 0) {
   UNROLL for (int i = 0; i < V_TILES; i++) {
-    const int c = kvq::value_channel<VD, VB>(i, at.row);
+    const int c = kvq::value_channel<VD, V_READ>(i, at.row);
     if (c < VD) {
       merged[2 * int(at.pair) * VD + c] = sums[i].x;
       merged[(2 * int(at.pair) + 1) * VD + c] = sums[i].y;

@@ -5,9 +5,9 @@
 //   TAIL, the last R rows, or all, are those of tail [B, H, R, KD + VD]. If FIRST, others from row
 //   first_at[b] (if PLACES, else of info) on are those of first [B, H, F, KD + VD].
 // Grid: (length / STEPS * (KD + VD) / 8, H, B) threads. A thread makes eight channels of STEPS
-//   rows: one word of 4-bit or two words of 8-bit codes each. Neighbouring threads write
-//   neighbouring 16 bytes in half precision; with a store per channel the kernel took 0.42 TB/s of
-//   an H100's 3.
+//   rows: one word of 4-bit or two words of 8-bit codes each, or half a unit of 3-bit codes.
+//   Neighbouring threads write neighbouring 16 bytes in half precision; with a store per channel the
+//   kernel took 0.42 TB/s of an H100's 3.
 // Limits: head sizes are multiples of 8, length * (KD + VD) / 8 is below 2^31. fp32 arithmetic,
 //   rounded once.
 constexpr int EIGHTS = (KD + VD) / 8;
@@ -30,11 +30,13 @@ const auto begin = first +
     (b * first_strides[0] + h * first_strides[1] - int64_t(place) * first_strides[2] + 8 * eight);
 float x[8];
 if (eight < KD / 8) {
-  uint words[STEPS][KB / 4];
+  uint words[STEPS][K_READ / 4];
   float scales[STEPS];
   UNROLL for (int j = 0; j < STEPS; j++) {
     const auto from = head + int64_t(min(row + j, length - 1)) * W;
-    UNROLL for (int w = 0; w < KB / 4; w++) words[j][w] = from[eight * (KB / 4) + w];
+    UNROLL for (int w = 0; w < K_READ / 4; w++) {
+      words[j][w] = kvq::code_word<KB, 0, 2 * HIGHS>(from, eight * (K_READ / 4) + w);
+    }
     scales[j] = kvq::row_scale(from + CODES, eight * 8 / KG);
   }
   UNROLL for (int j = 0; j < STEPS; j++) {
@@ -44,17 +46,19 @@ if (eight < KD / 8) {
       kvq::convert_eight(
           keys + ((to + row + j) * KD + 8 * eight), begin + (row + j) * first_strides[2]);
     } else if (row + j < length) {
-      kvq::eight_levels<KB, HALF_STEP>(x, words[j], scales[j]);
+      kvq::eight_levels<K_READ, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(keys + ((to + row + j) * KD + 8 * eight), x);
     }
   }
 } else {
   const int v = eight - KD / 8;
-  uint words[STEPS][VB / 4];
+  uint words[STEPS][V_READ / 4];
   float scales[STEPS];
   UNROLL for (int j = 0; j < STEPS; j++) {
     const auto from = head + int64_t(min(row + j, length - 1)) * W;
-    UNROLL for (int w = 0; w < VB / 4; w++) words[j][w] = from[K_WORDS + v * (VB / 4) + w];
+    UNROLL for (int w = 0; w < V_READ / 4; w++) {
+      words[j][w] = kvq::code_word<VB, K_WORDS, 2 * HIGHS + K_HALVES>(from, v * (V_READ / 4) + w);
+    }
     scales[j] = kvq::row_scale(from + CODES, K_SCALES + v * 8 / VG);
   }
   UNROLL for (int j = 0; j < STEPS; j++) {
@@ -64,7 +68,7 @@ if (eight < KD / 8) {
       kvq::convert_eight(
           values + ((to + row + j) * VD + 8 * v), begin + (row + j) * first_strides[2]);
     } else if (row + j < length) {
-      kvq::eight_levels<VB, HALF_STEP>(x, words[j], scales[j]);
+      kvq::eight_levels<V_READ, HALF_STEP>(x, words[j], scales[j]);
       kvq::write_eight(values + ((to + row + j) * VD + 8 * v), x);
     }
   }

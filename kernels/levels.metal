@@ -1,6 +1,10 @@
 // Codes to fp32 values, and vectors of eight or two channels in memory, of any float type.
 namespace kvq {
 
+INLINE device ushort* halves_of(device uint* words) {
+  return reinterpret_cast<device ushort*>(words);
+}
+
 INLINE float row_scale(const device uint* scales, int index) {
   const uint word = scales[index / 2];
   return float(as_type<half>(ushort(index % 2 == 0 ? word & 0xffffu : word >> 16)));

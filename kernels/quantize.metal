@@ -33,24 +33,26 @@ INLINE float scale_to_half(float s) {
   return float(half(min(-floor(-16777216.0f * s) * smallest_half(), 65504.0f)));
 }
 
-INLINE device ushort* halves_of(device uint* words) {
-  return reinterpret_cast<device ushort*>(words);
+// The two scales tried, in 750ths of a group's largest channel, or in 350ths at 3 bits
+// (mlx_kvq/format/levels.py).
+constexpr int tried_scale(int BITS, int GROUP, int i) {
+  return BITS == 3 ? (GROUP <= 32 ? 92 - 12 * i : GROUP <= 64 ? 86 - 10 * i : 84 - 14 * i)
+                   : (GROUP <= 32 ? 100 - 6 * i : GROUP <= 64 ? 96 - 7 * i : 93 - 7 * i);
 }
-
-// The two scales tried, in 750ths of a group's largest channel (mlx_kvq/format/levels.py).
-constexpr int tried_scale(int GROUP, int i) {
-  return GROUP <= 32 ? 100 - 6 * i : GROUP <= 64 ? 96 - 7 * i : 93 - 7 * i;
+constexpr float tried_parts(int BITS) {
+  return BITS == 3 ? 350.0f : 750.0f;
 }
-constexpr bool is_inside(int tried) {  // the largest channel is less than 8 of it
-  return 750.0f < 7.99f * float(tried);
+constexpr bool is_inside(int BITS, int tried) {  // the largest channel is less than 8, or 4, of it
+  return BITS == 3 ? 350.0f < 3.99f * float(tried) : 750.0f < 7.99f * float(tried);
 }
-// A group whose largest channel is not above this gets scale 0: a 7.5th of it is 0 in fp16.
-constexpr float least_top() {
-  return 7.5f / 33554432.0f;
+// A group whose largest channel is not above this gets scale 0: a 7.5th (3.5th) of it is 0 in fp16.
+constexpr float least_top(int BITS) {
+  return tried_parts(BITS) / 100.0f / 33554432.0f;
 }
 
 // Codes n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], or rint() by the paper's rule, packed
-// into words. `dot` and `length` gain the sums of x * level and level * level, level = n - 7.5.
+// into words; of 3 bits in nibbles. `dot` and `length` gain the sums of x * level and level^2,
+// level = n - 7.5; with 3 bits n is 4 larger for this.
 // EXACT divides instead of multiplying by `inverse`: half-precision channels that were not rotated
 // are often whole multiples of their scale, and all backends must agree about such ties.
 // INSIDE: no code is out of range.
@@ -63,7 +65,8 @@ INLINE void code_channels(
     float scale,
     float inverse) {
   constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;  // steps of a scale
-  constexpr int PER_WORD = 32 / BITS;
+  constexpr int WIDE = BITS == 3 ? 4 : BITS;
+  constexpr int PER_WORD = 32 / WIDE;
   const float step = INSIDE ? inverse : inverse * (1.0f / float(LEVELS));
   UNROLL for (int w = 0; w < CH / PER_WORD; w++) {
     float codes[PER_WORD];
@@ -79,12 +82,15 @@ INLINE void code_channels(
       } else {
         codes[i] = rounded_code(saturated(fma(y, step, 0.5f)), float(LEVELS));
       }
+      if (BITS == 3 && (EXACT || !INSIDE)) codes[i] += 4.0f;
       const float level = level_of(codes[i]);
       dot = fma(y, level, dot);
       length = fma(level, level, length);
     }
     // The paper's codes begin at 1.
-    words[w] = word_of<BITS>(codes) + (RULE == PAPER ? (BITS == 4 ? 0x11111111u : 0x01010101u) : 0u);
+    constexpr uint ONES = WIDE == 4 ? 0x11111111u : 0x01010101u;
+    words[w] = word_of<WIDE>(codes) + (RULE == PAPER ? ONES : 0u);
+    if (BITS == 3) words[w] -= 0x44444444u;
   }
 }
 
@@ -104,8 +110,8 @@ INLINE void keep_better(
   best_length = better ? length : best_length;
 }
 
-// Writes CH * BITS / 32 words and the bits of the group's fp16 scale. `zero` is 0, which no compiler
-// knows: added to a loop's end, it keeps the loop from being unrolled.
+// Writes CH * BITS / 32 words (of 3-bit codes CH / 8) and the bits of the group's fp16 scale.
+// `zero` is 0, which no compiler knows: added to a loop's end, it keeps the loop from being unrolled.
 template <int CH, int BITS, int RULE, int SPAN, int MASK, bool EXACT>
 INLINE void quantize_channels(
     thread uint* words,
@@ -113,7 +119,7 @@ INLINE void quantize_channels(
     const thread float* x,
     uint first,
     int zero) {
-  constexpr int WORDS = CH * BITS / 32;
+  constexpr int WORDS = CH * (BITS == 3 ? 4 : BITS) / 32;
   constexpr int GROUP = CH * SPAN;
   float top = 0.0f, squares = 0.0f;  // squares: NaN if a channel is; max() ignores NaN
   UNROLL for (int i = 0; i < CH; i++) {
@@ -123,20 +129,25 @@ INLINE void quantize_channels(
   top = group_reduce<SPAN, MASK, false>(top, first);
   squares = group_reduce<SPAN, MASK, true>(squares, first);
   float scale;
-  if (RULE == SEARCH && BITS == 4) {
+  if (RULE == SEARCH && BITS != 8) {
     // The better scale gives levels with the smaller angle to x. The stored scale gives these
     // levels the length of x. A reciprocal below 2^-126 would be 0.
-    const bool some = top > least_top();
+    const bool some = top > least_top(BITS);
     const float inverse = some ? reciprocal(0.25f * top) : 0.0f;
-    constexpr int A = tried_scale(GROUP, 0), B = tried_scale(GROUP, 1);
+    constexpr int A = tried_scale(BITS, GROUP, 0), B = tried_scale(BITS, GROUP, 1);
+    constexpr float PARTS = tried_parts(BITS);
+    // At 3 bits B is small and clips more often than not.
+    constexpr bool A_INSIDE = is_inside(BITS, A) && (BITS != 3 || is_inside(BITS, B));
+    constexpr bool B_INSIDE = is_inside(BITS, B);
     float best_dot = 0.0f, best_length = 1.0f;
-    if (HOLD_TABLES == 0 && is_inside(A) == is_inside(B)) {  // one try at a time: registers are few
+    if (HOLD_TABLES == 0 && A_INSIDE == B_INSIDE) {  // one try at a time: registers are few
       ROLLED for (int i = 0; i < 2 + zero; i++) {
         uint tried[WORDS];
         float dot = 0.0f, length = 0.0f;
-        code_channels<CH, BITS, RULE, is_inside(A), EXACT>(
-            tried, dot, length, x, some ? top * (i == 0 ? float(A) / 750.0f : float(B) / 750.0f) : 0.0f,
-            inverse * (i == 0 ? 187.5f / float(A) : 187.5f / float(B)));
+        code_channels<CH, BITS, RULE, A_INSIDE, EXACT>(
+            tried, dot, length, x,
+            some ? top * (i == 0 ? float(A) / PARTS : float(B) / PARTS) : 0.0f,
+            inverse * (i == 0 ? 0.25f * PARTS / float(A) : 0.25f * PARTS / float(B)));
         keep_better<WORDS>(
             words, best_dot, best_length, tried, group_reduce<SPAN, MASK, true>(dot, first),
             group_reduce<SPAN, MASK, true>(length, first), i == 0);
@@ -144,12 +155,12 @@ INLINE void quantize_channels(
     } else {
       uint tried[2][WORDS];
       float dots[2] = {0.0f, 0.0f}, lengths[2] = {0.0f, 0.0f};
-      code_channels<CH, BITS, RULE, is_inside(A), EXACT>(
-          tried[0], dots[0], lengths[0], x, some ? top * (float(A) / 750.0f) : 0.0f,
-          inverse * (187.5f / float(A)));
-      code_channels<CH, BITS, RULE, is_inside(B), EXACT>(
-          tried[1], dots[1], lengths[1], x, some ? top * (float(B) / 750.0f) : 0.0f,
-          inverse * (187.5f / float(B)));
+      code_channels<CH, BITS, RULE, A_INSIDE, EXACT>(
+          tried[0], dots[0], lengths[0], x, some ? top * (float(A) / PARTS) : 0.0f,
+          inverse * (0.25f * PARTS / float(A)));
+      code_channels<CH, BITS, RULE, B_INSIDE, EXACT>(
+          tried[1], dots[1], lengths[1], x, some ? top * (float(B) / PARTS) : 0.0f,
+          inverse * (0.25f * PARTS / float(B)));
       UNROLL for (int i = 0; i < 2; i++) {
         keep_better<WORDS>(
             words, best_dot, best_length, tried[i], group_reduce<SPAN, MASK, true>(dots[i], first),
@@ -175,17 +186,17 @@ constexpr bool groups_are_lanes(int D, int GROUP) {
 }
 
 // Quantizes vectors in registers, if `groups_are_lanes`, and writes each to its lane's `row`: codes
-// from word FIRST on, scales from half SCALE after word CODES on. EVEN: rows have an even number of
-// words.
+// from word FIRST on, high bits of 3-bit codes from half HIGH on, scales from half SCALE after word
+// CODES on. EVEN: rows have an even number of words.
 template <
-    int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE,
+    int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES, int SCALE,
     bool EVEN>
 INLINE void store_vectors(
     device uint* row, const thread float2* z, bool valid, int zero, uint lane) {
   constexpr int CH = GROUP < 16 ? GROUP : 16;
   constexpr int SPAN = GROUP / CH;
   constexpr int MASK = ROTATION == SRFT ? lanes_of(D) / SPAN : 1;
-  constexpr int WORDS = CH * BITS / 32;
+  constexpr int WORDS = CH * (BITS == 3 ? 4 : BITS) / 32;
   const int block = rotated_block<D, ROTATION>(lane);
   device ushort* scales = halves_of(row + CODES);
   UNROLL for (int part = 0; part < 16 / CH; part++) {
@@ -198,14 +209,7 @@ INLINE void store_vectors(
     ushort scale;
     quantize_channels<CH, BITS, RULE, SPAN, MASK, is_none(ROTATION)>(words, scale, x, 0, zero);
     if (valid) {
-      device uint* to = row + FIRST + (block * (16 / CH) + part) * WORDS;
-      if (EVEN && WORDS % 2 == 0) {  // rows of an even number of words are aligned to two
-        UNROLL for (int w = 0; w < WORDS; w += 2) {
-          reinterpret_cast<device uint2*>(to)[w / 2] = uint2(words[w], words[(w + 1) % WORDS]);
-        }
-      } else {
-        UNROLL for (int w = 0; w < WORDS; w++) to[w] = words[w];
-      }
+      store_codes<BITS, WORDS, FIRST, HIGH, EVEN>(row, words, (block * (16 / CH) + part) * WORDS);
       if (block % SPAN == 0) {
         scales[SCALE + (block * (16 / CH) + part) / SPAN] = scale;
       }
@@ -216,7 +220,9 @@ INLINE void store_vectors(
 // The same for any group, from threadgroup memory: y holds the SIMD group's vectors, channels in
 // order; vector v goes to row + v * W. A lane takes the eight channels of a word or two; 32 lanes
 // take as many whole groups as fit.
-template <int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int CODES, int SCALE, int W>
+template <
+    int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES, int SCALE,
+    int W>
 INLINE void store_shared(
     device uint* row,
     const threadgroup float2* y,
@@ -224,7 +230,7 @@ INLINE void store_shared(
     uint lane) {
   constexpr int SPAN = GROUP / 8;
   constexpr int AT_ONCE = 32 / SPAN;
-  constexpr int WORDS = BITS / 4;
+  constexpr int WORDS = BITS == 8 ? 2 : 1;
   const int mine = int(lane) / SPAN;
   const int part = int(lane) % SPAN;
   for (int g = 0; g < vectors * (D / GROUP); g += AT_ONCE) {
@@ -243,13 +249,9 @@ INLINE void store_shared(
     ushort scale;
     quantize_channels<8, BITS, RULE, SPAN, 1, is_none(ROTATION)>(
         words, scale, x, uint(mine * SPAN) & 31u, min(vectors, 0));
-    if (valid) {
-      UNROLL for (int w = 0; w < WORDS; w++) {
-        row[v * W + FIRST + (index * SPAN + part) * WORDS + w] = words[w];
-      }
-      if (part == 0) {
-        halves_of(row + v * W + CODES)[SCALE + index] = scale;
-      }
+    store_eight_codes<BITS, FIRST, HIGH>(row + v * W, words, index * SPAN + part, valid);
+    if (valid && part == 0) {
+      halves_of(row + v * W + CODES)[SCALE + index] = scale;
     }
   }
 }
@@ -266,7 +268,7 @@ constexpr int shared_points(int D, int GROUP, int ROTATION, int SET) {
 // shared_points. KEEPS: rotated vectors of tokens from `drop` on go to `kept`, KEPT channels apart.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,
-    int FIRST, int CODES, int SCALE, int W, bool KEEPS, int KEPT, typename T, typename K>
+    int FIRST, int HIGH, int CODES, int SCALE, int W, bool KEEPS, int KEPT, typename T, typename K>
 INLINE void pack_vectors(
     device uint* rows,
     const device T* x,
@@ -304,7 +306,7 @@ INLINE void pack_vectors(
       write_points<D, ROTATION>(kept + int64_t(token - drop) * KEPT, z, lane);
     }
     if (LANES) {
-      store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W % 2 == 0>(
+      store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W % 2 == 0>(
           to, z, valid, min(L, 0), lane);
     } else {
       simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -314,7 +316,7 @@ INLINE void pack_vectors(
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, CODES, SCALE, W>(
+      store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
           to, shared, min(SET, L - first), lane);
     }
     x += int64_t(workers * SET) * by_token;

@@ -18,29 +18,34 @@ INLINE void read_output_factors(thread lane_factors<D>& f, const device float* f
   }
 }
 
-// Reads a lane's channels of one row: codes from word FIRST, scales from half SCALE after word
-// CODES.
-template <int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int CODES, int SCALE>
+// Reads a lane's channels of one row: codes from word FIRST, their high bits, if they have 3 bits,
+// from half HIGH of the row, scales from half SCALE after word CODES.
+template <
+    int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int HIGH, int CODES,
+    int SCALE>
 INLINE void read_levels(thread float2* z, const device uint* row, uint lane) {
+  constexpr int READ = BITS == 3 ? 4 : BITS;
   const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   if (points_of(D) % 4 == 0) {
     UNROLL for (int i = 0; i < points_of(D) / 4; i++) {
       const int c = first + 8 * i;
-      uint words[BITS / 4];
-      UNROLL for (int w = 0; w < BITS / 4; w++) words[w] = row[FIRST + c / (32 / BITS) + w];
+      uint words[READ / 4];
+      UNROLL for (int w = 0; w < READ / 4; w++) {
+        words[w] = code_word<BITS, FIRST, HIGH>(row, c / (32 / READ) + w);
+      }
       float x[8];
-      eight_levels<BITS, HALF_STEP>(x, words, row_scale(row + CODES, SCALE + c / GROUP));
+      eight_levels<READ, HALF_STEP>(x, words, row_scale(row + CODES, SCALE + c / GROUP));
       UNROLL for (int a = 0; a < 4; a++) z[4 * i + a] = float2(x[2 * a], x[2 * a + 1]);
     }
   } else {
-    constexpr float middle = float(1 << (BITS - 1)) - (HALF_STEP ? 0.5f : 0.0f);
-    constexpr uint mask = uint((1 << BITS) - 1);
+    constexpr float middle = float(1 << (READ - 1)) - (HALF_STEP ? 0.5f : 0.0f);
+    constexpr uint mask = uint((1 << READ) - 1);
     UNROLL for (int a = 0; a < points_of(D); a++) {  // two codes are never in two words
       const int c = first + 2 * a;
-      const uint word = row[FIRST + c / (32 / BITS)] >> uint(c * BITS % 32);
+      const uint word = code_word<BITS, FIRST, HIGH>(row, c / (32 / READ)) >> uint(c * READ % 32);
       const float scale = row_scale(row + CODES, SCALE + c / GROUP);
       z[a] = float2(
-          (float(word & mask) - middle) * scale, (float((word >> BITS) & mask) - middle) * scale);
+          (float(word & mask) - middle) * scale, (float((word >> READ) & mask) - middle) * scale);
     }
   }
 }
@@ -50,8 +55,8 @@ INLINE void read_levels(thread float2* z, const device uint* row, uint lane) {
 // first token is row `exact`; its tokens are `by_token` channels apart. Of the others, `firsts` rows
 // from row `place` on come from `first`.
 template <
-    int D, int BITS, int GROUP, int ROTATION, bool CALIBRATED, bool HALF_STEP, int FIRST, int CODES,
-    int SCALE, int W, bool TAIL, bool WITH_FIRST, typename T, typename S>
+    int D, int BITS, int GROUP, int ROTATION, bool CALIBRATED, bool HALF_STEP, int FIRST, int HIGH,
+    int CODES, int SCALE, int W, bool TAIL, bool WITH_FIRST, typename T, typename S>
 INLINE void restore_vectors(
     device T* out,
     const device uint* rows,
@@ -96,7 +101,7 @@ INLINE void restore_vectors(
         z[a] = float2(float(y[2 * a]), float(y[2 * a + 1]));
       }
     } else {
-      read_levels<D, BITS, GROUP, ROTATION, HALF_STEP, FIRST, CODES, SCALE>(
+      read_levels<D, BITS, GROUP, ROTATION, HALF_STEP, FIRST, HIGH, CODES, SCALE>(
           z, rows + int64_t(row) * W, lane);
     }
     if (CALIBRATED) {

@@ -32,7 +32,7 @@ const int64_t to = int64_t(threadgroup_position_in_grid.y) * (length + L);
 
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   kvq::restore_vectors<
-      KD, KB, KG, ROTATION, K_CALIBRATED, HALF_STEP, 0, CODES, 0, W, TAIL, FIRST>(
+      KD, KB, KG, ROTATION, K_CALIBRATED, HALF_STEP, 0, 2 * HIGHS, CODES, 0, W, TAIL, FIRST>(
       keys + to * KD, head_rows, length, head_tail, tail_strides[2], exact, head_first,
       first_strides[2], firsts, place, worker, workers, k_table, h, lane);
   if (CHUNK) {
@@ -42,7 +42,8 @@ if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   }
 } else {
   kvq::restore_vectors<
-      VD, VB, VG, ROTATION, V_CALIBRATED, HALF_STEP, K_WORDS, CODES, K_SCALES, W, TAIL, FIRST>(
+      VD, VB, VG, ROTATION, V_CALIBRATED, HALF_STEP, K_WORDS, 2 * HIGHS + K_HALVES, CODES,
+      K_SCALES, W, TAIL, FIRST>(
       values + to * VD, head_rows, length, head_tail + KD, tail_strides[2], exact, head_first + KD,
       first_strides[2], firsts, place, worker, workers, v_table, h, lane);
   if (CHUNK) {

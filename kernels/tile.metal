@@ -391,64 +391,6 @@ INLINE void add_exact(thread float2* sums, const thread float* y, float2 p) {
   }
 }
 
-// A SIMD group's copy of a tile of rows, contiguous in memory: into registers first, so that the
-// next tile is on its way while this one is used. Words past `valid` are zero, hence finite.
-template <int WORDS, int WIDTH>
-INLINE void load_tile(thread uint* stage, const device uint* rows, int valid, uint lane) {
-  constexpr int LOADS = (WORDS / WIDTH + 31) / 32;
-  UNROLL for (int i = 0; i < LOADS; i++) {
-    const int at = (32 * i + int(lane)) * WIDTH;
-    thread uint* s = stage + i * WIDTH;
-    UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0;
-    if (at < valid) {
-      if (WIDTH == 4) {
-        const uint4 x = *reinterpret_cast<const device uint4*>(rows + at);
-        s[0] = x.x;
-        s[1 % WIDTH] = x.y;
-        s[2 % WIDTH] = x.z;
-        s[3 % WIDTH] = x.w;
-      } else if (WIDTH == 2) {
-        const uint2 x = *reinterpret_cast<const device uint2*>(rows + at);
-        s[0] = x.x;
-        s[1 % WIDTH] = x.y;
-      } else {
-        s[0] = rows[at];
-      }
-    }
-  }
-}
-
-template <int WORDS, int WIDTH>
-INLINE void store_tile(threadgroup uint* tile, const thread uint* stage, int count, uint lane) {
-  constexpr int LOADS = (WORDS / WIDTH + 31) / 32;
-  UNROLL for (int i = 0; i < LOADS; i++) {
-    const int at = (32 * i + int(lane)) * WIDTH;
-    if (at < count) {
-      const thread uint* s = stage + i * WIDTH;
-      if (WIDTH == 4) {
-        *reinterpret_cast<threadgroup uint4*>(tile + at) =
-            uint4(s[0], s[1 % WIDTH], s[2 % WIDTH], s[3 % WIDTH]);
-      } else if (WIDTH == 2) {
-        *reinterpret_cast<threadgroup uint2*>(tile + at) = uint2(s[0], s[1 % WIDTH]);
-      } else {
-        tile[at] = s[0];
-      }
-    }
-  }
-}
-
-// The same without registers for a whole tile: COUNT loads of a lane in flight at once.
-template <int WORDS, int WIDTH>
-INLINE void copy_tile(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
-  constexpr int COUNT = 2;
-  constexpr int PART = 32 * WIDTH * COUNT;  // words
-  ROLLED for (int first = 0; first < WORDS; first += PART) {
-    uint stage[WIDTH * COUNT];
-    load_tile<PART, WIDTH>(stage, rows + first, valid - first, lane);
-    store_tile<PART, WIDTH>(tile + first, stage, min(PART, WORDS - first), lane);
-  }
-}
-
 // The same threadgroup memory holds tiles, then the sums that SIMD groups add up.
 INLINE threadgroup uint* words_of(threadgroup uint4* memory) {
   return reinterpret_cast<threadgroup uint*>(memory);

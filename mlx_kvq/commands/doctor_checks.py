@@ -39,6 +39,9 @@ FORMATS = [
     ("int4-srft:scale=absmax", 128, 16, 1),
     ("int4-srft:scale=paper", 128, 8, 2),
     ("int4-srft", 192, 4, 2),
+    ("int3-srft", 128, 12, 2),
+    ("int3-srft", 80, 8, 2),
+    ("k4v3-srft", 256, 4, 1),
     ("int4-srft:group_size=64", 256, 8, 4),
 ]
 MORE = [(*case, mx.bfloat16, False) for case in FORMATS]
@@ -169,7 +172,7 @@ class _Case:
         sides = zip(levels.split(rows, lay), levels.split(wanted, lay), strict=True)
         apart = [
             levels.unpack_codes(a, bits) != levels.unpack_codes(b, bits)
-            for (a, b), bits in zip(sides, (lay.k_bits, lay.v_bits), strict=False)
+            for (a, b), bits in zip(sides, (lay.wide.k_bits, lay.wide.v_bits), strict=False)
         ]
         return max(cast(float, d.astype(mx.float32).mean().item()) for d in apart)
 

@@ -29,10 +29,10 @@ from ..stock_names import missing
 from .options import cache, length, size
 
 HELP = (
-    "Keep keys and values packed: 'int4' (short for 'int4-srft', 4.5 bits per value), 'k8v4', "
-    "'int8'; 'fp16' is the model's own cache. Options follow a colon, as in "
-    "'int4:recent=64,skip=first': recent (newest tokens read exactly, default 64), first "
-    "(first tokens likewise, 4), group_size (channels that share a scale, default 32), skip "
+    "Keep keys and values packed: 'int4' (short for 'int4-srft', 4.25 bits per value), 'k8v4', "
+    "'int8', 'k4v3' (3.75), 'int3' (3.25); 'fp16' is the model's own cache. Options follow a "
+    "colon, as in 'int4:recent=64,skip=first': recent (newest tokens read exactly, default 64), "
+    "first (first tokens likewise, 4), group_size (channels that share a scale, default 64), skip "
     "(layers left alone: numbers, first, last, joined by +), high (layers in 8 bits, likewise), "
     "budget (bits per value to spend on the layers that need them, such as 5.5), calibrate=off, "
     "rounding=feedback, scale=search|absmax|paper, seed. Numbers of tokens may be "

@@ -143,7 +143,7 @@ class Format:
     @property
     def _weighted(self) -> bool:
         """Whether the metric of the calibration chooses the codes of keys."""
-        feedback = self.spec.rounding == "feedback" and self.layout.k_bits == 4
+        feedback = self.spec.rounding == "feedback" and self.layout.k_bits != 8
         return feedback and self.keys.calibration.metric is not None
 
     @cached_property
@@ -234,8 +234,8 @@ def make_format(
     for D in (k_dim, v_dim):
         if reason := rotation.why_not(spec.rotation, D):
             raise ValueError(reason)
-    k_group = choose_group(k_dim, spec.group_size if k_group is None else k_group)
-    v_group = choose_group(v_dim, spec.group_size if v_group is None else v_group)
+    k_group = choose_group(k_dim, spec.group_size if k_group is None else k_group, spec.k_bits)
+    v_group = choose_group(v_dim, spec.group_size if v_group is None else v_group, spec.v_bits)
     keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
     heads, key = _heads(keys, values), (spec, k_dim, v_dim, k_group, v_group)
     if not heads and key in _shared:
@@ -246,7 +246,7 @@ def make_format(
             f"The calibrations of keys and values are of {' and '.join(map(str, sorted(heads)))} "
             "KV heads; a layer has one number of them."
         )
-    if spec.rounding == "feedback" and spec.k_bits == 4:
+    if spec.rounding == "feedback" and spec.k_bits != 8:
         keys = feedback.whitened(keys)
     fmt = Format(
         spec,

@@ -8,9 +8,27 @@ Codes are ``32 / bits`` to a word, lowest bits first: MLX's own affine order, so
 scales feed ``mx.quantized_matmul`` as they are. Scales are fp16, two to a word, lower half
 first; one zero half pads an odd count. For D = 128, 4 bits and groups of 64 a row is
 16 + 16 + 1 + 1 = 34 words, 136 bytes, against 512 bytes in fp16.
+
+A side of 3-bit codes has its low two bits where others have their codes, and its high bits, as
+16-bit halves, before the scales::
+
+    K codes | V codes | K high bits | V high bits | K scales | V scales
+
+Of 16 channels c = 8 w + n, w = 0 or 1, n = 0 … 7, one word has the low two bits of a code from
+bit ``4 n + 2 w`` on, and one half has its high bit as bit ``4 (n % 4) + n // 4 + 2 w``. One zero
+half pads an odd count of halves. So the codes in MLX's 4-bit order, two words with 0 to 7 in each
+nibble, are, with ``low`` the word and ``h`` the half ORed with itself 15 bits further up::
+
+    (low      & 0x33333333) | (h & 0x11111111) << 2
+    (low >> 2 & 0x33333333) | (h & 0x44444444)
+
+A row is read as the *wide* row of the same shape: of a 3-bit code c, with the level c - 3.5 (c - 4
+by the rule ``paper``), it has the 4-bit code c + 4, whose level is the same: (c + 4) - 7.5. For
+D = 128, 3 bits and groups of 64 a row is 8 + 8 + 4 + 4 + 1 + 1 = 26 words, 104 bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -21,9 +39,9 @@ MAX_DIM = 4096  # of a head: ten times the largest of a known model
 class RowLayout:
     """The parts of a row, in uint32 words. Raises ValueError if a row cannot be laid out so."""
 
-    k_dim: int  # head size, a multiple of 8
+    k_dim: int  # head size, a multiple of 8; of 3-bit codes, of 16
     v_dim: int
-    k_bits: int  # 4 or 8
+    k_bits: int  # 3, 4 or 8
     v_bits: int
     k_group: int  # channels that share a scale
     v_group: int
@@ -31,19 +49,36 @@ class RowLayout:
     def __post_init__(self):
         sides = (self.k_dim, self.k_bits, self.k_group), (self.v_dim, self.v_bits, self.v_group)
         for D, bits, group in sides:
-            check_dim(D)
-            if type(bits) is not int or bits not in (4, 8):
-                raise ValueError(f"codes have 4 or 8 bits, not {bits!r}")
+            if type(bits) is not int or bits not in (3, 4, 8):
+                raise ValueError(f"codes have 3, 4 or 8 bits, not {bits!r}")
+            check_dim(D, bits)
             if type(group) is not int or not 1 <= group <= D or D % group:
                 raise ValueError(f"group_size={group!r} does not divide head size {D}")
+            if bits == 3 and group % 16:
+                raise ValueError(f"groups of 3-bit codes are multiples of 16, not {group}")
 
     @property
     def k_words(self) -> int:
-        return self.k_dim * self.k_bits // 32
+        """Words of the keys' codes; at 3 bits of their low two bits."""
+        return self.k_dim * _in_words(self.k_bits) // 32
 
     @property
     def v_words(self) -> int:
-        return self.v_dim * self.v_bits // 32
+        return self.v_dim * _in_words(self.v_bits) // 32
+
+    @property
+    def k_halves(self) -> int:
+        """16-bit halves of high bits of the keys' 3-bit codes."""
+        return self.k_dim // 16 if self.k_bits == 3 else 0
+
+    @property
+    def v_halves(self) -> int:
+        return self.v_dim // 16 if self.v_bits == 3 else 0
+
+    @property
+    def high_word(self) -> int:
+        """First word of the high bits."""
+        return self.k_words + self.v_words
 
     @property
     def k_scales(self) -> int:
@@ -56,7 +91,7 @@ class RowLayout:
     @property
     def codes_words(self) -> int:
         """First word of the scales."""
-        return self.k_words + self.v_words
+        return self.high_word + (self.k_halves + self.v_halves + 1) // 2
 
     @property
     def words(self) -> int:
@@ -67,6 +102,18 @@ class RowLayout:
     def bits_per_value(self) -> float:
         return 32 * self.words / (self.k_dim + self.v_dim)
 
+    @cached_property
+    def wide(self) -> "RowLayout":
+        """Of the rows as they are read: codes of 3 bits have 4."""
+        if 3 not in (self.k_bits, self.v_bits):
+            return self
+        return replace(self, k_bits=max(4, self.k_bits), v_bits=max(4, self.v_bits))
+
+
+def _in_words(bits: int) -> int:
+    """Bits of a code that are among a row's codes."""
+    return 2 if bits == 3 else bits
+
 
 def tail_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """Dtype of the exact tail for keys and values in ``dtype``. A rotated vector can be √D times as
@@ -74,21 +121,38 @@ def tail_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if dtype == mx.float16 else dtype
 
 
-def check_dim(D: int) -> None:
-    """Raise ValueError unless vectors of D channels can be packed."""
-    if type(D) is not int or D % 8 or not 8 <= D <= MAX_DIM:
-        raise ValueError(f"head size {D!r} is not a multiple of 8 from 8 to {MAX_DIM}")
+def _unit(bits: int) -> int:
+    """Channels that are stored together."""
+    return 16 if bits == 3 else 8
 
 
-def choose_group(D: int, group_size: int | None) -> int:
-    """The group size for head size D: as asked, or 64, or the next divisor above 64. Raises
-    ValueError if D cannot be packed, or the asked group size does not divide it."""
-    check_dim(D)
-    if group_size is None:
-        return next((g for g in range(64, D, 8) if D % g == 0), D)
-    if type(group_size) is not int or group_size < 8 or group_size % 8 or D % group_size:
-        fits = [str(g) for g in range(8, D + 1, 8) if D % g == 0]
+def check_dim(D: int, bits: int = 4) -> None:
+    """Raise ValueError unless vectors of D channels can be packed in codes of so many bits."""
+    unit = _unit(bits)
+    if type(D) is not int or D % unit or not unit <= D <= MAX_DIM:
+        of = " for 3-bit codes" if bits == 3 else ""
         raise ValueError(
-            f"group_size={group_size} does not divide head size {D} (possible: {', '.join(fits)})"
+            f"head size {D!r} is not a multiple of {unit} from {unit} to {MAX_DIM}{of}"
+        )
+
+
+def choose_group(D: int, group_size: int | None, bits: int = 4) -> int:
+    """The group size for head size D and codes of so many bits: as asked, or 64, or the next
+    divisor above 64; a multiple of 8, at 3 bits of 16. Raises ValueError if D cannot be packed, or
+    the asked group size does not divide it so."""
+    check_dim(D, bits)
+    unit = _unit(bits)
+    if group_size is None:
+        return next((g for g in range(64, D, unit) if D % g == 0), D)
+    fits = [g for g in range(unit, D + 1, unit) if D % g == 0]
+    if type(group_size) is not int or group_size not in fits:
+        possible = ", ".join(map(str, fits))
+        if bits == 3 and type(group_size) is int and group_size > 0 and D % group_size == 0:
+            raise ValueError(
+                f"group_size={group_size} is not a multiple of 16, as 3-bit codes need "
+                f"(possible for head size {D}: {possible})"
+            )
+        raise ValueError(
+            f"group_size={group_size} does not divide head size {D} (possible: {possible})"
         )
     return group_size

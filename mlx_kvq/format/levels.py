@@ -1,5 +1,7 @@
 """Codes and scales: quantizing rotated vectors, packing codes into words, reading them back."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from . import feedback
@@ -7,7 +9,8 @@ from .layout import RowLayout
 
 HALF_MAX = 65504.0
 _LEAST = 2.0**-24  # fp16's smallest number: groups of smaller channels have a scale of 0
-_LEAST_SEARCHED = 7.5 * 2.0**-25  # up to this a searched scale rounds to 0 in fp16
+# Up to so many times the outermost level a searched scale rounds to 0 in fp16.
+_LEAST_SEARCHED = 2.0**-25
 
 
 def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, mx.array]:
@@ -15,7 +18,7 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
 
     Args:
         y (mx.array): fp32 [..., D].
-        bits (int): 4 or 8.
+        bits (int): 3, 4 or 8.
         group (int): Channels that share a scale.
         rule (str): ``"search"``, ``"absmax"`` or ``"paper"``; at 8 bits ``"search"`` is
             ``"absmax"``, as clipping never pays there.
@@ -33,9 +36,14 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
     return codes.flatten(-2), (scale + damage).astype(mx.float16).squeeze(-1)
 
 
-def tried(group: int) -> tuple[float, float]:
+def tried(group: int, bits: int = 4) -> tuple[float, float]:
     """Fractions of the abs-max scale that are tried for groups of this size (scripts/studies). The
-    first of them finds the codes of vectors that were quantized before."""
+    first of them finds the codes of vectors that were quantized before: at 3 bits any above 5/6
+    does, at 4 bits above 13/14."""
+    if bits == 3:
+        if group <= 32:
+            return 0.92, 0.80
+        return (0.86, 0.76) if group <= 64 else (0.84, 0.70)
     if group <= 32:
         return 1.0, 0.94
     return (0.96, 0.89) if group <= 64 else (0.93, 0.86)
@@ -61,8 +69,8 @@ def _step(y: mx.array, bits: int, rule: str) -> mx.array:
         return _covering(top, middle - 1)
     if rule == "absmax" or bits == 8:
         return _covering(top, middle - 0.5)
-    steps = top * mx.array([c / (middle - 0.5) for c in tried(y.shape[-1])])  # [..., 2]
-    steps = mx.where(top > _LEAST_SEARCHED, steps, 0.0)
+    steps = top * mx.array([c / (middle - 0.5) for c in tried(y.shape[-1], bits)])  # [..., 2]
+    steps = mx.where(top > (middle - 0.5) * _LEAST_SEARCHED, steps, 0.0)
     # The one whose levels point more in the direction of y.
     x, s = y[..., None, :], steps[..., None]
     levels = _codes(x, s, bits, rule) - zero_code(bits, rule)
@@ -134,9 +142,10 @@ def quantize_with_feedback(
 
 
 def pack_codes(codes: mx.array, bits: int) -> mx.array:
-    """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first."""
+    """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first; 3-bit codes
+    take 4 bits each (:func:`narrowed`)."""
     codes = codes.astype(mx.uint8)
-    if bits == 4:
+    if bits < 8:
         codes = codes[..., ::2] | (codes[..., 1::2] << 4)
     return codes.view(mx.uint32)
 
@@ -148,8 +157,65 @@ def unpack_codes(words: mx.array, bits: int) -> mx.array:
     return codes.flatten(-2).astype(mx.float32)
 
 
+_LOW = 0x33333333  # the low two bits of each nibble
+_MIDDLE = 0x44444444  # what wide codes are larger by than 3-bit ones
+
+
+def narrowed(words: mx.array) -> tuple[mx.array, mx.array]:
+    """3-bit codes in 4 bits each, words uint32 [..., 2 n] of :func:`pack_codes`, as rows store
+    them: their low bits uint32 [..., n] and their high bits uint16 [..., n]."""
+    a, b = words[..., ::2], words[..., 1::2]
+    high = ((a >> 2) & 0x11111111) | (b & _MIDDLE)
+    high = (high | (high >> 15)) & 0xFFFF
+    return (a & _LOW) | ((b & _LOW) << 2), high.astype(mx.uint16)
+
+
+def _widened(low: mx.array, high: mx.array) -> mx.array:
+    """The other way round, into codes of 4 bits with the same levels: uint32 [..., 2 n]."""
+    h = high.astype(mx.uint32)
+    h = h | (h << 15)
+    a = (low & _LOW) | ((h & 0x11111111) << 2)
+    b = ((low >> 2) & _LOW) | (h & _MIDDLE)
+    return (mx.stack([a, b], axis=-1) + _MIDDLE).flatten(-2)
+
+
+def widened(rows: mx.array, lay: RowLayout) -> mx.array:
+    """Rows uint32 [..., W] as rows of ``lay.wide``, which may be these themselves."""
+    if lay.wide is lay:
+        return rows
+    low = rows[..., : lay.k_words], rows[..., lay.k_words : lay.high_word]
+    at = 2 * lay.high_word
+    halves = rows.view(mx.uint16)[..., at : at + lay.k_halves + lay.v_halves]
+    high = halves[..., : lay.k_halves], halves[..., lay.k_halves :]
+    codes = [_widened(a, b) if b.shape[-1] else a for a, b in zip(low, high, strict=True)]
+    return mx.concatenate([*codes, rows[..., lay.codes_words :]], axis=-1)
+
+
+def joined(codes: Sequence[mx.array], scales: Sequence[mx.array], bits: Sequence[int]) -> mx.array:
+    """Keys' and values' codes, words of :func:`pack_codes`, and their fp16 scales -> rows."""
+    words: list[mx.array] = []
+    high: list[mx.array] = []
+    for of_side, b in zip(codes, bits, strict=True):
+        low, halves = narrowed(of_side) if b == 3 else (of_side, None)
+        words.append(low)
+        if halves is not None:
+            high.append(halves)
+    return mx.concatenate([*words, *_whole(high), *_whole(scales)], axis=-1)
+
+
+def _whole(halves: Sequence[mx.array]) -> list[mx.array]:
+    """Arrays of 16 bits [..., n] in words, one array or none; a zero half pads an odd count."""
+    if not halves:
+        return []
+    n, first = sum(a.shape[-1] for a in halves), halves[0]
+    padding = [mx.zeros((*first.shape[:-1], 1), first.dtype)] * (n % 2)
+    return [mx.concatenate([*halves, *padding], axis=-1).view(mx.uint32)]
+
+
 def split(rows: mx.array, lay: RowLayout) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16), all views."""
+    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16), all views; 3-bit
+    codes as the 4-bit codes that they are read as."""
+    rows, lay = widened(rows, lay), lay.wide
     halves, first = rows.view(mx.float16), 2 * lay.codes_words
     return (
         rows[..., : lay.k_words],

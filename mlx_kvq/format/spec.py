@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # name -> (bits of a key, bits of a value)
-BITS = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4)}
+BITS = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4), "int3": (3, 3), "k4v3": (4, 3)}
 ROTATIONS = ("srft", "srht", "none")
 # Accepted, but in no list of caches: slow, and no better (``format.dense``).
 DENSE = ("householder", "quaternion")
@@ -30,11 +30,12 @@ class Spec:
     """A parsed spec string.
 
     Args:
-        bits (str): ``"int4"``, ``"int8"`` or ``"k8v4"`` (8-bit keys, 4-bit values).
+        bits (str): ``"int4"``, ``"int8"``, ``"k8v4"`` (8-bit keys, 4-bit values), ``"int3"`` or
+            ``"k4v3"`` (4-bit keys, 3-bit values).
         rotation (str): Random signs and a real FFT, ``"srft"``, for even head sizes, or a Hadamard
             transform, ``"srht"``, for powers of two; ``"none"``; or one of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
-            the head size. ``None`` takes 64, or the next such divisor above 64.
+            the head size; of 3-bit codes, of 16. ``None`` takes 64, or the next such divisor.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
         scale (str): ``"search"``: the better of two by angle; ``"absmax"``: the largest magnitude
             maps to the outermost level; ``"paper"``: an odd number of levels around zero.
@@ -87,8 +88,8 @@ class Spec:
             raise ValueError(f"recent is 0 to {MAX_RECENT} tokens, got {self.recent!r}.")
         if type(self.first) is not int or not 0 <= self.first <= MAX_FIRST:
             raise ValueError(f"first is 0 to {MAX_FIRST} tokens, got {self.first!r}.")
-        if budget is not None and not (isinstance(budget, int | float) and 4 <= budget <= 16):
-            raise ValueError(f"budget is 4 to 16 bits per value, got {budget!r}.")
+        if budget is not None and not (isinstance(budget, int | float) and 3 <= budget <= 16):
+            raise ValueError(f"budget is 3 to 16 bits per value, got {budget!r}.")
         for option in ("skip", "high"):
             layers = getattr(self, option)
             if not isinstance(layers, tuple):

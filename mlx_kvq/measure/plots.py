@@ -15,9 +15,9 @@ from .rivals import label
 # Of caches, in every picture; a cache's options change the marker, not the color.
 COLORS = {
     "fp16": "black", "kv8": "C7", "kv4": "C1", "int8-srft": "C2", "k8v4-srft": "C4",
-    "int4-srft": "C0", "kivi": "C3", "kvarn": "C5",
+    "int4-srft": "C0", "k4v3-srft": "C9", "int3-srft": "C6", "kivi": "C3", "kvarn": "C5",
 }  # fmt: skip
-OTHERS = ("C6", "C8", "C9", "navy", "darkgreen", "0.5")  # for caches that are not of these
+OTHERS = ("C8", "navy", "darkgreen", "0.5")  # for caches that are not of these
 SYMBOLS = {"mu": "μ", "sigma": "σ", "lam": "λ"}
 FLOOR = 1e-5  # nats; a smaller KL is drawn there, as a triangle
 APART = 1.008  # factor between results of the same size, so that they are beside each other

@@ -1,11 +1,14 @@
 """Bits of every packed cache: from a spec's options, a given policy or a budget.
 
 For a budget the KL of each packed cache alone is measured once per number of bits on a short text.
-Then the step from ``int4`` to ``k8v4`` to ``int8`` with the largest drop of KL per byte is taken,
-again and again, until the next one does not fit.
+For each two of ``STEPS``, all caches begin with the fewer bits, and the one with the largest drop
+of KL per byte gets the more, again and again, until the next one does not fit. The two whose drops
+add up to most are taken. A model has no more than these two, since each is a set of kernels; what
+the spec or its ``high`` says of a cache is not lowered.
 """
 
 from collections.abc import Callable, Mapping
+from itertools import combinations_with_replacement
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +26,7 @@ from .report import Report, layer_ranges
 TOKENS = 512  # read to measure, fed in chunks so that packed history is read
 CHUNK = 64
 NOISE = 1e-6  # nats a token; a smaller difference is rounding of fp32 sums
-STEPS = ("int4", "k8v4", "int8")
+STEPS = ("int3", "k4v3", "int4", "k8v4", "int8")  # by bytes
 
 
 def bits_by_spec(spec: Spec, paths: list[CachePath]) -> dict[CachePath, str]:
@@ -79,12 +82,11 @@ def allocate(
     tokenizer=None,
 ) -> dict[CachePath, str]:
     """Raise ``bits``, cache by cache, until ``budget`` bits per value, scales included, are spent.
-    ``make_caches`` packs the caches whose bits it is given, ``layouts`` are their rows for all
-    ``STEPS``. Raises ValueError if the budget does not even cover ``bits``."""
-    bits = dict(bits)
+    ``make_caches`` packs the caches whose bits it is given, ``layouts`` are their rows for all of
+    :func:`steps_from` them. Raises ValueError if the budget does not even cover ``bits``."""
     values = sum(rows[bits[p]].k_dim + rows[bits[p]].v_dim for p, rows in layouts.items())
-    size = {p: {b: 32 * rows[b].words for b in STEPS} for p, rows in layouts.items()}
-    spent = sum(size[p][b] for p, b in bits.items())
+    size = {(p, b): 32 * row.words for p, rows in layouts.items() for b, row in rows.items()}
+    spent = sum(size[p, b] for p, b in bits.items())
     if spent > budget * values:
         raise ValueError(
             f"A budget of {budget:g} bits per value is less than the {spent / values:.2f} of the "
@@ -92,19 +94,49 @@ def allocate(
         )
     with fast_on_cpu(model):
         cost = _measure(model, make_caches, bits, tokenizer)
-    while True:
-        steps = []
-        for p, b in bits.items():
-            for better in STEPS[STEPS.index(b) + 1 :]:
-                extra = size[p][better] - size[p][b]
-                gain = cost[p, b] - cost[p, better]
-                if gain > NOISE and spent + extra <= budget * values:
-                    steps.append((gain / extra, p, better, extra))
-        if not steps:
-            return bits
-        _, p, better, extra = max(steps)
-        bits[p] = better
-        spent += extra
+    steps = steps_from(min(bits.values(), key=STEPS.index))
+    found = []
+    for fewer, more in combinations_with_replacement(steps, 2):
+        start = {p: max(b, fewer, key=STEPS.index) for p, b in bits.items()}
+        if sum(size[p, b] for p, b in start.items()) <= budget * values:
+            found.append(_raised(start, more, size, cost, budget * values))
+    found.sort(key=lambda chosen: sum(size[p, b] for p, b in chosen.items()))
+
+    def total(chosen: dict[CachePath, str]) -> float:
+        return sum(cost[p, b] for p, b in chosen.items())
+
+    best = found[0]
+    for chosen in found[1:]:  # more bytes are to bring something
+        if total(chosen) < total(best) - NOISE:
+            best = chosen
+    return best
+
+
+def _raised(
+    bits: Mapping[CachePath, str],
+    more: str,
+    size: Mapping[tuple[CachePath, str], int],
+    cost: Mapping[tuple[CachePath, str], float],
+    room: float,
+) -> dict[CachePath, str]:
+    """``bits`` with ``more`` for the caches that gain most by it, as many as there is ``room`` for,
+    in bits a token."""
+    chosen = dict(bits)
+    room -= sum(size[p, b] for p, b in bits.items())
+    steps = []
+    for p, b in bits.items():
+        if more in steps_from(b)[1:] and (gain := cost[p, b] - cost[p, more]) > NOISE:
+            steps.append((gain / (size[p, more] - size[p, b]), p))
+    for _, p in sorted(steps, reverse=True):
+        if (extra := size[p, more] - size[p, chosen[p]]) <= room:
+            chosen[p] = more
+            room -= extra
+    return chosen
+
+
+def steps_from(bits: str) -> tuple[str, ...]:
+    """Those of ``STEPS`` that a cache of these bits may get for a budget."""
+    return STEPS[STEPS.index(bits) :]
 
 
 def _measure(model, make_caches, bits, tokenizer) -> dict[tuple[CachePath, str], float]:
@@ -127,5 +159,5 @@ def _measure(model, make_caches, bits, tokenizer) -> dict[tuple[CachePath, str],
     return {
         (p, step): kl(exact, log_probabilities({p: step})).mean().item()  # type: ignore[misc]
         for p, b in bits.items()
-        for step in STEPS[STEPS.index(b) :]
+        for step in steps_from(b)
     }

@@ -39,8 +39,9 @@ def enable(
             the converted repository's own, or an automatic one on a built-in text, kept in the
             user's cache directory (``mlx_kvq.calibration.automatic``).
         tokenizer (optional): For that text; without it random tokens are used.
-        policy (dict, optional): Path of every cache to pack -> ``"int4"``, ``"k8v4"`` or
-            ``"int8"``; replaces ``skip``, ``high`` and ``budget`` of the spec.
+        policy (dict, optional): Path of every cache to pack -> ``"int3"``, ``"k4v3"``,
+            ``"int4"``, ``"k8v4"`` or ``"int8"``; replaces ``skip``, ``high`` and ``budget`` of the
+            spec.
         verbose (bool): Print one line to stderr about the result.
 
     Returns:

@@ -18,7 +18,7 @@ from ..format.format import Format, make_format
 from ..format.spec import Spec
 from ..host import bounded, is_growing, is_rotating
 from ..stock import CachePath, Identity, Shapes, leaves, own_caches
-from .bits import STEPS, allocate, bits_by_policy, bits_by_spec
+from .bits import allocate, bits_by_policy, bits_by_spec, steps_from
 from .report import Report, log
 from .trial import batch_failure, first_failure
 
@@ -252,7 +252,10 @@ class _Plan:
             # Without the exact tail, which would hide much of the error.
             return pack_caches(own_caches(self.model), self.formats_of(bits, recent=0))
 
-        layouts = {p: {b: self.formats_of({p: b})[p].layout for b in STEPS} for p in self.bits}
+        layouts = {
+            p: {b: self.formats_of({p: b})[p].layout for b in steps_from(least)}
+            for p, least in self.bits.items()
+        }
         assert self.spec.budget is not None
         bits = allocate(self.model, caches, self.bits, layouts, self.spec.budget, tokenizer)
         self.packing.formats = self.formats_of(bits)

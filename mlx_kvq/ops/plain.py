@@ -14,11 +14,13 @@ from ..format.format import Format, recent_at
 from ..format.layout import tail_dtype
 from ..format.levels import (
     HALF_MAX,
+    joined,
     pack_codes,
     quantize,
     quantize_with_feedback,
     read_levels,
     split,
+    widened,
     zero_code,
 )
 from .packed import EVERY, First, Mask, Packed
@@ -95,9 +97,7 @@ def _pack(y: mx.array, z: mx.array, fmt: Format) -> mx.array:
         v_codes, v_scales = quantize(z, lay.v_bits, lay.v_group, fmt.scale)
         words = [pack_codes(k_codes, lay.k_bits), pack_codes(v_codes, lay.v_bits)]
         halves = [k_scales, v_scales]
-    if (lay.k_scales + lay.v_scales) % 2:
-        halves.append(mx.zeros((*y.shape[:-1], 1), mx.float16))
-    return mx.concatenate([*words, mx.concatenate(halves, axis=-1).view(mx.uint32)], axis=-1)
+    return joined(words, halves, (lay.k_bits, lay.v_bits))
 
 
 def _on_gpu() -> bool:
@@ -112,8 +112,8 @@ def dequantize(packed: Packed, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, 
     parts: list[tuple[mx.array, mx.array]] = []
     if n:
         kc, vc, ks, vs = split(packed.rows[..., :n, :], lay)
-        k = read_levels(kc, ks, lay.k_bits, lay.k_group, fmt.scale)
-        v = read_levels(vc, vs, lay.v_bits, lay.v_group, fmt.scale)
+        k = read_levels(kc, ks, lay.wide.k_bits, lay.k_group, fmt.scale)
+        v = read_levels(vc, vs, lay.wide.v_bits, lay.v_group, fmt.scale)
         if (first := _first_tokens(packed.first, fmt, n)) is not None:
             k, v = first.put(k, v)
         parts.append((k, v))
@@ -143,8 +143,8 @@ def saturated(x: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
-    """Queries fp32 [B, H, M, Dk] times keys -> [B, H, M, length]."""
-    lay = fmt.layout
+    """Queries fp32 [B, H, M, Dk] times keys of wide rows -> [B, H, M, length]."""
+    lay = fmt.layout.wide
     middle = zero_code(lay.k_bits, fmt.scale)
     if _on_gpu():
         words, _, scales, _ = split(rows[..., :length, :], lay)
@@ -178,8 +178,8 @@ def _scores(q: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
 
 
 def _mix(p: mx.array, rows: mx.array, length: int, fmt: Format) -> mx.array:
-    """Probabilities fp32 [B, H, M, length] times values -> [B, H, M, Dv]."""
-    lay = fmt.layout
+    """Probabilities fp32 [B, H, M, length] times values of wide rows -> [B, H, M, Dv]."""
+    lay = fmt.layout.wide
     _, words, _, scales = split(rows[..., :length, :], lay)
     return _matmul(p, words, scales, lay.v_bits, lay.v_group, fmt.scale, transpose=False)
 
@@ -242,6 +242,8 @@ def attend(
     if packed.tail is not None:
         exact = _Exact(packed, L, mask.starts)
     n = length if exact is None else exact.packed  # from rows
+    if n and fmt.layout.wide is not fmt.layout:
+        rows = widened(rows[..., :n, :], fmt.layout)
     qr = fmt.keys.query(q * scale if q.dtype == mx.float32 else q.astype(mx.float32) * scale)
     qr = qr.reshape(B, Hkv, -1, fmt.layout.k_dim)  # [B, Hkv, (Hq / Hkv) * L, Dk]
     scores = _scores(qr, rows, n, fmt).reshape(B, Hq, L, n) if n else mx.zeros((B, Hq, L, 0))

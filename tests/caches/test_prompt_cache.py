@@ -56,7 +56,9 @@ def saved(model, tokenizer, path, n=20, spec=SPEC):
     return cache
 
 
-@pytest.mark.parametrize("spec", [SPEC, "k8v4-srht:seed=3,calibrate=off", "int4-srft"])
+@pytest.mark.parametrize(
+    "spec", [SPEC, "k8v4-srht:seed=3,calibrate=off", "int4-srft", "int3-srft", "k4v3-none"]
+)
 def test_a_saved_prompt_goes_on_exactly(loaded, tmp_path, spec):
     model, tokenizer = loaded
     path = tmp_path / "cache.safetensors"

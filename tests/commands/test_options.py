@@ -13,7 +13,9 @@ Known:
 fp16
 int4-srft int4-srht int4-none
 int8-srft int8-srht int8-none
-k8v4-srft k8v4-srht k8v4-none"""
+k8v4-srft k8v4-srht k8v4-none
+int3-srft int3-srht int3-none
+k4v3-srft k4v3-srht k4v3-none"""
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,8 @@ def test_names(text, spec):
           for t in ("q4_0", "Q4_K_M", "4", "kv4", "4bit", "nf4", "iq4_nl", "turboquant", "turbo4")),
         *((t, f"there is no '{t}' here. The nearest is 'int8-srft'." + KNOWN)
           for t in ("q8_0", "8", "kv8", "8bit", "fp8")),
+        *((t, f"there is no '{t}' here. The nearest is 'int3-srft'." + KNOWN)
+          for t in ("q3_0", "3", "kv3", "3bit", "turbo3")),
         *((t, f"there is no '{t}' here. The nearest is 'fp16'." + KNOWN)
           for t in ("f16", "bf16", "none")),
         ("int5-srft", "KV cache spec 'int5-srft': unknown cache 'int5-srft'. Did you mean "
@@ -58,7 +62,7 @@ def test_mistakes(text, said):
 def test_baselines_are_names_where_they_can_be_had():
     parse = options.cache("kv4", "kv8")
     assert parse("KV4") == "kv4"
-    with pytest.raises(argparse.ArgumentTypeError, match="k8v4-none\nkv4 kv8$"):
+    with pytest.raises(argparse.ArgumentTypeError, match="k4v3-none\nkv4 kv8$"):
         parse("kv5")
 
 

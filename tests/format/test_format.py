@@ -53,7 +53,7 @@ def test_the_signature_is_frozen():
 @pytest.mark.parametrize("rotation", [*ROTATIONS, *DENSE])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("sizes", [(64, 64, None, None), (128, 64, 8, 32), (256, 256, 256, 16)])
+@pytest.mark.parametrize("sizes", [(64, 64, None, None), (128, 64, 16, 32), (256, 256, 256, 16)])
 @pytest.mark.parametrize("seed, recent", [(0, 16), (2**32 - 1, 0), (1, 1024)])
 def test_signature_and_back(bits, rotation, scale, sizes, seed, recent):
     k_dim, v_dim, k_group, v_group = sizes
@@ -94,7 +94,8 @@ def test_signature_and_back_with_calibration(fields, sides):
 def test_whatever_changes_the_bytes_changes_the_signature():
     base = "int4-srft:group_size=32,seed=1,scale=absmax"
     texts = [base, base.replace("srft", "srht"), base.replace("srft", "none")]
-    texts += [base.replace("int4", "int8"), base.replace("int4", "k8v4"), base.replace("32", "64")]
+    texts += [base.replace("int4", bits) for bits in BITS if bits != "int4"]
+    texts += [base.replace("32", "64")]
     texts += [base.replace("=1", "=2"), base.replace("absmax", "paper")]
     texts += [base.replace("absmax", "search"), f"{base},recent=0", f"{base},recent=3"]
     formats = [make_format(Spec.parse(text), 64) for text in texts]
@@ -311,9 +312,14 @@ def with_metric() -> Calibration:
 
 @pytest.mark.parametrize(
     "spec, changed",
-    [("int4-srft:rounding=feedback", True), ("int4-srft", False), ("k8v4-srft", False)],
+    [
+        ("int4-srft:rounding=feedback", True),
+        ("int3-srft:rounding=feedback", True),
+        ("int4-srft", False),
+        ("k8v4-srft", False),
+    ],
 )
-def test_feedback_changes_sigma_of_4_bit_keys_once(spec, changed):
+def test_feedback_changes_sigma_of_short_keys_once(spec, changed):
     """Half-way between the balanced scale and the keys' standard deviation, of geometric mean 1;
     what a signature describes has been changed already."""
     keys, values = with_metric(), calibration("mu")

@@ -53,9 +53,9 @@ WRONG = {
     "int4-srft:skip=x": "skip lists layers as 'first', 'last' or numbers joined by '+', got 'x'.",
     "int4-srft:skip=first+": "joined by '+', got ''.",
     "int4-srft:high=-1": "high lists layers as 'first', 'last' or numbers joined by '+', got '-1'.",
-    "int4-srft:budget=x": "budget is 4 to 16 bits per value, got 'x'.",
-    "int4-srft:budget=3": "budget is 4 to 16 bits per value, got 3.0.",
-    "int4-srft:budget=nan": "budget is 4 to 16 bits per value, got nan.",
+    "int4-srft:budget=x": "budget is 3 to 16 bits per value, got 'x'.",
+    "int4-srft:budget=2.9": "budget is 3 to 16 bits per value, got 2.9.",
+    "int4-srft:budget=nan": "budget is 3 to 16 bits per value, got nan.",
     "int4-srft:recent=few": "recent is an integer, got 'few'.",
     "int4-srft:recent=-1": "recent is 0 to 1024 tokens, got -1.",
     "int4-srft:recent=1025": "recent is 0 to 1024 tokens, got 1025.",
@@ -67,7 +67,7 @@ WRONG = {
 
 def test_the_vocabulary():
     """Words of a spec are promised to users and stand in saved caches: none goes or changes."""
-    bits = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4)}
+    bits = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4), "int3": (3, 3), "k4v3": (4, 3)}
     assert bits.items() <= BITS.items()
     assert {"srft", "srht", "none"} <= set(ROTATIONS)
     assert {"search", "absmax", "paper"} <= set(SCALES)
@@ -190,7 +190,7 @@ def test_policy_options_and_the_way_back():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("bits", "int5", "unknown bits 'int5'. Did you mean 'int8'? Known: int4, int8, k8v4."),
+        ("bits", "int5", "unknown bits 'int5'. Did you mean 'int8'? Known: int4, int8, k8v4, int3"),
         ("bits", 4, "unknown bits '4'."),
         ("rotation", "dct", "unknown rotation 'dct'."),
         ("scale", None, "unknown scale 'None'."),
@@ -206,9 +206,9 @@ def test_policy_options_and_the_way_back():
         ("skip", [0], "skip is a tuple such as ('first', 3), got [0]."),
         ("high", (-1,), "joined by '+', got -1."),
         ("high", ("middle",), "joined by '+', got 'middle'."),
-        ("budget", 3, "budget is 4 to 16 bits per value, got 3."),
-        ("budget", "5", "budget is 4 to 16 bits per value, got '5'."),
-        ("budget", float("inf"), "budget is 4 to 16 bits per value, got inf."),
+        ("budget", 2, "budget is 3 to 16 bits per value, got 2."),
+        ("budget", "5", "budget is 3 to 16 bits per value, got '5'."),
+        ("budget", float("inf"), "budget is 3 to 16 bits per value, got inf."),
     ],
 )
 def test_a_spec_made_directly_is_checked_too(field, value, message):

@@ -1,6 +1,7 @@
 """enable, disable and make_prompt_cache on the bundled models and on models made to be awkward."""
 
 import copy
+import itertools
 import os
 
 import mlx.core as mx
@@ -16,6 +17,9 @@ from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.calibration import automatic
 from mlx_kvq.format import levels as format_levels
+from mlx_kvq.format.layout import RowLayout
+from mlx_kvq.format.spec import BITS
+from mlx_kvq.model import bits as budgets
 from tests.support.float32 import MODELS, WINDOW, load_float32
 
 PROMPT = "It was a dark night, and the old man"
@@ -415,3 +419,52 @@ def test_a_budget_goes_where_the_loss_is(sensitive, bought, monkeypatch):
         assert report.bits_per_value <= budget
     with pytest.raises(ValueError, match="A budget of 4.2 bits per value is less than the 4.25"):
         mlx_kvq.enable(model, f"{spec},budget=4.2")
+
+
+@pytest.mark.parametrize(
+    "sensitive, bought",
+    [
+        ("keys", {3.25: "int3", 3.5: "k4v3", 4: "k4v3", 4.5: "k8v4", 5.5: "k8v4"}),
+        ("values", {3.25: "int3", 3.5: "int3", 3.6: "int4", 4: "int4", 5: "int8"}),
+    ],
+)
+def test_a_budget_below_four_bits(sensitive, bought, monkeypatch):
+    """From int3 on, and of all larger widths the one that pays most."""
+    monkeypatch.setattr(automatic, "RANDOM_TOKENS", 512)
+    model = Last(Dull(64), Busy(sensitive), Dull(64))
+    spec = "int3-none:group_size=64,calibrate=off"
+    for budget, name in bought.items():
+        report = mlx_kvq.enable(model, f"{spec},budget={budget}", verbose=False)
+        assert bits(model.make_cache()) == ["int3", name, "int3"]
+        assert report.bits_per_value <= budget
+    with pytest.raises(ValueError, match="A budget of 3.2 bits per value is less than the 3.25"):
+        mlx_kvq.enable(model, f"{spec},budget=3.2")
+
+
+def test_a_budget_buys_at_most_two_widths(monkeypatch):
+    """Five layers of every need, and room for some to be large: two widths, at less cost than any
+    one of them more often."""
+    paths = [(i,) for i in range(5)]
+    layouts = {p: {b: RowLayout(64, 64, *BITS[b], 64, 64) for b in budgets.STEPS} for p in paths}
+    size = {b: layouts[0,][b].bits_per_value for b in budgets.STEPS}
+    cost = {(p, b): 1e8 * 10.0 ** p[0] * 2 ** (-4 * size[b]) for p in paths for b in budgets.STEPS}
+    monkeypatch.setattr(budgets, "_measure", lambda *_: cost)
+
+    def spend(budget, least="int3"):
+        given = dict.fromkeys(paths, least)
+        chosen = budgets.allocate(nn.Module(), lambda _: [], given, layouts, budget)
+        assert sum(size[b] for b in chosen.values()) <= budget * 5
+        return [chosen[p] for p in paths]
+
+    for budget in (3.25, 3.6, 4, 4.25, 5, 6, 7.5, 8.25, 9):
+        chosen = spend(budget)
+        assert len(set(chosen)) <= 2
+        assert [budgets.STEPS.index(b) for b in chosen] == sorted(map(budgets.STEPS.index, chosen))
+        best = min(
+            sum(cost[p, b] for p, b in zip(paths, some, strict=True))
+            for some in itertools.product(budgets.STEPS, repeat=5)
+            if len(set(some)) <= 2 and sum(size[b] for b in some) <= budget * 5
+        )
+        assert sum(cost[p, b] for p, b in zip(paths, chosen, strict=True)) <= 1.01 * best
+    assert spend(9) == ["int8"] * 5 == spend(9, "int8")
+    assert set(spend(4.4, "int4")) == {"int4"}

@@ -14,7 +14,7 @@ from mlx_kvq import ops
 from mlx_kvq.format import levels
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.rotation import real_fft
-from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.spec import BITS, Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
@@ -43,6 +43,16 @@ FORMATS = [
     ("int4-srht", 128, 128, "mu sigma"),
     ("int8-none:group_size=56", 112, 112, ""),
     ("int4-none:group_size=256", 256, 256, "lam"),
+    ("int3-srft", 64, 64, "mu sigma lam"),
+    ("int3-srft", 80, 80, ""),
+    ("int3-srft:scale=paper", 96, 96, "mu"),
+    ("int3-srft:group_size=16", 112, 112, ""),
+    ("int3-srft", 128, 128, ""),
+    ("int3-srft:group_size=64,scale=absmax", 256, 128, "lam"),
+    ("int3-none:group_size=32", 192, 64, ""),
+    ("k4v3-srft", 128, 128, ""),
+    ("k4v3-srft", 80, 80, "mu sigma"),
+    ("k4v3-srht:group_size=128,scale=paper", 128, 256, ""),
 ]
 
 
@@ -222,8 +232,12 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
 
 
 @pytest.mark.parametrize(
-    "spec", ["int4-srft", "int8-srft", "int4-none:scale=paper", "int8-none", "int4-none"]
-)
+    "spec",
+    [
+        "int4-srft", "int8-srft", "int4-none:scale=paper", "int8-none", "int4-none",
+        "int3-srft", "int3-none", "int3-none:scale=paper", "k4v3-srft:group_size=64",
+    ],
+)  # fmt: skip
 def test_quantize_strange_vectors(emulator, spec):
     """Zeros, an outlier, values below fp16's scales, beyond its largest, NaN, inf."""
     fmt = format_of(spec, 64)
@@ -243,11 +257,13 @@ def test_quantize_strange_vectors(emulator, spec):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"pack_pairs": 2, "pack_threadgroups": 2}])
-@pytest.mark.parametrize("D, group", [(64, 32), (96, 24)])
-def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, D, group):
+@pytest.mark.parametrize(
+    "bits, D, group", [("int4", 64, 32), ("int4", 96, 24), ("int3", 64, 32), ("k4v3", 96, 48)]
+)
+def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, bits, D, group):
     """Also where a SIMD group does several sets of tokens, and the last set is not whole."""
     launches(**sizes)
-    fmt = format_of(f"int4-srft:group_size={group}", D)
+    fmt = format_of(f"{bits}-srft:group_size={group}", D)
     k = normal(1, 2, D, 77, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
     v = normal(2, 1, 77, 2 * D, dtype=mx.float16).swapaxes(0, 1)[..., D:]
     want = calls.quantize_pack(plain, k, v, fmt)
@@ -386,7 +402,9 @@ def test_damage_shows_where_it_is_attended_to(emulator):
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 3e4, 1e6])
-@pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16"])
+@pytest.mark.parametrize(
+    "spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16", "int3-srft:group_size=16"]
+)
 def test_values_of_any_size_survive_fp16_operands(emulator, spec, size):
     """Scales beyond 2^8 and below 2^-10: fp16 would overflow, or keep few bits."""
     fmt = format_of(spec, 64)
@@ -414,16 +432,23 @@ def test_the_buffer_may_be_a_view(emulator):
 
 # The first cases: test_ops.py has all of them on the reference, tests/support/check_gpu.py --matrix
 # on a GPU.
-@pytest.mark.parametrize("case", op_matrix.CASES[:10], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*op_matrix.CASES[:10], *[c for c in op_matrix.CASES[10:] if "3" in c.bits][:4]],
+    ids=str,
+)
 def test_op_matrix(emulator, case):
     op_matrix.check(fused, case, seed=1, fused=True)
 
 
 # ---- what a launch costs ----------------------------------------------------------------------
-@pytest.mark.parametrize("gqa", [1, 4, 6, 8])
-def test_attend_reads_each_row_once(emulator, launches, gqa):
-    launches(single=0)
-    fmt = format_of("int4-srft", 128)
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(
+    "spec, gqa", [*(("int4-srft", n) for n in (1, 4, 6, 8)), ("int3-srft", 6), ("k4v3-srft", 6)]
+)
+def test_attend_reads_each_row_once(emulator, launches, spec, gqa, prefetch):
+    launches(single=0, prefetch=prefetch)
+    fmt = format_of(spec, 128)
     rows = packed(fmt, 2, 2, 140)
     q = transposed(2, 2 * gqa, 1, 128)
     assert_attends(q, rows, 140, fmt)
@@ -433,9 +458,13 @@ def test_attend_reads_each_row_once(emulator, launches, gqa):
     assert not reads[:, :, 140:].any()
 
 
-def test_quantize_pack_reads_and_writes_once(emulator):
-    fmt = format_of("int4-srft", 128)
-    k, v = transposed(1, 2, 5, 128), transposed(1, 2, 5, 128, seed=1)
+@pytest.mark.parametrize(
+    "spec, D", [("int4-srft", 128), ("int3-srft", 128), ("int3-srft", 112), ("k4v3-srft", 80)]
+)
+def test_quantize_pack_reads_and_writes_once(emulator, spec, D):
+    """Also the zero halves behind odd numbers of high bits and of scales."""
+    fmt = format_of(spec, D)
+    k, v = transposed(1, 2, 5, D), transposed(1, 2, 5, D, seed=1)
     calls.quantize_pack(fused, k, v, fmt)
     (counters,) = emulator.counters
     assert (counters.reads["k"] == 1).all()
@@ -479,8 +508,10 @@ def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
 def test_threadgroup_memory_fits_for_every_format(machine):
     sizes = tuning.TUNING[machine]
     for D in range(32, 257, 8):
-        for bits in ("int4", "int8", "k8v4"):
-            for group in (8, D):
+        for bits in BITS:
+            if "3" in bits and D % 16:
+                continue
+            for group in (16 if "3" in bits else 8, D):
                 lay = make_format(Spec(bits, "none", group_size=group), D).layout
                 groups, keys = tuning.attend_shape(lay, sizes)
                 assert groups >= 1
@@ -557,7 +588,11 @@ def test_bodies_use_threadgroup_only_to_declare():
 
 def test_headers_have_no_variables():
     """Metal wants them to be `constant`, which the emulator's compiler does not."""
-    names = {"machine", *(name for headers, _, _, _ in jit.KERNELS.values() for name in headers)}
+    names = {
+        "machine",
+        "narrow",
+        *(name for headers, _, _, _ in jit.KERNELS.values() for name in headers),
+    }
     for name in names:
         text = re.sub(r"//.*", "", kernel_source(f"{name}.metal"))
         found = re.findall(r"^\w[\w ]* \w+(?:\[.*\])? = .*", text, re.MULTILINE)

@@ -27,6 +27,7 @@ FORMATS = [
     ("k8v4-srht:recent=16", 64, 128, "mu sigma lam"),
     ("int8-none:scale=paper,recent=3", 80, 48, "mu"),
     ("int4-srft:group_size=24,recent=40", 96, 96, "mu sigma"),
+    ("int3-srft:recent=5", 64, 128, "mu"),
 ]
 
 

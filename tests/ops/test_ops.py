@@ -58,6 +58,14 @@ def test_unusual_head_sizes(D, bits):
     op_matrix.check(plain, case)
 
 
+@pytest.mark.parametrize("dims", [(16, 16), (32, 32), (48, 80), (576, 576)])
+@pytest.mark.parametrize("bits", ["int3", "k4v3"])
+def test_unusual_head_sizes_of_3_bits(dims, bits):
+    """Also an odd number of halves of high bits, and of scales."""
+    case = replace(CASE, dims=dims, group=None, bits=bits, calibration="mu sigma lam")
+    op_matrix.check(plain, case)
+
+
 @pytest.mark.parametrize("case", op_matrix.CASES[:8], ids=str)
 def test_the_public_functions_are_the_backends(case):
     op_matrix.check(ops, case)
@@ -69,7 +77,7 @@ def test_the_matrix_meets_every_pair():
     drawn = (op_cases._draw(rng) for _ in range(4000))
     possible = set().union(*(op_cases.pairs(case) for case in drawn))
     met = set().union(*(op_cases.pairs(case) for case in op_matrix.CASES))
-    assert len(set(op_matrix.CASES)) == len(op_matrix.CASES) == 256
+    assert len(set(op_matrix.CASES)) == len(op_matrix.CASES) == 288
     assert possible - met == set()
     values = {(name, value) for name, values in op_cases.FACTORS.items() for value in values}
     assert {item for pair in met for item in pair} == values
@@ -77,7 +85,7 @@ def test_the_matrix_meets_every_pair():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rotation, groups", [("none", [2]), ("srft", [0, 1, 2, 3])])
-@pytest.mark.parametrize("bits", ["int4", "int8"])
+@pytest.mark.parametrize("bits", ["int4", "int8", "int3"])
 @pytest.mark.parametrize("rule", ["search", "absmax", "paper"])
 def test_damage_stays_where_it_is(bad, rotation, groups, bits, rule):
     """One bad number makes its own groups' scales NaN and leaves every other bit as it was."""
@@ -92,9 +100,12 @@ def test_damage_stays_where_it_is(bad, rotation, groups, bits, rule):
     want = np.zeros(scales.shape, bool)
     want[1, 0, 3, groups] = True  # K scales come first
     assert np.array_equal(np.isnan(scales), want)
-    per_group = 32 * fmt.layout.k_bits // 16
+    lay = fmt.layout
+    parts = [(0, 2 * lay.k_words // 4)]  # the halves of a group's codes
+    if lay.k_halves:
+        parts.append((2 * lay.high_word, lay.k_halves // 4))
     for g in groups:
-        damaged = [*range(g * per_group, (g + 1) * per_group), first + g]
+        damaged = [i + g * n + j for i, n in parts for j in range(n)] + [first + g]
         assert not halves[1, 0, 3, damaged[:-1]].any()
         halves[1, 0, 3, damaged] = was[1, 0, 3, damaged] = 0
     assert np.array_equal(halves, was)
@@ -131,6 +142,7 @@ def test_only_the_first_rows_count(length):
 VARIANTS = ["int4-srft", "int4-srht", "int4-none", "int8-srft", "k8v4-srft"]
 VARIANTS += [f"int4-srft:{o}" for o in ("group_size=64", "seed=1", "scale=absmax", "scale=paper")]
 VARIANTS += ["int8-srft:scale=paper", "int8-srft:seed=1"]
+VARIANTS += ["int3-srft", "k4v3-srft", "int3-srft:scale=absmax", "int3-srft:scale=paper"]
 
 
 def test_every_option_changes_the_rows():
@@ -160,9 +172,11 @@ def attention_error(text: str, seed: int, **calibration) -> float:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_accuracy_rises_with_the_bits(seed):
-    int8, k8v4, int4 = (attention_error(f"{b}-srft", seed) for b in ("int8", "k8v4", "int4"))
+    names = ("int8", "k8v4", "int4", "k4v3", "int3")
+    int8, k8v4, int4, k4v3, int3 = (attention_error(f"{b}-srft", seed) for b in names)
     assert int8 < 0.01
     assert 3 * int8 < k8v4 < int4 / 1.5
+    assert 1.05 * int4 < k4v3 < int3 / 1.3 and int3 < 3 * int4
     assert int4 < 0.2
 
 
@@ -413,7 +427,7 @@ def test_a_calibration_is_of_as_many_heads_as_the_rows():
 
 
 @pytest.mark.parametrize("B, H, L", [(0, 2, 4), (2, 0, 4), (2, 2, 0), (0, 0, 0)])
-@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srht", "int8-none"])
+@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srht", "int8-none", "int3-srft"])
 def test_nothing_at_all(B, H, L, spec):
     """Empty arrays of the right shapes."""
     fmt = make_format(Spec.parse(spec), 64, 128)
@@ -454,7 +468,7 @@ def test_no_queries_of_rows_that_are_there():
 
 @pytest.mark.parametrize("size", [1e-6, 3e-6, 1e-5, 1e-4, 1e-2])
 @pytest.mark.parametrize(
-    "spec, most", [("int8-srft", 0.04), ("int4-srft", 0.2), ("int4-none", 0.2)]
+    "spec, most", [("int8-srft", 0.04), ("int4-srft", 0.2), ("int4-none", 0.2), ("int3-srft", 0.3)]
 )
 def test_small_values_are_kept(spec, most, size):
     """Down to the smallest numbers of fp16, which scales are."""

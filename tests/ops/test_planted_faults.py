@@ -206,9 +206,29 @@ def first_tokens(launches):
         assert_attends(q[:, :, :1], rows, 37, fmt, **given)
 
 
+def three_bits(launches):
+    """Loads of four, two and one unit, with and without registers for a tile; both ways to pack;
+    an odd number of halves; groups of both tiers of scales that are tried."""
+    for spec, D, prefetch in (
+        ("int3-srft", 128, False),
+        ("int3-srft:group_size=64", 64, True),
+        ("k4v3-srft", 80, False),
+    ):
+        launches(single=0, prefetch=prefetch)
+        fmt = format_of(spec, D)
+        k, v = transposed(1, 2, 45, D, seed=3), transposed(1, 2, 45, D, seed=4)
+        got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
+        assert mx.array_equal(got, want)
+        assert_attends(transposed(1, 4, 1, D), packed(fmt, 1, 2, 45), 45, fmt)
+        given = want, 45, fmt, mx.float32
+        for op in (calls.restore, calls.dequantize):
+            for a, b in zip(op(fused, *given), op(plain, *given), strict=True):
+                same(a, b, 1e-5)
+
+
 CHECKS = (
     edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, packing,
-    restoring, first_tokens, rows_beyond_8_gigabytes,
+    restoring, first_tokens, rows_beyond_8_gigabytes, three_bits,
 )  # fmt: skip
 
 # ---- faults: what, check, file, text, instead -------------------------------------------------
@@ -231,7 +251,7 @@ FAULTS = [
     ("offsets of 32 bits", rows_beyond_8_gigabytes, "attend.metal",
      "rows + (b * rows_strides[0] + kv_head * rows_strides[1])",
      "rows + int(b * rows_strides[0] + kv_head * rows_strides[1])"),
-    ("words past the last row not zeroed", attention, "tile.metal",
+    ("words past the last row not zeroed", attention, "whole.metal",
      "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0;",
      "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0xffffffffu;"),
     # New ones.
@@ -314,7 +334,7 @@ FAULTS = [
     ("the real FFT's first point", packing, "rotate.metal",
      "    if (k == 0 && l == 0) z[0] = joined_zero(v);\n", ""),
     ("values' scales of the keys", packing, "quantize_pack.metal",
-     "K_WORDS, CODES, K_SCALES, W, KEEPS", "K_WORDS, CODES, 0, W, KEEPS"),
+     "K_HALVES, CODES,\n      K_SCALES, W, KEEPS", "K_HALVES, CODES,\n      0, W, KEEPS"),
     ("exact rows one too late", restoring, "restore.metal", "(row - exact) * by_token",
      "max(row - exact - 1, 0) * by_token"),
     ("centre not restored", restoring, "restore.metal",
@@ -322,9 +342,29 @@ FAULTS = [
     ("chunk over the rows", restoring, "restore_rows.metal",
      "values + (to + length) * VD", "values + to * VD"),
     ("a row too many", restoring, "dequantize.metal",
-     "} else if (row + j < length) {\n      kvq::eight_levels<VB",
-     "} else if (row + j <= length) {\n      kvq::eight_levels<VB"),
+     "} else if (row + j < length) {\n      kvq::eight_levels<V_READ",
+     "} else if (row + j <= length) {\n      kvq::eight_levels<V_READ"),
     ("levels half a step off", restoring, "levels.metal", "- (HALF_STEP ? 0.5f : 0.0f)", ""),
+    ("high bits of the keys for the values", three_bits, "quantize_pack.metal",
+     "2 * HIGHS + K_HALVES", "2 * HIGHS"),
+    ("low bits of the second word", three_bits, "narrow.metal",
+     "(second & 0x33333333u) << 2", "(second & 0x33333333u)"),
+    ("the upper half of high bits", three_bits, "narrow.metal",
+     "masked_or(word >> 1, 0x7fff8000u, word >> 16)", "masked_or(word >> 1, 0xffff8000u, word)"),
+    ("units one row too far", three_bits, "narrow.metal",
+     "from + HIGH + at * (N / 2)", "from + HIGH + at * (N / 2) + 1"),
+    ("units past the tile", three_bits, "narrow.metal",
+     "if (row < TK) write_words<2 * N, WIDTH>", "if (row <= TK) write_words<2 * N, WIDTH>"),
+    ("scales past the last row read", three_bits, "narrow.metal",
+     "if (row < valid) read_words<N>", "if (row <= valid) read_words<N>"),
+    ("the padding of high bits", three_bits, "quantize_pack.metal",
+     "if (HALVES % 2 == 1) kvq::halves_of", "if (HALVES % 2 == 2) kvq::halves_of"),
+    ("a neighbour's codes", three_bits, "narrow.metal",
+     "high_bits(other, words[0])", "high_bits(words[0], other)"),
+    ("levels of 3-bit codes", three_bits, "quantize.metal",
+     "if (BITS == 3 && (EXACT || !INSIDE)) codes[i] += 4.0f;", ""),
+    ("another fraction of the largest channel", three_bits, "quantize.metal", "86 - 10 * i",
+     "86 - 30 * i"),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import plain as reference
 from tests.support import calls, oracle
 
-RULES = [(4, "search"), (4, "absmax"), (4, "paper"), (8, "search"), (8, "absmax"), (8, "paper")]
+RULES = [(bits, rule) for bits in (3, 4, 8) for rule in ("search", "absmax", "paper")]
 any_rule = st.sampled_from(RULES)
 some = settings(max_examples=60, deadline=None)
 
@@ -33,7 +33,11 @@ def quantized(y, bits, rule):
     """Codes, scales and the values they stand for, by way of packed words."""
     codes, scales = format_levels.quantize(mx.array(y), bits, y.shape[-1], rule)
     words = format_levels.pack_codes(codes, bits)
-    return codes, scales, format_levels.read_levels(words, scales, bits, y.shape[-1], rule)
+    if bits == 3 and words.shape[-1] % 2:  # half a unit: 16 channels are stored together
+        words = words + 0x44444444
+    elif bits == 3:
+        words = format_levels._widened(*format_levels.narrowed(words))
+    return codes, scales, format_levels.read_levels(words, scales, max(4, bits), y.shape[-1], rule)
 
 
 @given(st.data(), st.sampled_from([4, 8]), st.integers(1, 9))
@@ -44,6 +48,17 @@ def test_pack_and_unpack(data, bits, words):
     assert (packed.dtype, packed.shape) == (mx.uint32, (2, words))
     assert np.array_equal(packed, oracle._join(codes, bits))
     assert np.array_equal(format_levels.unpack_codes(packed, bits), codes)
+
+
+@given(st.data(), st.integers(1, 9))
+def test_3_bit_codes_in_and_out_of_their_places(data, units):
+    codes = data.draw(arrays(np.uint32, (2, 16 * units), elements=st.integers(0, 7)))
+    low, high = format_levels.narrowed(format_levels.pack_codes(mx.array(codes), 3))
+    assert (low.dtype, high.dtype) == (mx.uint32, mx.uint16)
+    for got, want in zip((low, high), oracle._join_three(codes), strict=True):
+        assert np.array_equal(got, want)
+    wide = format_levels._widened(low, high)
+    assert np.array_equal(format_levels.unpack_codes(wide, 4), codes + 4)
 
 
 @some
@@ -76,10 +91,11 @@ def test_half_a_step_is_the_largest_error(rule, y):
 
 
 @some
-@given(vectors())
-def test_the_search_keeps_the_length(y):
+@given(vectors(), st.sampled_from([3, 4]))
+def test_the_search_keeps_the_length(y, bits):
     """To the rounding of the scale to fp16, 2^-11; codes are those of the better scale tried."""
-    codes, scales, values = quantized(y, 4, "search")
+    codes, scales, values = quantized(y, bits, "search")
+    middle = 1 << (bits - 1)
     length = np.linalg.norm(y, axis=-1)
     assert (np.abs(np.linalg.norm(values, axis=-1) - length) <= 2.0**-11 * length * 1.01).all()
 
@@ -87,10 +103,11 @@ def test_the_search_keeps_the_length(y):
         return (y * levels).sum(axis=-1) / (length * np.linalg.norm(levels, axis=-1))
 
     steps = [
-        np.abs(y).max(axis=-1, keepdims=True) * c / 7.5 for c in format_levels.tried(y.shape[-1])
+        np.abs(y).max(axis=-1, keepdims=True) * c / (middle - 0.5)
+        for c in format_levels.tried(y.shape[-1], bits)
     ]
-    tried = [cosine(np.clip(np.floor(y / s), -8, 7) + 0.5) for s in steps]
-    assert (cosine(np.array(codes) - 7.5) >= np.max(tried, axis=0) - 1e-6).all()
+    tried = [cosine(np.clip(np.floor(y / s), -middle, middle - 1) + 0.5) for s in steps]
+    assert (cosine(np.array(codes) - (middle - 0.5)) >= np.max(tried, axis=0) - 1e-6).all()
 
 
 @given(any_rule, st.integers(1, 5))
@@ -105,7 +122,9 @@ def normal(*shape: int, seed: int) -> mx.array:
 
 
 seeds = st.integers(0, 2**32 - 1)
-forms = st.sampled_from(["int4-srft", "int8-srht", "k8v4-none", "int4-srft:scale=paper"])
+forms = st.sampled_from(
+    ["int4-srft", "int8-srht", "k8v4-none", "int4-srft:scale=paper", "int3-srft", "k4v3-srht"]
+)
 
 
 @some
@@ -158,7 +177,7 @@ def test_queries_together_or_one_by_one(form, seed, L, before):
         np.testing.assert_allclose(together[:, :, i : i + 1], alone, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", ["int4-srft", "int8-none"])
+@pytest.mark.parametrize("form", ["int4-srft", "int8-none", "int3-srft"])
 def test_batch_and_heads_are_independent(form):
     fmt = make_format(Spec.parse(form), 64)
     k, v, q = (normal(3, h, 20, 64, seed=h + i) for i, h in enumerate((2, 2, 6)))
@@ -170,7 +189,9 @@ def test_batch_and_heads_are_independent(form):
         np.testing.assert_allclose(out[mine], alone, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", ["int4-srft", "k8v4-srft", "int8-none:group_size=24"])
+@pytest.mark.parametrize(
+    "form", ["int4-srft", "k8v4-srft", "int8-none:group_size=24", "int3-srft", "k4v3-srft"]
+)
 @pytest.mark.parametrize("L", [1, 100])
 def test_blocks_change_nothing(form, L, monkeypatch):
     """Not a bit: what a token adds must not depend on how many came with it."""

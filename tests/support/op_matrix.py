@@ -294,13 +294,14 @@ def _layout(data: _Data) -> tuple[int, ...]:
 
 def _check_rows(data: _Data, rows: np.ndarray) -> dict[str, float]:
     Dk, Dv, k_bits, v_bits, k_group, v_group = _layout(data)
-    k_end = Dk * k_bits // 32
-    v_end = k_end + Dv * v_bits // 32
-    scales = np.ascontiguousarray(rows[..., v_end:]).view(np.float16).astype(np.float64)
-    k_scales, v_scales, padding = np.split(scales, np.cumsum([Dk // k_group, Dv // v_group]), -1)
+    many = Dk // k_group, Dv // v_group
+    first = rows.shape[-1] - (sum(many) + 1) // 2
+    scales = np.ascontiguousarray(rows[..., first:]).view(np.float16).astype(np.float64)
+    k_scales, v_scales, padding = np.split(scales, np.cumsum(many), -1)
     assert not padding.any(), "the half behind an odd number of scales is not zero"
-    k_codes = oracle._split(rows[..., :k_end], k_bits)
-    v_codes = oracle._split(rows[..., k_end:v_end], v_bits)
+    if sum(D // 16 for D, bits in ((Dk, k_bits), (Dv, v_bits)) if bits == 3) % 2:
+        assert not (rows[..., first - 1] >> 16).any(), "the half behind the high bits is not zero"
+    k_codes, v_codes = oracle.unpack_codes(rows, Dk, Dv, k_bits, v_bits)
     k = _check_side(data, oracle.KEYS, data.k64, data.k_params, k_codes, k_scales, k_bits)
     v = _check_side(data, oracle.VALUES, data.v64, data.v_params, v_codes, v_scales, v_bits)
     return {name: max(k[name], v[name]) for name in k}
@@ -337,8 +338,8 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
         return {"codes": 0.0, "scales": 0.0}
     offset = oracle._offset(bits, rule)
     outermost = offset - 1 if rule == "paper" else offset
-    searched = rule == "search" and bits == 4
-    factors = oracle.tried(y.shape[1]) if searched else (1.0,)
+    searched = rule == "search" and bits != 8
+    factors = oracle.tried(y.shape[1], bits) if searched else (1.0,)
     top, top_slack = np.abs(y).max(axis=1, keepdims=True), slack.max(axis=1, keepdims=True)
 
     # Of every scale that may have been tried: whether the codes are its codes.
@@ -346,7 +347,7 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
     for factor in factors:
         tops = [np.maximum(top + sign * top_slack, 0) for sign in (-1, 1)]
         if searched:
-            ends = [oracle._searched(x, factor) for x in tops]
+            ends = [oracle._searched(x, factor, bits) for x in tops]
         else:
             ends = [oracle._covering(x, outermost) for x in tops]
         for end in ends:
@@ -355,8 +356,8 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
             tried.append((end, ((n >= low) & (n <= high)).all(axis=1, keepdims=True)))
         if searched:
             # Channels on a boundary of the very scale turn on either side of it.
-            around = (*ends, np.where(ends[0] == 0, 0, oracle._searched(top, factor)))
-            found = [oracle._cosine(y, oracle._encode(y, e, bits, rule)) for e in around]
+            around = (*ends, np.where(ends[0] == 0, 0, oracle._searched(top, factor, bits)))
+            found = [oracle._cosine(y, oracle._encode(y, e, bits, rule), bits) for e in around]
             best = np.maximum(best, np.min(found, axis=0))
     length, off = (np.linalg.norm(a, axis=1, keepdims=True) for a in (y, noise))
     relative = off / np.where(length == 0, 1, length)
@@ -366,10 +367,10 @@ def _check_side(data, stream, x, params, codes, scales, bits) -> dict[str, float
             sound |= its & (scale == end)
             continue
         # The length in fp32, and in it the noise of y.
-        real = np.where(end == 0, 0.0, oracle._length_scale(y, n))
+        real = np.where(end == 0, 0.0, oracle._length_scale(y, n, bits))
         spread = np.where(end == 0, 0.0, real * 2e-6 + 2 * off)
         low, high = (oracle._fp16(np.maximum(real + x, 0)) for x in (-spread, spread))
-        close = (end == 0) | (oracle._cosine(y, n) >= best - 2e-6 - 2 * relative)
+        close = (end == 0) | (oracle._cosine(y, n, bits) >= best - 2e-6 - 2 * relative)
         sound |= its & close & (scale >= low) & (scale <= high)
     assert sound.any() or not len(sound)
     assert sound.all(), (

@@ -13,7 +13,11 @@ import math
 import numpy as np
 
 KEYS, VALUES = 0, 1  # the streams of `signs`
-SEARCH = {32: (1.0, 0.94), 64: (0.96, 0.89), math.inf: (0.93, 0.86)}  # group size up to: fractions
+# Bits -> group size up to -> fractions.
+SEARCH = {
+    3: {32: (0.92, 0.80), 64: (0.86, 0.76), math.inf: (0.84, 0.70)},
+    4: {32: (1.0, 0.94), 64: (0.96, 0.89), math.inf: (0.93, 0.86)},
+}
 FP16_MAX, FP16_LEAST = 65504.0, 2.0**-24
 MASK64 = 2**64 - 1
 
@@ -114,15 +118,16 @@ def _covering(largest: np.ndarray, levels: float) -> np.ndarray:
     return np.where(largest < FP16_LEAST, 0.0, scale)
 
 
-def _searched(largest: np.ndarray, fraction: float) -> np.ndarray:
-    """A 4-bit step that is tried; 0 where it is none of fp16, rounded to the nearest."""
-    return np.where(_fp16(largest / 7.5) == 0, 0.0, fraction * largest / 7.5)
+def _searched(largest: np.ndarray, fraction: float, bits: int = 4) -> np.ndarray:
+    """A step that is tried; 0 where the abs-max one is none of fp16, rounded to the nearest."""
+    outermost = _offset(bits, "search")
+    return np.where(_fp16(largest / outermost) == 0, 0.0, fraction * largest / outermost)
 
 
 def _offset(bits: int, rule: str) -> float:
     """The code, as a real number, that stands for 0."""
-    if bits not in (4, 8):
-        raise ValueError(f"bits is {bits}; accepted: 4, 8")
+    if bits not in (3, 4, 8):
+        raise ValueError(f"bits is {bits}; accepted: 3, 4, 8")
     if rule not in ("search", "absmax", "paper"):
         raise ValueError(f"rule is {rule!r}; accepted: 'search', 'absmax', 'paper'")
     return 2.0 ** (bits - 1) - (0.0 if rule == "paper" else 0.5)
@@ -139,15 +144,15 @@ def _encode(y: np.ndarray, scale: np.ndarray, bits: int, rule: str) -> np.ndarra
     return np.where(scale == 0, middle, n).astype(np.int64)
 
 
-def tried(group_size: int) -> tuple[float, float]:
+def tried(group_size: int, bits: int = 4) -> tuple[float, float]:
     """Of the abs-max scale, for groups of this size."""
-    return next(fractions for size, fractions in SEARCH.items() if group_size <= size)
+    return next(fractions for size, fractions in SEARCH[bits].items() if group_size <= size)
 
 
-def _cosine(y: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Of the angle between y [..., G, g] and the levels of its 4-bit codes n, [..., G, 1]; 1 for
-    zeros."""
-    levels = n - 7.5
+def _cosine(y: np.ndarray, n: np.ndarray, bits: int = 4) -> np.ndarray:
+    """Of the angle between y [..., G, g] and the levels of its half-step codes n, [..., G, 1]; 1
+    for zeros."""
+    levels = n - _offset(bits, "search")
     lengths = np.linalg.norm(y, axis=-1, keepdims=True) * np.linalg.norm(
         levels, axis=-1, keepdims=True
     )
@@ -158,10 +163,10 @@ def _cosine(y: np.ndarray, n: np.ndarray) -> np.ndarray:
     )
 
 
-def _length_scale(y: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The scale [..., G, 1] at which 4-bit codes n of y [..., G, g] have y's length."""
-    squares = (y**2).sum(axis=-1, keepdims=True) / ((n - 7.5) ** 2).sum(axis=-1, keepdims=True)
-    return np.sqrt(squares)
+def _length_scale(y: np.ndarray, n: np.ndarray, bits: int = 4) -> np.ndarray:
+    """The scale [..., G, 1] at which half-step codes n of y [..., G, g] have y's length."""
+    levels = n - _offset(bits, "search")
+    return np.sqrt((y**2).sum(axis=-1, keepdims=True) / (levels**2).sum(axis=-1, keepdims=True))
 
 
 def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,15 +176,17 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
     values (float64 [..., D]).
 
     rule "absmax": scale = fp16(max|y| / 7.5), value = scale * (n - 7.5), n = 0 ... 15; for 8 bits
-    127.5 and 0 ... 255. "search": for 4 bits the scale c * max|y| / 7.5, c in `SEARCH`, under which
+    127.5 and 0 ... 255, for 3 bits 3.5 and 0 ... 7. "search": for 4 bits the scale
+    c * max|y| / 7.5, c in `SEARCH`, under which
     y and n - 7.5 enclose the smallest angle, the first on ties, gives the codes, and the scale that
-    is stored is fp16(|y| / |n - 7.5|), Euclidean norms of the group; for 8 bits the same as
-    "absmax". "paper":
-    scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255.
+    is stored is fp16(|y| / |n - 7.5|), Euclidean norms of the group; for 3 bits with 3.5; for 8
+    bits the same as "absmax". "paper":
+    scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255,
+    for 3 bits 3, 4, 1 ... 7.
 
     A scale beyond fp16 is 65504. One of "absmax" and "paper" is rounded up to a multiple of 2^-24,
     fp16's smallest number, first, and is 0 where max|y| is below that; a searched one is 0 where
-    fp16(max|y| / 7.5) is. A scale of 0 gives code 8 (128) and value 0. A group with a NaN or an
+    fp16(max|y| / 7.5) is. A scale of 0 gives code 8 (128, 4) and value 0. A group with a NaN or an
     infinity has scale NaN, codes 0 and values NaN.
     """
     y = np.asarray(y, np.float64)
@@ -195,12 +202,12 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
     top_level = offset - 1.0 if rule == "paper" else offset
     scale = _covering(largest, top_level)
     codes = _encode(groups, scale, bits, rule)
-    if rule == "search" and bits == 4:
-        steps = [_searched(largest, c) for c in tried(group_size)]
+    if rule == "search" and bits != 8:
+        steps = [_searched(largest, c, bits) for c in tried(group_size, bits)]
         found = [_encode(groups, step, bits, rule) for step in steps]
-        first, second = (_cosine(groups, n) for n in found)
+        first, second = (_cosine(groups, n, bits) for n in found)
         codes = np.where(second > first, found[1], found[0])
-        scale = np.where(steps[0] == 0, 0.0, _fp16(_length_scale(groups, codes)))
+        scale = np.where(steps[0] == 0, 0.0, _fp16(_length_scale(groups, codes, bits)))
     codes = np.where(broken, 0, codes)
     scale = np.where(broken, np.nan, scale)
     values = scale * (codes - offset)
@@ -226,9 +233,16 @@ def fake_quantize(
 
 
 def _code_words(D: int, bits: int) -> int:
+    """Words of D codes; of 3-bit codes those of their low two bits."""
+    bits = 2 if bits == 3 else bits
     if D * bits % 32:
         raise ValueError(f"D = {D} codes of {bits} bits do not fill whole 32-bit words")
     return D * bits // 32
+
+
+def _high_words(dims: tuple[int, int], bits: tuple[int, int]) -> int:
+    """Words of the high bits of 3-bit codes, 16 to a half, both sides together."""
+    return (sum(D // 16 for D, b in zip(dims, bits, strict=True) if b == 3) + 1) // 2
 
 
 def row_words(Dk: int, Dv: int, k_bits: int, v_bits: int, k_group: int, v_group: int) -> int:
@@ -236,42 +250,106 @@ def row_words(Dk: int, Dv: int, k_bits: int, v_bits: int, k_group: int, v_group:
     if Dk % k_group or Dv % v_group:
         raise ValueError(f"groups ({k_group}, {v_group}) do not divide Dk, Dv = ({Dk}, {Dv})")
     scales = Dk // k_group + Dv // v_group
-    return _code_words(Dk, k_bits) + _code_words(Dv, v_bits) + (scales + 1) // 2
+    codes = _code_words(Dk, k_bits) + _code_words(Dv, v_bits)
+    return codes + _high_words((Dk, Dv), (k_bits, v_bits)) + (scales + 1) // 2
 
 
-def _join(fields: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned fields [..., N] -> uint32 [..., N * bits / 32], the first field lowest."""
+def _join(fields: np.ndarray, bits: int, word: int = 32) -> np.ndarray:
+    """Unsigned fields [..., N] -> uint32 [..., N * bits / word], the first field lowest."""
     if ((fields < 0) | (fields >= 2**bits)).any():
         raise ValueError(f"a code is outside 0 ... {2**bits - 1}")
-    per_word = 32 // bits
+    per_word = word // bits
     fields = fields.astype(np.uint64).reshape(*fields.shape[:-1], -1, per_word)
     shifts = bits * np.arange(per_word, dtype=np.uint64)
     return (fields << shifts).sum(axis=-1, dtype=np.uint64).astype(np.uint32)
 
 
-def _split(words: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of `_join`: uint32 [..., N * bits / 32] -> uint32 [..., N]."""
-    shifts = bits * np.arange(32 // bits, dtype=np.uint32)
+def _split(words: np.ndarray, bits: int, word: int = 32) -> np.ndarray:
+    """The inverse of `_join`: uint32 [..., N * bits / word] -> uint32 [..., N]."""
+    shifts = bits * np.arange(word // bits, dtype=np.uint32)
     fields = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
     return fields.reshape(*words.shape[:-1], -1)
 
 
+def _places(D: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of 3-bit codes [D]: the bit at which the low two begin, counted through a side's words, and
+    that of the high one, counted through its halves."""
+    c = np.arange(D)
+    unit, w, n = c // 16, c // 8 % 2, c % 8
+    return 32 * unit + 4 * n + 2 * w, 16 * unit + 4 * (n % 4) + n // 4 + 2 * w
+
+
+def _join_three(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """3-bit codes [..., D] -> their low bits, uint32 [..., D / 16], and high ones, [..., D / 16] of
+    16 bits."""
+    if ((codes < 0) | (codes >= 8)).any():
+        raise ValueError("a code is outside 0 ... 7")
+    D = codes.shape[-1]
+    low_at, high_at = _places(D)
+    low = np.zeros((*codes.shape[:-1], 2 * D), np.uint8)
+    low[..., low_at], low[..., low_at + 1] = codes & 1, codes >> 1 & 1
+    high = np.zeros(codes.shape, np.uint8)
+    high[..., high_at] = codes >> 2
+    return _join(low, 1), _join(high.reshape(*codes.shape[:-1], -1, 16), 1, 16)[..., 0]
+
+
+def _split_three(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """The inverse of `_join_three`."""
+    low_at, high_at = _places(16 * low.shape[-1])
+    low = _split(low, 1)
+    high = _split(high[..., None], 1, 16).reshape(*low.shape[:-1], -1)
+    return low[..., low_at] + 2 * low[..., low_at + 1] + 4 * high[..., high_at]
+
+
+def _padded(halves: np.ndarray) -> np.ndarray:
+    """Halves [..., n] in words; a zero half last when their count is odd."""
+    if halves.shape[-1] % 2:
+        halves = np.concatenate([halves, np.zeros_like(halves[..., :1])], axis=-1)
+    return _join(halves, 16)
+
+
 def pack_row(k_codes, k_scales, v_codes, v_scales, k_bits: int, v_bits: int) -> np.ndarray:
-    """uint32 [..., W], laid out K codes | V codes | K scales | V scales.
+    """uint32 [..., W], laid out K codes | V codes | high bits | K scales | V scales.
 
     codes [..., D], 32 / bits to a word, lowest bits first; scales [..., G], fp16 numbers, K's then
     V's without a gap, two to a word, low half first, a zero half last when their count is odd.
+    Codes of 3 bits have two bits among the codes and one among the high bits, K's then V's, which
+    are padded likewise (`_places`).
     """
-    k_words = _join(_code_array(k_codes, k_bits), k_bits)
-    v_words = _join(_code_array(v_codes, v_bits), v_bits)
+    words, highs = [], []
+    for codes, bits in ((k_codes, k_bits), (v_codes, v_bits)):
+        codes = _code_array(codes, bits)
+        if bits == 3:
+            low, high = _join_three(codes)
+            words.append(low)
+            highs.append(high)
+        else:
+            words.append(_join(codes, bits))
+    if highs:
+        words.append(_padded(np.concatenate(highs, axis=-1)))
     scales = np.concatenate([np.asarray(k_scales), np.asarray(v_scales)], axis=-1)
     halves = scales.astype(np.float16)
     if not np.array_equal(halves.astype(np.float64), scales, equal_nan=True):
         raise ValueError("a scale is not an fp16 number; take the scales of `quantize`")
-    halves = halves.view(np.uint16)
-    if halves.shape[-1] % 2:
-        halves = np.concatenate([halves, np.zeros_like(halves[..., :1])], axis=-1)
-    return np.concatenate([k_words, v_words, _join(halves, 16)], axis=-1)
+    return np.concatenate([*words, _padded(halves.view(np.uint16))], axis=-1)
+
+
+def unpack_codes(rows, Dk: int, Dv: int, k_bits: int, v_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 rows [..., W] -> codes (int64 [..., Dk], int64 [..., Dv])."""
+    rows = np.asarray(rows, np.uint32)
+    high_at = _code_words(Dk, k_bits) + _code_words(Dv, v_bits)
+    highs = _split(rows[..., high_at:], 16)
+    found, word, half = [], 0, 0
+    for D, bits in ((Dk, k_bits), (Dv, v_bits)):
+        words = rows[..., word : word + _code_words(D, bits)]
+        word += _code_words(D, bits)
+        if bits == 3:
+            found.append(_split_three(words, highs[..., half : half + D // 16]))
+            half += D // 16
+        else:
+            found.append(_split(words, bits))
+    k_codes, v_codes = (codes.astype(np.int64) for codes in found)
+    return k_codes, v_codes
 
 
 def _code_array(codes, bits: int) -> np.ndarray:
@@ -288,18 +366,17 @@ def unpack_row(
     W = row_words(Dk, Dv, k_bits, v_bits, k_group, v_group)
     if rows.shape[-1] != W:
         raise ValueError(f"rows have {rows.shape[-1]} words; this layout has {W}")
-    k_end = _code_words(Dk, k_bits)
-    v_end = k_end + _code_words(Dv, v_bits)
-    halves = _split(rows[..., v_end:], 16).astype(np.uint16)
-    scales = halves.view(np.float16).astype(np.float64)
     k_groups, v_groups = Dk // k_group, Dv // v_group
+    halves = _split(rows[..., W - (k_groups + v_groups + 1) // 2 :], 16).astype(np.uint16)
+    scales = halves.view(np.float16).astype(np.float64)
+    k_codes, v_codes = unpack_codes(rows, Dk, Dv, k_bits, v_bits)
 
-    def decode(words, scales, bits, group):
-        return np.repeat(scales, group, axis=-1) * (_split(words, bits) - _offset(bits, rule))
+    def decode(codes, scales, bits, group):
+        return np.repeat(scales, group, axis=-1) * (codes - _offset(bits, rule))
 
     k_scales, v_scales = scales[..., :k_groups], scales[..., k_groups : k_groups + v_groups]
-    k_values = decode(rows[..., :k_end], k_scales, k_bits, k_group)
-    v_values = decode(rows[..., k_end:v_end], v_scales, v_bits, v_group)
+    k_values = decode(k_codes, k_scales, k_bits, k_group)
+    v_values = decode(v_codes, v_scales, v_bits, v_group)
     return k_values, v_values
 
 

@@ -31,30 +31,31 @@ OPTIONAL = {
     "new_k": "CHUNK",
     "new_v": "CHUNK",
 }
-# name -> files of the header, files of the body, inputs, outputs
+# name -> files of the header ("whole" is "narrow" where codes have 3 bits), files of the body,
+# inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "first", "first_at", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
-        ("rotate", "levels", "vectors", "quantize"),
+        ("rotate", "levels", "whole", "vectors", "quantize"),
         ("row", "quantize_pack"),
         ("k", "v", "tables", "keep", "tail", "held"),
         ("rows", "kept"),
     ),
     "attend_finish": (
-        ("rotate", "levels", "vectors", "tile"),
+        ("rotate", "levels", "whole", "vectors", "tile"),
         ("row", "attend", "attend_finish"),
         (*_ATTEND, "sinks"),
         ("out",),
     ),
     "attend_store": (
-        ("rotate", "levels", "vectors", "tile"),
+        ("rotate", "levels", "whole", "vectors", "tile"),
         ("row", "attend", "attend_store"),
         _ATTEND,
         ("partial",),
     ),
     # CUDA only
     "attend_join": (
-        ("rotate", "levels", "vectors", "tile"),
+        ("rotate", "levels", "whole", "vectors", "tile"),
         ("row", "attend", "attend_store", "attend_join.cuh"),
         (*_ATTEND, "sinks", "arrivals"),
         ("out", "partial"),
@@ -66,13 +67,13 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("out",),
     ),
     "dequantize": (
-        ("levels",),
+        ("levels", "whole"),
         ("row", "dequantize"),
         ("rows", "info", "tail", "first", "first_at"),
         ("keys", "values"),
     ),
     "restore": (
-        ("rotate", "levels", "vectors", "restore"),
+        ("rotate", "levels", "whole", "vectors", "restore"),
         ("row", "restore_rows"),
         ("rows", "info", "tail", "first", "first_at", "new_k", "new_v", "tables"),
         ("keys", "values"),
@@ -121,6 +122,8 @@ def text(machine: str, name: str, constants: Constants) -> Text:
 def _text(machine: str, name: str, constants: Constants) -> Text:
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
+    if 3 in (chosen.get("KB"), chosen.get("VB")):
+        headers = tuple("narrow" if header == "whole" else header for header in headers)
     absent = [n for n in (*inputs, *outputs) if n in OPTIONAL and not chosen[OPTIONAL[n]]]
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)

@@ -134,6 +134,7 @@ def replays(machine: str) -> bool:
 
 def _memory(lay: RowLayout, keys: int, simd_groups: int) -> int:
     """Bytes of threadgroup memory that ``kernels/attend.metal`` declares."""
+    lay = lay.wide  # rows as they are there
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
     sums = 64 * units * (16 // lay.v_bits)
     words = max(simd_groups * keys * lay.words, simd_groups // 2 * sums, 8 * lay.v_dim)
