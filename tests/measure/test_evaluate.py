@@ -383,7 +383,7 @@ def test_the_command(tmp_path, capsys):
     assert [line.split("  ")[0] for line in lines[1:7]] == names
     assert len({len(line) for line in lines[:7]}) == 1
     r = by_name[PLAIN]
-    for figure in (f"{r['kl']['mean']:.4f}", f"{r['perplexity']['mean']:.2f}", " 576 "):
+    for figure in (f"{r['kl']['mean']:.4f}", f"{r['perplexity']['mean']:.2f}", " 544 "):
         assert figure in lines[6]
     assert "text" in err and "recall" in err and "100%" in err
     head = plot.read_bytes()[:24]
