@@ -1,4 +1,4 @@
-"""Which scales to try for a group, how to choose one, and which one to store: KL of int4's writers.
+"""Which scales to try for a group, how to choose one, and which one to store: KL of writers.
 
 Variants of ``mlx_kvq.ops.plain`` write the rows, the package reads them. Prints the KL of each and
 its ratio to the first, with the standard error of the windows' paired differences:
@@ -46,15 +46,15 @@ def step(fractions, rule):
     def scale(y, bits, name):
         if name != "search" or bits == 8:
             return search(y, bits, name)
-        group = y.shape[-1]
-        top = mx.abs(y).max(axis=-1, keepdims=True) / 7.5
+        group, outermost = y.shape[-1], format_levels.zero_code(bits, name)
+        top = mx.abs(y).max(axis=-1, keepdims=True) / outermost
         if rule == "moments":
             of_top, of_rms = fractions[group]
             rms = mx.sqrt(mx.square(y).mean(axis=-1, keepdims=True))
-            return of_top * top + of_rms / 7.5 * rms
-        tried = top * mx.array(fractions(group) if callable(fractions) else fractions)
+            return of_top * top + of_rms / outermost * rms
+        tried = top * mx.array(fractions(group, bits) if callable(fractions) else fractions)
         x, s = y[..., None, :], tried[..., None]
-        levels = format_levels._codes(x, s, bits, name) - 7.5
+        levels = format_levels._codes(x, s, bits, name) - outermost
         if rule == "error":
             found = mx.square(x - s * levels).sum(axis=-1)
         else:
@@ -71,7 +71,7 @@ def stored(rule):
     def scale(y, codes, step, bits, name):
         if name != "search" or bits == 8 or rule == "step":
             return step
-        levels = codes - 7.5
+        levels = codes - format_levels.zero_code(bits, name)
         yy, yl, ll = ((a * b).sum(axis=-1, keepdims=True) for a, b in (
             (y, y), (y, levels), (levels, levels)))  # fmt: skip
         found = {"length": mx.sqrt(yy / ll), "least squares": yl / ll, "unbiased": yy / yl}[rule]

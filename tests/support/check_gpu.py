@@ -60,6 +60,8 @@ LAUNCHES = [
     ("int4-srht:scale=paper", 64, True),
     ("int4-none:group_size=56,scale=absmax", 112, False),
     ("int4-srft:group_size=8", 192, True),
+    ("int3-srft", 128, True),
+    ("k4v3-srft", 80, False),
 ]
 
 
