@@ -1,6 +1,7 @@
 """Where mlx-lm is led to the packed caches: replaced functions, no model file touched.
 
-``SEAMS`` lists them all, and ``VLM_SEAMS`` those of mlx-vlm (``mlx_kvq.caches.vlm``). ``install``
+``SEAMS`` lists them all, and ``VLM_SEAMS`` those of mlx-vlm (``mlx_kvq.caches.vlm``); rapid-mlx has
+one (``mlx_kvq.caches.rapid``). ``install``
 looks every name up before it changes anything, so that a program whose names moved is refused
 whole. The function objects themselves are changed (``trampoline``): whoever imported them, by
 whatever name and however early, gets the replacement.
@@ -52,6 +53,7 @@ from . import (
     before_032,
     prompt_file,
     prompts,
+    rapid,
     rotating,
     single,
     trampoline,
@@ -103,6 +105,7 @@ def install(model: object = None) -> None:
         vlm.leave_prefix_cache(CLASSES)
     for f, seams in found.values():
         trampoline.replace(f, _stacked(seams))
+    rapid.install()
 
 
 def _function(seam: Seam) -> FunctionType:

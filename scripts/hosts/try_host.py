@@ -141,7 +141,7 @@ def main() -> None:
         if args.log:
             args.log.write_bytes((work / "host.log").read_bytes())
     for name, text in found.items():
-        print(f"{name:14} {text}")
+        print(f"{name:16} {text}")
     if args.json:
         args.json.write_text(json.dumps({args.host: found}, indent=1) + "\n")
     sys.exit(any(str(text).startswith("missing") for text in found.values()))

@@ -1,7 +1,9 @@
 """Where a cached prompt goes on, and what mlx-lm's loops tell the caches of a prompt."""
 
 import copy
+import sys
 from array import array
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +18,7 @@ from mlx_lm.models.cache import (
 )
 
 import mlx_kvq
-from mlx_kvq.caches import attention, prompts
+from mlx_kvq.caches import attention, prompts, seams
 from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.format.format import make_format
@@ -406,3 +408,41 @@ def test_a_full_window_goes_on_as_it_is():
     cache.tokens = array("q", range(50))
     again = prompts._with_what_is_missing([cache], mx.arange(3))
     assert again.tolist() == [0, 1, 2] and cache.offset == 50
+
+
+@pytest.fixture
+def rapid_mlx(monkeypatch):
+    """A program of that name, which rebuilds caches as mlx-lm's own."""
+    host, module = ModuleType("rapid_mlx"), ModuleType("rapid_mlx.memory_cache")
+    source = (
+        "def _trim_cache_offset(cache, trim_by):\n    return [(c.keys, c.values) for c in cache]"
+    )
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, "rapid_mlx", host)
+    monkeypatch.setitem(sys.modules, "rapid_mlx.memory_cache", module)
+    return module
+
+
+def test_rapid_mlx_trims_packed_caches(rapid_mlx):
+    trim = rapid_mlx._trim_cache_offset
+    kept = read(50, growing(), ring(60))
+    with pytest.raises(AttributeError):  # as it is without us
+        trim(kept, 3)
+    seams.install()
+    copies = trim(kept, 3)
+    assert [c.offset for c in copies] == [47, 47] and [c.offset for c in kept] == [50, 50]
+    by_hand = taken_back(3, *copy.deepcopy(kept))
+    for ours, expected in zip(copies, by_hand, strict=True):
+        assert mx.array_equal(ours._in_order(), expected._in_order())
+        assert mx.array_equal(ours.tail[:, :, -3:], expected.tail[:, :, -3:])
+    assert trim(kept, 51) is None and trim(read(50, ring(30)), 3) is None
+    stock = KVCache()
+    feed(stock, 5)
+    assert trim([stock], 2)[0][0] is stock.keys
+
+
+def test_a_rapid_mlx_that_trims_in_another_way_is_left_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapid_mlx", ModuleType("rapid_mlx"))
+    seams.install()
+    monkeypatch.setitem(sys.modules, "rapid_mlx.memory_cache", ModuleType("other"))
+    seams.install()
