@@ -23,7 +23,7 @@ GENERATE = f".venv/bin/mlx_lm.generate --model {MODEL} --prompt Hello --max-toke
 STEPS = {
     "The same text as with fp16": [
         f".venv/bin/mlx_lm.generate --model {MODEL} --kv-cache fp16 \\\n"
-        '  --prompt "They walked along the river" --max-tokens 60'
+        '  --prompt "The night was dark" --max-tokens 60'
     ],
     "Names of caches": [
         f"{GENERATE} --kv-cache {name}"
