@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "examples/models/tiny-qwen2-8bit"
 GENERATE = f".venv/bin/mlx_lm.generate --model {MODEL} --prompt Hello --max-tokens 1"
 STEPS = {
-    "The same text as with fp16": [
+    "The same with fp16": [
         f".venv/bin/mlx_lm.generate --model {MODEL} --kv-cache fp16 \\\n"
         '  --prompt "The night was dark" --max-tokens 60'
     ],
