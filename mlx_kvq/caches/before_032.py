@@ -51,11 +51,11 @@ def saving(original: Callable) -> Callable:
             if isinstance(x, int | float | bool):
                 scalars.append((at, "scalar"))
             elif isinstance(x, str):
-                scalars.append((at, "string"))
-                x = [ord(char) for char in x]
+                scalars.append((at, "string" if x else "empty"))
+                x = [ord(char) for char in x or "-"]
             elif x is None:
                 scalars.append((at, "none"))
-                x = []
+                x = [0]  # mlx before 0.32.1 writes no empty array
             arrays[at] = x if isinstance(x, mx.array) else mx.array(x)
         notes: list[Any] = [metadata, [type(c).__name__ for c in cache], scalars]
         mx.save_safetensors(file_name, arrays, dict(tree_flatten(notes)))
@@ -78,6 +78,8 @@ def loading(original: Callable) -> Callable:
                 arrays[at] = arrays[at].item()
             elif kind == "string":
                 arrays[at] = "".join(chr(char) for char in arrays[at].tolist())
+            elif kind == "empty":
+                arrays[at] = ""
             else:
                 arrays[at] = None
         states = tree_unflatten(list(arrays.items()))

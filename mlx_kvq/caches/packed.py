@@ -2,6 +2,7 @@
 :class:`FirstTokens`."""
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -59,12 +60,14 @@ class PackedCache(_BaseCache, ABC):
             unpacked one layer at a time.
         alone (bool): For a model that does not run in a batch.
         model (str): Identity of the model it was made for, if known.
+        tokens (array): Ids of the first tokens that it holds, as many as were noted (``prompts``).
     """
 
     step = 256  # rows by which it grows, as in mlx-lm
     numbers: tuple[str, ...] = ()  # attributes that a saved cache has besides
     alone = False
     reading = 0
+    tokens = array("q")  # never changed in place
     _prompted = False  # whether the last update was a chunk of a prompt
     # Of each sequence of a batch, its tokens once chunks with padding on the right are read.
     _lengths: list[int] | None = None
@@ -341,6 +344,7 @@ class PackedCache(_BaseCache, ABC):
         """Take the newest n tokens off the tail. ``length`` rows are left, in the order of their
         tokens."""
         if n:
+            self.tokens = self.tokens[:length]
             self.oldest.filling = self.format.first > 0
             left = [max(0, at) for at in self._positions()]
             self.newest.drop(n, left, self.stored, length, self._first())
@@ -429,6 +433,7 @@ class PackedCache(_BaseCache, ABC):
     @state.setter
     def state(self, v) -> None:
         n = 1 + len(self.numbers)
+        self.tokens = array("q")
         self.rows = v[0]
         for name, value in zip(self.numbers, v[1:n], strict=True):
             setattr(self, name, value)

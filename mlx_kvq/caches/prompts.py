@@ -9,14 +9,19 @@ mlx-lm's server keeps caches of past requests and takes back what a new prompt d
 the tail then lacks is gone, so :func:`fetch` steps back to a multiple of ``BLOCK``, from where the
 prompt can be read again exactly as the first time. A conversation that goes on over its own
 generated tokens is left as it is.
+
+Other programs look known prompts up with code of their own, trim a cache and hand ``generate_step``
+the tokens that follow. It notes which tokens a cache holds, and reads again what is needed.
 """
 
 import functools
 import inspect
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as stock
 
@@ -45,8 +50,10 @@ def expected(caches: list, tokens: int) -> Iterator[None]:
 
 
 def generating(generate_step: Callable) -> Callable:
-    """mlx-lm's ``generate_step``, which then reads a prompt as one."""
+    """mlx-lm's ``generate_step``, which then reads a prompt as one, and before it what caches that
+    were trimmed lack."""
     signature = inspect.signature(generate_step)
+    name = next(iter(signature.parameters))
 
     @functools.wraps(generate_step)
     def wrapper(prompt, model, *args, **kwargs):
@@ -55,14 +62,57 @@ def generating(generate_step: Callable) -> Callable:
         if options.get("prompt_cache") is None:
             size = options.get("max_kv_size")
             options["prompt_cache"] = stock.make_prompt_cache(model, max_kv_size=size)
-        embedded = options.get("input_embeddings")
+        caches, embedded = options["prompt_cache"], options.get("input_embeddings")
+        if embedded is None:
+            options[name] = prompt = _with_what_is_missing(caches, prompt)
         tokens = len(prompt if embedded is None else embedded)
         # With no token to generate the last one only fills the cache (mlx_lm.cache_prompt).
         last = 0 if options.get("max_tokens") == 0 else 1
-        with expected(options["prompt_cache"], tokens - last):
-            yield from generate_step(*given.args, **given.kwargs)
+        steps = generate_step(*given.args, **given.kwargs)
+        with expected(caches, tokens - last), closing(steps):
+            yield from steps if embedded is not None else _noting(caches, prompt, steps)
 
     return wrapper
+
+
+def _noted(caches: list) -> Any:
+    """The cache that notes the tokens of all, if it has noted every one that it holds."""
+    cache = next((c for _, c in leaves(caches) if isinstance(c, PackedCache)), None)
+    at = getattr(cache, "offset", None)  # an array of a batch
+    return cache if cache is not None and at == len(cache.tokens) else None
+
+
+def _with_what_is_missing(caches: list, prompt: mx.array) -> mx.array:
+    """A prompt that goes on over caches, and before it the tokens that must be read again. They are
+    taken off the caches."""
+    if (cache := _noted(caches)) is None or not (at := cache.offset):
+        return prompt
+    known = cache.tokens
+    begin = resume(caches, at, at + len(prompt))
+    if begin == 0:
+        every: list[Any] = [c for _, c in leaves(caches)]
+        if not all(c.is_trimmable() for c in every):
+            return prompt
+        for c in every:
+            c.trim(at)
+    return mx.concatenate([mx.array(known[begin:].tolist(), prompt.dtype), prompt])
+
+
+def _noting(caches: list, prompt: mx.array, steps: Iterator) -> Iterator:
+    """The steps of ``generate_step``, whose tokens are noted."""
+    if (cache := _noted(caches)) is None:
+        yield from steps
+        return
+    cache.tokens = before = cache.tokens[:]
+    ids: Any = prompt.tolist()
+    new = array("q", ids)
+    try:
+        for step in steps:
+            new.append(step[0])
+            yield step
+    finally:
+        if cache.tokens is before:  # nothing was taken back meanwhile
+            cache.tokens = (before + new)[: cache.offset]
 
 
 def drafting(speculative_generate_step: Callable) -> Callable:

@@ -1,6 +1,7 @@
 """Where mlx-lm is led to the packed caches: replaced functions, no model file touched.
 
-``SEAMS`` lists them all, and ``VLM_SEAMS`` those of mlx-vlm (``mlx_kvq.caches.vlm``). ``install``
+``SEAMS`` lists them all, and ``VLM_SEAMS`` those of mlx-vlm (``mlx_kvq.caches.vlm``); rapid-mlx has
+one (``mlx_kvq.caches.rapid``). ``install``
 looks every name up before it changes anything, so that a program whose names moved is refused
 whole. The function objects themselves are changed (``trampoline``): whoever imported them, by
 whatever name and however early, gets the replacement.
@@ -25,6 +26,8 @@ whatever name and however early, gets the replacement.
 - ``generate.generate_step``, ``generate.speculative_generate_step``,
   ``generate.PromptProcessingBatch.prompt`` and ``cache.LRUPromptCache.fetch_nearest_cache``: caches
   learn what of a prompt is to come, and where a cached one can go on (``mlx_kvq.caches.prompts``).
+- ``generate.BatchGenerator.insert_segments``: programs that bound caches themselves know mlx-lm's
+  growing ones by their class, and hand on packed ones without the bound.
 - ``generate.BatchGenerator._make_new_cache``, before mlx-lm 0.32 (``before_032``).
 - ``cache.save_prompt_cache`` and ``cache.load_prompt_cache``, which then hash and check files of
   packed caches (``mlx_kvq.caches.prompt_file``); ``mlx_lm.models.cache``'s globals hold our cache
@@ -42,7 +45,7 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 from ..host import VLM, is_list, name_of
-from ..stock import factory_of
+from ..stock import factory_of, leaves
 from ..stock_names import missing
 from . import (
     batch,
@@ -50,6 +53,7 @@ from . import (
     before_032,
     prompt_file,
     prompts,
+    rapid,
     rotating,
     single,
     trampoline,
@@ -101,6 +105,7 @@ def install(model: object = None) -> None:
         vlm.leave_prefix_cache(CLASSES)
     for f, seams in found.values():
         trampoline.replace(f, _stacked(seams))
+    rapid.install()
 
 
 def _function(seam: Seam) -> FunctionType:
@@ -157,6 +162,25 @@ def _make_prompt_cache(original):
         return original(model, max_kv_size, *more, **named)
 
     return make_prompt_cache
+
+
+def _insert_segments(original):
+    def insert_segments(self, segments, max_tokens=None, caches=None, *more, **named):
+        size = self.max_kv_size
+        if size is not None and caches and factory_of(self.model) is not None:
+            caches = [
+                stock.make_prompt_cache(self.model, size) if c and _can_be_bounded(c) else c
+                for c in caches
+            ]
+        return original(self, segments, max_tokens, caches, *more, **named)
+
+    return insert_segments
+
+
+def _can_be_bounded(caches: list) -> bool:
+    """Whether these hold no token, and packed ones among them would grow without end."""
+    every = [c for _, c in leaves(caches)]
+    return any(isinstance(c, single.PackedKVCache) for c in every) and all(c.empty() for c in every)
 
 
 def _save_prompt_cache(original):
@@ -254,6 +278,7 @@ SEAMS = [
     Seam("generate", "generate_step", prompts.generating),
     Seam("generate", "PromptProcessingBatch.prompt", prompts.reading),
     Seam("models.cache", "LRUPromptCache.fetch_nearest_cache", prompts.fetching),
+    Seam("generate", "BatchGenerator.insert_segments", _insert_segments),
 ]
 if before_032.needed():
     SEAMS.append(Seam("generate", "BatchGenerator._make_new_cache", before_032.bounding))

@@ -84,7 +84,16 @@ class LayerMoments:
         self.values.add(values[:, :, self._skip :])
 
     def add_queries(self, q: mx.array) -> None:
-        """q [B, Hq, L, D], at the positions of the keys that were added last."""
+        """q [B, Hq, L, D], at the positions of the keys that were added last.
+
+        Raises:
+            ValueError: If a model attends to a cache before it gives it keys.
+        """
+        if not self.keys.n:
+            raise ValueError(
+                "This model reads a cache before it gives it keys, so it cannot be calibrated: use "
+                "a spec with calibrate=off."
+            )
         if self._skip < q.shape[2]:
             q = self._at_zero(q)
             self.queries.add(q.reshape(q.shape[0], np.shape(self.keys.mean)[0], -1, q.shape[-1]))

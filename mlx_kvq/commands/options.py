@@ -45,8 +45,10 @@ def _explained(name: str, error: str, others: Iterable[str]) -> str:
 
 def length(text: str) -> int:
     """A whole number; ``32K`` is 32 times 1024."""
-    number = text.strip().lower()
-    return 1024 * int(number[:-1]) if number.endswith("k") else int(number)
+    if not (found := re.fullmatch(r"([+-]?[0-9]+)(k?)", text.strip().lower().replace("_", ""))):
+        said = f"it is a whole number such as 4096 or 32K (32 times 1024), got {text!r}"
+        raise argparse.ArgumentTypeError(said)
+    return int(found[1]) * (1024 if found[2] else 1)
 
 
 def size(text: str) -> int:

@@ -465,6 +465,7 @@ def _saying_what_is_saved(main, names: dict[str, Any]):
             kwargs["prompt_cache"] = caches
         text = stock(model, *args, **kwargs)
         if line := saved(caches):
+            sys.stdout.flush()  # where both go into one file, the line is the last
             log(line)
         return text
 

@@ -79,6 +79,17 @@ class Client:
         assert first, "an empty answer"
         return "the same text twice" if first == second else "another text the second time"
 
+    def shared_beginning(self) -> str:
+        """Prompts that part from a known one near the end, a short one and one of some hundred
+        tokens, and the same ones when all of them is known."""
+        same = 0
+        for begin in (PROMPTS[2], " ".join(PROMPTS * 20)):
+            self.alone(f"{begin}, and she laughed")
+            asked = [self.alone(f"{begin}, but he went home") for _ in range(2)]
+            assert all(asked), f"an empty answer among {asked}"
+            same += asked[0] == asked[1]
+        return f"{same} of 2 texts as when asked again"
+
     def eight_at_once(self) -> str:
         with ThreadPoolExecutor(8) as pool:
             texts = list(pool.map(self.alone, [f"{i}. {PROMPTS[i % 3]}" for i in range(8)]))
@@ -104,7 +115,16 @@ class Client:
         return "taken"
 
 
-CHECKS = ("models", "three_at_once", "follow_up", "eight_at_once", "stop_words", "tools", "title")
+CHECKS = (
+    "models",
+    "three_at_once",
+    "follow_up",
+    "shared_beginning",
+    "eight_at_once",
+    "stop_words",
+    "tools",
+    "title",
+)
 
 
 def main(address: str, model: str | None = None) -> None:
@@ -115,7 +135,7 @@ def main(address: str, model: str | None = None) -> None:
             found[name] = f"pass: {check()}"
         except Exception as error:
             found[name] = "missing: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(f"{name:14} {found[name]}", flush=True)
+        print(f"{name:16} {found[name]}", flush=True)
     print(json.dumps(found))
 
 

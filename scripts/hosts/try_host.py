@@ -4,8 +4,11 @@
 
 Makes a virtual environment (or takes the one given), installs the wheel and the host into it,
 starts the host's server on a free port, runs ``client.py`` against it, and says for each check
-``pass`` or what is missing, how many layers were packed, and how often they were attended to. Not
-part of CI: a host brings up to some GB of packages along.
+``pass`` or what is missing, how many layers were packed, how often they were attended to and how
+long the longest was. Not part of CI: a host brings up to some GB of packages along.
+
+``--options`` gives the host more words, ``--bounded N`` asks it for caches of at most N tokens and
+checks that they are: ``try_host.py "vllm-mlx, batching" --bounded 32``.
 """
 
 import argparse
@@ -22,11 +25,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "models" / "tiny-qwen2-8bit"
-# Counts attention over packed rows in the host's process: a line of success proves nothing.
+# Counts attention over packed rows in the host's process, and the rows that decoding reads: a line
+# of success proves nothing.
 PROBE = """\
-import atexit, os, sys, threading, time
+import os, sys, threading, time
 def _count():
-    calls = 0
+    calls = longest = 0
     while "mlx_kvq.caches.attention" not in sys.modules:
         time.sleep(0.05)
     time.sleep(0.2)
@@ -34,8 +38,10 @@ def _count():
     ops = attention.ops
     for name in ("attend", "restore"):
         def counted(*args, _f=getattr(ops, name), **kwargs):
-            nonlocal calls
+            nonlocal calls, longest
             calls += 1
+            if hasattr(args[0], "shape") and args[0].shape[2] == 1:
+                longest = max(longest, args[1].length)
             return _f(*args, **kwargs)
         setattr(ops, name, counted)
     while True:
@@ -43,7 +49,7 @@ def _count():
         if calls:
             path = os.environ["KVQ_PROBE"] + f".{os.getpid()}"
             with open(path.replace("attended", "part"), "w") as file:
-                file.write(str(calls))
+                file.write(f'{calls} {longest}')
             os.replace(path.replace("attended", "part"), path)  # it may be ended at any time
 if "KVQ_PROBE" in os.environ:
     threading.Thread(target=_count, daemon=True).start()
@@ -58,6 +64,7 @@ class Host:
         packages (tuple): For pip.
         command (str): Of its environment's ``bin``, with {model} and {port}.
         option (bool): Whether it takes ``--kv-cache``; else ``MLX_KVQ_SPEC`` is set.
+        bound (str): Its option for the most tokens of a cache, if it has one.
         asks (str): Model that requests name. Default: the first one that the server lists.
         versions (tuple): Packages whose versions are worth noting.
     """
@@ -65,6 +72,7 @@ class Host:
     packages: tuple[str, ...]
     command: str
     option: bool = False
+    bound: str = ""
     asks: str = ""
     versions: tuple[str, ...] = ("mlx", "mlx-lm", "mlx-vlm")
     environment: dict[str, str] = field(default_factory=dict)
@@ -87,11 +95,17 @@ HOSTS = {
         ("mlx-openai-server",),
         "mlx-openai-server launch --model-path {model} --model-type lm --host 127.0.0.1 "
         "--port {port}",
+        bound="--context-length",
     ),
-    "vllm-mlx": Host(("vllm-mlx",), "vllm-mlx serve {model} --host 127.0.0.1 --port {port}"),
+    "vllm-mlx": Host(
+        ("vllm-mlx",),
+        "vllm-mlx serve {model} --host 127.0.0.1 --port {port}",
+        bound="--max-kv-size",
+    ),
     "vllm-mlx, batching": Host(
         ("vllm-mlx",),
         "vllm-mlx serve {model} --host 127.0.0.1 --port {port} --continuous-batching",
+        bound="--max-kv-size",
     ),
     "rapid-mlx": Host(("rapid-mlx",), "rapid-mlx serve {model} --host 127.0.0.1 --port {port}"),
     "mlx-omni-server": Host(
@@ -110,18 +124,24 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--spec", default="int4")
+    parser.add_argument("--options", default="", metavar="WORDS", help="More for the host.")
+    parser.add_argument("--bounded", type=int, metavar="N", help="Tokens of a cache at most.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write what was found there.")
     parser.add_argument("--log", type=Path, metavar="FILE", help="Keep what the host printed.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         home = args.environment or work / "environment"
-        trial = Trial(HOSTS[args.host], home, args.model.resolve(), args.spec, work)
+        host = HOSTS[args.host]
+        if args.bounded and not host.bound:
+            parser.error(f"{args.host} has no option for --bounded")
+        more = [*args.options.split(), *([host.bound, str(args.bounded)] if args.bounded else [])]
+        trial = Trial(host, home, args.model.resolve(), args.spec, work, more, args.bounded)
         found = trial.run(args.wheel, args.as_it_is)
         if args.log:
             args.log.write_bytes((work / "host.log").read_bytes())
     for name, text in found.items():
-        print(f"{name:14} {text}")
+        print(f"{name:16} {text}")
     if args.json:
         args.json.write_text(json.dumps({args.host: found}, indent=1) + "\n")
     sys.exit(any(str(text).startswith("missing") for text in found.values()))
@@ -130,9 +150,18 @@ def main() -> None:
 class Trial:
     """One host in one environment."""
 
-    def __init__(self, host: Host, home: Path, model: Path, spec: str, work: Path):
+    def __init__(
+        self,
+        host: Host,
+        home: Path,
+        model: Path,
+        spec: str,
+        work: Path,
+        more: list[str],
+        bounded: int | None,
+    ):
         self.host, self.home, self.model, self.spec, self.work = host, home, model, spec, work
-        self.bin = home / "bin"
+        self.bin, self.more, self.bounded = home / "bin", more, bounded
 
     def run(self, wheel: Path | None, as_it_is: bool) -> dict[str, str]:
         try:
@@ -202,7 +231,7 @@ class Trial:
     def command(self, port: int) -> list[str]:
         words = self.host.command.format(model=self.model, port=port).split()
         option = ["--kv-cache", self.spec] if self.host.option else []
-        return [str(self.bin / words[0]), *words[1:], *option]
+        return [str(self.bin / words[0]), *words[1:], *option, *self.more]
 
     def environment(self) -> dict[str, str]:
         own = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | self.host.environment
@@ -229,10 +258,15 @@ class Trial:
 
     def packed(self, log: str) -> dict[str, str]:
         lines = [line for line in log.splitlines() if "[mlx_kvq]" in line and " packed " in line]
-        calls = sum(int(p.read_text()) for p in self.work.glob("attended.*"))
+        seen = [[int(n) for n in p.read_text().split()] for p in self.work.glob("attended.*")]
+        calls, longest = sum(n for n, _ in seen), max((n for _, n in seen), default=0)
         said = lines[-1].split("[mlx_kvq] ")[-1] if lines else "missing: no line of [mlx_kvq]"
         attended = f"pass: {calls} calls" if calls else "missing: packed rows were never read"
-        return {"packed": said, "attended": attended}
+        found = {"packed": said, "attended": attended}
+        if self.bounded:
+            fits = "pass" if 0 < longest <= self.bounded else "missing"
+            found["bounded"] = f"{fits}: at most {longest} tokens, asked for {self.bounded}"
+        return found
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
     CacheList,
+    KVCache,
+    make_prompt_cache,
 )
 
 import mlx_kvq
@@ -609,4 +611,27 @@ def test_max_kv_size_of_a_batch_generator():
     made = generator._unprocessed_sequences[0]
     caches = next(x for x in made if isinstance(x, list) and hasattr(x[0], "nbytes"))
     assert {getattr(c, "max_size", None) for c in caches} == {32}
+    mlx_kvq.disable(model)
+
+
+def test_max_kv_size_where_a_program_hands_on_caches_without_it():
+    """As vllm-mlx does, which bounds those that it knows by their class."""
+    model, tokenizer = load_float32("tiny-qwen2-8bit")
+    mlx_kvq.enable(model, "int4-srft:calibrate=off", verbose=False)
+    ids = tokenizer.encode("They walked along the river")
+    used = make_prompt_cache(model)
+    model(mx.array([ids]), cache=used)
+    fresh = [make_prompt_cache(model) for _ in range(2)]
+    sizes = {}
+    for size in (32, None):
+        generator = BatchGenerator(model, max_tokens=4, max_kv_size=size)
+        generator.insert([ids] * 4, caches=[fresh[0], None, used, [KVCache() for _ in used]])
+        sizes[size] = [
+            next(x for x in made if isinstance(x, list) and hasattr(x[0], "nbytes"))
+            for made in generator._unprocessed_sequences
+        ]
+    bounded, _, kept, own = sizes[32]
+    assert {c.max_size for c in bounded} == {32}
+    assert kept is used and {type(c) for c in own} == {KVCache}
+    assert sizes[None][0] is fresh[0]
     mlx_kvq.disable(model)

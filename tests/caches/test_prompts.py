@@ -1,14 +1,24 @@
 """Where a cached prompt goes on, and what mlx-lm's loops tell the caches of a prompt."""
 
+import copy
+import sys
+from array import array
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 
 import mlx_kvq
-from mlx_kvq.caches import attention, prompts
+from mlx_kvq.caches import attention, prompts, seams
 from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.format.format import make_format
@@ -270,7 +280,7 @@ class Told:
 def test_generating_makes_the_caches_that_were_not_given(loaded):
     model, _ = loaded
     told = Told()
-    steps = prompts.generating(told.alone)(mx.zeros(9), model, max_kv_size=40)
+    steps = prompts.generating(told.alone)(mx.zeros(9, mx.int32), model, max_kv_size=40)
     assert next(steps) == [8] * len(model.layers)
     assert {c.max_size for c in told.caches} == {40}
     steps.close()  # a reader that stops leaves no cache expecting more of a prompt
@@ -280,7 +290,7 @@ def test_generating_makes_the_caches_that_were_not_given(loaded):
 def test_generating_reaches_the_caches_in_a_list(loaded):
     given = [CacheList(growing(), KVCache()), growing()]
     told = Told()
-    steps = prompts.generating(told.alone)(mx.zeros(9), loaded[0], prompt_cache=given)
+    steps = prompts.generating(told.alone)(mx.zeros(9, mx.int32), loaded[0], prompt_cache=given)
     with pytest.raises(AttributeError):
         next(steps)  # mlx-lm's has none
     assert [given[0][0].reading, given[1].reading] == [0, 0]
@@ -310,3 +320,129 @@ def test_drafting_leaves_a_model_to_mlx_lm_whose_caches_are_not_one_a_layer():
     told = Told()
     assert list(prompts.drafting(told.drafted)(mx.zeros(9), Other(), Other())) == [None]
     assert told.caches is None
+
+
+def steps_of(model, prompt, cache, n=4):
+    """Tokens and what they were chosen by, of a prompt that goes on over a cache."""
+    steps = generate_step(mx.array(prompt), model, max_tokens=n, prompt_cache=cache)
+    return [(token, logprobs) for token, logprobs in steps]
+
+
+def are_alike(a, b):
+    return [t for t, _ in a] == [t for t, _ in b] and all(
+        mx.array_equal(x, y) for (_, x), (_, y) in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("n, at", [(50, 47), (50, 30), (50, 12), (20, 19), (10, 5), (50, 32)])
+def test_a_trimmed_cache_goes_on_as_if_all_were_read_at_once(loaded, n, at):
+    """Where another program took back what a new prompt does not share, and hands on the rest."""
+    model, tokenizer = loaded
+    first, other = float32.prompts(tokenizer, [n, 30])
+    prompt = first[:at] + other
+    cache = make_prompt_cache(model)
+    steps_of(model, first, cache, 6)
+    held = cache[0].offset
+    assert list(cache[0].tokens)[:n] == first and len(cache[0].tokens) == held
+    kept = copy.deepcopy(cache)
+    trim_prompt_cache(kept, held - at)
+    assert len(kept[0].tokens) == at and len(cache[0].tokens) == held
+    fresh = make_prompt_cache(model)
+    assert are_alike(steps_of(model, other, kept), steps_of(model, prompt, fresh))
+    assert kept[0].prompt == fresh[0].prompt
+    assert list(kept[0].tokens) == list(fresh[0].tokens)
+
+
+def test_the_last_token_of_a_known_prompt_alone(loaded):
+    """A prompt that is asked again: everything is taken back but its last token's past."""
+    model, tokenizer = loaded
+    (prompt,) = float32.prompts(tokenizer, [40])
+    cache = make_prompt_cache(model)
+    first = steps_of(model, prompt, cache, 6)
+    trim_prompt_cache(cache, cache[0].offset - 39)
+    assert are_alike(steps_of(model, prompt[39:], cache, 6), first)
+
+
+def test_a_conversation_is_not_read_again(loaded):
+    model, tokenizer = loaded
+    (prompt,) = float32.prompts(tokenizer, [40])
+    cache = make_prompt_cache(model)
+    steps_of(model, prompt, cache, 6)
+    held = cache[0].offset
+    steps_of(model, prompt[:9], cache, 1)
+    assert cache[0].prompt == [39] and cache[0].offset == held + 10 == len(cache[0].tokens)
+
+
+def test_tokens_that_nobody_noted_are_not_read_again(loaded):
+    """Fed by the caller's own hand, from a file, or taken back while they were generated."""
+    model, tokenizer = loaded
+    (prompt,) = float32.prompts(tokenizer, [40])
+
+    def ends_at(cache):
+        at = cache[0].offset
+        steps_of(model, prompt[:9], cache, 1)
+        return cache[0].offset - at - 1  # the token that comes after
+
+    own = make_prompt_cache(model)
+    model(mx.array([prompt]), cache=own)
+    trim_prompt_cache(own, 3)
+    assert ends_at(own) == 9
+    cache = make_prompt_cache(model)
+    steps_of(model, prompt, cache, 2)
+    loaded_again = [copy.copy(c) for c in cache]
+    for new, old in zip(loaded_again, cache, strict=True):
+        new.state = old.state
+    trim_prompt_cache(loaded_again, 3)
+    assert ends_at(loaded_again) == 9
+    rewound = make_prompt_cache(model)
+    for _ in generate_step(mx.array(prompt), model, max_tokens=4, prompt_cache=rewound):
+        trim_prompt_cache(rewound, 1)
+    assert len(rewound[0].tokens) == 0
+    again = copy.deepcopy(cache)
+    again[0].state = own[0].state
+    assert len(again[0].tokens) == 0 < len(cache[0].tokens)
+
+
+def test_a_full_window_goes_on_as_it_is():
+    (cache,) = read(50, ring(30))
+    cache.tokens = array("q", range(50))
+    again = prompts._with_what_is_missing([cache], mx.arange(3))
+    assert again.tolist() == [0, 1, 2] and cache.offset == 50
+
+
+@pytest.fixture
+def rapid_mlx(monkeypatch):
+    """A program of that name, which rebuilds caches as mlx-lm's own."""
+    host, module = ModuleType("rapid_mlx"), ModuleType("rapid_mlx.memory_cache")
+    source = (
+        "def _trim_cache_offset(cache, trim_by):\n    return [(c.keys, c.values) for c in cache]"
+    )
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, "rapid_mlx", host)
+    monkeypatch.setitem(sys.modules, "rapid_mlx.memory_cache", module)
+    return module
+
+
+def test_rapid_mlx_trims_packed_caches(rapid_mlx):
+    trim = rapid_mlx._trim_cache_offset
+    kept = read(50, growing(), ring(60))
+    with pytest.raises(AttributeError):  # as it is without us
+        trim(kept, 3)
+    seams.install()
+    copies = trim(kept, 3)
+    assert [c.offset for c in copies] == [47, 47] and [c.offset for c in kept] == [50, 50]
+    by_hand = taken_back(3, *copy.deepcopy(kept))
+    for ours, expected in zip(copies, by_hand, strict=True):
+        assert mx.array_equal(ours._in_order(), expected._in_order())
+        assert mx.array_equal(ours.tail[:, :, -3:], expected.tail[:, :, -3:])
+    assert trim(kept, 51) is None and trim(read(50, ring(30)), 3) is None
+    stock = KVCache()
+    feed(stock, 5)
+    assert trim([stock], 2)[0][0] is stock.keys
+
+
+def test_a_rapid_mlx_that_trims_in_another_way_is_left_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapid_mlx", ModuleType("rapid_mlx"))
+    seams.install()
+    monkeypatch.setitem(sys.modules, "rapid_mlx.memory_cache", ModuleType("other"))
+    seams.install()

@@ -28,6 +28,7 @@ from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import plain as reference
 from mlx_kvq.stock import identity
 from tests.support import calls
+from tests.support.families import build
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 B, Hkv, G, D = 1, 2, 3, 16
@@ -548,6 +549,24 @@ calibrate.run(parser.parse_args(["--model", "gpt_oss", "--output", {str(out)!r},
     )
     assert done.returncode == 0, done.stderr
     assert len(CalibrationSet.load(out).layers) == 4
+
+
+def test_a_model_that_reads_caches_before_it_fills_them_cannot_be_calibrated():
+    with pytest.raises(ValueError, match="cannot be calibrated: use a spec with calibrate=off"):
+        mlx_kvq.enable(build("iquestloopcoder"), "int4-srft", tokenizer=Words(), verbose=False)
+
+
+def test_a_model_with_sinks_from_python_before_anything_is_enabled():
+    code = """
+import mlx_kvq
+from tests.calibration.test_calibrate import Words
+from tests.support.families import build
+print(len(mlx_kvq.calibrate(build("gpt_oss"), Words(), ["a b c " * 20], tokens=40).layers))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=MODELS.parents[1], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
 def test_the_command_tells_mistakes(tmp_path):

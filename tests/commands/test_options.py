@@ -66,7 +66,9 @@ def test_baselines_are_names_where_they_can_be_had():
         parse("kv5")
 
 
-@pytest.mark.parametrize("text, tokens", [("1K", 1024), ("32k", 32768), ("1000", 1000), ("0", 0)])
+@pytest.mark.parametrize(
+    "text, tokens", [("1K", 1024), ("32k", 32768), ("1_000", 1000), ("0", 0), ("-2k", -2048)]
+)
 def test_lengths(text, tokens):
     assert options.length(text) == tokens
 
@@ -79,7 +81,10 @@ def test_lengths_are_taken_for_every_number_of_mlx_lms_commands(capsys):
     assert (args.max_kv_size, args.max_tokens) == (32768, 1024)
     with pytest.raises(SystemExit):
         parser.parse_args(["--max-kv-size", "1Q"])
-    assert "argument --max-kv-size: invalid int value: '1Q'" in capsys.readouterr().err
+    said = (
+        "argument --max-kv-size: it is a whole number such as 4096 or 32K (32 times 1024), got '1Q'"
+    )
+    assert said in capsys.readouterr().err
 
 
 def test_help_explains_the_options(capsys):

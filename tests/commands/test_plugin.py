@@ -25,7 +25,7 @@ WAYS = {
 }
 
 
-def shell(*command, **env):
+def shell(*command, stderr=subprocess.PIPE, **env):
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -34,7 +34,8 @@ def shell(*command, **env):
     return subprocess.run(
         [str(c) for c in command],
         env=kept | {"HF_HUB_OFFLINE": "1"} | env,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -72,6 +73,14 @@ def test_every_way_to_type_it(way, expected):
         "not calibrated",
         "[mlx_kvq] 10 tokens: 0.28 MB (0.28 MB of it tokens kept exactly), fp16 0.02 MB",
     ]
+
+
+def test_the_line_at_the_end_is_the_last_where_both_go_into_one_file():
+    process = generate(
+        "mlx_lm.generate", "--kv-cache", "int4:calibrate=off", stderr=subprocess.STDOUT
+    )
+    *_, before, last = process.stdout.splitlines()
+    assert before.startswith("Peak memory") and last.startswith("[mlx_kvq] 10 tokens")
 
 
 def test_the_end_says_what_the_caches_hold():

@@ -382,7 +382,7 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros(emulator, launches, singl
     mask[1] = False
     out = calls.attend(fused, q, rows, 100, fmt, 0.1, mx.array(mask))
     assert mx.all(mx.isfinite(out)).item()
-    assert not mx.any(out[:, :, 1]).item()
+    assert not mx.any(out[:, :, 1] != 0).item()  # -0 is true to mlx 0.32.0
     want = calls.attend(plain, q, rows, 100, fmt, 0.1, mx.array(mask))
     assert mx.allclose(out[:, :, 0], want[:, :, 0], atol=2e-3).item()
 
