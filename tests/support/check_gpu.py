@@ -168,7 +168,7 @@ def check_steps() -> None:
             for f in formats:
                 tail = None
                 if f.recent:
-                    tail = mx.random.normal((B, 2, f.recent, 256))  # fp32 beside fp16 keys
+                    tail = mx.random.normal((B, 2, f.recent_at(length), 256))  # fp32 beside fp16 keys
                 options = {"starts": starts, "window": window, "tail": tail}
                 got = calls.attend(ops, q, held, length, f, 0.1, **options)
                 want = calls.attend(fused, q, held, length, f, 0.1, **options)
@@ -179,7 +179,7 @@ def check_steps() -> None:
                     assert mx.array_equal(got, want), f"packing token {length}"
                     continue
                 for waiting in (None, mx.contiguous(rows[:, :, :16])):
-                    arguments = one, one, f, tail, f.recent, waiting
+                    arguments = one, one, f, tail, tail.shape[2], waiting
                     got, want = (m.quantize_pack(*arguments) for m in (ops, fused))
                     same = [mx.array_equal(a, b) for a, b in zip(got, want, strict=True)]
                     assert all(same), f"packing token {length} with a tail"
@@ -240,7 +240,7 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
     first = calls.quantize_pack(fused, k, k, fmt)
     tail = None
     if fmt.recent:
-        tail = mx.random.normal((B, Hkv, fmt.recent, 2 * D)).astype(mx.float16)
+        tail = mx.random.normal((B, Hkv, fmt.recent_at(T), 2 * D)).astype(mx.float16)
         mx.eval(tail)
     buffers = [first + mx.array(0, mx.uint32) for _ in range(max(2, (256 << 20) // first.nbytes))]
     q = mx.random.normal((B, Hq, 1, D)).astype(mx.float16)
