@@ -256,19 +256,27 @@ INLINE void store_shared(
   }
 }
 
+// The same for one vector, rounded with feedback of its head's G (feedback.metal); nearest.metal's
+// does nothing.
+template <
+    int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES, int SCALE>
+INLINE void store_with_feedback(
+    device uint* row, const threadgroup float2* shared, const device float* G, uint lane);
+
 // Threadgroup memory of a SIMD group that packs vectors, in float2.
-constexpr int shared_points(int D, int GROUP, int ROTATION, int SET) {
-  return swaps(D, ROTATION)           ? vectors_of(D) * swap_points(D)
-      : groups_are_lanes(D, GROUP) ? 0
-                                   : SET * D / 2;
+constexpr int shared_points(int D, int GROUP, int ROTATION, int SET, bool FEEDBACK) {
+  return swaps(D, ROTATION)                       ? vectors_of(D) * swap_points(D)
+      : groups_are_lanes(D, GROUP) && !FEEDBACK ? 0
+                                                : SET * D / 2;
 }
 
 // Packs the keys or the values of a head's L tokens by one SIMD group: every `workers`-th set of
 // SET tokens, from set `worker` on. x and rows begin with the head's first token; `shared` has
-// shared_points. KEEPS: rotated vectors of tokens from `drop` on go to `kept`, KEPT channels apart.
+// shared_points. FEEDBACK: of the head's G, fp32 [D, D]. KEEPS: rotated vectors of tokens from `drop` on go to `kept`, KEPT channels apart.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,
-    int FIRST, int HIGH, int CODES, int SCALE, int W, bool KEEPS, int KEPT, typename T, typename K>
+    int FIRST, int HIGH, int CODES, int SCALE, int W, bool KEEPS, int KEPT, bool FEEDBACK,
+    typename T, typename K>
 INLINE void pack_vectors(
     device uint* rows,
     const device T* x,
@@ -282,8 +290,9 @@ INLINE void pack_vectors(
     int head,
     device K* kept,
     int drop,
+    const device float* G,
     uint lane) {
-  constexpr bool LANES = groups_are_lanes(D, GROUP);
+  constexpr bool LANES = groups_are_lanes(D, GROUP) && !FEEDBACK;
   const int v = int(lane) / lanes_of(D);
   lane_table<D> w;
   lane_factors<D> f;
@@ -316,8 +325,16 @@ INLINE void pack_vectors(
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
-          to, shared, min(SET, L - first), lane);
+      if (FEEDBACK) {
+        ROLLED for (int i = 0; i < min(SET, L - first); i++) {
+          store_with_feedback<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE>(
+              to + i * W, shared + i * D / 2, G, lane);
+        }
+        simdgroup_barrier(mem_flags::mem_threadgroup);  // the next rotation may swap here
+      } else {
+        store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
+            to, shared, min(SET, L - first), lane);
+      }
     }
     x += int64_t(workers * SET) * by_token;
     to += int64_t(workers * SET) * W;

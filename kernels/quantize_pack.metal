@@ -6,6 +6,8 @@
 //   VD], newest last. Places for more than L tokens are filled from tail [B, H, R, KD + VD] if
 //   TAIL, else with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros; or, if HOLDS, the
 //   last rows of held [B, H, ROWS, W], then the new ones.
+//   FEEDBACK: feedback is fp32 [H, KD, KD], row j what an error of a key's channel j adds to the
+//   channels before (feedback.metal).
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even group of a pair
 //   does keys, the odd one values, of sets of as many tokens as a SIMD group holds vectors (4 at D
 //   = 128), with the head's factors and twiddles in registers.
@@ -17,8 +19,8 @@
 // Source: arXiv 2605.05699, section 4 (one fused pass); levels and search are the project's.
 constexpr int SET =
     kvq::vectors_of(KD) < kvq::vectors_of(VD) ? kvq::vectors_of(KD) : kvq::vectors_of(VD);
-constexpr int K_SHARED = kvq::shared_points(KD, KG, ROTATION, SET);
-constexpr int V_SHARED = kvq::shared_points(VD, VG, ROTATION, SET);
+constexpr int K_SHARED = kvq::shared_points(KD, KG, ROTATION, SET, FEEDBACK);
+constexpr int V_SHARED = kvq::shared_points(VD, VG, ROTATION, SET, false);
 
 threadgroup float2 shared[PAIRS * (K_SHARED + V_SHARED) + 1];
 
@@ -80,15 +82,15 @@ const int drop = max(-older, 0);
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   kvq::pack_vectors<
       KD, KB, KG, RULE, ROTATION, K_CALIBRATED, K_SCALED, SET, 0, 2 * HIGHS, CODES, 0, W, KEEPS,
-      KD + VD>(
+      KD + VD, FEEDBACK>(
       head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
-      worker, workers, own, k_table, h, new_kept, drop, lane);
+      worker, workers, own, k_table, h, new_kept, drop, feedback + h * KD * KD, lane);
 } else {
   kvq::pack_vectors<
       VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, 2 * HIGHS + K_HALVES, CODES,
-      K_SCALES, W, KEEPS, KD + VD>(
+      K_SCALES, W, KEEPS, KD + VD, false>(
       head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
-      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, lane);
+      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, feedback, lane);
   if (SCALES % 2 == 1 || HALVES % 2 == 1) {
     for (int i = worker * 32 + int(lane); i < L; i += workers * 32) {
       if (SCALES % 2 == 1) kvq::halves_of(head_rows + int64_t(i) * W + W - 1)[1] = 0;

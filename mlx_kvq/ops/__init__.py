@@ -222,8 +222,7 @@ def restore(
 
 
 def _pack(k, v, fmt, tail, size, pending, capacity) -> Callable:
-    # The kernel has no rounding with feedback.
-    if k.size and not fmt.kind.feedback and backend(fmt, k.dtype) is gpu:
+    if k.size and backend(fmt, k.dtype) is gpu:
         run = quantize.prepare(k, v, fmt.kind, tail, size, pending, capacity)
         if trial.pack(run.launch, k, v, fmt, tail, size, pending):
             return run

@@ -28,17 +28,18 @@ OPTIONAL = {
     "keep": "KEEPS",
     "kept": "KEEPS",
     "held": "HOLDS",
+    "feedback": "FEEDBACK",
     "new_k": "CHUNK",
     "new_v": "CHUNK",
 }
-# name -> files of the header ("whole" is "narrow" where codes have 3 bits), files of the body,
-# inputs, outputs
+# name -> files of the header ("whole" is "narrow" where codes have 3 bits, "nearest" is "feedback"
+# where keys are rounded with it), files of the body, inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "first", "first_at", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
-        ("rotate", "levels", "whole", "vectors", "quantize"),
+        ("rotate", "levels", "whole", "vectors", "quantize", "nearest"),
         ("row", "quantize_pack"),
-        ("k", "v", "tables", "keep", "tail", "held"),
+        ("k", "v", "tables", "feedback", "keep", "tail", "held"),
         ("rows", "kept"),
     ),
     "attend_finish": (
@@ -124,6 +125,8 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
     chosen = dict(constants)
     if 3 in (chosen.get("KB"), chosen.get("VB")):
         headers = tuple("narrow" if header == "whole" else header for header in headers)
+    if chosen.get("FEEDBACK"):
+        headers = tuple("feedback" if header == "nearest" else header for header in headers)
     absent = [n for n in (*inputs, *outputs) if n in OPTIONAL and not chosen[OPTIONAL[n]]]
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)
@@ -175,7 +178,7 @@ _ALIKE = {"tail": "first", "first": "tail"}
 def _absent(name: str, output: bool, names: Sequence[str], absent: Sequence[str]) -> str:
     """Declarations of an array that a launch does without: branches never taken name it."""
     given, alike = OPTIONAL[name], _ALIKE.get(name)
-    kind = "float" if output or given == "CHUNK" else "int"
+    kind = "float" if output or given in ("CHUNK", "FEEDBACK") else "int"
     if alike in names and alike not in absent:
         text = f"const auto {name} = {alike};\n"
     else:

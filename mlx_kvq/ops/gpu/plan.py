@@ -40,8 +40,9 @@ def _plan(kind: Kind) -> Plan:
     )
     scaled = (("K_SCALED", k_lam), ("V_SCALED", v_lam))
     centred, levels = ("K_CENTRED", k_mu), ("HALF_STEP", kind.scale != "paper")
+    rounding = ("RULE", _RULES[kind.scale]), ("FEEDBACK", kind.feedback)
     return Plan(
-        pack=(*dims, *codes, *rotation, *scaled, ("RULE", _RULES[kind.scale])),
+        pack=(*dims, *codes, *rotation, *scaled, *rounding),
         attend=(*dims, *codes, *rotation, centred, levels),
         combine=(*dims, *rotation, centred),
         dequantize=(*dims, *codes, levels),

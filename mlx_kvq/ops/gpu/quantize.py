@@ -41,7 +41,12 @@ class Pack:
     sizes: mx.array | None
 
     def __call__(self, k, v, fmt: Format, tail=None, pending=None):
-        table = tables.of(fmt).packs
+        made = tables.of(fmt)
+        table = made.packs
+        if made.feedback is not None:
+            given = [a for a in (made.feedback, self.sizes, tail, pending) if a is not None]
+            rows = self.run(k, v, table, *given)
+            return (rows, None) if self.sizes is None else rows
         if self.sizes is None:
             return self.run(k, v, table), None
         if tail is not None and pending is not None:  # a decode step

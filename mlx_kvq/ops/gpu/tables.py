@@ -112,11 +112,13 @@ def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
 
 @dataclass(frozen=True)
 class Tables:
-    """Of one format: the keys' table and, after it, the values'."""
+    """Of one format: the keys' table and, after it, the values'. ``feedback``: the format's,
+    transposed, so that lanes read what an error adds to neighbouring channels."""
 
     packs: mx.array
     attends: mx.array
     restores: mx.array
+    feedback: mx.array | None
 
 
 _tables: "WeakKeyDictionary[Format, Tables]" = WeakKeyDictionary()
@@ -129,8 +131,16 @@ def of(fmt: Format) -> Tables:
             packs=_both(fmt, "pack", "pack", wide=False),
             attends=_both(fmt, "query", "output", wide=True),
             restores=_both(fmt, "output", "output", wide=False),
+            feedback=_transposed(fmt.feedback),
         )
     return found
+
+
+def _transposed(G: mx.array | None) -> mx.array | None:
+    if G is not None:
+        G = mx.contiguous(G.swapaxes(-1, -2))
+        mx.eval(G)
+    return G
 
 
 def _both(fmt: Format, of_keys: str, of_values: str, wide: bool) -> mx.array:
