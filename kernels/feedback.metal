@@ -161,7 +161,8 @@ INLINE void store_with_feedback(
     }
     const float scale = stored_scale<D, GROUP, RULE>(t, level, step.x, low, lane);
     damaged = damaged || is_damaged<D, GROUP>(t, low, lane);
-    ROLLED for (int block = low / 8; block < (low + GROUP) / 8; block++) {
+    const int next = low > 0 ? low / 8 : D / 8;  // the first group has none before it
+    ROLLED for (int block = next; block < (low + GROUP) / 8; block++) {
       const float n = of_slice<N>(level, block / 4);
       const float e = step.x > 0.0f ? of_slice<N>(y, block / 4) - scale * n : 0.0f;
       feed_back<D>(t, e, G, block, 0, low, lane);

@@ -119,14 +119,16 @@ def quantize_with_feedback(
 
     for end in range(D, 0, -group):
         # The group's step fits what is asked of it when its turn comes.
-        step = _step(asked(end - group, end), bits, rule)
+        whole = asked(end - group, end)
+        step = _step(whole, bits, rule)
+        # A group of zeros, or a damaged one, has nothing to pass on.
+        step = mx.where((whole * 0).sum(axis=-1, keepdims=True) == 0, step, 0.0)
         known = errors
         targets: list[mx.array] = []
         rounded: list[mx.array] = []
         for j in range(end - block, end - group - 1, -block):
             targets.insert(0, asked(j, j + block))
             rounded.insert(0, _codes(targets[0], step, bits, rule))
-            # A group of zeros, or a damaged one, has nothing to pass on.
             error = y[..., j : j + block] - step * (rounded[0] - middle)
             error = mx.where(step > 0, error, 0.0)
             errors = error if errors is None else mx.concatenate([error, errors], axis=-1)

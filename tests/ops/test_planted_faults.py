@@ -16,6 +16,7 @@ from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
 from mlx_kvq.ops.gpu import jit
 from tests.emulator import KernelError, emulated, standin
+from tests.ops.test_feedback import assert_alike, assert_same_levels, weighted
 from tests.ops.test_fused import (
     assert_attends,
     format_of,
@@ -226,9 +227,22 @@ def three_bits(launches):
                 same(a, b, 1e-5)
 
 
+def feedback(launches):
+    """Groups that feed other ones; damage; levels that are more than a rounding off."""
+    for spec, D in (("int4-srft:group_size=32", 128), ("int3-srft:group_size=32", 64)):
+        launches(pack_pairs=1, pack_threadgroups=1)
+        fmt = weighted(spec, D)
+        k, v = transposed(1, 2, 23, D, mx.float32, 3), transposed(1, 2, 23, D, mx.float32, 4)
+        got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
+        assert_alike(got, want, k, fmt)
+        k[0, 0, 2, 7] = float("nan")
+        got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
+        assert_same_levels(got, want, fmt)
+
+
 CHECKS = (
     edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, packing,
-    restoring, first_tokens, rows_beyond_8_gigabytes, three_bits,
+    restoring, first_tokens, rows_beyond_8_gigabytes, three_bits, feedback,
 )  # fmt: skip
 
 # ---- faults: what, check, file, text, instead -------------------------------------------------
@@ -365,6 +379,21 @@ FAULTS = [
      "if (BITS == 3 && (EXACT || !INSIDE)) codes[i] += 4.0f;", ""),
     ("another fraction of the largest channel", three_bits, "quantize.metal", "86 - 10 * i",
      "86 - 30 * i"),
+    ("errors of another block", feedback, "feedback.metal", "G += 8 * D * block;",
+     "G += 8 * D * (block ^ 1);"),
+    ("errors of the step, not of the stored scale", feedback, "feedback.metal",
+     "of_slice<N>(y, block / 4) - scale * n", "of_slice<N>(y, block / 4) - step.x * n"),
+    ("errors from the target", feedback, "feedback.metal",
+     "of_slice<N>(y, block / 4) - step.x * n", "of_slice<N>(t, block / 4) - step.x * n"),
+    ("groups that pass nothing on", feedback, "feedback.metal", "low > 0 ? low / 8", "low > D ? 0"),
+    ("the group's scale of the keys, not of the targets", feedback, "feedback.metal",
+     "squares = c >= 0 && c < GROUP ? fma(t[i], t[i], squares)",
+     "squares = c >= 0 && c < GROUP ? fma(t[0], t[i], squares)"),
+    ("damage passed on", feedback, "feedback.metal",
+     "damaged ? float2(0.0f, 0.0f) : step_of_group", "step_of_group"),
+    ("G of the first head", feedback, "quantize_pack.metal", "feedback + h * KD * KD", "feedback"),
+    ("vectors over the swap", feedback, "quantize.metal",
+     "        simdgroup_barrier(mem_flags::mem_threadgroup);  // the next rotation", "        //"),
 ]  # fmt: skip
 
 
