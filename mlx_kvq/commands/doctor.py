@@ -27,8 +27,7 @@ from .doctor_checks import Result
 ESTIMATE = 'docs/performance.md, "Apple GPUs: an estimate"; python -m tests.emulator.estimate_apple'
 NOT_RUN = (
     "weights of a real model; float32 models; head sizes, groups and lengths that are not in the "
-    "tables; batches of more than 2 in the checks; dense rotations and rounding=feedback, which "
-    "have no kernel"
+    "tables; batches of more than 2 in the checks; dense rotations, which have no kernel"
 )
 OTHERS = {"metal": "attend_join, which is CUDA's", "cuda": "attend_store with combine, Metal's"}
 CPU_CASES = [checks.EVERY[0], checks.EVERY[3]]

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -43,14 +43,16 @@ FORMATS = [
     ("int3-srft", 80, 8, 2),
     ("k4v3-srft", 256, 4, 1),
     ("int4-srft:group_size=64", 256, 8, 4),
+    ("int4-srft:rounding=feedback", 128, 12, 2),
 ]
-MORE = [(*case, mx.bfloat16, False) for case in FORMATS]
+MORE = [(*case, mx.bfloat16, "feedback" in case[0]) for case in FORMATS]
 FEW = {"pack, first tail", "attend, splits", "attend, L=8", "dequantize", "restore, tail, chunk"}
 TOKENS = 1000  # in a cache
 SHORT = 37  # one split
 QUERIES = 8  # of a draft, say
 REPEATS, SECONDS = 20, 0.1  # at most, of the calls that are timed
 CODES = 1e-3  # part of the codes that may differ from the reference, by one step
+FED_BACK = 5e-3  # with feedback, where a code changes later ones; a wrong kernel changes a tenth
 RELATIVE = {mx.float16: 3e-3, mx.bfloat16: 1e-2}
 
 
@@ -92,6 +94,8 @@ class _Case:
         self.name += " calibrated" if calibrated else ""
         self.dtype, self.limit, self.heads = dtype, RELATIVE[dtype], (Hq, Hkv)
         keys, values = (_calibration(Hkv, D) if calibrated else None for _ in "kv")
+        if keys is not None and spec.rounding == "feedback":
+            keys = replace(keys, metric=_metric(Hkv, D))
         self.fmt: Format = make_format(spec, D, keys=keys, values=values)
         self.calibrated = calibrated
 
@@ -124,6 +128,7 @@ class _Case:
     def variants(self) -> dict[str, tuple[float, Callable[[], float], Callable]]:
         """Name -> limit of the error, what finds the error, what is timed."""
         found: dict[str, tuple[float, Callable[[], float], Callable]] = {}
+        codes = FED_BACK if self.fmt.kind.feedback else CODES
         for name, tokens, kept, pending in (
             ("pack", TOKENS, False, False),
             ("pack, first tail", TOKENS, True, False),
@@ -131,7 +136,7 @@ class _Case:
             ("pack, token", 1, True, True),
         ):
             pack = partial(self.pack, tokens, kept, name == "pack, first tail", pending)
-            found[name] = CODES, partial(self.packed, pack), lambda pack=pack: pack(self.backend)
+            found[name] = codes, partial(self.packed, pack), lambda pack=pack: pack(self.backend)
         for name, given in self.attentions().items():
             # A query that sees few values, which cancel, is off by more of their sum.
             limit = self.limit * (1 if given.get("L", 1) == 1 else 4)
@@ -248,6 +253,12 @@ def _calibration(H: int, D: int) -> Calibration:
         sigma=mx.exp(0.5 * mx.random.normal((H, D))),
         lam=mx.exp(0.2 * mx.random.normal((H, D))),
     )
+
+
+def _metric(H: int, D: int) -> mx.array:
+    """Of queries with a few strong directions."""
+    strong = 4 * mx.random.normal((H, D, D // 4))
+    return strong @ strong.swapaxes(-1, -2) / D + mx.eye(D)
 
 
 def _around(x: mx.array, c: Calibration) -> mx.array:

@@ -46,7 +46,8 @@ class Spec:
         budget (float, optional): Bits per value on average, scales included; the layers with the
             largest error get more than the others (``mlx_kvq.model.bits``).
         rounding (str): Of keys when written: to the ``"nearest"`` level, or with ``"feedback"``
-            from the errors of other channels (``format.feedback``).
+            making up for the errors of other channels (``format.feedback``), by the same kernel;
+            needs a calibration with the metric, and is for keys of 3 and 4 bits.
         recent (int): Newest tokens of a query, its own included, that are also kept unrounded and
             read from there, 0 to 1024; twice as many from a context of ``128 * recent`` tokens on,
             and four times as many from ``256 * recent`` on.

@@ -16,6 +16,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
+from mlx_kvq.ops.gpu import jit
 from tests.ops.test_fused import emulator, launches, normal, transposed
 
 __all__ = ["emulator", "launches"]
@@ -157,6 +158,22 @@ def test_the_operation_takes_the_kernel(emulator, capsys):
     assert emulator.counters[-1].bytes_read["feedback"] > 0
     assert not ops.is_reference(fmt, k.dtype)
     assert capsys.readouterr().err == ""
+    ops.forget()
+
+
+def test_wrong_feedback_is_found_at_first_use(emulator, monkeypatch, capsys):
+    source = jit.kernel_source
+
+    def planted(name):
+        return source(name).replace("G += 8 * D * block;", "G += 8 * D * (block ^ 1);")
+
+    monkeypatch.setattr(jit, "kernel_source", planted)
+    monkeypatch.setattr(jit, "_source", jit._source.__wrapped__)
+    fmt = weighted("int4-srft", 64)
+    k, v = transposed(1, 2, 5, 64), transposed(1, 2, 5, 64, seed=1)
+    rows, _ = ops.quantize_pack(k, v, fmt)
+    assert mx.array_equal(rows, plain.quantize_pack(k, v, fmt)[0])
+    assert "quantize_pack kernel failed on this machine (its res" in capsys.readouterr().err
     ops.forget()
 
 
