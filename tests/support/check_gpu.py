@@ -62,6 +62,8 @@ LAUNCHES = [
     ("int4-srft:group_size=8", 192, True),
     ("int3-srft", 128, True),
     ("k4v3-srft", 80, False),
+    ("int4-srft:rounding=feedback", 128, True),
+    ("k4v3-srft:group_size=48,rounding=feedback", 96, True),
 ]
 
 
@@ -197,7 +199,10 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
 
     def calibration():
         mu, sigma, lam = (rng.standard_normal((2, D)).astype(np.float32) for _ in range(3))
-        return Calibration(mx.array(mu), mx.array(np.exp(sigma / 2)), mx.array(np.exp(lam / 4)))
+        metric = mx.array(np.stack([x.T @ x for x in rng.standard_normal((2, D, D))]) / D)
+        return Calibration(
+            mx.array(mu), mx.array(np.exp(sigma / 2)), mx.array(np.exp(lam / 4)), metric
+        )
 
     both = {"keys": calibration(), "values": calibration()} if calibrate else {}
     fmt = make_format(Spec.parse(spec), D, **both)
