@@ -168,7 +168,9 @@ def check_steps() -> None:
             for f in formats:
                 tail = None
                 if f.recent:
-                    tail = mx.random.normal((B, 2, f.recent_at(length), 256))  # fp32 beside fp16 keys
+                    tail = mx.random.normal(
+                        (B, 2, f.recent_at(length), 256)
+                    )  # fp32 beside fp16 keys
                 options = {"starts": starts, "window": window, "tail": tail}
                 got = calls.attend(ops, q, held, length, f, 0.1, **options)
                 want = calls.attend(fused, q, held, length, f, 0.1, **options)
