@@ -75,10 +75,11 @@ const int offset = length - L;
 // otherwise the last ones, by every query those from `end` on. Rows of first tokens, and of padding before them, are those before
 // rows_start, and in a ring without kept tokens those that follow the newest one, [idx, hole_end).
 const int least = TAIL ? info[kvq::RECENT] : 0;
+const int grows = TAIL ? info[kvq::GROWS] : 0;
 const int keep = EXACT ? info[kvq::KEEP] : 0;
 // Of the last query and of the first one.
-const int recent = TAIL ? min(kvq::recent_of(least, length - start), length - keep) : 0;
-const int recent_before = TAIL ? min(kvq::recent_of(least, offset + 1 - start), length - keep) : 0;
+const int recent = TAIL ? min(kvq::recent_of(least, grows, length - start), length - keep) : 0;
+const int recent_before = TAIL ? min(kvq::recent_of(least, grows, offset + 1 - start), length - keep) : 0;
 const int idx = EXACT ? info[kvq::NEXT] : length;
 const bool is_ring = EXACT && idx < length;
 const int hole = is_ring ? max(keep, idx - recent) : length;
@@ -223,7 +224,7 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
       // The oldest token of the tail: its key, or its place in a ring.
       const int oldest = is_ring
           ? length - recent
-          : max(keep, position[i] + 1 - kvq::recent_of(least, position[i] + 1 - start));
+          : max(keep, position[i] + 1 - kvq::recent_of(least, grows, position[i] + 1 - start));
       seen[i] = key >= low && key < (causal ? position[i] + 1 : length) &&
           (is_first ? !TAIL || t < oldest : is_ring || key >= oldest);
     }
@@ -302,7 +303,7 @@ for (; tile < tile_end; tile += NSG) {
         int high = causal ? position[j] + 1 : length;
         if (TAIL && is_ring) high = min(high, end);
         if (TAIL && !is_ring) {
-          const int n = kvq::recent_of(least, position[j] + 1 - start);
+          const int n = kvq::recent_of(least, grows, position[j] + 1 - start);
           high = min(high, max(keep, position[j] + 1 - n));
         }
         seen[j] = key >= low && key < high && (!EXACT || key < hole || key >= hole_end);

@@ -349,9 +349,8 @@ INLINE void add_values(
 }
 
 // Newest tokens that a query reads exactly as the last of `tokens` (Format.recent_at).
-INLINE int recent_of(int least, int tokens) {
-  const int from = GROWTH * least;
-  return tokens < from ? least : tokens < 2 * from ? 2 * least : 4 * least;
+INLINE int recent_of(int least, int grows, int tokens) {
+  return tokens < grows ? least : tokens / 2 < grows ? 2 * least : 4 * least;
 }
 
 // A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.

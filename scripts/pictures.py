@@ -4,9 +4,7 @@
     python scripts/pictures.py --check    # say which are not current; CI runs the same as a test
 
 - ``configs.json``: configs of real models and the memory they are to fit into; ``memory.png``.
-- ``quality.json``: written by ``mlx_kvq evaluate --json``; ``quality.png``.
 - ``real_models.json``: written by ``scripts/studies/real_models.py --slim``; ``real_models.png``.
-  Where it is missing, that picture is left out.
 
 A picture carries a hash of its JSON, of this file and of the colors in its metadata. A change of
 the JSON that is not drawn, and a picture that something else drew, is found by that.
@@ -43,18 +41,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="Draw nothing.")
     if parser.parse_args().check:
         sys.exit("\n".join(stale()) or 0)
-    for name, (draw, data) in pictures().items():
+    for name, (draw, data) in PICTURES.items():
         draw(json.loads((DATA / data).read_text()), IMAGES / name)
         stamp(IMAGES / name, digest(data))
         print(IMAGES / name)
     page = ROOT / "docs" / "memory.md"
     page.write_text(with_table(page.read_text(), fits_table()))
-
-
-def pictures() -> dict[str, tuple[Callable[[dict, Path], None], str]]:
-    """Those whose JSON is there."""
-    optional = {n for n, (_, data) in PICTURES.items() if not (DATA / data).exists()} & OPTIONAL
-    return {name: made for name, made in PICTURES.items() if name not in optional}
 
 
 def digest(data: str) -> str:
@@ -67,10 +59,10 @@ def stale() -> list[str]:
     """The pictures that are not current, and those that nothing here draws."""
     found = [
         f"docs/images/{name} is not that of docs/pictures/{data}: python scripts/pictures.py"
-        for name, (_, data) in pictures().items()
+        for name, (_, data) in PICTURES.items()
         if not (IMAGES / name).exists() or stamped(IMAGES / name) != digest(data)
     ]
-    others = {p.name for p in IMAGES.iterdir()} - set(pictures())
+    others = {p.name for p in IMAGES.iterdir()} - set(PICTURES)
     return found + [f"docs/images/{name} is drawn by nothing here" for name in sorted(others)]
 
 
@@ -182,49 +174,6 @@ def draw_memory(data: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _bar(axes, at: int, value: float, text: str, style: dict, ends: tuple = (None, None)) -> None:
-    """A bar with its value behind it, and its interval, if there is one."""
-    axes.barh(at, value, edgecolor="white", **style)
-    if ends[0] is not None:
-        axes.plot(ends, [at, at], color="0.2", lw=1.2)
-    options = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-    axes.annotate(text, (ends[1] or value, at), (4, 0), **options)
-
-
-def draw_quality(data: dict, path: Path) -> None:
-    """KL from fp16 and bytes per token, side by side for each cache, the exact tail apart."""
-    from matplotlib.figure import Figure
-
-    base, *results = data["results"]  # the model's own cache, in the dtype that was computed in
-    fp16 = next(r for r in [*results, base] if r["name"] in ("fp16", base["name"]))
-    results = [r for r in results if r is not fp16]
-    results.sort(key=lambda r: -r["kl"]["mean"])
-    names = [r["name"] for r in results]
-    own, s = fp16["bytes_per_token"], data["setting"]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for i, r in enumerate(results):
-        style = {"color": color_of(r["name"], names), "hatch": "//" if ":" in r["name"] else ""}
-        kl, part = r["kl"], r["bytes_per_token"] / own
-        _bar(left, i, kl["mean"], f"{kl['mean']:.4f}", style, (kl["low"], kl["high"]))
-        _bar(right, i, part, f"{part:.2f}", style)
-    left.set_yticks(range(len(names)), names)
-    left.set_xlabel("KL from the model's own cache, nats per token (less is better)")
-    right.set_xlabel(f"bytes per token, fp16 = 1, exact tail shared out over {s['tokens']} tokens")
-    left.set_xlim(0, 1.25 * max(r["kl"]["high"] or r["kl"]["mean"] for r in results))
-    right.set_xlim(0, 1.15 * max(r["bytes_per_token"] for r in results) / own)
-    for axes in (left, right):
-        axes.xaxis.label.set_size(8)
-        axes.grid(axis="x", alpha=0.25)
-    lines = "; lines: 95 % intervals" if s["windows"] > 1 else ""
-    figure.suptitle(
-        f"{s['model']}, {s['windows']} × {s['tokens']} tokens of {s['texts'][0]}, read as decoding "
-        f"reads, {s['dtype']}{lines}",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=150)
-
-
 def draw_real_models(data: dict, path: Path) -> None:
     """KL as decoding reads over bytes per token, a panel for each model and context."""
     from matplotlib.figure import Figure
@@ -278,10 +227,8 @@ def _panel(axes, rows: list[dict], names: list[str]) -> dict:
 
 PICTURES: dict[str, tuple[Callable[[dict, Path], None], str]] = {
     "memory.png": (draw_memory, "configs.json"),
-    "quality.png": (draw_quality, "quality.json"),
     "real_models.png": (draw_real_models, "real_models.json"),
 }
-OPTIONAL = {"real_models.png"}  # measured on a GPU
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ def test_every_picture_is_current():
 
 
 def test_a_change_is_found(tmp_path, monkeypatch):
-    for name, (_, data) in pictures.pictures().items():
+    for name, (_, data) in pictures.PICTURES.items():
         (tmp_path / data).write_bytes((pictures.DATA / data).read_bytes() + b" ")
         assert pictures.stamped(pictures.IMAGES / name) == pictures.digest(data)
     (tmp_path / "old.png").write_bytes(b"")
     monkeypatch.setattr(pictures, "DATA", tmp_path)
-    assert len(pictures.stale()) == len(pictures.pictures()) >= 2
+    assert len(pictures.stale()) == len(pictures.PICTURES) >= 2
     monkeypatch.setattr(pictures, "IMAGES", tmp_path)
     assert any("old.png is drawn by nothing" in line for line in pictures.stale())
 

@@ -50,7 +50,9 @@ def save(path, caches, metadata=None):
     stock.save_prompt_cache(str(path), caches, metadata or {})
 
 
-def filled(kind=PackedKVCache, *arguments, calibrated=False, spec="int4-srft"):
+def filled(
+    kind=PackedKVCache, *arguments, calibrated=False, spec="int4-srft:group_size=32,recent=16"
+):
     cache = kind(make.fmt_of(spec, calibrated), *arguments)
     make.fill(cache, mx.float32, 20)
     return cache
@@ -72,7 +74,7 @@ Forged.__name__ = "PackedKVCache"
 
 
 def forged(path, **said):
-    cache = filled(Forged, spec="int4-srft:recent=0,first=0")
+    cache = filled(Forged, spec="int4-srft:group_size=32,recent=0,first=0")
     cache.said = said
     save(path, [cache])
     return path

@@ -80,6 +80,7 @@ def _in_token_order(q, keys: PackedView, scale: float, seen: ops.Mask, sinks) ->
         last = None if tail is None else tail[:, :, : tail.shape[2] - (L - 1 - i)]
         ring = max(0, keep - first), end - first
         own = ops.Packed(rows[..., first:end, :], end - first, keys.format, last, ring)
+        own.recent = keys.recent
         own.first = None if keys.first is None else keys.first.after(first)
         starts = None if seen.starts is None else seen.starts - first
         mask = ops.Mask(window=seen.window, starts=starts, array=array if L == 1 else None)

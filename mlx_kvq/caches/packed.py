@@ -154,9 +154,8 @@ class PackedCache(_BaseCache, ABC):
         return 0
 
     def _held(self, L: int = 0) -> int:
-        """Rows after L more."""
-        have, limit = 0 if self.empty() else self._length(), self._limit()
-        return L + (min(have, limit - 1) if limit and L else have)
+        """Rows of a growing cache after L more."""
+        return L + (0 if self.empty() else self._length())
 
     def _in_place(self, L: int) -> bool:
         """Whether L new rows go to where there is room, one by one."""
@@ -201,7 +200,7 @@ class PackedCache(_BaseCache, ABC):
             tail.array = tail.array.astype(dtype)
             if self.oldest.array is not None:
                 self.oldest.array = self.oldest.array.astype(dtype)
-        tail.reach(self._held(L), self._in_order, self._first)
+        tail.reach(self._held(L), self._limit(), self._in_order, self._first)
         old, new = tail.array, self._counts(L)
         before = tail.recent if old is None else tail.size
         pending, capacity = self._pending(keys), None
@@ -265,7 +264,7 @@ class PackedCache(_BaseCache, ABC):
         """Tokens of the tail if a chunk of a prompt ends L rows from here: those that decoding
         reads, or the unfinished block."""
         ends = [max(0, end) % attention.BLOCK for end in self._positions(L)]
-        recent = self.format.recent_at(self._held(L))
+        recent = self.format.recent_at(self._limit() or self._held(L))
         return max(recent, min(max(ends, default=0), self._reach()))
 
     def _updated(self, L: int, view: dict, *more: mx.array) -> tuple:
@@ -294,12 +293,14 @@ class PackedCache(_BaseCache, ABC):
         rows, lay, ring = self.stored.filled(), self.format.layout, self._ring()
         shared = rows, self._length(), self.format, tail, ring, self._first(), self._dtype
         first = second = PackedView(*shared, lay.k_dim)
-        if ring is not None:
-            first.max_size = self._limit()
+        if limit := self._limit():
+            first.recent = self.format.recent_at(limit)
+            if ring is not None:
+                first.max_size = limit
         if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
             return first, second
         second = PackedView(*shared, lay.v_dim)
-        second.max_size = first.max_size
+        second.max_size, second.recent = first.max_size, first.recent
         if chunk is not None and self.tail is not None:
             # Attention on the chunk reads neither its rows nor the new tail.
             first.chunk, second.chunk = mx.depends([*chunk], [rows, self.tail])
@@ -318,7 +319,7 @@ class PackedCache(_BaseCache, ABC):
         if last is None or idx == length:
             return ops.restore(ops.Packed(rows, length, fmt, last, None, begin), self.dtype)
         # The newest tokens are before row idx, and before them those at the end.
-        n = min(fmt.recent_at(length), length - keep)
+        n = min(fmt.recent_at(self._limit() or length), length - keep)
         here = min(n, idx - keep)
         k, v = ops.restore(ops.Packed(rows, length, fmt, None, None, begin), self.dtype)
         exact = ops.restore(ops.Packed(rows, n, fmt, last[:, :, -n:]), self.dtype)
@@ -361,7 +362,7 @@ class PackedCache(_BaseCache, ABC):
 
     def reads(self, tokens: int) -> int:
         """Newest tokens that the last of ``tokens`` reads exactly."""
-        return self.format.recent_at(min(tokens, self._limit() or tokens))
+        return self.format.recent_at(self._limit() or tokens)
 
     def goes_on(self, at: int, end: int) -> bool:
         """Whether tokens ``at`` to ``end`` of a prompt find what they would if it were read at

@@ -46,6 +46,7 @@ class Tail:
     def reach(
         self,
         tokens: int,
+        limit: int,
         rows: Callable[[], mx.array],
         first: Callable[[], ops.First | None],
     ) -> None:
@@ -53,13 +54,15 @@ class Tail:
 
         Args:
             tokens (int): Of the longest sequence.
+            limit (int): Tokens that a rotating cache keeps, 0 of a growing one. The first reads as
+                many at any length.
             rows (callable): Gives all rows, in the order of their tokens: where the tail gets
                 longer, the tokens that it lacks come from there,
             first (callable): or from the exact first tokens, which it gives.
         """
         fmt = self.format
-        self.recent = fmt.recent_at(tokens)
-        self.until = next((n for n in fmt.grows if tokens < n), 1 << 62)
+        self.recent = fmt.recent_at(limit or tokens)
+        self.until = next((n for n in fmt.grows if tokens < n and not limit), 1 << 62)
         if self.array is not None and (lacking := self.recent - self.size) > 0:
             older = self.of_rows(rows()[:, :, : -self.size], lacking, first())
             self.array = mx.concatenate([older, self.array], axis=2)

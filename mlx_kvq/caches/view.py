@@ -59,7 +59,7 @@ class PackedView(ops.Packed):
         first = None if self.first is None else self.first.of(which)
         shared = self.ring, first, self._dtype, self._dim
         view = PackedView(self.rows[which], self.length, self.format, tail, *shared)
-        view.max_size = self.max_size
+        view.max_size, view.recent = self.max_size, self.recent
         view.chunk = None if self.chunk is None else self.chunk[which]
         return view
 

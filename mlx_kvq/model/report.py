@@ -1,5 +1,6 @@
 """What a spec does to a model's caches, in one line."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,17 +80,27 @@ class Report:
 def saved(caches: list) -> str:
     """Tokens read and bytes held by packed caches, and what fp16 would hold; "" if none is packed.
 
-    Counts the rows of tokens and those kept exactly, not the room that is kept for more tokens."""
-    tokens = rows = exact = fp16 = 0
+    Counts the rows of tokens and those kept exactly, not the room that is kept for more tokens.
+    Where that is more than fp16's, says from which context on it is less."""
+    tokens = rows = exact = room = fp16 = 0
     for _, c in leaves(caches):
         if isinstance(c, PackedCache) and c.keys is not None:
             (B, H, _, W), lay = c.keys.shape, c.format.layout
             tokens = max(tokens, getattr(c, "offset", 0))
             rows += 4 * B * H * W * c.size()
-            exact += c.exact_nbytes
+            room += c.exact_nbytes
+            for kept in (c.tail, c.oldest.array):
+                if kept is not None:
+                    exact += kept.nbytes * min(c.size(), kept.shape[2]) // kept.shape[2]
             fp16 += 2 * B * H * (lay.k_dim + lay.v_dim) * c.size()
     if not fp16:
         return ""
+    if rows + exact > fp16:
+        least = tokens * room / (fp16 - rows)
+        return (
+            f"{tokens:,} tokens, most of them kept exactly: {megabytes(rows + exact)}, fp16 "
+            f"{megabytes(fp16)}; less than fp16 from about {10 * math.ceil(least / 10):,} tokens on"
+        )
     tail = f" ({megabytes(exact)} of it tokens kept exactly)" if exact > rows / 10 else ""
     return f"{tokens:,} tokens: {megabytes(rows + exact)}{tail}, fp16 {megabytes(fp16)}"
 

@@ -155,10 +155,10 @@ def attend(
         q (mx.array): Queries [B, Hq, L, Dk]; Hq is a multiple of Hkv.
         packed (Packed): The layer's keys and values. With a tail of at least
             ``format.recent_at(length) + L - 1`` tokens, a query that is the last of n tokens of
-            its sequence reads the ``format.recent_at(n)`` tokens up to its own, and any after
-            it, from there and not from their rows; likewise the first tokens that are kept
-            exactly. Where rows are a ring and there is either, L is 1, unless its
-            ``idx`` is ``length``.
+            its sequence reads the ``format.recent_at(n)`` tokens up to its own (or
+            ``packed.recent``), and any after it, from there and not from their rows; likewise the
+            first tokens that are kept exactly. Where rows are a ring and there is either, L is 1,
+            unless its ``idx`` is ``length``.
         scale (float): Softmax scale, usually Dk ** -0.5; finite.
         mask (Mask): What a query may see.
         sinks (mx.array, optional): [Hq] logits, in any float dtype, that take probability and add
@@ -188,7 +188,7 @@ def attend(
     found = memo.launches.get(key)
     run = None
     if found is not None and type(length) is int:
-        run = found.get((length, ring, None if first is None else first.numbers))
+        run = found.get((length, ring, None if first is None else first.numbers, packed.recent))
     if run is None:
         run = _attend(key, q, packed, scale, mask, sinks)
     return run(q, packed, mask, sinks)
@@ -244,8 +244,8 @@ def _attend(key: tuple, q, packed: Packed, scale: float, mask: Mask, sinks) -> C
 
 
 class _Lengths(dict):
-    """(length, ring, numbers of first tokens) -> what runs attention, for one shape of the other
-    arguments."""
+    """(length, ring, numbers of first tokens, fixed tail) -> what runs attention, for one shape of
+    the other arguments."""
 
     def __init__(self, q, packed: Packed, scale: float, mask: Mask, sinks):
         self.shape = None
@@ -266,7 +266,7 @@ class _Lengths(dict):
         if len(self) >= 256:  # lengths far behind
             self.clear()
         first = None if packed.first is None else packed.first.numbers
-        self[packed.length, packed.ring, first] = run
+        self[packed.length, packed.ring, first, packed.recent] = run
         return run
 
 

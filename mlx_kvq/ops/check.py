@@ -242,7 +242,7 @@ def check_attend(q, packed, scale, mask, sinks) -> None:
     if mask.starts is not None:
         _check_each("Starts", mask.starts, B, "sequences", mx.integer)
     if packed.tail is not None:
-        check_tail(packed.tail, rows.shape[:2], fmt.recent_at(packed.length) + L - 1, fmt)
+        check_tail(packed.tail, rows.shape[:2], packed.most_recent + L - 1, fmt)
     check_length(packed, L)
 
 

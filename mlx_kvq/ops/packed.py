@@ -73,6 +73,8 @@ class Packed:
         ring (tuple, optional): ``(keep, idx)`` where rows are not in the order of their tokens,
             which is [:keep], [idx:length], [keep:idx].
         first (First, optional): The first tokens as they are.
+        recent (int, optional): Newest tokens that every query reads from the tail. By default as
+            many as its own context calls for, ``format.recent_at``.
     """
 
     rows: mx.array
@@ -81,6 +83,12 @@ class Packed:
     tail: mx.array | None = None
     ring: tuple[int, int] | None = None
     first: First | None = None
+    recent: int | None = None
+
+    @property
+    def most_recent(self) -> int:
+        """Of the last query."""
+        return self.format.recent_at(self.length) if self.recent is None else self.recent
 
 
 @dataclass(frozen=True, eq=False)

@@ -275,18 +275,20 @@ class _Exact:
         fmt, length, tail = packed.format, packed.length, packed.tail
         assert tail is not None
         keep = packed.ring[0] if packed.ring else 0
-        recent = fmt.recent_at(length)
+        recent = packed.most_recent
         self.n = min(recent + L - 1, length - keep)
         self.length, self.dim = length, fmt.layout.k_dim
         self.tail = tail[:, :, tail.shape[2] - self.n :].astype(mx.float32)
         self.packed, self.own = length, None
-        alike = starts is None or recent == fmt.recent  # in all sequences
+        fixed = packed.recent is not None
+        alike = fixed or starts is None or recent == fmt.recent  # in all sequences
         if L == 1 and alike:  # what is left out would add zeros: the sums are the same to the bit
             self.packed = length - self.n
             return
         query = mx.arange(length - L, length)[:, None]
         tokens = query + 1 if starts is None else query + 1 - starts.reshape(-1, 1, 1, 1)
-        self.own = mx.arange(length - self.n, length) > query - recent_at(fmt.recent, tokens)
+        reads = recent if fixed else recent_at(fmt.recent, tokens)
+        self.own = mx.arange(length - self.n, length) > query - reads
 
     def scores(self, q: mx.array, of_rows: mx.array) -> mx.array:
         """Of all keys, [B, Hq, L, length]."""

@@ -167,8 +167,6 @@ def test_tables_and_picture(made, monkeypatch, capsys, tmp_path):
     pictures.draw_real_models(slim, tmp_path / "x.svg")
     drawn = (tmp_path / "x.svg").read_text()
     assert drawn.startswith("<?xml") and "kivi:block=32 (fake-quantized)" in drawn
-    monkeypatch.setitem(pictures.PICTURES, "real_models.png", (None, "nowhere.json"))
-    assert "real_models.png" not in pictures.pictures()
 
 
 def test_a_long_text_and_where_it_parts(loaded, monkeypatch, capsys, tmp_path):

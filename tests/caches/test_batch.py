@@ -118,7 +118,7 @@ def test_batches_that_were_trimmed_to_nothing_join():
         assert views[0].tail.shape == (2, 2, 3, 128)
 
 
-@pytest.mark.parametrize("spec", ["int4-srft:recent=3", "int4-srft"])
+@pytest.mark.parametrize("spec", ["int4-srft:recent=3", "int4-srft:recent=16"])
 @pytest.mark.parametrize("max_size, keep", [(8, 4), (8, 7), (20, 4), (12, 1)])
 def test_rings_that_keep_their_first_tokens_join_a_batch(spec, max_size, keep):
     """A batch does not know of the gap after them: of their exact tokens only those after it go

@@ -376,7 +376,7 @@ def test_sizes_in_bytes():
     assert tailed.nbytes == ours.nbytes + 1024 * HEADS * (200 + 4)
     for _ in range(50):
         tailed.update_and_fetch(x[:, :, :1], x[:, :, :1])
-        assert tailed.nbytes == ours.nbytes + 1024 * HEADS * (16 + 4)
+        assert tailed.nbytes == ours.nbytes + 1024 * HEADS * (64 + 4)
 
 
 @pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])
@@ -493,7 +493,7 @@ def test_quantized_already(known):
     """mlx-lm tells a quantized cache by ``bits``."""
     for pair in kinds(known("calibrated"), [(8, 0)]):
         pair.update([[0, 1, 2]])
-        assert (pair.ours.bits, pair.ours.group_size) == (8, 32)
+        assert (pair.ours.bits, pair.ours.group_size) == (8, 64)
 
 
 def test_views_stand_for_arrays(known):

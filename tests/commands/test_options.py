@@ -23,7 +23,7 @@ k4v3-srft k4v3-srht k4v3-none"""
     [
         ("int4", "int4-srft"),
         ("int8", "int8-srft"),
-        ("k8v4:recent=64", "k8v4-srft:recent=64"),
+        ("k8v4:recent=32", "k8v4-srft:recent=32"),
         ("INT4-SRFT", "int4-srft"),
         ("Int4:Scale=Paper", "int4-srft:scale=paper"),
         (" FP16 ", "fp16"),

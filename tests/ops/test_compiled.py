@@ -51,7 +51,7 @@ def test_combine_is_compiled_once_with_a_tail_and_without():
     fmt = make_format(Spec.parse("int4-srft"), 64)
     k, q = mx.random.normal((1, 2, 300, 64)), mx.random.normal((1, 4, 1, 64))
     with compiled.compiling() as found:
-        rows, tail = ops.quantize_pack(k, k, fmt, None, 16)
+        rows, tail = ops.quantize_pack(k, k, fmt, None, fmt.recent_at(300))
         for end in (tail, None):
             mx.eval(ops.attend(q, ops.Packed(rows, 300, fmt, end), 0.1))
     assert {label: len(sources) for label, sources in found.items()} == {

@@ -292,7 +292,7 @@ def test_what_cuda_holds_in_registers(emulator, launches, spec, Dk, Dv, what):
     fmt = format_of(spec, Dk, Dv, what)
     lay = fmt.layout
     k, v = normal(1, 2, 60, Dk, seed=1), normal(1, 2, 60, Dv, seed=2)
-    q, tail = transposed(1, 4, 2, Dk), normal(1, 2, 20, Dk + Dv, seed=3)
+    q, tail = transposed(1, 4, 2, Dk), normal(1, 2, fmt.recent + 1, Dk + Dv, seed=3)
     tables = "hold_tables", "hold_queries", "prefetch"
 
     def results(hold):

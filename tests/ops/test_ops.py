@@ -204,7 +204,7 @@ def test_centring_the_keys_helps_where_they_share_a_bias():
     assert errors[1] < 0.2 < 3 * errors[1] < errors[0]
 
 
-FMT = make_format(Spec.parse("int4-srft"), 64, 128)
+FMT = make_format(Spec.parse("int4-srft:group_size=32,recent=16"), 64, 128)
 ROWS = mx.zeros((2, 2, 16, FMT.layout.words), mx.uint32)
 
 
@@ -453,7 +453,7 @@ def test_nothing_at_all(B, H, L, spec):
     assert [(x.shape, x.dtype) for x in chunk] == [
         ((B, H, 4 + L, D), mx.float16) for D in (64, 128)
     ]
-    for tail in (None, mx.zeros((B, H, 20, 192))):
+    for tail in (None, mx.zeros((B, H, fmt.recent + 3, 192))):
         out = calls.attend(
             ops, mx.zeros((B, 2 * H, L, 64), mx.float16), rows, 4, fmt, 0.1, tail=tail
         )

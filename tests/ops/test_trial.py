@@ -16,7 +16,7 @@ from mlx_kvq.ops.gpu import jit
 from tests.emulator import emulated
 from tests.support import calls
 
-SPEC = Spec.parse("int4-srft")
+SPEC = Spec.parse("int4-srft:recent=16")
 
 
 def layers(n):
@@ -146,7 +146,7 @@ def test_another_machine_or_version_tries_anew(part, folder, tried, monkeypatch)
 def test_another_text_constant_or_dtype_tries_anew(folder, tried, monkeypatch):
     process()
     tried.clear()
-    process(make_format(Spec.parse("int8-srft"), 64))
+    process(make_format(Spec.parse("int8-srft:recent=16"), 64))
     assert sorted(tried) == sorted(WRONG)
     tried.clear()
     source = jit.kernel_source

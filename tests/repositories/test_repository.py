@@ -455,7 +455,7 @@ BAD = {
     "version as text": (fields(version="1"), "it has format version '1'"),
     "version true": (fields(version=True), "it has format version True"),
     "no version": (fields(version=...), "it has format version None"),
-    "unknown spec": (fields(spec="int3-srft"), "unknown cache 'int3-srft'"),
+    "unknown spec": (fields(spec="int2-srft"), "unknown cache 'int2-srft'"),
     "unknown option": (fields(spec="int4-srft:group=8"), "unknown option 'group'"),
     "spec is a number": (fields(spec=4), "'spec' is 4, not a text"),
     "spec is fp16": (fields(spec="fp16"), "its spec is 'fp16'"),

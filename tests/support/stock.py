@@ -290,8 +290,7 @@ class Pair:
         fmt, L = self.tokens.format, len(ids[0])
         if not fmt.recent:
             return None
-        limit = getattr(self.stock, "max_size", 1 << 30)
-        recent = fmt.recent_at(min(self.stock.size(), limit - 1) + L)
+        recent = fmt.recent_at(getattr(self.stock, "max_size", None) or self.stock.size() + L)
         if self.tails and len(self.tails[0]) < recent:
             self._lengthen_tails(self.tails, recent)
         before = self.tails or [[(-1, False)] * recent] * len(ids)
@@ -358,8 +357,8 @@ class Pair:
         keep = self.stock.keep if ring and self.stock.offset > T else 0
         queries, fmt = np.arange(L), self.tokens.format
         for b, tail in enumerate(tails):
-            tokens = np.minimum(at[b] + queries, T - L + queries) + 1
-            recent = np.array([fmt.recent_at(int(n)) for n in tokens])
+            limit = getattr(self.stock, "max_size", None)
+            recent = np.array([fmt.recent_at(limit or int(n)) for n in at[b] + queries + 1])
             begins = (at[b] + queries) // attention.BLOCK * attention.BLOCK
             known = True
             for age, (token, whole) in enumerate(reversed(tail[-(T - keep) :])):

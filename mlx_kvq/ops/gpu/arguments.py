@@ -7,10 +7,11 @@ import mlx.core as mx
 
 from .. import memo
 
-# The softmax scale is passed as the bits of a float; NEXT is the row after the newest token's. Of
+# The softmax scale is passed as the bits of a float; a context of GROWS tokens has an exact tail
+# of more than RECENT tokens; NEXT is the row after the newest token's. Of
 # FIRSTS first tokens the first one is at place FIRST_AT, unless each sequence has a place.
 _ATTEND = (
-    "LENGTH", "HEADS", "QUERIES", "SCALE", "CAUSAL", "WINDOW", "RECENT", "KEEP", "NEXT",
+    "LENGTH", "HEADS", "QUERIES", "SCALE", "CAUSAL", "WINDOW", "RECENT", "GROWS", "KEEP", "NEXT",
     "FIRSTS", "FIRST_AT",
 )  # fmt: skip
 _UNPACK = ("LENGTH", "FIRSTS", "FIRST_AT")

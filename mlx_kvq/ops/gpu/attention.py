@@ -16,6 +16,7 @@ from .machine import machine
 from .plan import plan
 from .tuning import TUNING, Tuning, attend_shape, splits
 
+NEVER = 1 << 30  # tokens of a context whose exact tail grows; the kernel doubles it
 ARRIVALS = 8192  # query blocks of one launch that attend_join can count
 
 
@@ -122,8 +123,12 @@ class Attend:
         given = {"length": length, **self.given}
         if self.tail or self.first:
             keep, idx = packed.ring or (0, length)
-            recent = self.kind.recent if self.tail else 0
-            given |= {"recent": recent, "keep": keep, "next": idx}
+            recent, grows = self.kind.recent, packed.format.grows[0]
+            if packed.recent is not None:
+                recent, grows = packed.recent, NEVER
+            if not self.tail:
+                recent = 0
+            given |= {"recent": recent, "grows": grows, "keep": keep, "next": idx}
         if packed.first is not None:
             given["firsts"], given["first_at"] = packed.first.numbers
         return integers("attend_store", **given)

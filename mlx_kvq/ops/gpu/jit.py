@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...format.format import GROWTH
 from .. import memo
 from . import arguments
 from .helpers import needed
@@ -199,7 +198,6 @@ def _choices(machine: str, name: str) -> str:
         "HOLD_QUERIES": tuning.hold_queries,
         "PREFETCH": tuning.prefetch,
         "AHEAD": tuning.combine_ahead,
-        "GROWTH": GROWTH,
     }
     text = ", ".join(f"{key} = {int(value)}" for key, value in choices.items())
     return f"enum : int {{ {text} }};\n" + arguments.enumeration(name)
