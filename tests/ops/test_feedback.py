@@ -15,7 +15,7 @@ from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
-from mlx_kvq.ops import plain
+from mlx_kvq.ops import plain, trial
 from mlx_kvq.ops.gpu import jit
 from tests.ops.test_fused import emulator, launches, normal, transposed
 
@@ -169,6 +169,7 @@ def test_wrong_feedback_is_found_at_first_use(emulator, monkeypatch, capsys):
 
     monkeypatch.setattr(jit, "kernel_source", planted)
     monkeypatch.setattr(jit, "_source", jit._source.__wrapped__)
+    monkeypatch.setattr(trial, "_said", set())
     fmt = weighted("int4-srft", 64)
     k, v = transposed(1, 2, 5, 64), transposed(1, 2, 5, 64, seed=1)
     rows, _ = ops.quantize_pack(k, v, fmt)
