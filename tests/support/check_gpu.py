@@ -208,7 +208,8 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
     fmt = make_format(Spec.parse(spec), D, **both)
     k, v = (array(2, 77, 2, D).swapaxes(1, 2) for _ in "kv")  # as models hand them over
     rows = calls.quantize_pack(fused, k, v, fmt)
-    _, tail = fused.quantize_pack(k, v, fmt, None, 20)
+    T = 300  # that are attended over, by up to 5 queries
+    _, tail = fused.quantize_pack(k, v, fmt, None, fmt.recent_at(T) + 4)
     one = k[:, :, :1], v[:, :, :1], fmt
     mx.eval(calls.quantize_pack(fused, *one), fused.quantize_pack(*one, tail, 16))
     mx.eval(fused.quantize_pack(*one, tail[:, :, 1:], 16, mx.contiguous(rows[:, :, :16])))
@@ -223,7 +224,6 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
             mx.eval(calls.restore(fused, rows, 75, fmt, dtype, end, chunk))
     q = array(2, 5, 12, D).swapaxes(1, 2)
     starts, sinks = mx.array([3, 40], mx.int32), array(12, dtype=np.float32)
-    T = 300
     for L, parts, arrivals in itertools.product((1, 5), (1, 3), (attention.ARRIVALS, 0)):
         attention.ARRIVALS = arrivals  # 0: the second launch that Metal takes
         x = q[:, :, :L]
