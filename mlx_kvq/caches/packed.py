@@ -264,7 +264,7 @@ class PackedCache(_BaseCache, ABC):
         """Tokens of the tail if a chunk of a prompt ends L rows from here: those that decoding
         reads, or the unfinished block."""
         ends = [max(0, end) % attention.BLOCK for end in self._positions(L)]
-        recent = self.format.recent_at(self._limit() or self._held(L))
+        recent = self.reads(self._held(L))
         return max(recent, min(max(ends, default=0), self._reach()))
 
     def _updated(self, L: int, view: dict, *more: mx.array) -> tuple:
@@ -319,7 +319,7 @@ class PackedCache(_BaseCache, ABC):
         if last is None or idx == length:
             return ops.restore(ops.Packed(rows, length, fmt, last, None, begin), self.dtype)
         # The newest tokens are before row idx, and before them those at the end.
-        n = min(fmt.recent_at(self._limit() or length), length - keep)
+        n = min(self.reads(length), length - keep)
         here = min(n, idx - keep)
         k, v = ops.restore(ops.Packed(rows, length, fmt, None, None, begin), self.dtype)
         exact = ops.restore(ops.Packed(rows, n, fmt, last[:, :, -n:]), self.dtype)
