@@ -32,22 +32,6 @@ RECALL = EXAMPLES / "text" / "recall.jsonl"
 PLAIN = "int4-srft:calibrate=off,recent=0,first=0"
 
 
-def in_float32(path):
-    model, tokenizer = load(str(path))
-    model.set_dtype(mx.float32)
-    return model, tokenizer
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    return in_float32(QWEN)
-
-
-@pytest.fixture(scope="module")
-def gemma():
-    return in_float32(GEMMA)
-
-
 def log_softmax(x):
     x = x.astype(np.float64)
     x = x - x.max(axis=-1, keepdims=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import load
 from mlx_lm.models import base
 
 from mlx_kvq import cli
@@ -20,22 +19,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QWEN = EXAMPLES / "models" / "tiny-qwen2-8bit"
 GEMMA = EXAMPLES / "models" / "tiny-gemma3-8bit"
 NOVEL = EXAMPLES / "text" / "novel.txt"
-
-
-def in_float32(path):
-    model, tokenizer = load(str(path))
-    model.set_dtype(mx.float32)
-    return model, tokenizer
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    return in_float32(QWEN)
-
-
-@pytest.fixture(scope="module")
-def gemma():
-    return in_float32(GEMMA)
 
 
 def random(*shape, seed=0):

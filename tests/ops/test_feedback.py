@@ -17,7 +17,7 @@ from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain, trial
 from mlx_kvq.ops.gpu import jit
-from tests.ops.test_fused import emulator, launches, normal, transposed
+from tests.ops.test_fused import emulator, launches, normal, strange, transposed
 
 __all__ = ["emulator", "launches"]
 
@@ -106,14 +106,7 @@ def test_strange_vectors(emulator, spec):
     """Zeros, an outlier, keys below fp16's scales, beyond its largest; NaN and infinities, which
     stay in their groups where nothing is rotated."""
     fmt = weighted(spec, 64, heads=1, centred=False)
-    k = np.array(normal(1, 1, 9, 64, seed=5))
-    k[0, 0, 1] = 0
-    k[0, 0, 2, 7] = 2e4
-    k[0, 0, 3] *= 1e-7
-    k[0, 0, 4] *= 1e-20
-    k[0, 0, 5] *= 1e8
-    k[0, 0, 6, 3] = np.nan
-    k[0, 0, 7, 60] = -np.inf
+    k = strange(9)
     k[0, 0, 8, 40] = np.nan
     k, v = mx.array(k), normal(1, 1, 9, 64, seed=6)
     got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))

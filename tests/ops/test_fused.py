@@ -231,6 +231,19 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
         assert mx.array_equal(a, b)
 
 
+def strange(n) -> np.ndarray:
+    """[1, 1, n, 64]: zeros, an outlier, below fp16's scales, beyond its largest, NaN, inf."""
+    k = np.array(normal(1, 1, n, 64, seed=5))
+    k[0, 0, 1] = 0
+    k[0, 0, 2, 7] = 2e4
+    k[0, 0, 3] *= 1e-7
+    k[0, 0, 4] *= 1e-20
+    k[0, 0, 5] *= 1e8
+    k[0, 0, 6, 3] = np.nan
+    k[0, 0, 7, 60] = -np.inf
+    return k
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -241,14 +254,7 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
 def test_quantize_strange_vectors(emulator, spec):
     """Zeros, an outlier, values below fp16's scales, beyond its largest, NaN, inf."""
     fmt = format_of(spec, 64)
-    k = np.array(normal(1, 1, 8, 64, seed=5))
-    k[0, 0, 1] = 0
-    k[0, 0, 2, 7] = 2e4
-    k[0, 0, 3] *= 1e-7
-    k[0, 0, 4] *= 1e-20
-    k[0, 0, 5] *= 1e8
-    k[0, 0, 6, 3] = np.nan
-    k[0, 0, 7, 60] = -np.inf
+    k = strange(8)
     k, v = mx.array(k), mx.array(k[..., ::-1].copy())
     got, want = calls.quantize_pack(fused, k, v, fmt), calls.quantize_pack(plain, k, v, fmt)
     # Which NaN a damaged group's scale is depends on the platform.
