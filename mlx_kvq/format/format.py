@@ -289,7 +289,7 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
         )
     spec = Spec.parse(
         f"{name}:scale={scale},seed={seed},recent={recent or 0},first={first or 0},"
-        f"rounding={rounding or 'nearest'}"
+        f"rounding={rounding or 'auto'}"
     )
     assert spec is not None  # fp16 takes no options
     damaged = ValueError(
@@ -301,10 +301,10 @@ def parse_signature(signature: str, arrays: Sequence[mx.array | None] | None = N
         keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
     except (TypeError, ValueError) as error:
         raise damaged from error
-    # With `nearest`: the saved σ is the one that `feedback` has changed, once.
-    nearest = replace(spec, rounding="nearest")
+    # The saved σ is the one that `feedback` has changed: not once more.
+    made = spec if rounding is None else replace(spec, rounding="nearest")
     groups = {"k_group": k_group, "v_group": v_group}
-    fmt = make_format(nearest, k_dim, v_dim, **groups, keys=keys, values=values)
+    fmt = make_format(made, k_dim, v_dim, **groups, keys=keys, values=values)
     if rounding is not None:
         fmt = replace(fmt, spec=spec)
     if fmt.signature != signature:

@@ -15,7 +15,7 @@ ROTATIONS = ("srft", "srht", "none")
 DENSE = ("householder", "quaternion")
 SCALES = ("search", "absmax", "paper")
 CALIBRATE = ("auto", "off")
-ROUNDINGS = ("nearest", "feedback")
+ROUNDINGS = ("auto", "nearest", "feedback")
 OPTIONS = (
     "group_size", "seed", "scale", "calibrate", "skip", "high", "budget", "rounding", "recent",
     "first",
@@ -47,7 +47,9 @@ class Spec:
             largest error get more than the others (``mlx_kvq.model.bits``).
         rounding (str): Of keys when written: to the ``"nearest"`` level, or with ``"feedback"``
             making up for the errors of other channels (``format.feedback``), by the same kernel;
-            needs a calibration with the metric, and is for keys of 3 and 4 bits.
+            needs a calibration with the metric, and is for keys of 3 and 4 bits. ``"auto"``:
+            with feedback if there is that, and a GPU whose kernels do it: plain operations take
+            three to seven times as long for it.
         recent (int): Newest tokens of a query, its own included, that are also kept unrounded and
             read from there, 0 to 1024; twice as many from a context of ``128 * recent`` tokens on,
             and four times as many from ``256 * recent`` on.
@@ -68,7 +70,7 @@ class Spec:
     skip: tuple[int | str, ...] = ()
     high: tuple[int | str, ...] = ()
     budget: float | None = None
-    rounding: str = "nearest"
+    rounding: str = "auto"
     recent: int = 64
     first: int = 4
 

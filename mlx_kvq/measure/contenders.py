@@ -8,7 +8,7 @@ filling one buffer, and where there is no array mask.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,8 +20,9 @@ from .. import ops
 from ..caches import seams
 from ..caches.packed import PENDING
 from ..caches.single import PackedKVCache
-from ..format.format import make_format
+from ..format.format import Format, make_format
 from ..format.spec import Spec
+from ..format.transform import Calibration
 from .baselines import KV_BITS, KV_GROUP, PLAIN, Contender, affine, padded
 
 CHUNK = 2048  # tokens of a prompt that mlx-lm reads at once
@@ -118,7 +119,7 @@ def _affine(name: str, dtype: mx.Dtype) -> LayerContender:
 
 def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerContender:
     seams.install()
-    fmt = make_format(spec, heads.dim)
+    fmt = _format(spec, heads)
     recent = fmt.recent
 
     @functools.cache
@@ -145,6 +146,20 @@ def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerConten
     return LayerContender(
         name, lambda: [PackedKVCache(fmt)], dtype=dtype, store=store, dequantize=dequantize
     )
+
+
+def _format(spec: Spec, heads: Heads) -> Format:
+    """Like that of a model's layer: calibrated unless the spec says no, by numbers made up."""
+    if spec.calibrate == "off":
+        return make_format(spec, heads.dim)
+    one = mx.ones((heads.kv, heads.dim))
+    values = Calibration(mu=0 * one)
+    keys = Calibration(mu=0 * one, sigma=one, metric=one[..., None] * mx.eye(heads.dim))
+    fmt = make_format(spec, heads.dim, keys=keys, values=values)
+    if spec.rounding == "auto" and ops.has_kernels(fmt):
+        spec = replace(spec, rounding="feedback")
+        fmt = make_format(spec, heads.dim, keys=keys, values=values)
+    return fmt
 
 
 def token_bytes(c: LayerContender, heads: Heads) -> int:

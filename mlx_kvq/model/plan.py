@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from .. import arguments, stock
+from .. import arguments, ops, stock
 from ..caches import seams
 from ..caches.packed import PackedCache
 from ..caches.rotating import PackedRotatingKVCache
@@ -98,6 +98,7 @@ def make_plan(
     plan.leave_failing()
     plan.choose_bits(policy)
     plan.calibrate(given, tokenizer, say)
+    plan.choose_rounding()
     plan.check_calibration()
     plan.packing.formats = plan.formats_of(plan.bits)
     if spec.budget is not None and policy is None:
@@ -198,13 +199,18 @@ class _Plan:
         elif self.spec.calibrate == "auto" and self._to_calibrate():
             self.calibration = automatic.automatic(self.model, tokenizer, say)
         self.report.calibration = self.calibration
+
+    def choose_rounding(self) -> None:
+        """``rounding=auto`` becomes ``feedback`` where that costs next to nothing."""
         layers = () if self.calibration is None else self.calibration.layers.values()
-        if self.spec.rounding == "feedback" and not (
-            layers and all(layer.keys.metric is not None for layer in layers)
-        ):
+        possible = bool(layers) and all(layer.keys.metric is not None for layer in layers)
+        if self.spec.rounding == "feedback" and not possible:
             raise ValueError(
                 f"{self.spec}: rounding=feedback needs a calibration that holds 'metric'."
             )
+        fused = all(map(ops.has_kernels, self.packing.formats.values()))
+        if self.spec.rounding == "auto" and possible and fused:
+            self.spec = replace(self.spec, rounding="feedback")
 
     def _to_calibrate(self) -> Shapes:
         """Shapes of the packed caches read by the shared attention function, where calibrating

@@ -35,6 +35,7 @@ __all__ = [
     "backend",
     "dequantize",
     "forget",
+    "has_kernels",
     "in_token_order",
     "is_reference",
     "kernels_path",
@@ -52,6 +53,12 @@ BACKENDS: dict[str, ModuleType] = {"gpu": gpu, "plain": plain}  # to compare the
 def language() -> str | None:
     """``"metal"`` or ``"cuda"`` if the default device is such a GPU, else ``None``."""
     return machine.language()
+
+
+def has_kernels(fmt: Format) -> bool:
+    """Whether the default device is a GPU whose kernels cover the format, whatever
+    ``MLX_KVQ_BACKEND`` says."""
+    return language() is not None and gpu.why_not(fmt) is None
 
 
 def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:

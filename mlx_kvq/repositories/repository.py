@@ -276,7 +276,7 @@ def write(
         part = Path(name)
         sha256 = None
         if calibration is not None:
-            if spec.rounding != "feedback":
+            if spec.rounding == "nearest":
                 calibration = _without_metric(calibration)
             calibration.save(part / FILE)
             sha256 = _file_sha256(part / FILE)
@@ -299,7 +299,7 @@ def _write_json(path: Path, config: dict, folder: Path) -> None:
 
 
 def _without_metric(calibration: CalibrationSet) -> CalibrationSet:
-    """For all but ``feedback``: the metric [Hkv, D, D] is D times as large as the rest."""
+    """For ``rounding=nearest``: the metric [Hkv, D, D] is D times as large as the rest."""
     layers = {
         path: LayerCalibration(replace(c.keys, **{METRIC: None}), c.values)
         for path, c in calibration.layers.items()

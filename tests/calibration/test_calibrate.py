@@ -627,6 +627,28 @@ def test_feedback_keeps_zeros_and_damage_where_they_are():
     assert not mx.isnan(scales[0, 1]).any()
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(
+    "spec, metric, changed",
+    [("int4-srft", True, True), ("int3-srft", True, True), ("int4-srft", False, False)]
+    + [(f"{spec}-srft", True, False) for spec in ("int8", "k8v4")]
+    + [("int4-srft:rounding=nearest", True, False)],
+)
+def test_automatic_rounding_takes_feedback_where_kernels_do_it(
+    spec, metric, changed, kernels, monkeypatch
+):
+    model = Model(Attention())
+    given = calibrate_tokens(model, [some_tokens(100)], progress=False)
+    if not metric:
+        both = given.layers[(0,)]
+        bare = LayerCalibration(replace(both.keys, metric=None), both.values)
+        given = CalibrationSet({(0,): bare}, given.metadata)
+    monkeypatch.setattr(mlx_kvq.ops, "has_kernels", lambda fmt: kernels)
+    (cache,) = mlx_kvq.make_prompt_cache(model, spec, calibration=given)
+    assert cache.format.kind.feedback == (changed and kernels)
+    assert ("rounding" in cache.format.signature) == (changed and kernels)
+
+
 def test_feedback_needs_the_metric():
     model = Model(Attention())
     bare = CalibrationSet({(0,): LayerCalibration(Calibration(mx.zeros((Hkv, D))))})
