@@ -9,6 +9,7 @@ kernel's name in its own folder (``MLX_PTX_CACHE_DIR``), to which it writes none
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Record:
 
     def __str__(self) -> str:
         if not asked():
-            return "all compiled by MLX (MLX_KVQ_COMPILED=0)"
+            return "all compiled by MLX"
         said = f"{self.read} read from disk, {self.compiled} compiled in {self.seconds:.1f} s"
         return f"{said}; some by MLX: {self.failure}" if self.failure else said
 
@@ -52,7 +53,8 @@ record = Record()
 
 
 def asked() -> bool:
-    """Whether ``MLX_KVQ_COMPILED`` leaves this on.
+    """Whether ``MLX_KVQ_COMPILED`` leaves this on, and the system is Linux: names in MLX's folder
+    have a hash that is the C++ library's.
 
     Raises:
         ValueError: If it is neither 0 nor 1.
@@ -60,7 +62,7 @@ def asked() -> bool:
     given = os.environ.get("MLX_KVQ_COMPILED", "")
     if given not in ("", "0", "1"):
         raise ValueError(f"MLX_KVQ_COMPILED is 0, 1 or unset, got {given!r}.")
-    return given != "0"
+    return given != "0" and sys.platform == "linux"
 
 
 # ---- what is kept -----------------------------------------------------------------------------
