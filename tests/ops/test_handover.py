@@ -352,6 +352,36 @@ def test_where_mlx_looks(monkeypatch):
     assert cubins.mlx_folder() == Path("/own")
 
 
+PLACES = ["nvidia/cu13", "nvidia/cuda_runtime", "home", "toolkit"]
+
+
+@pytest.mark.parametrize(
+    "major, there, expected",
+    [
+        (13, PLACES, "nvidia/cu13"),
+        (12, PLACES, "nvidia/cuda_runtime"),
+        (13, PLACES[1:], "home"),
+        (12, PLACES[3:], "toolkit"),
+        (13, [], None),
+    ],
+)
+def test_headers_are_those_that_mlx_takes(major, there, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr("mlx.core.__file__", str(tmp_path / "mlx/core.so"))
+    monkeypatch.setattr(nvrtc, "library", lambda: tmp_path / "toolkit/lib/libnvrtc.so")
+    monkeypatch.setattr(nvrtc, "version", lambda: (major, 0))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    for place in there:
+        (tmp_path / place / "include").mkdir(parents=True)
+        (tmp_path / place / "include/cuda_fp16.h").write_text("")
+    if expected is None:
+        with pytest.raises(FileNotFoundError, match="set CUDA_HOME"):
+            nvrtc.includes.__wrapped__()
+    else:
+        own = tmp_path / "mlx/include"
+        found = nvrtc.includes.__wrapped__()
+        assert found == (own, own / "cccl", tmp_path / expected / "include")
+
+
 # ---- NVRTC ------------------------------------------------------------------------------------
 def installed() -> Path | None:
     """NVIDIA's folder of a Python package, with the compiler and CUDA's headers."""

@@ -35,13 +35,19 @@ def _nvrtc() -> ctypes.CDLL:
 @lru_cache(maxsize=1)
 def machine() -> tuple[str, ...]:
     """What a compiled kernel depends on apart from its text: GPU, compiler, driver, headers."""
-    major, minor, driver = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    driver = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    versions = "NVRTC {}.{}".format(*version()), f"driver {driver.value}"
+    return architecture(), *versions, *map(str, includes())
+
+
+def version() -> tuple[int, int]:
+    """Of the compiler. Raises RuntimeError if it is older than 12."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     if major.value < 12:
         raise RuntimeError(f"NVRTC {major.value}.{minor.value} is older than 12")
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
-    versions = f"NVRTC {major.value}.{minor.value}", f"driver {driver.value}"
-    return architecture(), *versions, *map(str, includes())
+    return major.value, minor.value
 
 
 @lru_cache(maxsize=1)
@@ -70,9 +76,8 @@ def includes() -> tuple[Path, ...]:
 
 def _cuda(packages: Path) -> Iterator[Path]:
     """Where CUDA's headers may be, in MLX's order, and last beside the compiler."""
-    for name in ("cu13", "cuda_runtime"):
-        if (beside := packages / "nvidia" / name / "include").is_dir():
-            yield beside
+    name = "cuda_runtime" if version()[0] == 12 else f"cu{version()[0]}"
+    yield packages / "nvidia" / name / "include"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     yield Path(home) / "include"
     yield library().parent.parent / "include"
