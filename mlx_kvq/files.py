@@ -10,7 +10,7 @@ import os
 import reprlib
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 TEXT = 200  # characters of a note, at most
 LARGEST_FOLDER = 1 << 29  # bytes of what is kept; what was not used for longest is deleted
-KEPT = ("*.safetensors", "trials-*.json")  # automatic calibrations; kernels that passed
+# Automatic calibrations; kernels that passed their trial; compiled kernels.
+KEPT = ("*.safetensors", "trials-*.json", "kernel-*.cubin")
 NESTING = 64  # levels of JSON; config.json of real models has fewer than ten
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device",
@@ -41,27 +42,28 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def kept_folder() -> Path:
-    """Where automatic calibrations and passed trials are kept: ``MLX_KVQ_CACHE``, else
-    ``$XDG_CACHE_HOME/mlx_kvq``, else ``~/.cache/mlx_kvq``. Raises RuntimeError if there is no home
-    folder."""
+    """Where automatic calibrations, passed trials and compiled kernels are kept:
+    ``MLX_KVQ_CACHE``, else ``$XDG_CACHE_HOME/mlx_kvq``, else ``~/.cache/mlx_kvq``. Raises
+    RuntimeError if there is no home folder."""
     if own := os.environ.get("MLX_KVQ_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "mlx_kvq"
 
 
-def kept_files(folder: Path) -> list[Path]:
+def kept_files(folder: Path, patterns: Sequence[str] = KEPT) -> list[Path]:
     """The files of the folder that were kept there automatically."""
-    return sorted(path for pattern in KEPT for path in folder.glob(pattern))
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def prune(folder: Path, most: int) -> list[Path]:
-    """Delete kept files, those unused for longest first, until the others take ``most`` bytes.
+def prune(folder: Path, most: int, patterns: Sequence[str] = KEPT) -> list[Path]:
+    """Delete kept files of these names, those unused for longest first, until the others take
+    ``most`` bytes.
 
     Raises:
         OSError: If one cannot be deleted.
     """
-    files = sorted(kept_files(folder), key=lambda p: p.stat().st_mtime, reverse=True)
+    files = sorted(kept_files(folder, patterns), key=lambda p: p.stat().st_mtime, reverse=True)
     deleted, total = [], 0
     for path in files:
         total += path.stat().st_size

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .. import ops
 from ..files import failure
 from ..measure.machine import machine
-from ..ops import passed
+from ..ops import cubins, passed
 from . import doctor_checks as checks
 from . import doctor_figures as figures
 from . import doctor_report
@@ -185,6 +185,8 @@ def compile_lines() -> Iterator[str]:
     for k in kernels:
         yield f"  {1e3 * k.seconds:8.1f}  {k.kernel}"
     yield f"  {1e3 * sum(k.seconds for k in kernels):8.1f}  {len(kernels)} kernels"
+    if ops.language() == "cuda":
+        yield f"kernels of this process: {cubins.record}"
 
 
 def replay_lines() -> Iterator[str]:

@@ -4,8 +4,13 @@ import pytest
 
 from mlx_kvq import cli
 from mlx_kvq.calibration import automatic
-from mlx_kvq.ops import passed
+from mlx_kvq.ops import cubins, passed
 from tests.calibration.test_calibrate import Attention, Model, Words
+
+
+@pytest.fixture(autouse=True)
+def _mlx_folder(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path_factory.mktemp("ptx")))
 
 
 def run(*options):
@@ -42,6 +47,26 @@ def test_passed_trials_are_listed_and_deleted_too(tmp_path, monkeypatch, capsys)
     assert damaged.endswith("trials-0.json  is damaged: kernels are tried again")
     run("--clear")
     assert capsys.readouterr().out == f"2 deleted from {tmp_path}\n"
+
+
+def test_compiled_kernels_are_listed_and_deleted_with_what_mlx_has_of_them(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MLX_KVQ_CACHE", str(tmp_path))
+    cubin, handed = cubins.Cubin("symbol", b"\x7fELF\n\0"), cubins.mlx_folder()
+    file = cubins.path(["text", "sm_90a"])
+    cubins.keep(file, cubin, "attend_join_0123, sm_90a, NVRTC 13.0")
+    cubins.hand_over(handed, "custom_kernel_kvq_attend_join_0123", "kernel", cubin)
+    (handed / "gather.ptx").write_text("MLX's own")
+    (tmp_path / "kernel-0.cubin").write_bytes(file.read_bytes()[:-1])
+    run()
+    _, damaged, made = capsys.readouterr().out.splitlines()
+    assert made.endswith(f"{file.name}  attend_join_0123, sm_90a, NVRTC 13.0")
+    assert damaged.endswith("kernel-0.cubin  is damaged: the kernel is compiled again")
+    run("--clear")
+    said = capsys.readouterr().out
+    assert said == f"2 deleted from {tmp_path}\n1 deleted from {handed}\n"
+    assert not list(tmp_path.iterdir()) and [p.name for p in handed.iterdir()] == ["gather.ptx"]
 
 
 def test_no_folder_is_an_empty_one(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from mlx_kvq.commands import doctor_checks as checks
 from mlx_kvq.commands import doctor_figures as figures
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
-from mlx_kvq.ops import compiling, memo, passed
+from mlx_kvq.ops import compiling, cubins, memo, passed
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops.gpu import quantize, tuning
 from tests.emulator import emulated
@@ -120,6 +120,14 @@ def test_replayed_launches_that_differ_are_said(few, capsys, monkeypatch):
     with emulated("fast"):
         doctor.run(ARGS)
     assert "OTHER BITS: leave MLX_KVQ_REPLAY unset" in capsys.readouterr().out
+
+
+def test_what_was_compiled_and_what_was_read_is_said_on_cuda(few, monkeypatch):
+    monkeypatch.setattr(cubins, "record", cubins.Record(5, 2, 1.25))
+    assert not any("of this process" in line for line in doctor.compile_lines())
+    monkeypatch.setattr(doctor.ops, "language", lambda: "cuda")
+    *_, line = doctor.compile_lines()
+    assert line == "kernels of this process: 5 read from disk, 2 compiled in 1.2 s"
 
 
 def test_a_part_that_fails_loses_nothing(few, capsys, monkeypatch):

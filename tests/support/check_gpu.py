@@ -5,10 +5,11 @@
     python -m tests.support.check_gpu --launches 3     # every kernel once, for compute-sanitizer
     python -m tests.support.check_gpu --tune --batch 32 --length 32768
 
-The matrix runs in several processes, because most of its time goes into compiling kernels: MLX on
-CUDA takes 3 to 5 s for each and keeps none. Cases come in the order of the list, the most telling
-first; a line tells of every few. Where time is short, a limit, or slices by the cases' names, which
-are their values in the order of tests/support/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
+The matrix runs in several processes, because most of its time goes into compiling kernels: on CUDA
+half a second for each that is not kept from before, or 3 to 5 s with MLX_KVQ_COMPILED=0. Cases come
+in the order of the list, the most telling first; a line tells of every few. Where time is short, a
+limit, or slices by the cases' names, which are their values in the order of
+tests/support/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
 
     python -m tests.support.check_gpu --limit 300         # seconds; says what is left then
     python -m tests.support.check_gpu --match '^(64|80|96|112)x'         # about half of the cases
@@ -44,12 +45,14 @@ from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.timing import interleave
+from mlx_kvq.ops import cubins
 from mlx_kvq.ops import gpu as fused
-from mlx_kvq.ops.gpu import attention, tuning
+from mlx_kvq.ops.gpu import attention, handover, nvrtc, tuning
 from tests.support import calls, op_matrix
 
 CHUNK = 4  # cases that a process takes at a time
 STEPS = "decode steps"  # the name of check_steps among the cases
+HANDED = "code that MLX is handed"  # of check_handed, CUDA only
 
 # Specs, head sizes, calibrated or not: each way through each kernel at least once.
 LAUNCHES = [
@@ -91,7 +94,8 @@ def main() -> None:
         Hq, Hkv = (int(x) for x in args.heads.split(","))
         tune(args.spec, args.dim, Hq, Hkv, args.batch, args.length, machine)
     else:
-        cases = [STEPS, *(op_matrix.product() if args.full else op_matrix.CASES)]
+        own = [HANDED, STEPS] if machine == "cuda" and cubins.asked() else [STEPS]
+        cases = [*own, *(op_matrix.product() if args.full else op_matrix.CASES)]
         cases = [case for case in cases if re.search(args.match, str(case))]
         if not cases:
             parser.error(f"no case has a name that matches {args.match!r}")
@@ -142,6 +146,8 @@ def check_some(cases: list, end: float) -> list[tuple]:
             try:
                 if case == STEPS:
                     check_steps()
+                elif case == HANDED:
+                    check_handed()
                 else:
                     errors = op_matrix.check(fused, case, fused=True)
             except Exception as error:
@@ -187,6 +193,30 @@ def check_steps() -> None:
                     got, want = (m.quantize_pack(*arguments) for m in (ops, fused))
                     same = [mx.array_equal(a, b) for a, b in zip(got, want, strict=True)]
                     assert all(same), f"packing token {length} with a tail"
+
+
+def check_handed() -> None:
+    """MLX runs the code that it is handed, with shapes and strides: here code that gives another
+    number than the text of the kernel."""
+    right = nvrtc.compiled, cubins.keep
+    nvrtc.compiled = lambda source, *more: right[0](source.replace("1000", "2000"), *more)
+    cubins.keep = lambda *_: None
+    text = f"// {time.time_ns()}\no[0] = 1000 + 10 * x_shape[1] + x_strides[0];"  # a new kernel
+
+    def make(name: str):
+        return mx.fast.cuda_kernel(
+            name=name, input_names=["x"], output_names=["o"], source=text,
+            ensure_row_contiguous=False,
+        )  # fmt: skip
+
+    try:
+        kernel = handover.Kernel(make, "kvq_check")
+        sizes = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_shapes": [(1,)]}
+        x = mx.zeros((4, 7))[:, :3]
+        (o,) = kernel(inputs=[x], output_dtypes=[mx.int32], **sizes)
+        assert o.item() == 2037, f"gave {o.item()} instead of 2037; {cubins.record}"
+    finally:
+        nvrtc.compiled, cubins.keep = right
 
 
 # ---- launches for compute-sanitizer -----------------------------------------------------------

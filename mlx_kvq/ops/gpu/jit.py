@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import memo
-from . import arguments
+from .. import cubins, memo
+from . import arguments, handover
 from .helpers import needed
 from .sources import kernel_source, kernels_path
 from .tuning import TUNING
@@ -141,6 +141,8 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
         words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", code)))
         body += f"// {' '.join(words)}\n" + _include(*bodies)
     whole = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
+    if machine == "cuda":
+        whole += handover.mark()
     return Text(
         header,
         body,
@@ -153,14 +155,21 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
 def _kernel(machine: str, name: str, constants: Constants):
     made = text(machine, name, constants)
     make: Any = mx.fast.metal_kernel if machine == "metal" else mx.fast.cuda_kernel
-    return make(
-        name=f"kvq_{name}_{made.digest}",
-        input_names=made.inputs,
-        output_names=made.outputs,
-        header=made.header,
-        source=made.body,
-        ensure_row_contiguous=False,
-    )
+
+    def named(name: str):
+        return make(
+            name=name,
+            input_names=made.inputs,
+            output_names=made.outputs,
+            header=made.header,
+            source=made.body,
+            ensure_row_contiguous=False,
+        )
+
+    name = f"kvq_{name}_{made.digest}"
+    if machine == "cuda" and cubins.asked():
+        return handover.Kernel(named, name)
+    return named(name)
 
 
 def _constants(constants: Constants) -> str:
