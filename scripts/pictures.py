@@ -175,24 +175,27 @@ def draw_memory(data: dict, path: Path) -> None:
 
 
 def draw_real_models(data: dict, path: Path) -> None:
-    """KL as decoding reads over bytes per token, a panel for each model and context."""
+    """KL as decoding reads over bytes per token, a line for each model, a panel for each context."""
     from matplotlib.figure import Figure
 
     rows = [r for r in data["rows"] if r["kind"] == "quality" and "decode" in r]
     names = list(dict.fromkeys(r["cache"] for r in rows))
-    models = list(dict.fromkeys(r["model"] for r in rows))
-    contexts = sorted({r["context"] for r in rows})
-    wide = max(8, 1 + 4 * len(contexts))
+    models = {
+        r["model"]: sorted({s["context"] for s in rows if s["model"] == r["model"]}) for r in rows
+    }
+    most = max(map(len, models.values()))
+    wide = max(8, 1 + 4 * most)
     columns = max(1, int(wide // (0.6 + 0.07 * max(len(label(n)) for n in names))))
     deep = 0.6 + 3.6 * len(models) + 0.17 * -(-len(names) // columns)
     figure = Figure(figsize=(wide, deep), layout="constrained")
-    grid = figure.subplots(len(models), len(contexts), squeeze=False)
+    grid = figure.subplots(len(models), most, squeeze=False)
     shown: dict = {}
-    for model, line in zip(models, grid, strict=True):
+    for (model, contexts), line in zip(models.items(), grid, strict=True):
         line[0].set_ylabel("KL from its own cache, nats per token", fontsize=9)
-        for context, axes in zip(contexts, line, strict=True):
+        for axes in line[len(contexts) :]:
+            axes.set_visible(False)
+        for context, axes in zip(contexts, line, strict=False):
             here = [r for r in rows if (r["model"], r["context"]) == (model, context)]
-            axes.set_visible(bool(here))
             shown |= _panel(axes, here, names)
             axes.set_title(f"{model}, {context:,} tokens", fontsize=10)
             axes.set_xlabel("bytes per token, all that is kept exactly counted", fontsize=9)
@@ -206,7 +209,7 @@ def draw_real_models(data: dict, path: Path) -> None:
 
 def _panel(axes, rows: list[dict], names: list[str]) -> dict:
     """Draw the rows of one model and context; label -> what stands for it in the legend."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     shown, sizes = {}, [r["bytes_per_token"] for r in rows]
     for i, r in enumerate(rows):
@@ -218,7 +221,7 @@ def _panel(axes, rows: list[dict], names: list[str]) -> dict:
         (shown[label(r["cache"])],) = axes.plot(x, middle, ls="", ms=6, **style | under)
     axes.set_yscale("log")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
