@@ -6,7 +6,7 @@ from functools import reduce
 import mlx.core as mx
 
 from . import feedback
-from .layout import RowLayout, is_narrow, read_bits
+from .layout import RowLayout, is_narrow
 
 HALF_MAX = 65504.0
 _LEAST = 2.0**-24  # fp16's smallest number: groups of smaller channels have a scale of 0

@@ -38,7 +38,7 @@ class Spec:
         rotation (str): Random signs and a real FFT, ``"srft"``, for even head sizes, or a Hadamard
             transform, ``"srht"``, for powers of two; ``"none"``; or one of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
-            the head size; of 3- and 5-bit codes, of 16. ``None`` takes 64, or the next such divisor.
+            the head size; of 3- and 5-bit codes, of 16. ``None``: 64, or the next such divisor.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
         scale (str): ``"search"``: the better of two by angle; ``"absmax"``: the largest magnitude
             maps to the outermost level; ``"paper"``: an odd number of levels around zero.

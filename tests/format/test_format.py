@@ -202,7 +202,7 @@ def test_nonsense_is_refused(nonsense):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("int4", "int5", "unknown cache 'int5-srft'"),
+        ("int4", "int6", "unknown cache 'int6-srft'"),
         ("srft", "dct", "unknown cache 'int4-dct'"),
         ("int4-srft", "fp16", "'fp16' takes no options"),
         ("search", "best", "unknown scale 'best'"),
@@ -315,6 +315,7 @@ def with_metric() -> Calibration:
     [
         ("int4-srft:rounding=feedback", True),
         ("int3-srft:rounding=feedback", True),
+        ("k5v4-srft:rounding=feedback", True),
         ("int4-srft", False),
         ("k8v4-srft", False),
     ],

@@ -177,18 +177,17 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
     values (float64 [..., D]).
 
     rule "absmax": scale = fp16(max|y| / 7.5), value = scale * (n - 7.5), n = 0 ... 15; for 8 bits
-    127.5 and 0 ... 255, for 3 bits 3.5 and 0 ... 7, for 5 bits 15.5 and 0 ... 31. "search": for 4 bits the scale
-    c * max|y| / 7.5, c in `SEARCH`, under which
-    y and n - 7.5 enclose the smallest angle, the first on ties, gives the codes, and the scale that
-    is stored is fp16(|y| / |n - 7.5|), Euclidean norms of the group; for 3 bits with 3.5,
-    for 5 bits with 15.5; for 8 bits the same as "absmax". "paper":
-    scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255,
-    for 3 bits 3, 4, 1 ... 7, for 5 bits 15, 16, 1 ... 31.
+    127.5 and 0 ... 255, for 3 bits 3.5 and 0 ... 7, for 5 bits 15.5 and 0 ... 31. "search": for 4
+    bits the scale c * max|y| / 7.5, c in `SEARCH`, under which y and n - 7.5 enclose the smallest
+    angle, the first on ties, gives the codes, and the scale that is stored is fp16(|y| / |n -
+    7.5|), Euclidean norms of the group; for 3 bits with 3.5, for 5 bits with 15.5; for 8 bits the
+    same as "absmax". "paper": scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for
+    8 bits 127, 128, 1 ... 255, for 3 bits 3, 4, 1 ... 7, for 5 bits 15, 16, 1 ... 31.
 
     A scale beyond fp16 is 65504. One of "absmax" and "paper" is rounded up to a multiple of 2^-24,
     fp16's smallest number, first, and is 0 where max|y| is below that; a searched one is 0 where
-    fp16(max|y| / 7.5) is. A scale of 0 gives code 8 (128, 4, 16) and value 0. A group with a NaN or an
-    infinity has scale NaN, codes 0 and values NaN.
+    fp16(max|y| / 7.5) is. A scale of 0 gives code 8 (128, 4, 16) and value 0. A group with a NaN
+    or an infinity has scale NaN, codes 0 and values NaN.
     """
     y = np.asarray(y, np.float64)
     offset = _offset(bits, rule)

@@ -32,8 +32,8 @@ OPTIONAL = {
     "new_v": "CHUNK",
 }
 # name -> files of the header ("whole" is "narrow" where codes have 3 or 5 bits, "nearest" is
-# "feedback" where keys are rounded with it), files of the body ("row" is "row_five" where codes have
-# 5 bits), inputs, outputs
+# "feedback" where keys are rounded with it), files of the body ("row" is "row_five" where codes
+# have 5 bits), inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "first", "first_at", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
