@@ -119,17 +119,17 @@ template <int D, int BITS, int RULE, int FIRST, int HIGH>
 INLINE void store_levels(device uint* row, const thread float* level, uint lane) {
   constexpr float ZERO = float(1 << (BITS - 1)) - (RULE == PAPER ? 0.0f : 0.5f);
   constexpr int WIDE = wide_bits(BITS);
-  constexpr int LANES = 32 / WIDE;                                // of a word
+  constexpr int LANES = 32 / WIDE;                          // that have a word
   constexpr int WORDS = BITS == 3 ? 2 : BITS == 5 ? 4 : 1;  // that a lane writes
   UNROLL for (int i = 0; i < slices_of(D); i++) {
     uint words[WORDS];
-    words[0] = uint(level[i] + ZERO) << (uint(WIDE) * (lane % uint(LANES)));
+    words[0] = uint(level[i] + ZERO) << (uint(WIDE) * (lane & uint(LANES - 1)));
     UNROLL for (int h = 1; h < LANES; h *= 2) words[0] |= simd_shuffle_xor(words[0], ushort(h));
     UNROLL for (int w = 1; w < WORDS; w++) {
       words[w] = simd_shuffle_xor(words[0], ushort(w * LANES));
     }
     if (32 * i + int(lane) < D && lane % uint(LANES * WORDS) == 0) {
-      store_codes<BITS, WORDS, FIRST, HIGH, false>(row, words, (32 * i + int(lane)) / LANES);
+      store_codes<BITS, WORDS, FIRST, HIGH, false>(row, words, 32 / LANES * i + int(lane) / LANES);
     }
   }
 }
