@@ -5,10 +5,11 @@
 // A unit is 16 channels: words of low bits (one of 3-bit codes, two of 5-bit codes), a half of high
 // bits, and twice as many words of wide codes.
 //
-// 5 bits are widened on the way into a tile, once a code, and no earlier: a lane of attend reads a
-// word of the tile once, so widening there would save no operation but the addition (14 for eight
-// codes with it, 12 with the plane kept apart), and every product would need a second kind of
-// operand. What it costs is room: a tile's keys take that of 8-bit ones.
+// 5-bit codes become 8-bit codes on the way into a tile, not where they are used: a lane of attend
+// uses a word of the tile once, so no work is repeated, and both products (tile.metal) stay as they
+// are. Counted by hand, eight codes take 14 operations; 12 if the low bits were read as 4-bit codes
+// are and 16 times the high bit were added to each operand. The price is room: in a tile keys are as
+// long as those of 8 bits.
 namespace kvq {
 
 constexpr bool is_narrow(int BITS) {
