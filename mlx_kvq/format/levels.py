@@ -176,7 +176,8 @@ def narrowed(words: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     store them: their low bits uint32 [..., n] and [..., 2 n], their high bits uint16 [..., n]."""
     step = 2 if bits == 3 else 4
     of_unit = [words[..., w::step] for w in range(step)]
-    high = _or([_shifted(x & _HIGH[bits], 2 * w - step) for w, x in enumerate(of_unit)])
+    shifted = [_shifted(x & _HIGH[bits], 2 * w - step) for w, x in enumerate(of_unit)]
+    high = reduce(mx.bitwise_or, shifted)
     high = ((high | (high >> 15)) & 0xFFFF).astype(mx.uint16)
     pairs = [x & _LOW[bits] for x in (words[..., ::2], words[..., 1::2])]
     return pairs[0] | (pairs[1] << step), high
@@ -195,10 +196,6 @@ def _widened(low: mx.array, high: mx.array, bits: int) -> mx.array:
 
 def _shifted(x: mx.array, by: int) -> mx.array:
     return x << by if by > 0 else x >> -by
-
-
-def _or(arrays: Sequence[mx.array]) -> mx.array:
-    return reduce(mx.bitwise_or, arrays)
 
 
 def widened(rows: mx.array, lay: RowLayout) -> mx.array:
