@@ -114,18 +114,22 @@ INLINE bool is_damaged(const thread float* t, int low, uint lane) {
   return simd_any(damaged);
 }
 
-// Writes the codes of levels, a word of eight channels from eight lanes.
+// Writes the codes of levels: a lane per unit of narrow codes, or per word.
 template <int D, int BITS, int RULE, int FIRST, int HIGH>
 INLINE void store_levels(device uint* row, const thread float* level, uint lane) {
   constexpr float ZERO = float(1 << (BITS - 1)) - (RULE == PAPER ? 0.0f : 0.5f);
-  constexpr int WORDS = BITS == 3 ? 2 : 1;
+  constexpr int WIDE = wide_bits(BITS);
+  constexpr int LANES = 32 / WIDE;                          // that have a word
+  constexpr int WORDS = BITS == 3 ? 2 : BITS == 5 ? 4 : 1;  // that a lane writes
   UNROLL for (int i = 0; i < slices_of(D); i++) {
-    uint words[2];
-    words[0] = uint(level[i] + ZERO) << (4u * (lane & 7u));
-    UNROLL for (int h = 1; h < 8; h *= 2) words[0] |= simd_shuffle_xor(words[0], ushort(h));
-    words[1] = BITS == 3 ? simd_shuffle_xor(words[0], ushort(8)) : 0u;
-    if (32 * i + int(lane) < D && lane % uint(8 * WORDS) == 0) {
-      store_codes<BITS, WORDS, FIRST, HIGH, false>(row, words, 4 * i + int(lane) / 8);
+    uint words[WORDS];
+    words[0] = uint(level[i] + ZERO) << (uint(WIDE) * (lane & uint(LANES - 1)));
+    UNROLL for (int h = 1; h < LANES; h *= 2) words[0] |= simd_shuffle_xor(words[0], ushort(h));
+    UNROLL for (int w = 1; w < WORDS; w++) {
+      words[w] = simd_shuffle_xor(words[0], ushort(w * LANES));
+    }
+    if (32 * i + int(lane) < D && lane % uint(LANES * WORDS) == 0) {
+      store_codes<BITS, WORDS, FIRST, HIGH, false>(row, words, 32 / LANES * i + int(lane) / LANES);
     }
   }
 }

@@ -1,9 +1,23 @@
-// Rows with codes of 3 bits (mlx_kvq/format/layout.py): of the values, and of the keys if KB is 3.
-// They are read as 4-bit codes of the same levels, so only what loads and stores rows knows of
-// them. The same functions as in whole.metal.
+// Rows with narrow codes, of 3 or 5 bits (mlx_kvq/format/layout.py), of one side or of both. They are
+// read as codes of 4 or 8 bits of the same levels, so only what loads and stores rows knows of them.
+// The same functions as in whole.metal.
 //
-// A unit is 16 channels: a word of low bits, a half of high bits, two words of 4-bit codes.
+// A unit is 16 channels: words of low bits (one of 3-bit codes, two of 5-bit codes), a half of high
+// bits, and twice as many words of wide codes.
+//
+// 5-bit codes become 8-bit codes on the way into a tile, not where they are used: a lane of attend
+// uses a word of the tile once, so no work is repeated, and both products (tile.metal) stay as they
+// are. Counted by hand, eight codes take 14 operations; 12 if the low bits were read as 4-bit codes
+// are and 16 times the high bit were added to each operand. The price is room: in a tile keys are as
+// long as those of 8 bits.
 namespace kvq {
+
+constexpr bool is_narrow(int BITS) {
+  return BITS == 3 || BITS == 5;
+}
+constexpr int low_words(int BITS) {  // of a unit
+  return BITS == 5 ? 2 : 1;
+}
 
 // The half of high bits, the lower or the upper one of a word, as `widen` takes it: its bits again
 // 15 places further up. Above 14 + 16 bits nobody looks.
@@ -14,63 +28,86 @@ INLINE uint upper_high_bits(uint word) {
   return masked_or(word >> 1, 0x7fff8000u, word >> 16);
 }
 
-INLINE uint widen_first(uint low, uint high) {
-  return masked_or(low, 0x33333333u, (high & 0x11111111u) << 2) + 0x44444444u;
-}
-INLINE uint widen_second(uint low, uint high) {
-  return masked_or(low >> 2, 0x33333333u, high & 0x44444444u) + 0x44444444u;
+// Word w of a unit's wide codes, from the word that has its low bits.
+template <int BITS>
+INLINE uint widen(uint low, uint high, int w) {
+  if (BITS == 3) {
+    const uint h = w == 0 ? (high & 0x11111111u) << 2 : high & 0x44444444u;
+    return masked_or(w == 0 ? low : low >> 2, 0x33333333u, h) + 0x44444444u;
+  }
+  const uint h = w < 2 ? high << uint(4 - 2 * w) : high >> uint(2 * w - 4);
+  return masked_or(w % 2 == 0 ? low : low >> 4, 0x0f0f0f0fu, h & 0x10101010u) + 0x70707070u;
 }
 
-// The other way, from 3-bit codes in nibbles.
+// The other way, from 3-bit codes in nibbles or 5-bit codes in bytes.
+template <int BITS>
 INLINE uint low_bits(uint first, uint second) {
-  return masked_or(first, 0x33333333u, (second & 0x33333333u) << 2);
+  return BITS == 3 ? masked_or(first, 0x33333333u, (second & 0x33333333u) << 2)
+                   : masked_or(first, 0x0f0f0f0fu, (second & 0x0f0f0f0fu) << 4);
 }
-INLINE ushort high_bits(uint first, uint second) {
-  const uint x = masked_or(second, 0x44444444u, (first >> 2) & 0x11111111u);
-  return ushort((x | (x >> 15)) & 0xffffu);
+// Of two words: bits of the first pair of 5-bit words belong 4 places further down.
+template <int BITS>
+INLINE uint spread_high_bits(uint first, uint second) {
+  return BITS == 3 ? masked_or(second, 0x44444444u, (first >> 2) & 0x11111111u)
+                   : masked_or(first, 0x10101010u, (second & 0x10101010u) << 2);
+}
+INLINE ushort gathered(uint spread) {
+  return ushort((spread | (spread >> 15)) & 0xffffu);
 }
 
 // Word number `index` of a side's codes as they are read; they begin at word FIRST of the row, and
-// high bits of 3-bit codes at half HIGH.
+// high bits of narrow codes at half HIGH.
 template <int BITS, int FIRST, int HIGH>
 INLINE uint code_word(const device uint* row, int index) {
-  if (BITS != 3) {
+  if (!is_narrow(BITS)) {
     return row[FIRST + index];
   }
-  const uint low = row[FIRST + index / 2];
-  const uint half_word = reinterpret_cast<const device ushort*>(row)[HIGH + index / 2];
-  const uint high = lower_high_bits(half_word);
-  return index % 2 == 0 ? widen_first(low, high) : widen_second(low, high);
+  constexpr int WORDS = 2 * low_words(BITS);
+  const uint half_word = reinterpret_cast<const device ushort*>(row)[HIGH + index / WORDS];
+  return widen<BITS>(row[FIRST + index / 2], lower_high_bits(half_word), index % WORDS);
 }
 
-// Writes a lane's words of codes, of which the first is number `index` of a side's; 3-bit codes in
-// nibbles, of whole units.
+// Writes a lane's words of codes, of which the first is number `index` of a side's; narrow codes, of
+// whole units, in nibbles or bytes.
 template <int BITS, int WORDS, int FIRST, int HIGH, bool EVEN>
 INLINE void store_codes(device uint* row, const thread uint* words, int index) {
-  if (BITS != 3) {
+  if (!is_narrow(BITS)) {
     UNROLL for (int w = 0; w < WORDS; w++) row[FIRST + index + w] = words[w];
   } else {
-    row[FIRST + index / 2] = low_bits(words[0], words[1 % WORDS]);
-    halves_of(row)[HIGH + index / 2] = high_bits(words[0], words[1 % WORDS]);
+    constexpr int LOW = low_words(BITS);
+    uint spread = 0;
+    UNROLL for (int w = 0; w < LOW; w++) {
+      const uint first = words[2 * w % WORDS], second = words[(2 * w + 1) % WORDS];
+      row[FIRST + index / 2 + w] = low_bits<BITS>(first, second);
+      spread = (spread >> 4) | spread_high_bits<BITS>(first, second);
+    }
+    halves_of(row)[HIGH + index / (2 * LOW)] = gathered(spread);
   }
 }
 
-// Writes the codes of a lane's eight channels, number `eight` of a side's, if `valid`. Of 3 bits,
-// neighbouring lanes have a unit's codes: one writes the low bits, the other one the high bits.
+// Writes the codes of a lane's eight channels, number `eight` of a side's, if `valid`. Of narrow
+// codes, neighbouring lanes have a unit's: of 3 bits, one writes the low bits, the other one the high
+// bits.
 template <int BITS, int FIRST, int HIGH>
 INLINE void store_eight_codes(device uint* row, const thread uint* words, int eight, bool valid) {
-  if (BITS != 3) {
+  if (!is_narrow(BITS)) {
     constexpr int WORDS = BITS / 4 > 0 ? BITS / 4 : 1;
     if (valid) {
       UNROLL for (int w = 0; w < WORDS; w++) row[FIRST + eight * WORDS + w] = words[w];
     }
-  } else {
+  } else if (BITS == 3) {
     const uint other = simd_shuffle_xor(words[0], ushort(1));
     if (valid && eight % 2 == 0) {
-      row[FIRST + eight / 2] = low_bits(words[0], other);
+      row[FIRST + eight / 2] = low_bits<BITS>(words[0], other);
     } else if (valid) {
-      halves_of(row)[HIGH + eight / 2] = high_bits(other, words[0]);
+      halves_of(row)[HIGH + eight / 2] = gathered(spread_high_bits<BITS>(other, words[0]));
     }
+  } else {
+    const uint own = spread_high_bits<BITS>(words[0], words[low_words(BITS) - 1]);
+    const uint spread = eight % 2 == 0 ? own >> 4 : own;
+    const uint other = simd_shuffle_xor(spread, ushort(1));
+    if (valid) row[FIRST + eight] = low_bits<BITS>(words[0], words[low_words(BITS) - 1]);
+    if (valid && eight % 2 == 0) halves_of(row)[HIGH + eight / 2] = gathered(spread | other);
   }
 }
 
@@ -116,14 +153,16 @@ constexpr int copied_at_once(int W, int FROM, int COUNT, int TILE_W, int TO) {
   return both_divide(both_divide(W, FROM, 4), both_divide(COUNT, both_divide(TILE_W, TO, 4), 4), 4);
 }
 // UNITS units of each row, with low bits from word LOW on and high bits from word HIGH on, that
-// become words TO of its row in the tile. A lane takes so many neighbouring ones at once.
-constexpr int units_at_once(int W, int LOW, int HIGH, int UNITS) {
-  return UNITS % 4 == 0 && HIGH % 2 == 0 && both_divide(W, LOW, 4) == 4 ? 4
+// become words TO of its row in the tile. A lane takes so many neighbouring ones at once: up to
+// eight words of wide codes.
+constexpr int units_at_once(int BITS, int W, int LOW, int HIGH, int UNITS) {
+  return BITS == 5 ? (UNITS % 2 == 0 ? 2 : 1)
+      : UNITS % 4 == 0 && HIGH % 2 == 0 && both_divide(W, LOW, 4) == 4 ? 4
       : UNITS % 2 == 0 && both_divide(W, LOW, 2) == 2                   ? 2
                                                                         : 1;
 }
-constexpr int unit_words(int AT_ONCE) {  // of so many units
-  return AT_ONCE + (AT_ONCE + 1) / 2;
+constexpr int unit_words(int BITS, int AT_ONCE) {  // of so many units
+  return AT_ONCE * low_words(BITS) + (AT_ONCE + 1) / 2;
 }
 // Loads of a lane for a tile.
 constexpr int passes(int TK, int COUNT, int AT_ONCE) {
@@ -153,116 +192,137 @@ INLINE void store_words(threadgroup uint* tile, const thread uint* stage, int fi
   }
 }
 
-template <int TK, int W, int LOW, int HIGH, int UNITS, int PASSES>
+template <int BITS, int TK, int W, int LOW, int HIGH, int UNITS, int PASSES>
 INLINE void load_units(
     thread uint* stage, const device uint* rows, int first, int valid, uint lane) {
-  constexpr int N = units_at_once(W, LOW, HIGH, UNITS);
+  constexpr int N = units_at_once(BITS, W, LOW, HIGH, UNITS);
   constexpr int LANES = UNITS / N;
+  constexpr int LOWS = N * low_words(BITS);
+  constexpr int WIDTH = both_divide(both_divide(W, LOW, 4), LOWS, 4);
   UNROLL for (int i = 0; i < PASSES; i++) {
     const uint item = uint(first + 32 * i) + lane;
     const int row = int(item / uint(LANES)), at = int(item % uint(LANES));
-    thread uint* s = stage + i * unit_words(N);
-    UNROLL for (int j = 0; j < unit_words(N); j++) s[j] = 0;
+    thread uint* s = stage + i * unit_words(BITS, N);
+    UNROLL for (int j = 0; j < unit_words(BITS, N); j++) s[j] = 0;
     if (row < valid) {
       const device uint* from = rows + row * W;
-      read_words<N>(s, from + LOW + at * N);
+      UNROLL for (int j = 0; j < LOWS; j += WIDTH) {
+        read_words<WIDTH>(s + j, from + LOW + at * LOWS + j);
+      }
       if (N == 1) {
-        s[1] = reinterpret_cast<const device ushort*>(from + HIGH)[at];
+        s[LOWS] = reinterpret_cast<const device ushort*>(from + HIGH)[at];
       } else {
-        read_words<(N + 1) / 2>(s + N, from + HIGH + at * (N / 2));
+        read_words<(N + 1) / 2>(s + LOWS, from + HIGH + at * (N / 2));
       }
     }
   }
 }
-template <int TK, int W, int LOW, int HIGH, int UNITS, int TILE_W, int TO, int PASSES>
+template <int BITS, int TK, int W, int LOW, int HIGH, int UNITS, int TILE_W, int TO, int PASSES>
 INLINE void store_units(threadgroup uint* tile, const thread uint* stage, int first, uint lane) {
-  constexpr int N = units_at_once(W, LOW, HIGH, UNITS);
+  constexpr int N = units_at_once(BITS, W, LOW, HIGH, UNITS);
   constexpr int LANES = UNITS / N;
-  constexpr int WIDTH = both_divide(TILE_W, TO, 2 * N);
+  constexpr int LOWS = N * low_words(BITS), WIDE_WORDS = 2 * low_words(BITS);
+  constexpr int WIDTH = both_divide(TILE_W, TO, 2 * LOWS);
   UNROLL for (int i = 0; i < PASSES; i++) {
     const uint item = uint(first + 32 * i) + lane;
     const int row = int(item / uint(LANES)), at = int(item % uint(LANES));
-    const thread uint* s = stage + i * unit_words(N);
-    uint words[2 * N];
+    const thread uint* s = stage + i * unit_words(BITS, N);
+    uint words[2 * LOWS];
     UNROLL for (int j = 0; j < N; j++) {
-      const uint word = s[N + j / 2];
+      const uint word = s[LOWS + j / 2];
       const uint high = j % 2 == 0 ? lower_high_bits(word) : upper_high_bits(word);
-      words[2 * j] = widen_first(s[j], high);
-      words[2 * j + 1] = widen_second(s[j], high);
+      UNROLL for (int w = 0; w < WIDE_WORDS; w++) {
+        words[j * WIDE_WORDS + w] = widen<BITS>(s[j * low_words(BITS) + w / 2], high, w);
+      }
     }
-    if (row < TK) write_words<2 * N, WIDTH>(tile + row * TILE_W + TO + at * (2 * N), words);
+    if (row < TK) write_words<2 * LOWS, WIDTH>(tile + row * TILE_W + TO + at * (2 * LOWS), words);
   }
 }
 
-// The parts of a row: words of wider keys, which are copied, then units, then scales. A unit has
-// one word of low bits, so high bits begin at word copied_keys + units_of.
-constexpr int copied_keys(int KD, int KB) {
-  return KB == 3 ? 0 : KD * KB / 32;
+// The parts of a row and of its copy in a tile, in words: the side whose codes are whole, if there
+// is one, which is copied; units; and scales. Keys come first, so units begin after copied keys, and
+// copied values after units. High bits begin after both.
+constexpr int narrow_bits(int KB, int VB) {
+  return is_narrow(KB) ? KB : VB;
 }
-constexpr int units_of(int KD, int KB, int VD) {
-  return (KB == 3 ? KD / 16 : 0) + VD / 16;
+constexpr int copied(int KD, int KB, int VD, int VB) {
+  return !is_narrow(KB) ? KD * KB / 32 : !is_narrow(VB) ? VD * VB / 32 : 0;
 }
-constexpr int scale_words(int KD, int KB, int VD, int TILE_W) {
-  return TILE_W - copied_keys(KD, KB) - 2 * units_of(KD, KB, VD);
+constexpr int units_of(int KD, int KB, int VD, int VB) {
+  return (is_narrow(KB) ? KD / 16 : 0) + (is_narrow(VB) ? VD / 16 : 0);
 }
-
-// Loads of a lane for each part of a tile, and the words of its registers that hold them.
-template <int TK, int KD, int KB, int VD, int W, int TILE_W, int PART>
-constexpr int loads_of() {
-  constexpr int K = copied_keys(KD, KB), U = units_of(KD, KB, VD);
-  constexpr int S = scale_words(KD, KB, VD, TILE_W);
-  return PART == 0  ? passes(TK, K, copied_at_once(W, 0, K, TILE_W, 0))
-      : PART == 1 ? passes(TK, U, units_at_once(W, K, K + U, U))
-                  : passes(TK, S, copied_at_once(W, W - S, S, TILE_W, TILE_W - S));
-}
-template <int TK, int KD, int KB, int VD, int W, int TILE_W, int PART>
-constexpr int words_of_loads() {
-  constexpr int K = copied_keys(KD, KB), U = units_of(KD, KB, VD);
-  constexpr int S = scale_words(KD, KB, VD, TILE_W);
-  return loads_of<TK, KD, KB, VD, W, TILE_W, PART>() *
-      (PART == 0       ? copied_at_once(W, 0, K, TILE_W, 0)
-           : PART == 1 ? unit_words(units_at_once(W, K, K + U, U))
-                       : copied_at_once(W, W - S, S, TILE_W, TILE_W - S));
-}
-template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
-constexpr int stage_words() {
-  return words_of_loads<TK, KD, KB, VD, W, TILE_W, 0>() +
-      words_of_loads<TK, KD, KB, VD, W, TILE_W, 1>() +
-      words_of_loads<TK, KD, KB, VD, W, TILE_W, 2>();
-}
+template <int KD, int KB, int VD, int VB, int W, int TILE_W>
+struct row_parts {
+  enum : int {
+    BITS = narrow_bits(KB, VB),
+    COPIED = copied(KD, KB, VD, VB),
+    UNITS = units_of(KD, KB, VD, VB),
+    LOWS = UNITS * low_words(BITS),
+    LOW = is_narrow(KB) ? 0 : COPIED,        // units begin here, in the row and in the tile
+    COPY_FROM = is_narrow(KB) ? LOWS : 0,    // the copied side in the row
+    COPY_TO = is_narrow(KB) ? 2 * LOWS : 0,  // ... and in the tile
+    HIGH = COPIED + LOWS,
+    SCALES = TILE_W - COPIED - 2 * LOWS,
+    FROM = W - SCALES,
+    TO = TILE_W - SCALES,
+    UNITS_AT_ONCE = units_at_once(BITS, W, LOW, HIGH, UNITS),
+    COPIED_AT_ONCE = copied_at_once(W, COPY_FROM, COPIED, TILE_W, COPY_TO),
+    SCALES_AT_ONCE = copied_at_once(W, FROM, SCALES, TILE_W, TO)
+  };
+};
 
 // A SIMD group's copy of a tile of TK rows, contiguous in memory, to wide rows of TILE_W words:
 // into registers first, so that the next tile is on its way while this one is used. Each word is
 // read once. Rows past `valid` have scales of zero, hence are finite.
+//
+// Loads of a lane for each part of a tile, and the words of its registers that hold them.
+template <int TK, typename P>
+constexpr int copy_loads() {
+  return passes(TK, P::COPIED, P::COPIED_AT_ONCE);
+}
+template <int TK, typename P>
+constexpr int unit_loads() {
+  return passes(TK, P::UNITS, P::UNITS_AT_ONCE);
+}
+template <int TK, typename P>
+constexpr int scale_loads() {
+  return passes(TK, P::SCALES, P::SCALES_AT_ONCE);
+}
+template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
+constexpr int stage_words() {
+  typedef row_parts<KD, KB, VD, VB, W, TILE_W> P;
+  return copy_loads<TK, P>() * P::COPIED_AT_ONCE +
+      unit_loads<TK, P>() * unit_words(P::BITS, P::UNITS_AT_ONCE) +
+      scale_loads<TK, P>() * P::SCALES_AT_ONCE;
+}
+
 template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
 INLINE void load_rows(thread uint* stage, const device uint* rows, int valid, uint lane) {
-  constexpr int K = copied_keys(KD, KB), U = units_of(KD, KB, VD);
-  constexpr int S = scale_words(KD, KB, VD, TILE_W);
-  if (K > 0) {
-    load_words<TK, W, 0, K, TILE_W, 0, loads_of<TK, KD, KB, VD, W, TILE_W, 0>()>(
+  typedef row_parts<KD, KB, VD, VB, W, TILE_W> P;
+  if (P::COPIED > 0) {
+    load_words<TK, W, P::COPY_FROM, P::COPIED, TILE_W, P::COPY_TO, copy_loads<TK, P>()>(
         stage, rows, 0, valid, lane);
-    stage += words_of_loads<TK, KD, KB, VD, W, TILE_W, 0>();
+    stage += copy_loads<TK, P>() * P::COPIED_AT_ONCE;
   }
-  load_units<TK, W, K, K + U, U, loads_of<TK, KD, KB, VD, W, TILE_W, 1>()>(
+  load_units<P::BITS, TK, W, P::LOW, P::HIGH, P::UNITS, unit_loads<TK, P>()>(
       stage, rows, 0, valid, lane);
-  stage += words_of_loads<TK, KD, KB, VD, W, TILE_W, 1>();
-  load_words<TK, W, W - S, S, TILE_W, TILE_W - S, loads_of<TK, KD, KB, VD, W, TILE_W, 2>()>(
+  stage += unit_loads<TK, P>() * unit_words(P::BITS, P::UNITS_AT_ONCE);
+  load_words<TK, W, P::FROM, P::SCALES, TILE_W, P::TO, scale_loads<TK, P>()>(
       stage, rows, 0, valid, lane);
 }
 
 template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
 INLINE void store_rows(threadgroup uint* tile, const thread uint* stage, uint lane) {
-  constexpr int K = copied_keys(KD, KB), U = units_of(KD, KB, VD);
-  constexpr int S = scale_words(KD, KB, VD, TILE_W);
-  if (K > 0) {
-    store_words<TK, W, 0, K, TILE_W, 0, loads_of<TK, KD, KB, VD, W, TILE_W, 0>()>(
+  typedef row_parts<KD, KB, VD, VB, W, TILE_W> P;
+  if (P::COPIED > 0) {
+    store_words<TK, W, P::COPY_FROM, P::COPIED, TILE_W, P::COPY_TO, copy_loads<TK, P>()>(
         tile, stage, 0, lane);
-    stage += words_of_loads<TK, KD, KB, VD, W, TILE_W, 0>();
+    stage += copy_loads<TK, P>() * P::COPIED_AT_ONCE;
   }
-  store_units<TK, W, K, K + U, U, TILE_W, K, loads_of<TK, KD, KB, VD, W, TILE_W, 1>()>(
+  store_units<P::BITS, TK, W, P::LOW, P::HIGH, P::UNITS, TILE_W, P::LOW, unit_loads<TK, P>()>(
       tile, stage, 0, lane);
-  stage += words_of_loads<TK, KD, KB, VD, W, TILE_W, 1>();
-  store_words<TK, W, W - S, S, TILE_W, TILE_W - S, loads_of<TK, KD, KB, VD, W, TILE_W, 2>()>(
+  stage += unit_loads<TK, P>() * unit_words(P::BITS, P::UNITS_AT_ONCE);
+  store_words<TK, W, P::FROM, P::SCALES, TILE_W, P::TO, scale_loads<TK, P>()>(
       tile, stage, 0, lane);
 }
 
@@ -280,17 +340,20 @@ INLINE void copy_words(threadgroup uint* tile, const device uint* rows, int vali
 }
 template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
 INLINE void copy_rows(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
-  constexpr int K = copied_keys(KD, KB), U = units_of(KD, KB, VD);
-  constexpr int S = scale_words(KD, KB, VD, TILE_W);
-  constexpr int N = units_at_once(W, K, K + U, U);
-  constexpr int AT_ONCE = N < 4 && passes(TK, U, N) > 1 ? 2 : 1;
-  if (K > 0) copy_words<TK, W, 0, K, TILE_W, 0>(tile, rows, valid, lane);
-  ROLLED for (int first = 0; first < TK * U / N; first += 32 * AT_ONCE) {
-    uint stage[AT_ONCE * unit_words(N)];
-    load_units<TK, W, K, K + U, U, AT_ONCE>(stage, rows, first, valid, lane);
-    store_units<TK, W, K, K + U, U, TILE_W, K, AT_ONCE>(tile, stage, first, lane);
+  typedef row_parts<KD, KB, VD, VB, W, TILE_W> P;
+  constexpr int N = P::UNITS_AT_ONCE, WORDS = unit_words(P::BITS, N);
+  constexpr int AT_ONCE = WORDS < 4 && unit_loads<TK, P>() > 1 ? 2 : 1;
+  if (P::COPIED > 0) {
+    copy_words<TK, W, P::COPY_FROM, P::COPIED, TILE_W, P::COPY_TO>(tile, rows, valid, lane);
   }
-  copy_words<TK, W, W - S, S, TILE_W, TILE_W - S>(tile, rows, valid, lane);
+  ROLLED for (int first = 0; first < TK * P::UNITS / N; first += 32 * AT_ONCE) {
+    uint stage[AT_ONCE * WORDS];
+    load_units<P::BITS, TK, W, P::LOW, P::HIGH, P::UNITS, AT_ONCE>(
+        stage, rows, first, valid, lane);
+    store_units<P::BITS, TK, W, P::LOW, P::HIGH, P::UNITS, TILE_W, P::LOW, AT_ONCE>(
+        tile, stage, first, lane);
+  }
+  copy_words<TK, W, P::FROM, P::SCALES, TILE_W, P::TO>(tile, rows, valid, lane);
 }
 
 }  // namespace kvq

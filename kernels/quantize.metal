@@ -33,26 +33,35 @@ INLINE float scale_to_half(float s) {
   return float(half(min(-floor(-16777216.0f * s) * smallest_half(), 65504.0f)));
 }
 
-// The two scales tried, in 750ths of a group's largest channel, or in 350ths at 3 bits
-// (mlx_kvq/format/levels.py).
+// Bits of codes as they are read: narrow ones (narrow.metal) are packed from words of wider ones.
+constexpr int wide_bits(int BITS) {
+  return BITS == 3 ? 4 : BITS == 5 ? 8 : BITS;
+}
+
+// The two scales tried, in 750ths of a group's largest channel, in 350ths at 3 bits, or in 1550ths
+// at 5 bits (mlx_kvq/format/levels.py).
 constexpr int tried_scale(int BITS, int GROUP, int i) {
   return BITS == 3 ? (GROUP <= 32 ? 92 - 12 * i : GROUP <= 64 ? 86 - 10 * i : 84 - 14 * i)
+      : BITS == 5  ? (GROUP <= 32 ? 100 - 3 * i : GROUP <= 64 ? 100 - 4 * i : 98 - 4 * i)
                    : (GROUP <= 32 ? 100 - 6 * i : GROUP <= 64 ? 96 - 7 * i : 93 - 7 * i);
 }
 constexpr float tried_parts(int BITS) {
-  return BITS == 3 ? 350.0f : 750.0f;
+  return BITS == 3 ? 350.0f : BITS == 5 ? 1550.0f : 750.0f;
 }
-constexpr bool is_inside(int BITS, int tried) {  // the largest channel is less than 8, or 4, of it
-  return BITS == 3 ? 350.0f < 3.99f * float(tried) : 750.0f < 7.99f * float(tried);
+// The largest channel is less than 8, or 4, of it. At 5 bits the other way serves both scales.
+constexpr bool is_inside(int BITS, int tried) {
+  return BITS == 3 ? 350.0f < 3.99f * float(tried) : BITS == 4 && 750.0f < 7.99f * float(tried);
 }
-// A group whose largest channel is not above this gets scale 0: a 7.5th (3.5th) of it is 0 in fp16.
+// A group whose largest channel is not above this gets scale 0: a 7.5th (3.5th, 15.5th) of it is 0 in
+// fp16.
 constexpr float least_top(int BITS) {
   return tried_parts(BITS) / 100.0f / 33554432.0f;
 }
 
 // Codes n = floor(x / scale) + 2^(BITS - 1) in [0, LEVELS], or rint() by the paper's rule, packed
-// into words; of 3 bits in nibbles. `dot` and `length` gain the sums of x * level and level^2,
-// level = n - 7.5; with 3 bits n is 4 larger for this.
+// into words; of 3 bits in nibbles, of 5 bits in bytes. `dot` and `length` gain the sums of
+// x * level and level^2, level = n - 7.5; with 3 bits n is 4 larger for this, with 5 bits level is 8
+// less.
 // EXACT divides instead of multiplying by `inverse`: half-precision channels that were not rotated
 // are often whole multiples of their scale, and all backends must agree about such ties.
 // INSIDE: no code is out of range.
@@ -65,7 +74,7 @@ INLINE void code_channels(
     float scale,
     float inverse) {
   constexpr int LEVELS = RULE == PAPER ? (1 << BITS) - 2 : (1 << BITS) - 1;  // steps of a scale
-  constexpr int WIDE = BITS == 3 ? 4 : BITS;
+  constexpr int WIDE = wide_bits(BITS);
   constexpr int PER_WORD = 32 / WIDE;
   const float step = INSIDE ? inverse : inverse * (1.0f / float(LEVELS));
   UNROLL for (int w = 0; w < CH / PER_WORD; w++) {
@@ -83,7 +92,7 @@ INLINE void code_channels(
         codes[i] = rounded_code(saturated(fma(y, step, 0.5f)), float(LEVELS));
       }
       if (BITS == 3 && (EXACT || !INSIDE)) codes[i] += 4.0f;
-      const float level = level_of(codes[i]);
+      const float level = BITS == 5 ? level_of(codes[i]) - 8.0f : level_of(codes[i]);
       dot = fma(y, level, dot);
       length = fma(level, level, length);
     }
@@ -110,7 +119,7 @@ INLINE void keep_better(
   best_length = better ? length : best_length;
 }
 
-// Writes CH * BITS / 32 words (of 3-bit codes CH / 8) and the bits of the group's fp16 scale.
+// Writes CH * BITS / 32 words (of 3-bit codes CH / 8, of 5-bit codes CH / 4) and the bits of the group's fp16 scale.
 // `zero` is 0, which no compiler knows: added to a loop's end, it keeps the loop from being unrolled.
 template <int CH, int BITS, int RULE, int SPAN, int MASK, bool EXACT>
 INLINE void quantize_channels(
@@ -119,7 +128,7 @@ INLINE void quantize_channels(
     const thread float* x,
     uint first,
     int zero) {
-  constexpr int WORDS = CH * (BITS == 3 ? 4 : BITS) / 32;
+  constexpr int WORDS = CH * wide_bits(BITS) / 32;
   constexpr int GROUP = CH * SPAN;
   float top = 0.0f, squares = 0.0f;  // squares: NaN if a channel is; max() ignores NaN
   UNROLL for (int i = 0; i < CH; i++) {
@@ -186,7 +195,7 @@ constexpr bool groups_are_lanes(int D, int GROUP) {
 }
 
 // Quantizes vectors in registers, if `groups_are_lanes`, and writes each to its lane's `row`: codes
-// from word FIRST on, high bits of 3-bit codes from half HIGH on, scales from half SCALE after word
+// from word FIRST on, high bits of narrow codes from half HIGH on, scales from half SCALE after word
 // CODES on. EVEN: rows have an even number of words.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES, int SCALE,
@@ -196,7 +205,7 @@ INLINE void store_vectors(
   constexpr int CH = GROUP < 16 ? GROUP : 16;
   constexpr int SPAN = GROUP / CH;
   constexpr int MASK = ROTATION == SRFT ? lanes_of(D) / SPAN : 1;
-  constexpr int WORDS = CH * (BITS == 3 ? 4 : BITS) / 32;
+  constexpr int WORDS = CH * wide_bits(BITS) / 32;
   const int block = rotated_block<D, ROTATION>(lane);
   device ushort* scales = halves_of(row + CODES);
   UNROLL for (int part = 0; part < 16 / CH; part++) {
@@ -230,7 +239,7 @@ INLINE void store_shared(
     uint lane) {
   constexpr int SPAN = GROUP / 8;
   constexpr int AT_ONCE = 32 / SPAN;
-  constexpr int WORDS = BITS == 8 ? 2 : 1;
+  constexpr int WORDS = wide_bits(BITS) == 8 ? 2 : 1;
   const int mine = int(lane) / SPAN;
   const int part = int(lane) % SPAN;
   for (int g = 0; g < vectors * (D / GROUP); g += AT_ONCE) {

@@ -18,13 +18,13 @@ INLINE void read_output_factors(thread lane_factors<D>& f, const device float* f
   }
 }
 
-// Reads a lane's channels of one row: codes from word FIRST, their high bits, if they have 3 bits,
-// from half HIGH of the row, scales from half SCALE after word CODES.
+// Reads a lane's channels of one row: codes from word FIRST, their high bits, if they have 3 or
+// 5 bits, from half HIGH of the row, scales from half SCALE after word CODES.
 template <
     int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int HIGH, int CODES,
     int SCALE>
 INLINE void read_levels(thread float2* z, const device uint* row, uint lane) {
-  constexpr int READ = BITS == 3 ? 4 : BITS;
+  constexpr int READ = BITS == 3 ? 4 : BITS == 5 ? 8 : BITS;
   const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   if (points_of(D) % 4 == 0) {
     UNROLL for (int i = 0; i < points_of(D) / 4; i++) {

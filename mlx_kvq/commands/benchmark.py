@@ -24,7 +24,9 @@ from ..measure.timing import copy_bandwidth
 from .options import cache, length
 
 CONTEXTS = [256, 1024, 4096, 8192, 32768]
-CACHES = ["fp16", "bf16", "kv4", "kv8", "int4-srft", "int8-srft", "k8v4-srft", "int3-srft"]
+CACHES = [
+    "fp16", "bf16", "kv4", "kv8", "int4-srft", "int8-srft", "k8v4-srft", "k5v4-srft", "int3-srft"
+]  # fmt: skip
 # What the paper's int4 gains over fp16 in ms per token, Apple M1 (arXiv 2605.05699).
 PAPER: list[dict[str, Any]] = [
     {"model": "gemma-3-1b", "cache": "int4, paper on M1", "change": [-0.08, -0.03]},

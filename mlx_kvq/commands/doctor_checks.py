@@ -42,6 +42,8 @@ FORMATS = [
     ("int3-srft", 128, 12, 2),
     ("int3-srft", 80, 8, 2),
     ("k4v3-srft", 256, 4, 1),
+    ("k5v4-srft", 128, 12, 2),
+    ("int5-srft", 80, 8, 2),
     ("int4-srft:group_size=64", 256, 8, 4),
     ("int4-srft:rounding=feedback", 128, 12, 2),
 ]

@@ -16,7 +16,8 @@ from ..measure.rivals import Rival
 from .options import cache
 
 DEFAULT = (
-    "fp16", "kv8", "kv4", "int8-srft", "k8v4-srft", "int4-srft", "k4v3-srft", "int3-srft"
+    "fp16", "kv8", "kv4", "int8-srft", "k8v4-srft", "int5-srft", "k5v4-srft", "int4-srft",
+    "k4v3-srft", "int3-srft",
 )  # fmt: skip
 PROMPT_CHUNK = 512
 DTYPES = ("float32", "float16", "bfloat16")

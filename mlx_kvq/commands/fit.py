@@ -20,7 +20,9 @@ from ..repositories.summary import LAYERS, build
 from ..stock import head_sizes, is_packable, kinds_of, leaves, own_caches
 from .options import cache, size
 
-CACHES = [OFF, "kv8", "kv4", "int8-srft", "k8v4-srft", "int4-srft", "k4v3-srft", "int3-srft"]
+CACHES = [
+    OFF, "kv8", "kv4", "int8-srft", "k8v4-srft", "k5v4-srft", "int4-srft", "k4v3-srft", "int3-srft"
+]  # fmt: skip
 SEQUENCES = (1, 2, 4, 8, 16, 32)
 STEP = 256  # tokens by which caches grow
 RESERVE = 3 << 29

@@ -10,6 +10,7 @@ from ..format.spec import BITS, OFF, ROTATIONS, Spec
 ELSEWHERE = {
     "int4-srft": r"4|(i?q|kv|k|int|fp|nf|tq|turbo)_?4\w*|4_?bits?|turboquant.*|kivi.*|polarquant",
     "int3-srft": r"3|(i?q|kv|k|int|tq|turbo)_?3\w*|3_?bits?",
+    "int5-srft": r"5|(i?q|kv|k|int|tq|turbo)_?5\w*|5_?bits?",
     "int8-srft": r"8|(q|kv|k|int|fp|tq|turbo)_?8\w*|8_?bits?",
     OFF: r"16|b?f16|bfp?16|b?float16|none|off|no|false",
 }

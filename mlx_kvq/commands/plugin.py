@@ -29,14 +29,14 @@ from ..stock_names import missing
 from .options import cache, length, size
 
 HELP = (
-    "Keep keys and values packed: 'int4' (short for 'int4-srft', 4.25 bits per value), 'k8v4', "
-    "'int8', 'k4v3' (3.75), 'int3' (3.25); 'fp16' is the model's own cache. Options follow a "
-    "colon, as in 'int4:recent=64,skip=first': recent (newest tokens read exactly, default 64), "
-    "first (first tokens likewise, 4), group_size (channels that share a scale, default 64), skip "
-    "(layers left alone: numbers, first, last, joined by +), high (layers in 8 bits, likewise), "
-    "budget (bits per value to spend on the layers that need them, such as 5.5), calibrate=off, "
-    "rounding=nearest|feedback, scale=search|absmax|paper, seed. Numbers of tokens may be "
-    "written as 32K. From mlx_kvq."
+    "Keep keys and values packed: 'int4' (short for 'int4-srft', 4.25 bits per value), 'k5v4' "
+    "(4.75), 'int5', 'k8v4', 'int8', 'k4v3' (3.9), 'int3' (3.5); 'fp16' is the model's own "
+    "cache. Options follow a colon, as in 'int4:recent=64,skip=first': recent (newest tokens read "
+    "exactly, default 64), first (first tokens likewise, 4), group_size (channels that share a "
+    "scale, default 64, of 3 bits 32), skip (layers left alone: numbers, first, last, joined by "
+    "+), high (layers in 8 bits, likewise), budget (bits per value to spend on the layers that "
+    "need them, such as 5.5), calibrate=off, rounding=nearest|feedback, "
+    "scale=search|absmax|paper, seed. Numbers of tokens may be written as 32K. From mlx_kvq."
 )
 # Tokens per step of what scores a text in one step, where little would be read from the cache:
 # mlx_lm.perplexity, and mlx_lm.evaluate up to 2048 tokens. As many as are read as in decoding

@@ -9,22 +9,41 @@ scales feed ``mx.quantized_matmul`` as they are. Scales are fp16, two to a word,
 first; one zero half pads an odd count. For D = 128, 4 bits and groups of 64 a row is
 16 + 16 + 1 + 1 = 34 words, 136 bytes, against 512 bytes in fp16.
 
-A side of 3-bit codes has its low two bits where others have their codes, and its high bits, as
-16-bit halves, before the scales::
+A side of narrow codes, of 3 or 5 bits, has their low 2 or 4 bits where others have their codes, and
+its high bits, one of a code, as 16-bit halves, before the scales::
 
     K codes | V codes | K high bits | V high bits | K scales | V scales
 
-Of 16 channels c = 8 w + n, w = 0 or 1, n = 0 … 7, one word has the low two bits of a code from
-bit ``4 n + 2 w`` on, and one half has its high bit as bit ``4 (n % 4) + n // 4 + 2 w``. One zero
-half pads an odd count of halves. So the codes in MLX's 4-bit order, two words with 0 to 7 in each
-nibble, are, with ``low`` the word and ``h`` the half ORed with itself 15 bits further up::
+One zero half pads an odd count of halves. A row is read as the *wide* row of the same shape, whose
+codes of 4 or 8 bits are in MLX's order and have the same levels. It takes few operations to make::
+
+    3 bits, level c - 3.5    4 bits, c + 4      (c + 4) - 7.5 = c - 3.5
+    5 bits, level c - 15.5   8 bits, c + 112    (c + 112) - 127.5 = c - 15.5
+
+(by the rule ``paper`` the levels are c - 4 and c - 16, and the same holds). A half has the high
+bits of 16 channels; let ``h`` be the half ORed with itself 15 bits further up.
+
+Of 3 bits, one word ``low`` has the low bits of these channels c = 8 w + n, w = 0 or 1, n = 0 … 7,
+from bit ``4 n + 2 w`` on, and the half has the high bit as bit ``4 (n % 4) + n // 4 + 2 w``. So the
+codes c in words of 4 bits each are::
 
     (low      & 0x33333333) | (h & 0x11111111) << 2
     (low >> 2 & 0x33333333) | (h & 0x44444444)
 
-A row is read as the *wide* row of the same shape: of a 3-bit code c, with the level c - 3.5 (c - 4
-by the rule ``paper``), it has the 4-bit code c + 4, whose level is the same: (c + 4) - 7.5. For
-D = 128, 3 bits and groups of 64 a row is 8 + 8 + 4 + 4 + 1 + 1 = 26 words, 104 bytes.
+For D = 128, 3 bits and groups of 64 a row is 8 + 8 + 4 + 4 + 1 + 1 = 26 words, 104 bytes.
+
+Of 5 bits, two words have the low bits of the channels c = 4 w + n, w = 0 … 3, n = 0 … 3: those of
+w = 0 and 1 the first one, those of w = 2 and 3 the second one, from bit ``8 n + 4 (w % 2)`` on. The
+half has the high bit as bit ``8 (n % 2) + n // 2 + 2 w``. So the codes c in words of 8 bits each
+are, w = 0 … 3::
+
+    (first       & 0x0f0f0f0f) | (h << 4 & 0x10101010)
+    (first  >> 4 & 0x0f0f0f0f) | (h << 2 & 0x10101010)
+    (second      & 0x0f0f0f0f) | (h      & 0x10101010)
+    (second >> 4 & 0x0f0f0f0f) | (h >> 2 & 0x10101010)
+
+For D = 128, 5-bit keys, 4-bit values and groups of 64 a row is 16 + 16 + 4 + 1 + 1 = 38 words, 152
+bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -33,15 +52,17 @@ from functools import cached_property
 import mlx.core as mx
 
 MAX_DIM = 4096  # of a head: ten times the largest of a known model
+_LOW = {3: 2, 5: 4}  # bits of narrow codes -> bits that are among a row's codes
+_READ = {3: 4, 5: 8}  # bits of narrow codes -> bits that they are read as
 
 
 @dataclass(frozen=True)
 class RowLayout:
     """The parts of a row, in uint32 words. Raises ValueError if a row cannot be laid out so."""
 
-    k_dim: int  # head size, a multiple of 8; of 3-bit codes, of 16
+    k_dim: int  # head size, a multiple of 8; of narrow codes, of 16
     v_dim: int
-    k_bits: int  # 3, 4 or 8
+    k_bits: int  # 3, 4, 5 or 8
     v_bits: int
     k_group: int  # channels that share a scale
     v_group: int
@@ -49,31 +70,31 @@ class RowLayout:
     def __post_init__(self):
         sides = (self.k_dim, self.k_bits, self.k_group), (self.v_dim, self.v_bits, self.v_group)
         for D, bits, group in sides:
-            if type(bits) is not int or bits not in (3, 4, 8):
-                raise ValueError(f"codes have 3, 4 or 8 bits, not {bits!r}")
+            if type(bits) is not int or bits not in (3, 4, 5, 8):
+                raise ValueError(f"codes have 3, 4, 5 or 8 bits, not {bits!r}")
             check_dim(D, bits)
             if type(group) is not int or not 1 <= group <= D or D % group:
                 raise ValueError(f"group_size={group!r} does not divide head size {D}")
-            if bits == 3 and group % 16:
-                raise ValueError(f"groups of 3-bit codes are multiples of 16, not {group}")
+            if is_narrow(bits) and group % 16:
+                raise ValueError(f"groups of {bits}-bit codes are multiples of 16, not {group}")
 
     @property
     def k_words(self) -> int:
-        """Words of the keys' codes; at 3 bits of their low two bits."""
-        return self.k_dim * _in_words(self.k_bits) // 32
+        """Words of the keys' codes; of narrow ones, of their low bits."""
+        return self.k_dim * _LOW.get(self.k_bits, self.k_bits) // 32
 
     @property
     def v_words(self) -> int:
-        return self.v_dim * _in_words(self.v_bits) // 32
+        return self.v_dim * _LOW.get(self.v_bits, self.v_bits) // 32
 
     @property
     def k_halves(self) -> int:
-        """16-bit halves of high bits of the keys' 3-bit codes."""
-        return self.k_dim // 16 if self.k_bits == 3 else 0
+        """16-bit halves of high bits of the keys' narrow codes."""
+        return self.k_dim // 16 if is_narrow(self.k_bits) else 0
 
     @property
     def v_halves(self) -> int:
-        return self.v_dim // 16 if self.v_bits == 3 else 0
+        return self.v_dim // 16 if is_narrow(self.v_bits) else 0
 
     @property
     def high_word(self) -> int:
@@ -104,15 +125,21 @@ class RowLayout:
 
     @cached_property
     def wide(self) -> "RowLayout":
-        """Of the rows as they are read: codes of 3 bits have 4."""
-        if 3 not in (self.k_bits, self.v_bits):
+        """Of the rows as they are read: codes of 3 bits have 4, codes of 5 bits 8."""
+        bits = read_bits(self.k_bits), read_bits(self.v_bits)
+        if bits == (self.k_bits, self.v_bits):
             return self
-        return replace(self, k_bits=max(4, self.k_bits), v_bits=max(4, self.v_bits))
+        return replace(self, k_bits=bits[0], v_bits=bits[1])
 
 
-def _in_words(bits: int) -> int:
-    """Bits of a code that are among a row's codes."""
-    return 2 if bits == 3 else bits
+def is_narrow(bits: int) -> bool:
+    """Whether codes of so many bits are stored in two parts and read as wider ones."""
+    return bits in _LOW
+
+
+def read_bits(bits: int) -> int:
+    """Bits of codes as they are read."""
+    return _READ.get(bits, bits)
 
 
 def tail_dtype(dtype: mx.Dtype) -> mx.Dtype:
@@ -123,33 +150,35 @@ def tail_dtype(dtype: mx.Dtype) -> mx.Dtype:
 
 def _unit(bits: int) -> int:
     """Channels that are stored together."""
-    return 16 if bits == 3 else 8
+    return 16 if is_narrow(bits) else 8
 
 
 def check_dim(D: int, bits: int = 4) -> None:
     """Raise ValueError unless vectors of D channels can be packed in codes of so many bits."""
     unit = _unit(bits)
     if type(D) is not int or D % unit or not unit <= D <= MAX_DIM:
-        of = " for 3-bit codes" if bits == 3 else ""
+        of = f" for {bits}-bit codes" if is_narrow(bits) else ""
         raise ValueError(
             f"head size {D!r} is not a multiple of {unit} from {unit} to {MAX_DIM}{of}"
         )
 
 
 def choose_group(D: int, group_size: int | None, bits: int = 4) -> int:
-    """The group size for head size D and codes of so many bits: as asked, or 64, or the next
-    divisor above 64; a multiple of 8, at 3 bits of 16. Raises ValueError if D cannot be packed, or
-    the asked group size does not divide it so."""
+    """The group size for head size D and codes of so many bits: as asked, or 64 (of 3-bit codes
+    32, which lose two thirds as much), or the next divisor above; a multiple of 8, of narrow codes
+    of 16. Raises ValueError if D cannot be packed, or the asked group size does not divide it
+    so."""
     check_dim(D, bits)
     unit = _unit(bits)
     if group_size is None:
-        return next((g for g in range(64, D, unit) if D % g == 0), D)
+        least = 32 if bits == 3 else 64
+        return next((g for g in range(least, D, unit) if D % g == 0), D)
     fits = [g for g in range(unit, D + 1, unit) if D % g == 0]
     if type(group_size) is not int or group_size not in fits:
         possible = ", ".join(map(str, fits))
-        if bits == 3 and type(group_size) is int and group_size > 0 and D % group_size == 0:
+        if is_narrow(bits) and type(group_size) is int and group_size > 0 and D % group_size == 0:
             raise ValueError(
-                f"group_size={group_size} is not a multiple of 16, as 3-bit codes need "
+                f"group_size={group_size} is not a multiple of 16, as {bits}-bit codes need "
                 f"(possible for head size {D}: {possible})"
             )
         raise ValueError(

@@ -1,11 +1,12 @@
 """Codes and scales: quantizing rotated vectors, packing codes into words, reading them back."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import mlx.core as mx
 
 from . import feedback
-from .layout import RowLayout
+from .layout import RowLayout, is_narrow
 
 HALF_MAX = 65504.0
 _LEAST = 2.0**-24  # fp16's smallest number: groups of smaller channels have a scale of 0
@@ -18,7 +19,7 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
 
     Args:
         y (mx.array): fp32 [..., D].
-        bits (int): 3, 4 or 8.
+        bits (int): 3, 4, 5 or 8.
         group (int): Channels that share a scale.
         rule (str): ``"search"``, ``"absmax"`` or ``"paper"``; at 8 bits ``"search"`` is
             ``"absmax"``, as clipping never pays there.
@@ -39,11 +40,15 @@ def quantize(y: mx.array, bits: int, group: int, rule: str) -> tuple[mx.array, m
 def tried(group: int, bits: int = 4) -> tuple[float, float]:
     """Fractions of the abs-max scale that are tried for groups of this size (scripts/studies). The
     first of them finds the codes of vectors that were quantized before: at 3 bits any above 5/6
-    does, at 4 bits above 13/14."""
+    does, at 4 bits above 13/14, at 5 bits above 29/30."""
     if bits == 3:
         if group <= 32:
             return 0.92, 0.80
         return (0.86, 0.76) if group <= 64 else (0.84, 0.70)
+    if bits == 5:
+        if group <= 32:
+            return 1.0, 0.97
+        return (1.0, 0.96) if group <= 64 else (0.98, 0.94)
     if group <= 32:
         return 1.0, 0.94
     return (0.96, 0.89) if group <= 64 else (0.93, 0.86)
@@ -144,10 +149,10 @@ def quantize_with_feedback(
 
 
 def pack_codes(codes: mx.array, bits: int) -> mx.array:
-    """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first; 3-bit codes
-    take 4 bits each (:func:`narrowed`)."""
+    """Codes uint32 [..., D] -> words uint32 [..., D * bits / 32], lowest bits first; codes of 3
+    bits take 4 each, codes of 5 bits 8 (:func:`narrowed`)."""
     codes = codes.astype(mx.uint8)
-    if bits < 8:
+    if bits < 5:
         codes = codes[..., ::2] | (codes[..., 1::2] << 4)
     return codes.view(mx.uint32)
 
@@ -159,26 +164,38 @@ def unpack_codes(words: mx.array, bits: int) -> mx.array:
     return codes.flatten(-2).astype(mx.float32)
 
 
-_LOW = 0x33333333  # the low two bits of each nibble
-_MIDDLE = 0x44444444  # what wide codes are larger by than 3-bit ones
+# Of a word of codes of 4 bits (3) and of 8 bits (5): low bits, high bits, and what wide codes are
+# larger by.
+_LOW = {3: 0x33333333, 5: 0x0F0F0F0F}
+_HIGH = {3: 0x44444444, 5: 0x10101010}
+_MORE = {3: 0x44444444, 5: 0x70707070}
 
 
-def narrowed(words: mx.array) -> tuple[mx.array, mx.array]:
-    """3-bit codes in 4 bits each, words uint32 [..., 2 n] of :func:`pack_codes`, as rows store
-    them: their low bits uint32 [..., n] and their high bits uint16 [..., n]."""
-    a, b = words[..., ::2], words[..., 1::2]
-    high = ((a >> 2) & 0x11111111) | (b & _MIDDLE)
-    high = (high | (high >> 15)) & 0xFFFF
-    return (a & _LOW) | ((b & _LOW) << 2), high.astype(mx.uint16)
+def narrowed(words: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """3- and 5-bit codes, words uint32 [..., 2 n] and [..., 4 n] of :func:`pack_codes`, as rows
+    store them: their low bits uint32 [..., n] and [..., 2 n], their high bits uint16 [..., n]."""
+    step = 2 if bits == 3 else 4
+    of_unit = [words[..., w::step] for w in range(step)]
+    shifted = [_shifted(x & _HIGH[bits], 2 * w - step) for w, x in enumerate(of_unit)]
+    high = reduce(mx.bitwise_or, shifted)
+    high = ((high | (high >> 15)) & 0xFFFF).astype(mx.uint16)
+    pairs = [x & _LOW[bits] for x in (words[..., ::2], words[..., 1::2])]
+    return pairs[0] | (pairs[1] << step), high
 
 
-def _widened(low: mx.array, high: mx.array) -> mx.array:
-    """The other way round, into codes of 4 bits with the same levels: uint32 [..., 2 n]."""
+def _widened(low: mx.array, high: mx.array, bits: int) -> mx.array:
+    """The other way round, into wider codes with the same levels: uint32 [..., 2 n] of 4 bits,
+    [..., 4 n] of 8 bits."""
+    step = 2 if bits == 3 else 4
     h = high.astype(mx.uint32)
     h = h | (h << 15)
-    a = (low & _LOW) | ((h & 0x11111111) << 2)
-    b = ((low >> 2) & _LOW) | (h & _MIDDLE)
-    return (mx.stack([a, b], axis=-1) + _MIDDLE).flatten(-2)
+    pairs = mx.stack([low & _LOW[bits], (low >> step) & _LOW[bits]], axis=-1).flatten(-2)
+    highs = [_shifted(h, step - 2 * w) & _HIGH[bits] for w in range(step)]
+    return (pairs | mx.stack(highs, axis=-1).flatten(-2)) + _MORE[bits]
+
+
+def _shifted(x: mx.array, by: int) -> mx.array:
+    return x << by if by > 0 else x >> -by
 
 
 def widened(rows: mx.array, lay: RowLayout) -> mx.array:
@@ -189,7 +206,10 @@ def widened(rows: mx.array, lay: RowLayout) -> mx.array:
     at = 2 * lay.high_word
     halves = rows.view(mx.uint16)[..., at : at + lay.k_halves + lay.v_halves]
     high = halves[..., : lay.k_halves], halves[..., lay.k_halves :]
-    codes = [_widened(a, b) if b.shape[-1] else a for a, b in zip(low, high, strict=True)]
+    codes = [
+        _widened(a, b, bits) if is_narrow(bits) else a
+        for a, b, bits in zip(low, high, (lay.k_bits, lay.v_bits), strict=True)
+    ]
     return mx.concatenate([*codes, rows[..., lay.codes_words :]], axis=-1)
 
 
@@ -198,7 +218,7 @@ def joined(codes: Sequence[mx.array], scales: Sequence[mx.array], bits: Sequence
     words: list[mx.array] = []
     high: list[mx.array] = []
     for of_side, b in zip(codes, bits, strict=True):
-        low, halves = narrowed(of_side) if b == 3 else (of_side, None)
+        low, halves = narrowed(of_side, b) if is_narrow(b) else (of_side, None)
         words.append(low)
         if halves is not None:
             high.append(halves)
@@ -215,8 +235,8 @@ def _whole(halves: Sequence[mx.array]) -> list[mx.array]:
 
 
 def split(rows: mx.array, lay: RowLayout) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16), all views; 3-bit
-    codes as the 4-bit codes that they are read as."""
+    """rows [..., W] -> K codes, V codes (words) and K scales, V scales (fp16), all views; 3-
+    and 5-bit codes as the 4- and 8-bit codes that they are read as."""
     rows, lay = widened(rows, lay), lay.wide
     halves, first = rows.view(mx.float16), 2 * lay.codes_words
     return (

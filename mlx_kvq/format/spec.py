@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # name -> (bits of a key, bits of a value)
-BITS = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4), "int3": (3, 3), "k4v3": (4, 3)}
+BITS = {
+    "int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4), "k5v4": (5, 4), "int5": (5, 5),
+    "int3": (3, 3), "k4v3": (4, 3),
+}  # fmt: skip
 ROTATIONS = ("srft", "srht", "none")
 # Accepted, but in no list of caches: slow, and no better (``format.dense``).
 DENSE = ("householder", "quaternion")
@@ -30,12 +33,13 @@ class Spec:
     """A parsed spec string.
 
     Args:
-        bits (str): ``"int4"``, ``"int8"``, ``"k8v4"`` (8-bit keys, 4-bit values), ``"int3"`` or
-            ``"k4v3"`` (4-bit keys, 3-bit values).
+        bits (str): ``"int4"``, ``"int8"``, ``"k8v4"`` (8-bit keys, 4-bit values), ``"k5v4"`` (5-bit
+            keys, 4-bit values), ``"int5"``, ``"int3"`` or ``"k4v3"`` (4-bit keys, 3-bit values).
         rotation (str): Random signs and a real FFT, ``"srft"``, for even head sizes, or a Hadamard
             transform, ``"srht"``, for powers of two; ``"none"``; or one of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
-            the head size; of 3-bit codes, of 16. ``None`` takes 64, or the next such divisor.
+            the head size; of 3- and 5-bit codes, of 16. ``None``: 64, of 3-bit codes 32, or the
+            next such divisor.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
         scale (str): ``"search"``: the better of two by angle; ``"absmax"``: the largest magnitude
             maps to the outermost level; ``"paper"``: an odd number of levels around zero.
@@ -47,7 +51,7 @@ class Spec:
             largest error get more than the others (``mlx_kvq.model.bits``).
         rounding (str): Of keys when written: to the ``"nearest"`` level, or with ``"feedback"``
             making up for the errors of other channels (``format.feedback``), by the same kernel;
-            needs a calibration with the metric, and is for keys of 3 and 4 bits. ``"auto"``:
+            needs a calibration with the metric, and is for keys of less than 8 bits. ``"auto"``:
             with feedback if there is that, and a GPU whose kernels do it: plain operations take
             three to seven times as long for it.
         recent (int): Newest tokens of a query, its own included, that are also kept unrounded and

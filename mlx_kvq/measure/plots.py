@@ -16,6 +16,7 @@ from .rivals import label
 COLORS = {
     "fp16": "black", "kv8": "C7", "kv4": "C1", "int8-srft": "C2", "k8v4-srft": "C4",
     "int4-srft": "C0", "k4v3-srft": "C9", "int3-srft": "C6", "kivi": "C3", "kvarn": "C5",
+    "k5v4-srft": "gold", "int5-srft": "indigo",
 }  # fmt: skip
 OTHERS = ("C8", "navy", "darkgreen", "0.5")  # for caches that are not of these
 SYMBOLS = {"mu": "μ", "sigma": "σ", "lam": "λ"}

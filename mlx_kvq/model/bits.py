@@ -26,7 +26,7 @@ from .report import Report, layer_ranges
 TOKENS = 512  # read to measure, fed in chunks so that packed history is read
 CHUNK = 64
 NOISE = 1e-6  # nats a token; a smaller difference is rounding of fp32 sums
-STEPS = ("int3", "k4v3", "int4", "k8v4", "int8")  # by bytes
+STEPS = ("int3", "k4v3", "int4", "k5v4", "int5", "k8v4", "int8")  # by bytes
 
 
 def bits_by_spec(spec: Spec, paths: list[CachePath]) -> dict[CachePath, str]:
@@ -82,8 +82,9 @@ def allocate(
     tokenizer=None,
 ) -> dict[CachePath, str]:
     """Raise ``bits``, cache by cache, until ``budget`` bits per value, scales included, are spent.
-    ``make_caches`` packs the caches whose bits it is given, ``layouts`` are their rows for all of
-    :func:`steps_from` them. Raises ValueError if the budget does not even cover ``bits``."""
+    ``make_caches`` packs the caches whose bits it is given, ``layouts`` are their rows for those of
+    :func:`steps_from` them that can be packed. Raises ValueError if the budget does not even cover
+    ``bits``."""
     values = sum(rows[bits[p]].k_dim + rows[bits[p]].v_dim for p, rows in layouts.items())
     size = {(p, b): 32 * row.words for p, rows in layouts.items() for b, row in rows.items()}
     spent = sum(size[p, b] for p, b in bits.items())
@@ -92,9 +93,14 @@ def allocate(
             f"A budget of {budget:g} bits per value is less than the {spent / values:.2f} of the "
             "spec: raise it, or take a larger group_size."
         )
+    # Head sizes or groups that narrow codes cannot pack leave their steps to no cache.
+    steps = tuple(
+        step
+        for step in steps_from(min(bits.values(), key=STEPS.index))
+        if all((p, step) in size for p, b in bits.items() if step in steps_from(b))
+    )
     with fast_on_cpu(model):
-        cost = _measure(model, make_caches, bits, tokenizer)
-    steps = steps_from(min(bits.values(), key=STEPS.index))
+        cost = _measure(model, make_caches, bits, steps, tokenizer)
     found = []
     for fewer, more in combinations_with_replacement(steps, 2):
         start = {p: max(b, fewer, key=STEPS.index) for p, b in bits.items()}
@@ -139,8 +145,8 @@ def steps_from(bits: str) -> tuple[str, ...]:
     return STEPS[STEPS.index(bits) :]
 
 
-def _measure(model, make_caches, bits, tokenizer) -> dict[tuple[CachePath, str], float]:
-    """Mean KL with one cache packed, for every cache and every number of bits it may get."""
+def _measure(model, make_caches, bits, steps, tokenizer) -> dict[tuple[CachePath, str], float]:
+    """Mean KL with one cache packed, for every cache and every one of ``steps`` it may get."""
     if tokenizer is None:
         tokens = random_tokens(model)[:TOKENS]
     else:
@@ -160,4 +166,5 @@ def _measure(model, make_caches, bits, tokenizer) -> dict[tuple[CachePath, str],
         (p, step): kl(exact, log_probabilities({p: step})).mean().item()  # type: ignore[misc]
         for p, b in bits.items()
         for step in steps_from(b)
+        if step in steps
     }

@@ -40,8 +40,8 @@ def enable(
             user's cache directory (``mlx_kvq.calibration.automatic``).
         tokenizer (optional): For that text; without it random tokens are used.
         policy (dict, optional): Path of every cache to pack -> ``"int3"``, ``"k4v3"``,
-            ``"int4"``, ``"k8v4"`` or ``"int8"``; replaces ``skip``, ``high`` and ``budget`` of the
-            spec.
+            ``"int4"``, ``"k5v4"``, ``"int5"``, ``"k8v4"`` or ``"int8"``; replaces ``skip``,
+            ``high`` and ``budget`` of the spec.
         verbose (bool): Print one line to stderr about the result.
 
     Returns:

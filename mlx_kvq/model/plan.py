@@ -1,6 +1,7 @@
 """From a spec to packed caches: which caches of a model are packed, and in which format."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..calibration import automatic, shards
 from ..calibration.fit import lambda_of
 from ..calibration.set import CalibrationSet, LayerCalibration
 from ..format.format import Format, make_format
+from ..format.layout import RowLayout
 from ..format.spec import Spec
 from ..host import bounded, is_growing, is_rotating
 from ..stock import CachePath, Identity, Shapes, leaves, own_caches
@@ -258,13 +260,18 @@ class _Plan:
             # Without the exact tail, which would hide much of the error.
             return pack_caches(own_caches(self.model), self.formats_of(bits, recent=0))
 
-        layouts = {
-            p: {b: self.formats_of({p: b})[p].layout for b in steps_from(least)}
-            for p, least in self.bits.items()
-        }
+        layouts = {p: self._layouts(p, least) for p, least in self.bits.items()}
         assert self.spec.budget is not None
         bits = allocate(self.model, caches, self.bits, layouts, self.spec.budget, tokenizer)
         self.packing.formats = self.formats_of(bits)
+
+    def _layouts(self, path: CachePath, least: str) -> dict[str, RowLayout]:
+        """Rows of a cache with more and more bits; 3 and 5 bits cannot pack every head size."""
+        layouts = {least: self.packing.formats[path].layout}
+        for bits in steps_from(least)[1:]:
+            with suppress(ValueError):
+                layouts[bits] = self.formats_of({path: bits})[path].layout
+        return layouts
 
     def finish(self) -> None:
         """Complete the report, try a batch and note the model's identity."""

@@ -13,7 +13,11 @@ import numpy as np
 
 from mlx_kvq.format.levels import tried
 
-GRID = np.arange(56, 105, 2) / 100
+GRIDS = {
+    3: np.arange(56, 105, 2) / 100,
+    4: np.arange(56, 105, 2) / 100,
+    5: np.arange(84, 107) / 100,
+}
 GROUPS = (16, 32, 48, 64, 80, 112, 128, 256)
 
 
@@ -29,20 +33,20 @@ def cosines(y: np.ndarray, bits: int, fraction: float) -> np.ndarray:
 def errors(group: int, bits: int, n: int) -> dict[tuple[float, ...], float]:
     """Fractions -> squared error, relative to that of zeros; also of one and of the whole grid."""
     y = np.random.default_rng(0).standard_normal((n, group))
-    shipped = tried(group, bits)
-    found = {c: cosines(y, bits, c) for c in {*GRID.tolist(), *shipped}}
+    shipped, grid = tried(group, bits), GRIDS[bits].tolist()
+    found = {c: cosines(y, bits, c) for c in {*grid, *shipped}}
     squares = (y**2).sum(axis=1)
-    sets = [(c,) for c in GRID] + list(combinations(GRID[::-1].tolist(), 2))
+    sets = [(c,) for c in grid] + list(combinations(grid[::-1], 2))
     return {
         some: float((squares * (2 - 2 * np.max([found[c] for c in some], axis=0))).mean())
         / float(squares.mean())
-        for some in [*sets, shipped, tuple(GRID.tolist())]
+        for some in [*sets, shipped, tuple(grid)]
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bits", type=int, default=3, choices=(3, 4))
+    parser.add_argument("--bits", type=int, default=3, choices=(3, 4, 5))
     parser.add_argument("--count", type=int, default=20000, help="groups of each size")
     args = parser.parse_args()
     print("| group | best two | error | as shipped | best one | all |\n|--:|---|--:|---|---|--:|")
@@ -55,7 +59,7 @@ def main():
             " ".join(f"{c:.2f}" for c in some) + f" ({found[some] / found[two]:.3f})"
             for some in (tried(group, args.bits), one)
         ]
-        every = found[tuple(GRID.tolist())] / found[two]
+        every = found[tuple(GRIDS[args.bits].tolist())] / found[two]
         best = " ".join(f"{c:.2f}" for c in two)
         print(f"| {group} | {best} | {found[two]:.4f} | {cells[0]} | {cells[1]} | {every:.3f} |")
 

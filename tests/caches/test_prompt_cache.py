@@ -57,7 +57,16 @@ def saved(model, tokenizer, path, n=20, spec=SPEC):
 
 
 @pytest.mark.parametrize(
-    "spec", [SPEC, "k8v4-srht:seed=3,calibrate=off", "int4-srft", "int3-srft", "k4v3-none"]
+    "spec",
+    [
+        SPEC,
+        "k8v4-srht:seed=3,calibrate=off",
+        "int4-srft",
+        "int3-srft",
+        "k4v3-none",
+        "k5v4-srft",
+        "int5-none",
+    ],
 )
 def test_a_saved_prompt_goes_on_exactly(loaded, tmp_path, spec):
     model, tokenizer = loaded

@@ -14,6 +14,8 @@ fp16
 int4-srft int4-srht int4-none
 int8-srft int8-srht int8-none
 k8v4-srft k8v4-srht k8v4-none
+k5v4-srft k5v4-srht k5v4-none
+int5-srft int5-srht int5-none
 int3-srft int3-srht int3-none
 k4v3-srft k4v3-srht k4v3-none"""
 
@@ -43,9 +45,11 @@ def test_names(text, spec):
           for t in ("q8_0", "8", "kv8", "8bit", "fp8")),
         *((t, f"there is no '{t}' here. The nearest is 'int3-srft'." + KNOWN)
           for t in ("q3_0", "3", "kv3", "3bit", "turbo3")),
+        *((t, f"there is no '{t}' here. The nearest is 'int5-srft'." + KNOWN)
+          for t in ("q5_0", "5", "kv5", "5bit")),
         *((t, f"there is no '{t}' here. The nearest is 'fp16'." + KNOWN)
           for t in ("f16", "bf16", "none")),
-        ("int5-srft", "KV cache spec 'int5-srft': unknown cache 'int5-srft'. Did you mean "
+        ("int6-srft", "KV cache spec 'int6-srft': unknown cache 'int6-srft'. Did you mean "
                       "'int8-srft'?" + KNOWN),
         ("int4:seed=x", "KV cache spec 'int4:seed=x': seed is an integer, got 'x'."),
         ("int4:sed=1", "KV cache spec 'int4:sed=1': unknown option 'sed'. Did you mean "

@@ -62,7 +62,11 @@ def test_signature_and_back(bits, rotation, scale, sizes, seed, recent):
     back = parse_signature(fmt.signature)
     assert back.signature == fmt.signature
     assert (back.spec, back.layout, back.scale) == (spec, fmt.layout, fmt.scale)
-    assert (fmt.layout.k_group, fmt.layout.v_group) == (k_group or 64, v_group or 64)
+    default = [32 if b == 3 else 64 for b in BITS[bits]]
+    assert (fmt.layout.k_group, fmt.layout.v_group) == (
+        k_group or default[0],
+        v_group or default[1],
+    )
     for name in "keys", "values":
         a, b = getattr(fmt, name), getattr(back, name)
         assert (a.rotation, a.seed, a.stream, a.dim) == (b.rotation, b.seed, b.stream, b.dim)
@@ -202,7 +206,7 @@ def test_nonsense_is_refused(nonsense):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("int4", "int5", "unknown cache 'int5-srft'"),
+        ("int4", "int6", "unknown cache 'int6-srft'"),
         ("srft", "dct", "unknown cache 'int4-dct'"),
         ("int4-srft", "fp16", "'fp16' takes no options"),
         ("search", "best", "unknown scale 'best'"),
@@ -315,6 +319,7 @@ def with_metric() -> Calibration:
     [
         ("int4-srft:rounding=feedback", True),
         ("int3-srft:rounding=feedback", True),
+        ("k5v4-srft:rounding=feedback", True),
         ("int4-srft", False),
         ("k8v4-srft", False),
     ],

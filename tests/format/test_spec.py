@@ -20,7 +20,7 @@ from mlx_kvq.format.spec import (
 NAMES = [f"{bits}-{rotation}" for bits in BITS for rotation in (*ROTATIONS, *DENSE)]
 # fmt: off
 WRONG = {
-    "int5-srft": "unknown cache 'int5-srft'. Did you mean 'int8-srft'?",
+    "int6-srft": "unknown cache 'int6-srft'. Did you mean 'int8-srft'?",
     "int4-dct": "unknown cache 'int4-dct'.",
     "int4-": "unknown cache 'int4-'.",
     "int4-srft-x": "unknown cache 'int4-srft-x'. Did you mean 'int4-srft'?",
@@ -68,6 +68,7 @@ WRONG = {
 def test_the_vocabulary():
     """Words of a spec are promised to users and stand in saved caches: none goes or changes."""
     bits = {"int4": (4, 4), "int8": (8, 8), "k8v4": (8, 4), "int3": (3, 3), "k4v3": (4, 3)}
+    bits |= {"k5v4": (5, 4), "int5": (5, 5)}
     assert bits.items() <= BITS.items()
     assert {"srft", "srht", "none"} <= set(ROTATIONS)
     assert {"search", "absmax", "paper"} <= set(SCALES)
@@ -190,7 +191,7 @@ def test_policy_options_and_the_way_back():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("bits", "int5", "unknown bits 'int5'. Did you mean 'int8'? Known: int4, int8, k8v4, int3"),
+        ("bits", "int6", "unknown bits 'int6'. Did you mean 'int8'? Known: int4, int8, k8v4, k5v4"),
         ("bits", 4, "unknown bits '4'."),
         ("rotation", "dct", "unknown rotation 'dct'."),
         ("scale", None, "unknown scale 'None'."),

@@ -366,14 +366,14 @@ class Busy(nn.Module):
     """Attention whose output is the model's, through keys that 4 bits blur and values that they
     hold exactly (all of one size, without a rotation), or the other way round."""
 
-    def __init__(self, sensitive):
+    def __init__(self, sensitive, D=64):
         super().__init__()
-        self.sensitive = sensitive
+        self.sensitive, self.D = sensitive, D
 
     def __call__(self, x, cache):
-        h = mx.sin(x[:, None, :, None] * (1 + mx.arange(64)) * 0.37) * mx.ones((1, 2, 1, 1))
+        h = mx.sin(x[:, None, :, None] * (1 + mx.arange(self.D)) * 0.37) * mx.ones((1, 2, 1, 1))
         even = mx.where(h > 0, 1.0, -1.0)
-        new, scale = ((h, even), 0.2) if self.sensitive == "keys" else ((even, h), 0.0)
+        new, scale = ((h, even), 0.6) if self.sensitive == "keys" else ((even, h), 0.0)
         k, v = cache.update_and_fetch(*new)
         o = scaled_dot_product_attention(h, k, v, cache=cache, scale=scale, mask="causal")
         return o.swapaxes(1, 2).flatten(-2)
@@ -403,13 +403,13 @@ class Last(nn.Module):
 @pytest.mark.parametrize(
     "sensitive, bought",
     [
-        ("keys", {4.25: "int4", 4.9: "int4", 5: "k8v4", 5.6: "k8v4"}),
-        ("values", {4.25: "int4", 5: "int4", 5.5: "int4", 5.6: "int8"}),
+        ("keys", {4.25: "int4", 4.4: "int4", 4.45: "k5v4", 4.9: "k5v4", 5: "k8v4", 5.6: "k8v4"}),
+        ("values", {4.25: "int4", 4.5: "int4", 4.6: "int5", 5.5: "int5", 5.6: "int8"}),
     ],
 )
 def test_a_budget_goes_where_the_loss_is(sensitive, bought, monkeypatch):
     """One layer's keys, or its values, are all that matters: it gets the bits that help, if the
-    budget has room for them. For values k8v4 is no help, and is not bought."""
+    budget has room for them. For values k5v4 and k8v4 are no help, and are not bought."""
     monkeypatch.setattr(automatic, "RANDOM_TOKENS", 512)  # as outside the tests
     model = Last(Dull(64), Busy(sensitive), Dull(64))
     spec = "int4-none:group_size=64,calibrate=off"
@@ -424,8 +424,8 @@ def test_a_budget_goes_where_the_loss_is(sensitive, bought, monkeypatch):
 @pytest.mark.parametrize(
     "sensitive, bought",
     [
-        ("keys", {3.25: "int3", 3.5: "k4v3", 4: "k4v3", 4.5: "k8v4", 5.5: "k8v4"}),
-        ("values", {3.25: "int3", 3.5: "int3", 3.6: "int4", 4: "int4", 5: "int8"}),
+        ("keys", {3.25: "int3", 3.5: "k4v3", 3.7: "k4v3", 4: "k5v4", 4.5: "k8v4", 5.5: "k8v4"}),
+        ("values", {3.25: "int3", 3.5: "int3", 3.6: "int4", 3.9: "int4", 4: "int5", 5: "int8"}),
     ],
 )
 def test_a_budget_below_four_bits(sensitive, bought, monkeypatch):
@@ -467,4 +467,15 @@ def test_a_budget_buys_at_most_two_widths(monkeypatch):
         )
         assert sum(cost[p, b] for p, b in zip(paths, chosen, strict=True)) <= 1.01 * best
     assert spend(9) == ["int8"] * 5 == spend(9, "int8")
-    assert set(spend(4.4, "int4")) == {"int4"}
+    assert set(spend(4.3, "int4")) == {"int4"}
+    assert spend(4.4, "int4") == [*["int4"] * 4, "k5v4"]
+
+
+def test_a_budget_for_head_sizes_that_narrow_codes_cannot_pack(monkeypatch):
+    """Groups of 24 channels, or heads of 72, leave out the steps with 3 and 5 bits."""
+    monkeypatch.setattr(automatic, "RANDOM_TOKENS", 512)
+    model = Last(Dull(72), Busy("keys", 72), Dull(72))
+    for budget, name in {5.4: "k8v4", 5.3: "int4"}.items():
+        spec = f"int4-none:group_size=24,calibrate=off,budget={budget}"
+        mlx_kvq.enable(model, spec, verbose=False)
+        assert bits(model.make_cache()) == ["int4", name, "int4"]

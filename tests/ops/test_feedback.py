@@ -38,6 +38,11 @@ FORMATS = [
     ("int3-srft", 80),
     ("int3-srft:group_size=64", 128),
     ("int3-srft:scale=paper", 256),
+    ("k5v4-srft:group_size=32", 64),
+    ("k5v4-srft", 80),
+    ("k5v4-srft", 128),
+    ("int5-srft:scale=paper", 112),
+    ("int5-srft:scale=absmax", 256),
 ]
 
 
@@ -100,6 +105,7 @@ def test_feedback(emulator, spec, D):
     [
         "int4-srft:group_size=32", "int4-none:group_size=16", "int4-srft:scale=absmax",
         "int3-srft:group_size=32", "int3-none:scale=paper", "k4v3-srft",
+        "k5v4-srft", "int5-none:group_size=16",
     ],
 )  # fmt: skip
 def test_strange_vectors(emulator, spec):
@@ -118,10 +124,12 @@ def test_strange_vectors(emulator, spec):
     if "none" in spec and scales.shape[-1] > 1:
         assert (damaged[6:].sum(axis=1) == 1).all()
     of_channel = np.repeat(damaged, 64 // damaged.shape[1], axis=1)
-    assert (codes[0, 0][of_channel] == (4 if fmt.layout.k_bits == 3 else 0)).all()
+    assert (codes[0, 0][of_channel] == {3: 4, 5: 112}.get(fmt.layout.k_bits, 0)).all()
 
 
-@pytest.mark.parametrize("spec, D", [("int4-srft", 128), ("int3-srft", 64), ("k4v3-srft", 80)])
+@pytest.mark.parametrize(
+    "spec, D", [("int4-srft", 128), ("int3-srft", 64), ("k4v3-srft", 80), ("k5v4-srft", 80)]
+)
 @pytest.mark.parametrize("L", [1, 5, 23])
 def test_with_a_tail_and_held_rows(emulator, launches, spec, D, L):
     """Any strides; several sets of a SIMD group, of which the last one is not whole."""

@@ -53,6 +53,18 @@ FORMATS = [
     ("k4v3-srft", 128, 128, ""),
     ("k4v3-srft", 80, 80, "mu sigma"),
     ("k4v3-srht:group_size=128,scale=paper", 128, 256, ""),
+    ("k5v4-srft", 64, 64, ""),
+    ("k5v4-srft", 80, 80, "mu sigma"),
+    ("k5v4-srft:group_size=16", 112, 112, "lam"),
+    ("k5v4-srft", 128, 128, "mu sigma lam"),
+    ("k5v4-srft:group_size=32,scale=paper", 128, 256, ""),
+    ("k5v4-none:scale=absmax", 256, 192, "mu"),
+    ("int5-srft", 64, 64, ""),
+    ("int5-srft", 80, 80, "mu"),
+    ("int5-srft:scale=paper", 112, 112, ""),
+    ("int5-srft:group_size=32", 128, 128, ""),
+    ("int5-srht:scale=absmax", 256, 128, "sigma"),
+    ("int5-none:group_size=48", 96, 96, ""),
 ]
 
 
@@ -249,6 +261,7 @@ def strange(n) -> np.ndarray:
     [
         "int4-srft", "int8-srft", "int4-none:scale=paper", "int8-none", "int4-none",
         "int3-srft", "int3-none", "int3-none:scale=paper", "k4v3-srft:group_size=64",
+        "k5v4-srft", "int5-none", "int5-none:scale=paper",
     ],
 )  # fmt: skip
 def test_quantize_strange_vectors(emulator, spec):
@@ -264,7 +277,15 @@ def test_quantize_strange_vectors(emulator, spec):
 
 @pytest.mark.parametrize("sizes", [{}, {"pack_pairs": 2, "pack_threadgroups": 2}])
 @pytest.mark.parametrize(
-    "bits, D, group", [("int4", 64, 32), ("int4", 96, 24), ("int3", 64, 32), ("k4v3", 96, 48)]
+    "bits, D, group",
+    [
+        ("int4", 64, 32),
+        ("int4", 96, 24),
+        ("int3", 64, 32),
+        ("k4v3", 96, 48),
+        ("k5v4", 64, 32),
+        ("int5", 96, 48),
+    ],
 )
 def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, bits, D, group):
     """Also where a SIMD group does several sets of tokens, and the last set is not whole."""
@@ -409,7 +430,14 @@ def test_damage_shows_where_it_is_attended_to(emulator):
 
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 3e4, 1e6])
 @pytest.mark.parametrize(
-    "spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16", "int3-srft:group_size=16"]
+    "spec",
+    [
+        "int4-srft",
+        "int8-srft",
+        "int4-srft:group_size=16",
+        "int3-srft:group_size=16",
+        "int5-srft:group_size=16",
+    ],
 )
 def test_values_of_any_size_survive_fp16_operands(emulator, spec, size):
     """Scales beyond 2^8 and below 2^-10: fp16 would overflow, or keep few bits."""
@@ -440,7 +468,7 @@ def test_the_buffer_may_be_a_view(emulator):
 # on a GPU.
 @pytest.mark.parametrize(
     "case",
-    [*op_matrix.CASES[:10], *[c for c in op_matrix.CASES[10:] if "3" in c.bits][:4]],
+    [*op_matrix.CASES[:10], *[c for c in op_matrix.CASES[10:] if c.is_narrow][:8]],
     ids=str,
 )
 def test_op_matrix(emulator, case):
@@ -515,9 +543,10 @@ def test_threadgroup_memory_fits_for_every_format(machine):
     sizes = tuning.TUNING[machine]
     for D in range(32, 257, 8):
         for bits in BITS:
-            if "3" in bits and D % 16:
+            narrow = "3" in bits or "5" in bits
+            if narrow and D % 16:
                 continue
-            for group in (16 if "3" in bits else 8, D):
+            for group in (16 if narrow else 8, D):
                 lay = make_format(Spec(bits, "none", group_size=group), D).layout
                 groups, keys = tuning.attend_shape(lay, sizes)
                 assert groups >= 1

@@ -28,6 +28,7 @@ FORMATS = [
     ("int8-none:scale=paper,recent=3", 80, 48, "mu"),
     ("int4-srft:group_size=24,recent=40", 96, 96, "mu sigma"),
     ("int3-srft:recent=5", 64, 128, "mu"),
+    ("k5v4-srft:recent=5", 128, 64, "mu"),
 ]
 
 

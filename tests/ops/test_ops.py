@@ -59,8 +59,8 @@ def test_unusual_head_sizes(D, bits):
 
 
 @pytest.mark.parametrize("dims", [(16, 16), (32, 32), (48, 80), (576, 576)])
-@pytest.mark.parametrize("bits", ["int3", "k4v3"])
-def test_unusual_head_sizes_of_3_bits(dims, bits):
+@pytest.mark.parametrize("bits", ["int3", "k4v3", "k5v4", "int5"])
+def test_unusual_head_sizes_of_narrow_codes(dims, bits):
     """Also an odd number of halves of high bits, and of scales."""
     case = replace(CASE, dims=dims, group=None, bits=bits, calibration="mu sigma lam")
     op_matrix.check(plain, case)
@@ -85,7 +85,7 @@ def test_the_matrix_meets_every_pair():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rotation, groups", [("none", [2]), ("srft", [0, 1, 2, 3])])
-@pytest.mark.parametrize("bits", ["int4", "int8", "int3"])
+@pytest.mark.parametrize("bits", ["int4", "int8", "int3", "int5"])
 @pytest.mark.parametrize("rule", ["search", "absmax", "paper"])
 def test_damage_stays_where_it_is(bad, rotation, groups, bits, rule):
     """One bad number makes its own groups' scales NaN and leaves every other bit as it was."""
@@ -143,6 +143,7 @@ VARIANTS = ["int4-srft", "int4-srht", "int4-none", "int8-srft", "k8v4-srft"]
 VARIANTS += [f"int4-srft:{o}" for o in ("group_size=32", "seed=1", "scale=absmax", "scale=paper")]
 VARIANTS += ["int8-srft:scale=paper", "int8-srft:seed=1"]
 VARIANTS += ["int3-srft", "k4v3-srft", "int3-srft:scale=absmax", "int3-srft:scale=paper"]
+VARIANTS += ["int5-srft", "k5v4-srft", "int5-srft:scale=absmax", "int5-srft:scale=paper"]
 
 
 def test_every_option_changes_the_rows():
@@ -172,10 +173,12 @@ def attention_error(text: str, seed: int, **calibration) -> float:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_accuracy_rises_with_the_bits(seed):
-    names = ("int8", "k8v4", "int4", "k4v3", "int3")
-    int8, k8v4, int4, k4v3, int3 = (attention_error(f"{b}-srft", seed) for b in names)
+    names = ("int8", "k8v4", "int5", "k5v4", "int4", "k4v3", "int3")
+    int8, k8v4, int5, k5v4, int4, k4v3, int3 = (attention_error(f"{b}-srft", seed) for b in names)
     assert int8 < 0.01
     assert 3 * int8 < k8v4 < int4 / 1.5
+    assert 2 * int8 < int5 < k5v4 / 1.05 and 1.05 * k8v4 < k5v4 < int4 / 1.05
+    assert int5 < int4 / 1.7
     assert 1.05 * int4 < k4v3 < int3 / 1.3 and int3 < 3 * int4
     assert int4 < 0.2
 
@@ -428,7 +431,7 @@ def test_a_calibration_is_of_as_many_heads_as_the_rows():
 
 
 @pytest.mark.parametrize("B, H, L", [(0, 2, 4), (2, 0, 4), (2, 2, 0), (0, 0, 0)])
-@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srht", "int8-none", "int3-srft"])
+@pytest.mark.parametrize("spec", ["int4-srft", "k8v4-srht", "int8-none", "int3-srft", "k5v4-srft"])
 def test_nothing_at_all(B, H, L, spec):
     """Empty arrays of the right shapes."""
     fmt = make_format(Spec.parse(spec), 64, 128)
@@ -469,7 +472,14 @@ def test_no_queries_of_rows_that_are_there():
 
 @pytest.mark.parametrize("size", [1e-6, 3e-6, 1e-5, 1e-4, 1e-2])
 @pytest.mark.parametrize(
-    "spec, most", [("int8-srft", 0.04), ("int4-srft", 0.2), ("int4-none", 0.2), ("int3-srft", 0.3)]
+    "spec, most",
+    [
+        ("int8-srft", 0.04),
+        ("int4-srft", 0.2),
+        ("int4-none", 0.2),
+        ("int3-srft", 0.3),
+        ("k5v4-srft", 0.15),
+    ],
 )
 def test_small_values_are_kept(spec, most, size):
     """Down to the smallest numbers of fp16, which scales are."""

@@ -215,21 +215,43 @@ def three_bits(launches):
         ("int3-srft:group_size=64", 64, True),
         ("k4v3-srft", 80, False),
     ):
-        launches(single=0, prefetch=prefetch)
-        fmt = format_of(spec, D)
-        k, v = transposed(1, 2, 45, D, seed=3), transposed(1, 2, 45, D, seed=4)
-        got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
-        assert mx.array_equal(got, want)
-        assert_attends(transposed(1, 4, 1, D), packed(fmt, 1, 2, 45), 45, fmt)
-        given = want, 45, fmt, mx.float32
-        for op in (calls.restore, calls.dequantize):
-            for a, b in zip(op(fused, *given), op(plain, *given), strict=True):
-                same(a, b, 1e-5)
+        check_narrow(launches, spec, D, prefetch, differ=0)
+
+
+def five_bits(launches):
+    """Loads of two units and of one, with and without registers for a tile; both ways to pack; both
+    ways to restore; an odd number of halves; keys alone, and both sides."""
+    for spec, D, prefetch in (
+        ("k5v4-srft", 128, False),
+        ("int5-srft:group_size=32", 64, True),
+        ("k5v4-srft", 80, False),
+    ):
+        # The two scales tried are near each other: by a rounding, one group in 500 or so takes the
+        # other one.
+        check_narrow(launches, spec, D, prefetch, differ=0.01)
+
+
+def check_narrow(launches, spec: str, D: int, prefetch: bool, differ: float):
+    """``differ``: part of the words of rows that need not be those of plain operations."""
+    launches(single=0, prefetch=prefetch)
+    fmt = format_of(spec, D)
+    k, v = transposed(1, 2, 45, D, seed=3), transposed(1, 2, 45, D, seed=4)
+    got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
+    assert (got != want).astype(mx.float32).mean().item() <= differ
+    assert_attends(transposed(1, 4, 1, D), packed(fmt, 1, 2, 45), 45, fmt)
+    given = want, 45, fmt, mx.float32
+    for op in (calls.restore, calls.dequantize):
+        for a, b in zip(op(fused, *given), op(plain, *given), strict=True):
+            same(a, b, 1e-5)
 
 
 def feedback(launches):
     """Groups that feed other ones; damage; levels that are more than a rounding off."""
-    for spec, D in (("int4-srft:group_size=32", 128), ("int3-srft:group_size=32", 64)):
+    for spec, D in (
+        ("int4-srft:group_size=32", 128),
+        ("int3-srft:group_size=32", 64),
+        ("k5v4-srft:group_size=32", 64),
+    ):
         launches(pack_pairs=1, pack_threadgroups=1)
         fmt = weighted(spec, D)
         k, v = transposed(1, 2, 23, D, mx.float32, 3), transposed(1, 2, 23, D, mx.float32, 4)
@@ -244,7 +266,7 @@ def feedback(launches):
 
 CHECKS = (
     edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, packing,
-    restoring, first_tokens, rows_beyond_8_gigabytes, three_bits, feedback,
+    restoring, first_tokens, rows_beyond_8_gigabytes, three_bits, five_bits, feedback,
 )  # fmt: skip
 
 # ---- faults: what, check, file, text, instead -------------------------------------------------
@@ -370,17 +392,44 @@ FAULTS = [
     ("units one row too far", three_bits, "narrow.metal",
      "from + HIGH + at * (N / 2)", "from + HIGH + at * (N / 2) + 1"),
     ("units past the tile", three_bits, "narrow.metal",
-     "if (row < TK) write_words<2 * N, WIDTH>", "if (row <= TK) write_words<2 * N, WIDTH>"),
+     "if (row < TK) write_words<2 * LOWS, WIDTH>", "if (row <= TK) write_words<2 * LOWS, WIDTH>"),
     ("scales past the last row read", three_bits, "narrow.metal",
      "if (row < valid) read_words<N>", "if (row <= valid) read_words<N>"),
     ("the padding of high bits", three_bits, "quantize_pack.metal",
      "if (HALVES % 2 == 1) kvq::halves_of", "if (HALVES % 2 == 2) kvq::halves_of"),
     ("a neighbour's codes", three_bits, "narrow.metal",
-     "high_bits(other, words[0])", "high_bits(words[0], other)"),
+     "spread_high_bits<BITS>(other, words[0])", "spread_high_bits<BITS>(words[0], other)"),
     ("levels of 3-bit codes", three_bits, "quantize.metal",
      "if (BITS == 3 && (EXACT || !INSIDE)) codes[i] += 4.0f;", ""),
     ("another fraction of the largest channel", three_bits, "quantize.metal", "86 - 10 * i",
      "86 - 30 * i"),
+    ("the high plane of another word", five_bits, "narrow.metal",
+     "w < 2 ? high << uint(4 - 2 * w)", "w < 2 ? high << uint(2 + 2 * w)"),
+    ("the high plane as it stands", five_bits, "narrow.metal", "h & 0x10101010u) + 0x70",
+     "high & 0x10101010u) + 0x70"),
+    ("no high plane", five_bits, "narrow.metal", "h & 0x10101010u) + 0x70", "0u) + 0x70"),
+    ("a high plane that is not spread", five_bits, "narrow.metal",
+     "masked_or(word, 0xffffu, word << 15)", "masked_or(word, 0xffffu, word << 16)"),
+    ("levels from another middle", five_bits, "narrow.metal", "+ 0x70707070u", "+ 0x71717171u"),
+    ("low bits of the other word", five_bits, "narrow.metal",
+     "(second & 0x0f0f0f0fu) << 4", "(second & 0x0f0f0f0fu)"),
+    ("the unit's second high plane first", five_bits, "narrow.metal",
+     "spread = (spread >> 4) | spread_high_bits", "spread = spread | (spread_high_bits"
+     "<BITS>(first, second) >> 4) | spread_high_bits"),
+    ("a neighbour's high plane", five_bits, "narrow.metal", "eight % 2 == 0 ? own >> 4 : own",
+     "eight % 2 != 0 ? own >> 4 : own"),
+    ("copied values at their place in the row", five_bits, "narrow.metal",
+     "COPY_TO = is_narrow(KB) ? 2 * LOWS : 0", "COPY_TO = is_narrow(KB) ? LOWS : 0"),
+    ("levels of 5-bit codes", five_bits, "quantize.metal",
+     "BITS == 5 ? level_of(codes[i]) - 8.0f : level_of(codes[i])", "level_of(codes[i])"),
+    ("another fraction at 5 bits", five_bits, "quantize.metal", "100 - 4 * i : 98",
+     "90 - 4 * i : 98"),
+    ("5 bits restored as 4", five_bits, "restore.metal", "BITS == 5 ? 8 : BITS",
+     "BITS == 5 ? 4 : BITS"),
+    ("values' codes after whole keys", five_bits, "row_five.metal", "KD * (KB == 5 ? 4 : KB) / 32",
+     "KD * (KB == 5 ? 8 : KB) / 32"),
+    ("the high plane of feedback's keys", feedback, "feedback.metal",
+     "simd_shuffle_xor(words[0], ushort(w * LANES))", "simd_shuffle_xor(words[0], ushort(LANES))"),
     ("errors of another block", feedback, "feedback.metal", "G += 8 * D * block;",
      "G += 8 * D * (block ^ 1);"),
     ("errors of the step, not of the stored scale", feedback, "feedback.metal",

@@ -10,12 +10,13 @@ from hypothesis.extra.numpy import arrays
 from mlx_kvq.format import levels as format_levels
 from mlx_kvq.format import rotation
 from mlx_kvq.format.format import make_format
+from mlx_kvq.format.layout import is_narrow, read_bits
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import plain as reference
 from tests.support import calls, oracle
 
-RULES = [(bits, rule) for bits in (3, 4, 8) for rule in ("search", "absmax", "paper")]
+RULES = [(bits, rule) for bits in (3, 4, 5, 8) for rule in ("search", "absmax", "paper")]
 any_rule = st.sampled_from(RULES)
 some = settings(max_examples=60, deadline=None)
 
@@ -33,11 +34,12 @@ def quantized(y, bits, rule):
     """Codes, scales and the values they stand for, by way of packed words."""
     codes, scales = format_levels.quantize(mx.array(y), bits, y.shape[-1], rule)
     words = format_levels.pack_codes(codes, bits)
-    if bits == 3 and words.shape[-1] % 2:  # half a unit: 16 channels are stored together
-        words = words + 0x44444444
-    elif bits == 3:
-        words = format_levels._widened(*format_levels.narrowed(words))
-    return codes, scales, format_levels.read_levels(words, scales, max(4, bits), y.shape[-1], rule)
+    if is_narrow(bits) and y.shape[-1] % 16:  # half a unit: 16 channels are stored together
+        words = words + format_levels._MORE[bits]
+    elif is_narrow(bits):
+        words = format_levels._widened(*format_levels.narrowed(words, bits), bits)
+    values = format_levels.read_levels(words, scales, read_bits(bits), y.shape[-1], rule)
+    return codes, scales, values
 
 
 @given(st.data(), st.sampled_from([4, 8]), st.integers(1, 9))
@@ -50,15 +52,17 @@ def test_pack_and_unpack(data, bits, words):
     assert np.array_equal(format_levels.unpack_codes(packed, bits), codes)
 
 
-@given(st.data(), st.integers(1, 9))
-def test_3_bit_codes_in_and_out_of_their_places(data, units):
-    codes = data.draw(arrays(np.uint32, (2, 16 * units), elements=st.integers(0, 7)))
-    low, high = format_levels.narrowed(format_levels.pack_codes(mx.array(codes), 3))
+@given(st.data(), st.sampled_from([3, 5]), st.integers(1, 9))
+def test_narrow_codes_in_and_out_of_their_places(data, bits, units):
+    elements = st.integers(0, 2**bits - 1)
+    codes = data.draw(arrays(np.uint32, (2, 16 * units), elements=elements))
+    low, high = format_levels.narrowed(format_levels.pack_codes(mx.array(codes), bits), bits)
     assert (low.dtype, high.dtype) == (mx.uint32, mx.uint16)
-    for got, want in zip((low, high), oracle._join_three(codes), strict=True):
+    for got, want in zip((low, high), oracle._join_narrow(codes, bits), strict=True):
         assert np.array_equal(got, want)
-    wide = format_levels._widened(low, high)
-    assert np.array_equal(format_levels.unpack_codes(wide, 4), codes + 4)
+    wide = format_levels._widened(low, high, bits)
+    more = 4 if bits == 3 else 112
+    assert np.array_equal(format_levels.unpack_codes(wide, read_bits(bits)), codes + more)
 
 
 @some
@@ -75,8 +79,12 @@ def test_what_was_quantized_once_stays(rule, y):
 def test_a_power_of_two_moves_to_the_scale(rule, y, exponent):
     codes, scales, _ = quantized(y, *rule)
     moved, moved_scales, _ = quantized(y * np.float32(2.0**exponent), *rule)
-    assert mx.array_equal(codes, moved)
-    assert mx.array_equal(scales.astype(mx.float32) * 2.0**exponent, moved_scales)
+    a, b = np.array(scales.astype(mx.float32)) * 2.0**exponent, np.array(moved_scales)
+    same = (a == b)[..., 0]
+    assert np.array_equal(np.array(codes)[same], np.array(moved)[same])
+    # A scale that covers is a multiple of 2^-24 before it is one of fp16: its neighbour, seldom.
+    covers = rule[1] != "search" or rule[0] == 8
+    assert (np.abs(a - b) <= (2.0**-10 * b if covers else 0)).all()
 
 
 @some
@@ -91,7 +99,7 @@ def test_half_a_step_is_the_largest_error(rule, y):
 
 
 @some
-@given(vectors(), st.sampled_from([3, 4]))
+@given(vectors(), st.sampled_from([3, 4, 5]))
 def test_the_search_keeps_the_length(y, bits):
     """To the rounding of the scale to fp16, 2^-11; codes are those of the better scale tried."""
     codes, scales, values = quantized(y, bits, "search")
@@ -123,7 +131,16 @@ def normal(*shape: int, seed: int) -> mx.array:
 
 seeds = st.integers(0, 2**32 - 1)
 forms = st.sampled_from(
-    ["int4-srft", "int8-srht", "k8v4-none", "int4-srft:scale=paper", "int3-srft", "k4v3-srht"]
+    [
+        "int4-srft",
+        "int8-srht",
+        "k8v4-none",
+        "int4-srft:scale=paper",
+        "int3-srft",
+        "k4v3-srht",
+        "k5v4-srft",
+        "int5-none",
+    ]
 )
 
 
@@ -177,7 +194,7 @@ def test_queries_together_or_one_by_one(form, seed, L, before):
         np.testing.assert_allclose(together[:, :, i : i + 1], alone, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", ["int4-srft", "int8-none", "int3-srft"])
+@pytest.mark.parametrize("form", ["int4-srft", "int8-none", "int3-srft", "k5v4-srft"])
 def test_batch_and_heads_are_independent(form):
     fmt = make_format(Spec.parse(form), 64)
     k, v, q = (normal(3, h, 20, 64, seed=h + i) for i, h in enumerate((2, 2, 6)))
@@ -190,7 +207,8 @@ def test_batch_and_heads_are_independent(form):
 
 
 @pytest.mark.parametrize(
-    "form", ["int4-srft", "k8v4-srft", "int8-none:group_size=24", "int3-srft", "k4v3-srft"]
+    "form",
+    ["int4-srft", "k8v4-srft", "int8-none:group_size=24", "int3-srft", "k4v3-srft", "k5v4-srft"],
 )
 @pytest.mark.parametrize("L", [1, 100])
 def test_blocks_change_nothing(form, L, monkeypatch):

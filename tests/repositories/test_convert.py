@@ -137,7 +137,7 @@ def test_the_model_is_mlx_lms_own(flags, options, unquantized, text, tmp_path, c
     assert "packed 2 of 2 layers" in capsys.readouterr().err
     plain, _ = load(str(theirs))
     found = mlx_kvq.calibrate(plain, tokenizer, TEXT, progress=False)
-    assert repository.of(model).calibration.digest == repository._without_metric(found).digest
+    assert repository.of(model).calibration.digest == found.digest
 
 
 @pytest.mark.parametrize("source, layers, spec", [
@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line(place, tmp_path, monkeypatch, capsys):
 
 ERRORS: dict = {
     "fp16": (["--hf-path", QWEN, "--kv-cache", "fp16"], "use mlx_lm.convert"),
-    "unknown cache": (["--hf-path", QWEN, "--kv-cache", "int5-srft"], "unknown cache 'int5-srft'"),
+    "unknown cache": (["--hf-path", QWEN, "--kv-cache", "int6-srft"], "unknown cache 'int6-srft'"),
     "no repository": (["--mlx-path", "NEW"], "There is no repository '"),
     "options in place": ([*THERE, "-q"], "quantize cannot be applied in place"),
     "target exists": (["--hf-path", QWEN, *THERE], "exists already. Give another"),

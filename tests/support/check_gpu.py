@@ -65,8 +65,11 @@ LAUNCHES = [
     ("int4-srft:group_size=8", 192, True),
     ("int3-srft", 128, True),
     ("k4v3-srft", 80, False),
+    ("k5v4-srft", 128, True),
+    ("int5-srft", 80, False),
     ("int4-srft:rounding=feedback", 128, True),
     ("k4v3-srft:group_size=48,rounding=feedback", 96, True),
+    ("k5v4-srft:rounding=feedback", 64, True),
 ]
 
 

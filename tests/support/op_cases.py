@@ -9,7 +9,7 @@ FACTORS: dict[str, list] = {
     "dims": [(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 192), (256, 256)]
     + [(192, 128), (64, 128), (256, 64)],
     "group": [None, 8, 16, 24, 32, 40, 56, 64, 96, 128, "D"],  # None: the default; "D": one scale
-    "bits": ["int4", "int8", "k8v4", "int3", "k4v3"],
+    "bits": ["int4", "int8", "k8v4", "int3", "k4v3", "k5v4", "int5"],
     "rotation": ["srft", "srht", "none"],
     "rule": ["search", "absmax", "paper"],
     "dtype": ["fp16", "bf16", "fp32"],
@@ -58,11 +58,16 @@ class Case:
         (Dk, Dv), (B, Hkv) = self.dims, self.heads
         return (
             (self.group in (None, "D") or Dk % self.group == 0 == Dv % self.group)
-            and (type(self.group) is not int or self.group % 16 == 0 or "3" not in self.bits)
+            and (type(self.group) is not int or self.group % 16 == 0 or not self.is_narrow)
             and (self.rotation != "srht" or Dk & (Dk - 1) == 0 == Dv & (Dv - 1))
             and (self.mask != "causal" or self.length >= self.queries)
             and B * Hkv * max(self.gqa, 2) * self.length * max(Dk, Dv) <= 2_200_000
         )
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a side has codes of 3 or 5 bits."""
+        return "3" in self.bits or "5" in self.bits
 
     def __str__(self) -> str:
         return "-".join(

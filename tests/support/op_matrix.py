@@ -299,7 +299,7 @@ def _check_rows(data: _Data, rows: np.ndarray) -> dict[str, float]:
     scales = np.ascontiguousarray(rows[..., first:]).view(np.float16).astype(np.float64)
     k_scales, v_scales, padding = np.split(scales, np.cumsum(many), -1)
     assert not padding.any(), "the half behind an odd number of scales is not zero"
-    if sum(D // 16 for D, bits in ((Dk, k_bits), (Dv, v_bits)) if bits == 3) % 2:
+    if sum(D // 16 for D, bits in ((Dk, k_bits), (Dv, v_bits)) if bits in oracle.LOW) % 2:
         assert not (rows[..., first - 1] >> 16).any(), "the half behind the high bits is not zero"
     k_codes, v_codes = oracle.unpack_codes(rows, Dk, Dv, k_bits, v_bits)
     k = _check_side(data, oracle.KEYS, data.k64, data.k_params, k_codes, k_scales, k_bits)

@@ -17,6 +17,7 @@ KEYS, VALUES = 0, 1  # the streams of `signs`
 SEARCH = {
     3: {32: (0.92, 0.80), 64: (0.86, 0.76), math.inf: (0.84, 0.70)},
     4: {32: (1.0, 0.94), 64: (0.96, 0.89), math.inf: (0.93, 0.86)},
+    5: {32: (1.0, 0.97), 64: (1.0, 0.96), math.inf: (0.98, 0.94)},
 }
 FP16_MAX, FP16_LEAST = 65504.0, 2.0**-24
 MASK64 = 2**64 - 1
@@ -126,8 +127,8 @@ def _searched(largest: np.ndarray, fraction: float, bits: int = 4) -> np.ndarray
 
 def _offset(bits: int, rule: str) -> float:
     """The code, as a real number, that stands for 0."""
-    if bits not in (3, 4, 8):
-        raise ValueError(f"bits is {bits}; accepted: 3, 4, 8")
+    if bits not in (3, 4, 5, 8):
+        raise ValueError(f"bits is {bits}; accepted: 3, 4, 5, 8")
     if rule not in ("search", "absmax", "paper"):
         raise ValueError(f"rule is {rule!r}; accepted: 'search', 'absmax', 'paper'")
     return 2.0 ** (bits - 1) - (0.0 if rule == "paper" else 0.5)
@@ -176,18 +177,17 @@ def quantize(y, bits: int, group_size: int, rule: str) -> tuple[np.ndarray, np.n
     values (float64 [..., D]).
 
     rule "absmax": scale = fp16(max|y| / 7.5), value = scale * (n - 7.5), n = 0 ... 15; for 8 bits
-    127.5 and 0 ... 255, for 3 bits 3.5 and 0 ... 7. "search": for 4 bits the scale
-    c * max|y| / 7.5, c in `SEARCH`, under which
-    y and n - 7.5 enclose the smallest angle, the first on ties, gives the codes, and the scale that
-    is stored is fp16(|y| / |n - 7.5|), Euclidean norms of the group; for 3 bits with 3.5; for 8
-    bits the same as "absmax". "paper":
-    scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for 8 bits 127, 128, 1 ... 255,
-    for 3 bits 3, 4, 1 ... 7.
+    127.5 and 0 ... 255, for 3 bits 3.5 and 0 ... 7, for 5 bits 15.5 and 0 ... 31. "search": for 4
+    bits the scale c * max|y| / 7.5, c in `SEARCH`, under which y and n - 7.5 enclose the smallest
+    angle, the first on ties, gives the codes, and the scale that is stored is fp16(|y| / |n -
+    7.5|), Euclidean norms of the group; for 3 bits with 3.5, for 5 bits with 15.5; for 8 bits the
+    same as "absmax". "paper": scale = fp16(max|y| / 7), value = scale * (n - 8), n = 1 ... 15; for
+    8 bits 127, 128, 1 ... 255, for 3 bits 3, 4, 1 ... 7, for 5 bits 15, 16, 1 ... 31.
 
     A scale beyond fp16 is 65504. One of "absmax" and "paper" is rounded up to a multiple of 2^-24,
     fp16's smallest number, first, and is 0 where max|y| is below that; a searched one is 0 where
-    fp16(max|y| / 7.5) is. A scale of 0 gives code 8 (128, 4) and value 0. A group with a NaN or an
-    infinity has scale NaN, codes 0 and values NaN.
+    fp16(max|y| / 7.5) is. A scale of 0 gives code 8 (128, 4, 16) and value 0. A group with a NaN
+    or an infinity has scale NaN, codes 0 and values NaN.
     """
     y = np.asarray(y, np.float64)
     offset = _offset(bits, rule)
@@ -232,17 +232,20 @@ def fake_quantize(
     return backward(y_hat, rotation, seed, stream, mu, sigma, lam)
 
 
+LOW = {3: 2, 5: 4}  # bits of narrow codes -> bits that are among a row's codes
+
+
 def _code_words(D: int, bits: int) -> int:
-    """Words of D codes; of 3-bit codes those of their low two bits."""
-    bits = 2 if bits == 3 else bits
+    """Words of D codes; of narrow codes those of their low bits."""
+    bits = LOW.get(bits, bits)
     if D * bits % 32:
         raise ValueError(f"D = {D} codes of {bits} bits do not fill whole 32-bit words")
     return D * bits // 32
 
 
 def _high_words(dims: tuple[int, int], bits: tuple[int, int]) -> int:
-    """Words of the high bits of 3-bit codes, 16 to a half, both sides together."""
-    return (sum(D // 16 for D, b in zip(dims, bits, strict=True) if b == 3) + 1) // 2
+    """Words of the high bits of narrow codes, 16 to a half, both sides together."""
+    return (sum(D // 16 for D, b in zip(dims, bits, strict=True) if b in LOW) + 1) // 2
 
 
 def row_words(Dk: int, Dv: int, k_bits: int, v_bits: int, k_group: int, v_group: int) -> int:
@@ -271,34 +274,41 @@ def _split(words: np.ndarray, bits: int, word: int = 32) -> np.ndarray:
     return fields.reshape(*words.shape[:-1], -1)
 
 
-def _places(D: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of 3-bit codes [D]: the bit at which the low two begin, counted through a side's words, and
+def _places(D: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of narrow codes [D]: the bit at which the low ones begin, counted through a side's words, and
     that of the high one, counted through its halves."""
     c = np.arange(D)
-    unit, w, n = c // 16, c // 8 % 2, c % 8
-    return 32 * unit + 4 * n + 2 * w, 16 * unit + 4 * (n % 4) + n // 4 + 2 * w
+    unit = c // 16
+    if bits == 3:
+        w, n = c // 8 % 2, c % 8
+        return 32 * unit + 4 * n + 2 * w, 16 * unit + 4 * (n % 4) + n // 4 + 2 * w
+    w, n = c // 4 % 4, c % 4
+    low = 64 * unit + 32 * (w // 2) + 8 * n + 4 * (w % 2)
+    return low, 16 * unit + 8 * (n % 2) + n // 2 + 2 * w
 
 
-def _join_three(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """3-bit codes [..., D] -> their low bits, uint32 [..., D / 16], and high ones, [..., D / 16] of
-    16 bits."""
-    if ((codes < 0) | (codes >= 8)).any():
-        raise ValueError("a code is outside 0 ... 7")
+def _join_narrow(codes: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Narrow codes [..., D] -> their low bits, uint32 words, and high ones, [..., D / 16] of 16
+    bits."""
+    if ((codes < 0) | (codes >= 2**bits)).any():
+        raise ValueError(f"a code is outside 0 ... {2**bits - 1}")
     D = codes.shape[-1]
-    low_at, high_at = _places(D)
-    low = np.zeros((*codes.shape[:-1], 2 * D), np.uint8)
-    low[..., low_at], low[..., low_at + 1] = codes & 1, codes >> 1 & 1
+    low_at, high_at = _places(D, bits)
+    low = np.zeros((*codes.shape[:-1], LOW[bits] * D), np.uint8)
+    for i in range(LOW[bits]):
+        low[..., low_at + i] = codes >> i & 1
     high = np.zeros(codes.shape, np.uint8)
-    high[..., high_at] = codes >> 2
+    high[..., high_at] = codes >> LOW[bits]
     return _join(low, 1), _join(high.reshape(*codes.shape[:-1], -1, 16), 1, 16)[..., 0]
 
 
-def _split_three(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The inverse of `_join_three`."""
-    low_at, high_at = _places(16 * low.shape[-1])
+def _split_narrow(low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `_join_narrow`."""
+    low_at, high_at = _places(16 * high.shape[-1], bits)
     low = _split(low, 1)
     high = _split(high[..., None], 1, 16).reshape(*low.shape[:-1], -1)
-    return low[..., low_at] + 2 * low[..., low_at + 1] + 4 * high[..., high_at]
+    found = (low[..., low_at + i] << i for i in range(LOW[bits]))
+    return sum(found, high[..., high_at] << LOW[bits])
 
 
 def _padded(halves: np.ndarray) -> np.ndarray:
@@ -313,14 +323,14 @@ def pack_row(k_codes, k_scales, v_codes, v_scales, k_bits: int, v_bits: int) -> 
 
     codes [..., D], 32 / bits to a word, lowest bits first; scales [..., G], fp16 numbers, K's then
     V's without a gap, two to a word, low half first, a zero half last when their count is odd.
-    Codes of 3 bits have two bits among the codes and one among the high bits, K's then V's, which
-    are padded likewise (`_places`).
+    Codes of 3 and 5 bits have two and four bits among the codes and one among the high bits, K's
+    then V's, which are padded likewise (`_places`).
     """
     words, highs = [], []
     for codes, bits in ((k_codes, k_bits), (v_codes, v_bits)):
         codes = _code_array(codes, bits)
-        if bits == 3:
-            low, high = _join_three(codes)
+        if bits in LOW:
+            low, high = _join_narrow(codes, bits)
             words.append(low)
             highs.append(high)
         else:
@@ -343,8 +353,8 @@ def unpack_codes(rows, Dk: int, Dv: int, k_bits: int, v_bits: int) -> tuple[np.n
     for D, bits in ((Dk, k_bits), (Dv, v_bits)):
         words = rows[..., word : word + _code_words(D, bits)]
         word += _code_words(D, bits)
-        if bits == 3:
-            found.append(_split_three(words, highs[..., half : half + D // 16]))
+        if bits in LOW:
+            found.append(_split_narrow(words, highs[..., half : half + D // 16], bits))
             half += D // 16
         else:
             found.append(_split(words, bits))

@@ -31,8 +31,9 @@ OPTIONAL = {
     "new_k": "CHUNK",
     "new_v": "CHUNK",
 }
-# name -> files of the header ("whole" is "narrow" where codes have 3 bits, "nearest" is "feedback"
-# where keys are rounded with it), files of the body, inputs, outputs
+# name -> files of the header ("whole" is "narrow" where codes have 3 or 5 bits, "nearest" is
+# "feedback" where keys are rounded with it), files of the body ("row" is "row_five" where codes
+# have 5 bits), inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "first", "first_at", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
@@ -122,10 +123,13 @@ def text(machine: str, name: str, constants: Constants) -> Text:
 def _text(machine: str, name: str, constants: Constants) -> Text:
     headers, bodies, inputs, outputs = KERNELS[name]
     chosen = dict(constants)
-    if 3 in (chosen.get("KB"), chosen.get("VB")):
-        headers = tuple("narrow" if header == "whole" else header for header in headers)
+    bits = chosen.get("KB"), chosen.get("VB")
+    if 3 in bits or 5 in bits:
+        headers = _with("narrow", "whole", headers)
+    if 5 in bits:
+        bodies = _with("row_five", "row", bodies)
     if chosen.get("FEEDBACK"):
-        headers = tuple("feedback" if header == "nearest" else header for header in headers)
+        headers = _with("feedback", "nearest", headers)
     absent = [n for n in (*inputs, *outputs) if n in OPTIONAL and not chosen[OPTIONAL[n]]]
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)
@@ -150,6 +154,11 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
         [n for n in outputs if n not in absent],
         hashlib.sha256(whole.encode()).hexdigest()[:12],
     )
+
+
+def _with(name: str, other: str, files: Sequence[str]) -> tuple[str, ...]:
+    """``files`` with ``name`` in the place of ``other``."""
+    return tuple(name if file == other else file for file in files)
 
 
 def _kernel(machine: str, name: str, constants: Constants):
