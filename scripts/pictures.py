@@ -157,7 +157,7 @@ def draw_memory(data: dict, path: Path) -> None:
 
 
 def draw_real_models(data: dict, path: Path) -> None:
-    """KL as decoding reads over bytes per token, a line for each model, a panel for each context."""
+    """KL as decoding reads over bytes per token, a line for each model, panels for contexts."""
     from matplotlib.figure import Figure
 
     rows = [r for r in data["rows"] if r["kind"] == "quality" and "decode" in r]
