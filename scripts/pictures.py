@@ -5,9 +5,10 @@
 
 - ``configs.json``: configs of real models and the memory they are to fit into; ``memory.png``.
 - ``real_models.json``: written by ``scripts/studies/real_models.py --slim``; ``real_models.png``.
+- ``scale.json``: see ``scripts/scale.py``; ``scale.png``.
 
-A picture carries a hash of its JSON, of this file and of the colors in its metadata. A change of
-the JSON that is not drawn, and a picture that something else drew, is found by that.
+A picture carries a hash of its JSON, of this file, of scale.py and of the colors in its metadata.
+A change of the JSON that is not drawn, and a picture that something else drew, is found by that.
 """
 
 import argparse
@@ -15,18 +16,18 @@ import hashlib
 import json
 import struct
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scale
+from configs import Model
+
 from mlx_kvq.commands import fit
 from mlx_kvq.commands.options import size
 from mlx_kvq.measure.plots import COLORS, FLOOR, color_of, style_of
 from mlx_kvq.measure.rivals import label
-from mlx_kvq.repositories.repository import Repository
-from mlx_kvq.repositories.summary import build
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, IMAGES = ROOT / "docs" / "pictures", ROOT / "docs" / "images"
@@ -51,7 +52,8 @@ def main() -> None:
 
 def digest(data: str) -> str:
     """What a picture of this JSON depends on."""
-    text = (DATA / data).read_bytes() + Path(__file__).read_bytes() + repr(COLORS).encode()
+    code = Path(__file__).read_bytes() + Path(scale.__file__).read_bytes()
+    text = (DATA / data).read_bytes() + code + repr(COLORS).encode()
     return hashlib.sha256(text).hexdigest()[:24]
 
 
@@ -94,26 +96,6 @@ def stamped(path: Path) -> str:
         if kind == b"tEXt" and data.startswith(f"{KEY}\0".encode()):
             return data.partition(b"\0")[2].decode()
     return ""
-
-
-class Model:
-    """What ``mlx_kvq fit`` says of a config."""
-
-    def __init__(self, name: str, config: dict, weight_bits: int):
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config))
-            model = build(Repository(Path(folder), None, name))
-            self.weights, _ = fit.weight_bytes(model, Path(folder), config, weight_bits)
-            self.layers = fit.layers_of(model)
-        self.config, self.most = config, fit.longest(config)
-
-    def plan(self, cache: str) -> fit.Plan:
-        return fit.Plan(self.layers, cache, self.config)
-
-    def cell(self, cache: str, memory: str, sequences: int = 1) -> str:
-        """Tokens of context, as ``mlx_kvq fit`` prints them; "" if the weights do not fit."""
-        left = fit.wired(size(memory))[0] - self.weights - fit.RESERVE
-        return self.plan(cache).cell(left, sequences, self.most) if left > 0 else ""
 
 
 def models() -> dict[str, Model]:
@@ -228,9 +210,46 @@ def _panel(axes, rows: list[dict], names: list[str]) -> dict:
     return shown
 
 
+def draw_scale(data: dict, path: Path) -> None:
+    """Tokens a second over the sequences of one model, a panel for each machine."""
+    from matplotlib.figure import Figure
+
+    name, tokens = "Llama-3.1-8B", 32768
+    found = [r for r in scale.rows(data) if (r.model, r.tokens) == (name, tokens)]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    grid = figure.subplots(1, len(data["memory"]))
+    for axes, (machine, memory) in zip(grid, data["memory"].items(), strict=True):
+        for cache in scale.CACHES:
+            rows = [r for r in found if (r.machine, r.cache) == (machine, cache) and r.rate]
+            x, (low, high) = [r.sequences for r in rows], zip(*(r.rate for r in rows), strict=True)
+            color = color_of(cache, [cache])
+            axes.fill_between(x, low, high, color=color, alpha=0.25, lw=0)
+            axes.vlines(x, low, high, color=color, alpha=0.4)
+            axes.plot(x, low, "o-", color=color, ms=4, label=f"{cache}, at least")
+            if x[-1] < scale.BATCHES[-1]:
+                text = f"{cache}: no room\nfor {scale.BATCHES[len(x)]}"
+                axes.annotate(
+                    text, (x[-1], low[-1]), (8, -2), textcoords="offset points", fontsize=8,
+                    color=color, va="top",
+                )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(0.8, 160)
+        axes.set_xticks(scale.BATCHES, [str(b) for b in scale.BATCHES])
+        axes.set_ylim(0, 1.15 * max(r.rate[1] for r in found if r.machine == machine and r.rate))
+        kind = "an estimate" if machine in data["apple"] else "from measured rates"
+        axes.set_title(f"{machine}, {memory[:-2]} GB: {kind}", fontsize=10)
+        axes.set_xlabel("requests at once")
+        axes.grid(alpha=0.25)
+    grid[0].set_ylabel("tokens per second, all together")
+    grid[-1].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.suptitle(f"On paper: {name}, weights in 4 bits, {tokens:,} tokens each", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
 PICTURES: dict[str, tuple[Callable[[dict, Path], None], str]] = {
     "memory.png": (draw_memory, "configs.json"),
     "real_models.png": (draw_real_models, "real_models.json"),
+    "scale.png": (draw_scale, "scale.json"),
 }
 
 

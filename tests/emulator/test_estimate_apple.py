@@ -1,7 +1,12 @@
 """The arithmetic of ``estimate_apple``; its counts are the emulator's."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from mlx_kvq.format.spec import Spec
 from tests.emulator import Counters
 from tests.emulator import estimate_apple as e
 
@@ -43,12 +48,81 @@ def test_registers_leave_few_simd_groups_which_hide_no_loads():
     assert few.seconds(CHIP, registers=True)[0] == pytest.approx(18 / 16 * 1.6)
 
 
+def test_what_is_read_from_caches():
+    """64 bytes a cycle and core at best; 30 or 40 at worst, by the chip."""
+    work = e.Work(1e9, 0, 1e9, 96, 8, cached=256e9)
+    old = e.replace(CHIP, old=True)
+    assert work.best(CHIP) == work.best(old) == 256e9 / (4 * 64e9)
+    assert work.worst(CHIP) == 256e9 / (4 * 40e9)
+    # On M1 and M2 reads are not hidden, however full a core is.
+    assert work.worst(old) == pytest.approx(256e9 / (4 * 30e9) + 1e9 / 16e9)
+    # A threadgroup alone reads for one core.
+    assert e.replace(work, threadgroups=1).best(CHIP) == 4 * work.best(CHIP)
+
+
+def test_an_ultra_may_reach_less_of_its_bandwidth():
+    ultra, work = e.replace(CHIP, kind="d"), e.Work(1, 0, 50e9, 96, 8)
+    assert work.worst(CHIP) == pytest.approx(BYTES) == work.best(ultra)
+    assert work.worst(ultra) == pytest.approx(0.5 / e.APART)
+
+
+def test_additions_to_products_are_one_instruction():
+    c = Counters("k", threads=32, threadgroups=1)
+    c.arithmetic = {"mul_f32": 64, "add_f32": 32, "compare_f32": 32}
+    assert (e.work_of(c, 0).main, e.contracted(c, 0).main) == (4, 3)
+    c.arithmetic["add_f32"] = 96  # more than there are products
+    assert e.contracted(c, 0).main == 4
+
+
+def test_the_chain_of_feedback():
+    """One block is 8 channels; the errors of all groups but the first go on once more."""
+    cycles, waits = e.chain(128, 64)
+    assert waits == 16 + 8 and e.chain(128, 128)[1] == 16 and e.chain(256, 64)[1] == 32 + 24
+    assert 2000 < cycles < 4000  # about 100 a block, and 300 a group
+    one, two = e.chain(64, 64)[0], e.chain(64, 32)[0]
+    assert one < two  # another scale, and blocks passed on
+    best, worst = e.feedback_seconds(CHIP, 128, 64)
+    assert best == cycles / 1e9 and worst == pytest.approx(best + 24 * e.MISSED)
+
+
+def test_a_prompt_with_feedback_waits_for_its_chains():
+    ours = e.Ours.__new__(e.Ours)
+    ours.D, ours.Hkv, ours.fmt = 128, 2, e.calibrated(Spec.parse("int4-srft"), 128, 2)
+    nothing = e.Work(1, 0, 1, 96, 8, resident=12.0)
+    best, worst = e.prompt_seconds(ours, nothing, CHIP, 2400)
+    one = e.chain(128, 64)[0] / 1e9
+    assert best == pytest.approx(4800 / 4 / 12 * one)  # four cores, 12 SIMD groups for keys
+    assert worst == pytest.approx(4800 / 4 / 6 * (one + 24 * e.MISSED))
+    busy = e.replace(nothing, main=16e12)
+    assert e.prompt_seconds(ours, busy, CHIP, 2400)[0] == busy.best(CHIP)
+
+
+def test_feedback_is_counted():
+    fmt = e.calibrated(Spec.parse("int4-srft"), 128, 2)
+    fed = e.with_feedback(fmt)
+    assert not fmt.kind.feedback and fed.kind.feedback and fed.layout == fmt.layout
+
+
+def test_layers_take_what_published_rates_leave():
+    left = [
+        (1 / rate - weights * 4.5 / 8 / (chip.bandwidth * 1e9 * e.REACHED)) / layers
+        for _, chip, _, weights, layers, rate in e.STEPS
+    ]
+    assert np.median(left) == pytest.approx(e.LAYER, rel=0.05)
+
+
+def test_a_range():
+    assert e.span(0.1834, 0.6571) == "0.183 to 0.657" and e.span(2, 2) == "2"
+    assert e.span(99.9, 1234.5) == "99.9 to 1234" and e.span(6.32, 17.4, 2) == "6.3 to 17"
+
+
 def test_registers_are_those_of_the_table():
     for kernel, D, variant in (
-        ("attend_store", 128, "calibrated, tail"),
-        ("attend_finish", 256, "calibrated, tail"),
-        ("quantize_pack", 128, "calibrated, no tail, L=512"),
-        ("combine", 256, "calibrated, tail"),
+        ("attend_store", 128, "calibrated, tail, first"),
+        ("attend_finish", 256, "calibrated, tail, first"),
+        ("quantize_pack", 128, "calibrated, tail, L=512"),
+        ("quantize_pack", 256, "calibrated, tail, held rows, L=1"),
+        ("combine", 256, "calibrated, tail, first"),
         ("dequantize", 128, "no tail"),
     ):
         registers = e.Registers.of(kernel, D, variant)
@@ -86,13 +160,14 @@ def test_published_times_are_those_of_the_bandwidths():
 def test_work_of_counters():
     c = Counters("k", threads=256, threadgroups=2)
     c.arithmetic = {"fma_f32": 640, "shift": 320, "sign": 999, "extend": 999}
-    c.bytes_read, c.bytes_written = {"a": 256}, {"o": 256}
+    c.bytes_read, c.bytes_written = {"a": 192, "k_shape": 32, "N": 32}, {"o": 256}
     c.threadgroup_bytes_read = 128
     c.simd = {"simd_sum": 2, "simd_shuffle_xor": 4, "simdgroup_multiply_accumulate": 3}
     work = e.work_of(c, 7)
     memory = 512 / 8 / 32 + 128 / 4 / 32
     assert work.main == 20 + 10 + memory + 2 * 14.5 + 4 * 2 + 3 * 20
     assert (work.rest, work.bytes, work.threadgroups, work.simd_groups) == (40, 7, 2, 4)
+    assert work.cached == 192  # sizes are not read from caches
 
 
 def test_a_line_through_two_launches():
@@ -107,6 +182,15 @@ def test_a_line_through_two_launches():
 
     spilled = e.Linear.fit(spilling, 1024, 2048, 2)(1000, 16, 5)
     assert (spilled.spilled, spilled.resident) == (500, 12)
+
+    def with_exact(keys, parts, exact):
+        work = at(keys, parts)
+        return e.replace(work, main=work.main + 7 * exact, cached=2.0 * keys + 50 * exact)
+
+    line = e.Linear.fit(with_exact, 1024, 2048, 2, exact=(64, 256))
+    found = line(32768, 16, 5, 260)
+    assert found.main == pytest.approx(1600 + 98304 + 7 * 260)
+    assert found.cached == pytest.approx(65536 + 50 * 260)
 
 
 @pytest.mark.parametrize(
@@ -133,3 +217,12 @@ def test_widening_is_free_only_inside():
         assert arithmetic.classify(line)[0] == "sign"
         assert arithmetic.classify("  %3 = sitofp i32 %1 to float")[0] == "convert"
     assert arithmetic.classify(line) == before == ("convert", 1)
+
+
+def test_the_figures_of_scale_are_of_these_chips():
+    path = Path(__file__).parents[2] / "docs" / "pictures" / "scale.json"
+    data = json.loads(path.read_text())["apple"]
+    for chip in (e.M1, e.M3_ULTRA):
+        assert data[chip.name] | {"heads": {}} == e._of_chip(chip)
+        for rows in data[chip.name]["heads"].values():
+            assert all(x[0] <= x[1] and x[2] <= x[3] for k, x in rows.items() if k != "token")
