@@ -18,20 +18,44 @@ INLINE float of_slice(const thread float* x, int slice) {
   return out;
 }
 
-// Makes channels from `low` to before `high` of the targets t make up for the errors e of block
-// number `block`. G is [D, D]: row j holds what an error of channel j adds to others.
-template <int D>
-INLINE void feed_back(
-    thread float* t, float e, const device float* G, int block, int low, int high, uint lane) {
-  float errors[8];
-  UNROLL for (int j = 0; j < 8; j++) errors[j] = simd_shuffle(e, ushort(8 * (block % 4) + j));
-  G += 8 * D * block;
-  UNROLL for (int i = 0; i < slices_of(D); i++) {
-    const int c = 32 * i + int(lane);
-    if (c >= low && c < high) {
-      UNROLL for (int j = 0; j < 8; j++) t[i] = fma(G[j * D + c], errors[j], t[i]);
-    }
+// What one group of channels works on: SLICES slices of a vector from number FIRST on, of which it has
+// all channels if WHOLE; channels before it are in slices before number BEFORE.
+template <int FIRST_SLICE, int SLICE_COUNT, int BEFORE_COUNT, bool IS_WHOLE>
+struct slices_in {
+  enum : int { FIRST = FIRST_SLICE, SLICES = SLICE_COUNT, BEFORE = BEFORE_COUNT };
+  enum : bool { WHOLE = IS_WHOLE };
+};
+
+// Whether the group from channel `low` on has the lane's channel of its slice i.
+template <typename S, int GROUP>
+INLINE bool in_group(int i, int low, uint lane) {
+  const int c = 32 * (S::FIRST + i) + int(lane) - low;
+  return S::WHOLE || (c >= 0 && c < GROUP);
+}
+
+// Row 8 block + j of G [D, D] says what an error of channel j of the block adds to others: its
+// elements for the lane's channels of COUNT slices from number `first` on.
+template <int D, int COUNT>
+INLINE void read_gains(thread float* g, const device float* G, int block, int first, uint lane) {
+  UNROLL for (int i = 0; i < COUNT; i++) {
+    const int c = min(32 * (first + i) + int(lane), D - 1);
+    UNROLL for (int j = 0; j < 8; j++) g[8 * i + j] = G[(8 * block + j) * D + c];
   }
+}
+
+// The errors e of a block's channels, in every lane.
+INLINE void share_errors(thread float* errors, float e, int block) {
+  UNROLL for (int j = 0; j < 8; j++) errors[j] = simd_shuffle(e, ushort(8 * (block % 4) + j));
+}
+
+// Two sums, because the next block waits for this one.
+INLINE float fed_back(float t, const thread float* g, const thread float* errors) {
+  float even = fma(g[0], errors[0], t), odd = g[1] * errors[1];
+  UNROLL for (int j = 2; j < 8; j += 2) {
+    even = fma(g[j], errors[j], even);
+    odd = fma(g[j + 1], errors[j + 1], odd);
+  }
+  return even + odd;
 }
 
 // EXACT as in `code_channels`.
@@ -44,12 +68,11 @@ INLINE float nearest_level(float x, float step, float inverse) {
 }
 
 // The step for the group of targets from channel `low` on, and its inverse; 0 for zeros.
-template <int D, int BITS, int GROUP, int RULE, bool EXACT>
+template <typename S, int BITS, int GROUP, int RULE, bool EXACT>
 INLINE float2 step_of_group(const thread float* t, int low, uint lane) {
   float top = 0.0f;
-  UNROLL for (int i = 0; i < slices_of(D); i++) {
-    const int c = 32 * i + int(lane) - low;
-    top = c >= 0 && c < GROUP ? max(top, fabs(t[i])) : top;
+  UNROLL for (int i = 0; i < S::SLICES; i++) {
+    top = in_group<S, GROUP>(i, low, lane) ? max(top, fabs(t[i])) : top;
   }
   top = simd_max(top);
   if (RULE != SEARCH) {
@@ -66,9 +89,8 @@ INLINE float2 step_of_group(const thread float* t, int low, uint lane) {
     const float step = some ? top * tried : 0.0f;
     const float by = inverse * (0.25f / tried);
     float dot = 0.0f, length = 0.0f;
-    UNROLL for (int i = 0; i < slices_of(D); i++) {
-      const int c = 32 * i + int(lane) - low;
-      if (c >= 0 && c < GROUP) {
+    UNROLL for (int i = 0; i < S::SLICES; i++) {
+      if (in_group<S, GROUP>(i, low, lane)) {
         const float level = nearest_level<BITS, RULE, EXACT>(t[i], step, by);
         dot = fma(t[i], level, dot);
         length = fma(level, level, length);
@@ -85,17 +107,17 @@ INLINE float2 step_of_group(const thread float* t, int low, uint lane) {
 }
 
 // The scale that is stored: a searched one gives the levels the length of the targets.
-template <int D, int GROUP, int RULE>
+template <typename S, int GROUP, int RULE>
 INLINE float stored_scale(
     const thread float* t, const thread float* level, float step, int low, uint lane) {
   if (RULE != SEARCH) {
     return step;
   }
   float squares = 0.0f, length = 0.0f;
-  UNROLL for (int i = 0; i < slices_of(D); i++) {
-    const int c = 32 * i + int(lane) - low;
-    squares = c >= 0 && c < GROUP ? fma(t[i], t[i], squares) : squares;
-    length = c >= 0 && c < GROUP ? fma(level[i], level[i], length) : length;
+  UNROLL for (int i = 0; i < S::SLICES; i++) {
+    const bool own = in_group<S, GROUP>(i, low, lane);
+    squares = own ? fma(t[i], t[i], squares) : squares;
+    length = own ? fma(level[i], level[i], length) : length;
   }
   squares = simd_sum(squares);
   length = simd_sum(length);
@@ -104,12 +126,11 @@ INLINE float stored_scale(
 }
 
 // Whether the group from channel `low` on has a NaN or an infinity.
-template <int D, int GROUP>
+template <typename S, int GROUP>
 INLINE bool is_damaged(const thread float* t, int low, uint lane) {
   bool damaged = false;
-  UNROLL for (int i = 0; i < slices_of(D); i++) {
-    const int c = 32 * i + int(lane) - low;
-    damaged = damaged || (c >= 0 && c < GROUP && !isfinite(t[i]));
+  UNROLL for (int i = 0; i < S::SLICES; i++) {
+    damaged = damaged || (in_group<S, GROUP>(i, low, lane) && !isfinite(t[i]));
   }
   return simd_any(damaged);
 }
@@ -134,6 +155,80 @@ INLINE void store_levels(device uint* row, const thread float* level, uint lane)
   }
 }
 
+// Rounds the group of channels from `low` on to levels: its targets t make up for the errors so far,
+// and those before it for its own. S is its `slices_in`, `scale` its place in the row.
+template <typename S, int D, int BITS, int GROUP, int RULE, bool EXACT>
+INLINE void round_group(
+    device ushort* scale, const thread float* all_y, thread float* all_t, thread float* all_levels,
+    const device float* G, int low, uint lane) {
+  constexpr float LOWEST = (RULE == PAPER ? 0.0f : 0.5f) - float(1 << (BITS - 1));
+  const thread float* y = all_y + S::FIRST;
+  thread float* t = all_t + S::FIRST;
+  thread float* level = all_levels + S::FIRST;
+  // A damaged group has code 0 and a NaN scale. It passes nothing on, like one of zeros.
+  bool damaged = is_damaged<S, GROUP>(t, low, lane);
+  const float2 step =
+      damaged ? float2(0.0f, 0.0f) : step_of_group<S, BITS, GROUP, RULE, EXACT>(t, low, lane);
+  const int last = (low + GROUP) / 8 - 1;
+  float g[8 * S::SLICES], errors[8];
+  read_gains<D, S::SLICES>(g, G, last, S::FIRST, lane);
+  ROLLED for (int block = last; block >= low / 8; block--) {
+    const int slice = block / 4 - S::FIRST;
+    const float n = nearest_level<BITS, RULE, EXACT>(of_slice<S::SLICES>(t, slice), step.x, step.y);
+    UNROLL for (int i = 0; i < S::SLICES; i++) {
+      level[i] = i == slice && int(lane) / 8 == block % 4 ? n : level[i];
+    }
+    share_errors(errors, step.x > 0.0f ? of_slice<S::SLICES>(y, slice) - step.x * n : 0.0f, block);
+    UNROLL for (int i = 0; i < S::SLICES; i++) {
+      const int c = 32 * (S::FIRST + i) + int(lane);
+      const bool open = c < 8 * block && in_group<S, GROUP>(i, low, lane);
+      t[i] = open ? fed_back(t[i], g + 8 * i, errors) : t[i];
+    }
+    // For the next block, while the chain of this one goes on.
+    read_gains<D, S::SLICES>(g, G, max(block - 1, 0), S::FIRST, lane);
+  }
+  const float stored = stored_scale<S, GROUP, RULE>(t, level, step.x, low, lane);
+  damaged = damaged || is_damaged<S, GROUP>(t, low, lane);
+  // Without the first group, which has none before it.
+  ROLLED for (int block = low > 0 ? low / 8 : last + 1; block <= last; block++) {
+    const int slice = block / 4 - S::FIRST;
+    const float n = of_slice<S::SLICES>(level, slice);
+    share_errors(errors, step.x > 0.0f ? of_slice<S::SLICES>(y, slice) - stored * n : 0.0f, block);
+    UNROLL for (int i = 0; i < S::BEFORE; i++) {
+      float own[8];
+      read_gains<D, 1>(own, G, block, i, lane);
+      all_t[i] = fed_back(all_t[i], own, errors);  // nobody reads what is rounded already
+    }
+  }
+  UNROLL for (int i = 0; i < S::SLICES; i++) {
+    level[i] = damaged && in_group<S, GROUP>(i, low, lane) ? LOWEST : level[i];
+  }
+  if (lane == 0) {
+    *scale = damaged ? ushort(0x7e00) : as_type<ushort>(half(stored));
+  }
+}
+
+// Rounds the first LEFT groups of whole slices, the last of them first. Which slices a group has is
+// a constant: it works on no others.
+template <int D, int BITS, int GROUP, int RULE, bool EXACT, int LEFT>
+struct whole_groups {
+  static INLINE void round(
+      device ushort* scales, const thread float* y, thread float* t, thread float* level,
+      const device float* G, uint lane) {
+    constexpr int AT = (LEFT - 1) * GROUP / 32;
+    round_group<slices_in<AT, GROUP / 32, AT, true>, D, BITS, GROUP, RULE, EXACT>(
+        scales + LEFT - 1, y, t, level, G, 32 * AT, lane);
+    whole_groups<D, BITS, GROUP, RULE, EXACT, LEFT - 1>::round(scales, y, t, level, G, lane);
+  }
+};
+
+template <int D, int BITS, int GROUP, int RULE, bool EXACT>
+struct whole_groups<D, BITS, GROUP, RULE, EXACT, 0> {
+  static INLINE void round(
+      device ushort*, const thread float*, thread float*, thread float*, const device float*, uint) {
+  }
+};
+
 // Quantizes the vector y, channels in order, and writes it to its row, as `store_shared` does.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES, int SCALE>
@@ -141,6 +236,7 @@ INLINE void store_with_feedback(
     device uint* row, const threadgroup float2* shared, const device float* G, uint lane) {
   constexpr int N = slices_of(D);
   constexpr bool EXACT = is_none(ROTATION);
+  constexpr bool WHOLE = GROUP % 32 == 0;
   constexpr float LOWEST = (RULE == PAPER ? 0.0f : 0.5f) - float(1 << (BITS - 1));
   float y[N], t[N], level[N];
   UNROLL for (int i = 0; i < N; i++) {
@@ -150,35 +246,12 @@ INLINE void store_with_feedback(
     t[i] = y[i];
     level[i] = LOWEST;
   }
-  ROLLED for (int low = D - GROUP; low >= 0; low -= GROUP) {
-    // A damaged group has code 0 and a NaN scale. It passes nothing on, like one of zeros.
-    bool damaged = is_damaged<D, GROUP>(t, low, lane);
-    const float2 step =
-        damaged ? float2(0.0f, 0.0f) : step_of_group<D, BITS, GROUP, RULE, EXACT>(t, low, lane);
-    ROLLED for (int block = (low + GROUP) / 8 - 1; block >= low / 8; block--) {
-      const float n = nearest_level<BITS, RULE, EXACT>(of_slice<N>(t, block / 4), step.x, step.y);
-      UNROLL for (int i = 0; i < N; i++) {
-        level[i] = i == block / 4 && int(lane) / 8 == block % 4 ? n : level[i];
-      }
-      const float e = step.x > 0.0f ? of_slice<N>(y, block / 4) - step.x * n : 0.0f;
-      feed_back<D>(t, e, G, block, low, 8 * block, lane);
-    }
-    const float scale = stored_scale<D, GROUP, RULE>(t, level, step.x, low, lane);
-    damaged = damaged || is_damaged<D, GROUP>(t, low, lane);
-    const int next = low > 0 ? low / 8 : D / 8;  // the first group has none before it
-    ROLLED for (int block = next; block < (low + GROUP) / 8; block++) {
-      const float n = of_slice<N>(level, block / 4);
-      const float e = step.x > 0.0f ? of_slice<N>(y, block / 4) - scale * n : 0.0f;
-      feed_back<D>(t, e, G, block, 0, low, lane);
-    }
-    UNROLL for (int i = 0; i < N; i++) {
-      const int c = 32 * i + int(lane) - low;
-      level[i] = damaged && c >= 0 && c < GROUP ? LOWEST : level[i];
-    }
-    if (lane == 0) {
-      halves_of(row + CODES)[SCALE + low / GROUP] =
-          damaged ? ushort(0x7e00) : as_type<ushort>(half(scale));
-    }
+  device ushort* scales = halves_of(row + CODES) + SCALE;
+  whole_groups<D, BITS, GROUP, RULE, EXACT, WHOLE ? D / GROUP : 0>::round(
+      scales, y, t, level, G, lane);
+  ROLLED for (int low = WHOLE ? -1 : D - GROUP; low >= 0; low -= GROUP) {
+    round_group<slices_in<0, N, N, false>, D, BITS, GROUP, RULE, EXACT>(
+        scales + low / GROUP, y, t, level, G, low, lane);
   }
   store_levels<D, BITS, RULE, FIRST, HIGH>(row, level, lane);
 }

@@ -441,13 +441,17 @@ def with_feedback(fmt: Format) -> Format:
 def chain(D: int, group: int) -> tuple[float, int]:
     """Cycles from one instruction to the next that one key with feedback takes
     (kernels/feedback.metal), and how often it waits for a block of the matrix."""
-    t, slices = LATENCY, -(-D // 32)
-    pick = (slices - 1) * t["select"]  # of_slice
-    # Its error goes to eight lanes by as many shuffles, and is added to every slice.
-    spread = t["shuffle"] + 7 * SHUFFLE + max(8 * t["fma"], 8 * slices)
+    t, own = LATENCY, group // 32 if group % 32 == 0 else -(-D // 32)
+    pick = (own - 1) * t["select"]  # of_slice
+
+    def spread(slices: float) -> float:
+        """Errors go to eight lanes by as many shuffles, and are added to slices in two sums."""
+        return t["shuffle"] + 7 * SHUFFLE + max(5 * t["fma"], 8 * slices)
+
     nearest = t["fma"] + t["round"] + 2 * t["select"] + t["fma"]
-    block = pick + nearest + t["fma"] + t["select"] + spread
-    again = pick + t["fma"] + t["select"] + spread  # once the group's scale is known
+    block = pick + nearest + t["fma"] + t["select"] + spread(own)
+    # Once the group's scale is known, on average to half of the slices.
+    again = pick + t["fma"] + t["select"] + spread(D / 64)
     # Largest channel, two scales tried, the scale of the levels' length, damage looked for twice.
     scale = 3 * t["sum"] + 2 * (nearest + 2 * t["sum"]) + 2 * t["root"] + 2 * t["shuffle"]
     blocks, groups = D // 8, D // group
