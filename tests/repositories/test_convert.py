@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line(place, tmp_path, monkeypatch, capsys):
 
 ERRORS: dict = {
     "fp16": (["--hf-path", QWEN, "--kv-cache", "fp16"], "use mlx_lm.convert"),
-    "unknown cache": (["--hf-path", QWEN, "--kv-cache", "int5-srft"], "unknown cache 'int5-srft'"),
+    "unknown cache": (["--hf-path", QWEN, "--kv-cache", "int6-srft"], "unknown cache 'int6-srft'"),
     "no repository": (["--mlx-path", "NEW"], "There is no repository '"),
     "options in place": ([*THERE, "-q"], "quantize cannot be applied in place"),
     "target exists": (["--hf-path", QWEN, *THERE], "exists already. Give another"),
