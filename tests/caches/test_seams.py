@@ -395,7 +395,7 @@ def test_the_smallest_sizes_work(enabled, size):
         (lambda m: mlx_kvq.enable(m, SPEC, calibration=3), "calibration is a CalibrationSet or a"),
         (lambda m: mlx_kvq.enable(m, SPEC, policy=["int4"]), "policy is a dict .* got a list"),
         (lambda m: mlx_kvq.enable(m, SPEC, policy={0: "int4"}), "policy names caches by paths"),
-        (lambda m: mlx_kvq.enable(m, SPEC, policy={(0,): "int5"}), "policy of .* got 'int5'"),
+        (lambda m: mlx_kvq.enable(m, SPEC, policy={(0,): "int6"}), "policy of .* got 'int6'"),
         (lambda m: mlx_kvq.evaluate(m, None, SPEC, ["text"]), "specs is a list, got"),
         (lambda m: mlx_kvq.evaluate(m, None, [SPEC], "text"), "texts is a list, got 'text'"),
     ],

@@ -128,7 +128,7 @@ def test_with_max_kv_size():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--kv-cache", "int5-srft"], "unknown cache 'int5-srft'. Did you mean 'int8-srft'?"),
+        (["--kv-cache", "int6-srft"], "unknown cache 'int6-srft'. Did you mean 'int8-srft'?"),
         (["--kv-cache", "int4-srft:group=3"], "unknown option 'group'"),
         (["--kv-cache", "int4-srft", "--kv-bits", "4"], "--kv-cache and --kv-bits"),
         (["--kv-cache"], "expected one argument"),
@@ -221,8 +221,8 @@ def test_the_variable_for_programs_without_the_option(how):
     process = shell(*code, MLX_KVQ_SPEC="int4:calibrate=off", MLX_KVQ_QUIET="1")
     assert process.stderr == ""
     assert shell(*code).stdout.split() == ["None", "True"]
-    process = shell(*code, MLX_KVQ_SPEC="int5")
-    assert "ValueError: MLX_KVQ_SPEC=int5: KV cache spec 'int5'" in process.stderr
+    process = shell(*code, MLX_KVQ_SPEC="int6")
+    assert "ValueError: MLX_KVQ_SPEC=int6: KV cache spec 'int6'" in process.stderr
 
 
 def test_the_option_comes_before_the_variable():

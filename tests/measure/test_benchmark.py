@@ -238,8 +238,8 @@ def test_heads_that_do_not_parse(text):
 
 
 def test_unknown_contender():
-    with pytest.raises(ValueError, match="int5"):
-        contender("int5", HEADS, mx.float16)
+    with pytest.raises(ValueError, match="int6"):
+        contender("int6", HEADS, mx.float16)
 
 
 # ---- operation by operation -------------------------------------------------------------------
