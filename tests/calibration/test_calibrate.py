@@ -644,7 +644,7 @@ def test_automatic_rounding_takes_feedback_where_kernels_do_it(
         bare = LayerCalibration(replace(both.keys, metric=None), both.values)
         given = CalibrationSet({(0,): bare}, given.metadata)
     monkeypatch.setattr(mlx_kvq.ops, "has_kernels", lambda fmt: kernels)
-    (cache,) = mlx_kvq.make_prompt_cache(model, spec, calibration=given)
+    cache: Any = mlx_kvq.make_prompt_cache(model, spec, calibration=given)[0]
     assert cache.format.kind.feedback == (changed and kernels)
     assert ("rounding" in cache.format.signature) == (changed and kernels)
 

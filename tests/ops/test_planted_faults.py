@@ -16,7 +16,6 @@ from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
 from mlx_kvq.ops.gpu import jit
 from tests.emulator import KernelError, emulated, standin
-from tests.ops.test_feedback import assert_alike, assert_same_levels, weighted
 from tests.ops.test_fused import (
     assert_attends,
     format_of,
@@ -26,6 +25,7 @@ from tests.ops.test_fused import (
     transposed,
 )
 from tests.support import calls
+from tests.support.feedback import assert_alike, assert_same_levels, weighted
 
 __all__ = ["launches"]
 

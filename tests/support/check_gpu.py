@@ -15,6 +15,7 @@ tests/support/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
     python -m tests.support.check_gpu --match '^(64|80|96|112)x'         # about half of the cases
     python -m tests.support.check_gpu --match '^(128|192|256)x'          # the other half
     python -m tests.support.check_gpu --match 'decode steps'             # prepared steps alone
+    python -m tests.support.check_gpu --match feedback                   # keys rounded with it
 
 The exit status is 1 if a case failed, 2 if none did and some are left. Under compute-sanitizer
 (here format 3 of LAUNCHES, our kernels only):
@@ -45,14 +46,15 @@ from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.timing import interleave
-from mlx_kvq.ops import cubins
+from mlx_kvq.ops import cubins, plain
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops.gpu import attention, handover, nvrtc, tuning
-from tests.support import calls, op_matrix
+from tests.support import calls, feedback, op_matrix
 
 CHUNK = 4  # cases that a process takes at a time
 STEPS = "decode steps"  # the name of check_steps among the cases
 HANDED = "code that MLX is handed"  # of check_handed, CUDA only
+FEEDBACK = "feedback"  # of check_feedback
 
 # Specs, head sizes, calibrated or not: each way through each kernel at least once.
 LAUNCHES = [
@@ -97,7 +99,8 @@ def main() -> None:
         Hq, Hkv = (int(x) for x in args.heads.split(","))
         tune(args.spec, args.dim, Hq, Hkv, args.batch, args.length, machine)
     else:
-        own = [HANDED, STEPS] if machine == "cuda" and cubins.asked() else [STEPS]
+        own = [HANDED] if machine == "cuda" and cubins.asked() else []
+        own += [STEPS, *(f"{FEEDBACK} {spec} {D}" for spec, D in feedback.FORMATS)]
         cases = [*own, *(op_matrix.product() if args.full else op_matrix.CASES)]
         cases = [case for case in cases if re.search(args.match, str(case))]
         if not cases:
@@ -151,6 +154,9 @@ def check_some(cases: list, end: float) -> list[tuple]:
                     check_steps()
                 elif case == HANDED:
                     check_handed()
+                elif str(case).startswith(FEEDBACK):
+                    _, spec, D = case.split()
+                    check_feedback(spec, int(D))
                 else:
                     errors = op_matrix.check(fused, case, fused=True)
             except Exception as error:
@@ -196,6 +202,22 @@ def check_steps() -> None:
                     got, want = (m.quantize_pack(*arguments) for m in (ops, fused))
                     same = [mx.array_equal(a, b) for a, b in zip(got, want, strict=True)]
                     assert all(same), f"packing token {length} with a tail"
+
+
+def check_feedback(spec: str, D: int) -> None:
+    """Rows of keys rounded with feedback, of a prompt and of one token, against plain operations
+    on the CPU: MLX on CUDA multiplies fp32 in TF32."""
+    fmt = feedback.weighted(spec, D)
+    for dtype, L in ((mx.float16, 77), (mx.bfloat16, 1), (mx.float32, 300)):
+        k, v = (mx.random.normal((2, L, 2, D)).astype(dtype).swapaxes(1, 2) for _ in "kv")
+        tail = mx.random.normal((2, 2, 40, 2 * D)).astype(ops.tail_dtype(dtype))
+        got, kept = fused.quantize_pack(k, v, fmt, tail, 30)
+        with mx.stream(mx.cpu):
+            want, expected = plain.quantize_pack(k, v, fmt, tail, 30)
+            feedback.assert_alike(got, want, k, fmt)
+            apart = mx.abs(kept.astype(mx.float32) - expected.astype(mx.float32)).max()
+            largest = mx.abs(expected.astype(mx.float32)).max()
+            assert (apart <= 1e-2 * largest).item(), f"a tail of {kept.dtype}"
 
 
 def check_handed() -> None:
