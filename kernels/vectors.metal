@@ -42,8 +42,10 @@ INLINE void read_points(thread float2* z, const device T* x, int64_t stride, uin
       }
     }
   } else {
+    // A pointer that moves: offsets would be as many 64-bit registers.
     UNROLL for (int a = 0; a < points_of(D); a++) {
-      z[a] = float2(float(x[a * STEP * stride]), float(x[(a * STEP + 1) * stride]));
+      z[a] = float2(float(x[0]), float(x[stride]));
+      x += STEP * stride;
     }
   }
 }
@@ -59,21 +61,19 @@ struct lane_factors {
 template <int D, int ROTATION, bool CENTRED>
 INLINE void read_before(thread lane_factors<D>& f, const device float* factors, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
-  const int first = first_channel<D, ROTATION>(lane);
+  factors += first_channel<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
-    f.before[a] = factor_pair(factors, first + a * STEP);
+    f.before[a] = factor_pair(factors, a * STEP);
     if (CENTRED) {
-      const float2 mu = factor_pair(factors + 2 * D, first + a * STEP);
+      const float2 mu = factor_pair(factors, 2 * D + a * STEP);
       f.mu[a] = float2(-mu.x * f.before[a].x, -mu.y * f.before[a].y);
     }
   }
 }
 template <int D, int ROTATION>
 INLINE void read_after(thread lane_factors<D>& f, const device float* factors, uint lane) {
-  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
-  UNROLL for (int a = 0; a < points_of(D); a++) {
-    f.after[a] = factor_pair(factors + D, rotated + 2 * a);
-  }
+  factors += 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  UNROLL for (int a = 0; a < points_of(D); a++) f.after[a] = factor_pair(factors, D + 2 * a);
 }
 
 // Before a loop over vectors, as `read_table`.
