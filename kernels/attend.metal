@@ -180,6 +180,9 @@ if (!HELD && group == NSG - 1) {
     numbers[kvq::AT_FIRST_ROW] = first_row;
     numbers[kvq::AT_SPLIT] = split;
     numbers[kvq::AT_SPLITS] = splits;
+    numbers[kvq::AT_TILE] = tile - group;
+    numbers[kvq::AT_TILE_END] = tile_end;
+    numbers[kvq::AT_KV_HEADS] = kv_heads;
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -230,7 +233,7 @@ float2 sums[V_TILES];
 UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
 auto own = kvq::words_of(memory) + group * TILE;
 const kvq::counter slice = group % SLICES;
-const kvq::counter zero = min(length, 0);  // no compiler knows: loops to it stay loops
+const kvq::counter zero = kvq::unknown_zero(length);
 
 if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and splits, eight at a time
   const int stride = kvq::number(splits, numbers, kvq::AT_SPLITS) * NSG;
@@ -253,8 +256,9 @@ if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and s
       const int age = turn + int(i) * stride + int(group);
       const auto token = tokens.at(age);
       if (token.there) {
-        const auto y = token.is_first ? firsts_at + (age - tokens.newest) * first_strides[2]
-                                      : newest_at - age * tail_strides[2];
+        const auto y = (token.is_first ? firsts_at : newest_at) +
+            (token.is_first ? age - tokens.newest : -age) *
+                (token.is_first ? first_strides[2] : tail_strides[2]);
         const float2 x = kvq::exact_score<KD, K_READ, WHOLE>(y, pair_queries, at);
         s = at.row == uint(i) ? x : s;
       }
@@ -298,8 +302,9 @@ if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and s
       const int age = turn + int(i) / SLICES * stride + int(other);
       const auto token = tokens.at(age);
       if (token.there) {
-        const auto y = token.is_first ? firsts_at + (age - tokens.newest) * first_strides[2]
-                                      : newest_at - age * tail_strides[2];
+        const auto y = (token.is_first ? firsts_at : newest_at) +
+            (token.is_first ? age - tokens.newest : -age) *
+                (token.is_first ? first_strides[2] : tail_strides[2]);
         const float2 p =
             probabilities[other * kvq::probability_pairs(TK) + 4 * (i / SLICES) + at.pair];
         constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
@@ -376,8 +381,13 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
   }
 }
 // With slices all SIMD groups stay together, also those that have no tile left.
-for (; tile - (SLICES > 1 ? group : 0) < kvq::counter(tile_end); tile += NSG) {
-  const bool has_tile = SLICES == 1 || tile < kvq::counter(tile_end);
+const kvq::counter end_of_tiles = kvq::number(tile_end, numbers, kvq::AT_TILE_END);
+const auto split_rows = HELD ? head_rows
+                             : rows + (numbers[kvq::AT_BATCH] * rows_strides[0] +
+                                       numbers[kvq::AT_KV_HEAD] * rows_strides[1]);
+if (!HELD) tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
+for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
+  const bool has_tile = SLICES == 1 || tile < end_of_tiles;
   kvq::slices_barrier<SLICES>();
   float2 s[TK / 8];
   float2 top = m;
@@ -388,7 +398,7 @@ for (; tile - (SLICES > 1 ? group : 0) < kvq::counter(tile_end); tile += NSG) {
       kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, lane);
     } else {
       kvq::copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(
-          own, head_rows + tile * kvq::counter(TK * W),
+          own, split_rows + tile * kvq::counter(TK * W),
           min(TK, kvq::number(length, numbers, kvq::AT_LENGTH) - int(tile) * TK), lane);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -476,7 +486,7 @@ for (; tile - (SLICES > 1 ? group : 0) < kvq::counter(tile_end); tile += NSG) {
     UNROLL for (int i = 0; i < TK / 8; i++) shared_p[group * (4 * TK) + 32 * i] = p[i];
     if (lane == 0) lifts[group] = as_type<uint>(lift.operand);
     kvq::slices_barrier<SLICES>();
-    const kvq::counter left = kvq::counter(tile_end) - (tile - group);
+    const kvq::counter left = end_of_tiles - (tile - group);
     ROLLED for (kvq::counter other = group - slice; other < min(left, kvq::counter(group - slice + SLICES));
                 other++) {
       UNROLL for (int i = 0; i < TK / 8; i += 2) {

@@ -6,6 +6,10 @@ for (int r = group; r < min(8, rows_left); r += NSG) {
   const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
   const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
   const int own_L = kvq::number(L, numbers, kvq::AT_QUERIES);
+  // Of zero, which no compiler knows: or what the queries' rotation computed of it stays until here.
+  const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(own_L));
+  const auto own_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(
+      tables, kvq::number(kv_heads, numbers, kvq::AT_KV_HEADS));
   const int row = kvq::number(first_row, numbers, kvq::AT_FIRST_ROW) + r;
   const int head = own_head * kvq::number(heads, numbers, kvq::AT_HEADS) + row / own_L;
   kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
@@ -16,8 +20,8 @@ for (int r = group; r < min(8, rows_left); r += NSG) {
       q + (own_b * q_strides[0] + head * q_strides[1] + row % own_L * q_strides[2]),
       q_strides[3],
       k_table,
-      v_table,
+      own_table,
       own_head,
       scale,
-      lane);
+      own_lane);
 }

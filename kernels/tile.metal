@@ -422,7 +422,7 @@ INLINE int recent_of(int least, int grows, int tokens) {
 enum : int {
   AT_LENGTH, AT_LOW_EDGE, AT_HIGH_EDGE, AT_HOLE, AT_HOLE_END, AT_ROWS_START, AT_END, AT_NEWEST,
   AT_FIRSTS, AT_PLACE, AT_KEEP, AT_IDX, AT_BATCH, AT_KV_HEAD, AT_HEADS, AT_QUERIES, AT_FIRST_ROW,
-  AT_SPLIT, AT_SPLITS, NUMBERS
+  AT_SPLIT, AT_SPLITS, AT_TILE, AT_TILE_END, AT_KV_HEADS, NUMBERS
 };
 INLINE int number(int held, const threadgroup int* numbers, int at) {
   return HOLD_QUERIES != 0 ? held : numbers[at];
