@@ -16,9 +16,14 @@
 //   contiguous share of the tiles of TK keys; its SIMD groups take tiles in turn, each with its
 //   own online softmax, without a barrier between them; sums are merged at the end. The length
 //   and the number of splits are run-time values: one compilation serves every context.
+//   SLICE_VALUES (mlx_kvq/ops/gpu/tuning.py): sets of SIMD groups, as many as a lane's sums can be
+//   cut into slices of eight, have one softmax. Each scores its own tile, and adds up one slice of
+//   channels of the set's tiles, with three barriers a turn.
 // Then attend_finish.metal (one split: the output) or attend_store.metal (partial sums).
 // HOLD_QUERIES, PREFETCH (mlx_kvq/ops/gpu/tuning.py): what stays in registers. At D = 128 it is
-//   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's.
+//   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's. Where it does
+//   not, a turn of a loop reads again what it needs of the launch, and computes its addresses again
+//   (kvq::unknown_zero): what compilers keep for all turns was half of the registers.
 // Limits: as quantize_pack; NSG a power of two, NSG * TK * TILE_W words < 32 KB.
 // Reasons: matrix tiles (8 query rows at the price of one) because at 4 bits the arithmetic per
 //   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
@@ -81,8 +86,8 @@ const auto at = kvq::tile_position(lane);
 // Which keys each position may attend to: [low, high), checked only in tiles at an edge.
 const int offset = length - L;
 // Rows of tokens that are read from the tail: in a ring [hole, idx) and those from `end` on,
-// otherwise the last ones, by every query those from `end` on. Rows of first tokens, and of padding before them, are those before
-// rows_start, and in a ring without kept tokens those that follow the newest one, [idx, hole_end).
+// otherwise the last ones, by every query those from `end` on. Rows of first tokens, and of padding
+// before them, are those before rows_start, and in a ring without kept tokens those that follow the newest one, [idx, hole_end).
 const int least = TAIL ? info[kvq::RECENT] : 0;
 const int grows = TAIL ? info[kvq::GROWS] : 0;
 const int keep = EXACT ? info[kvq::KEEP] : 0;
@@ -115,37 +120,6 @@ if (PREFETCH != 0 && tile < tile_end) {  // in flight while the queries are rota
       stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - int(tile) * TK), lane);
 }
 
-for (int r = group; r < 8; r += NSG) {
-  const int row = first_row + r;
-  float2 z[kvq::points_of(KD)];
-  float peak = 0.0f;
-  if (row < query_rows) {
-    const auto x = q +
-        (b * q_strides[0] + (kv_head * heads + row / L) * q_strides[1] + row % L * q_strides[2]);
-    kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
-        z, x, q_strides[3], true, k_table, kv_head, lane);
-    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
-      peak = max(peak, max(fabs(z[a].x), fabs(z[a].y)));
-    }
-    peak = simd_max(peak);
-  } else {
-    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) z[a] = float2(0.0f, 0.0f);
-  }
-  const float inverse = peak > 1e-30f ? 1.0f / peak : 0.0f;
-  if (lane < uint(kvq::lanes_of(KD))) {
-    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
-      const int c = 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
-      kvq::store_query<K_READ, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, z[a], inverse);
-    }
-  }
-  for (int c = KD + 2 * int(lane); c < 8 * Q_TILES; c += 64) {  // of the last word's channels
-    kvq::store_query<K_READ, WHOLE>(
-        queries + r / 2 * QUERY_PAIRS + c, r % 2, float2(0.0f, 0.0f), 0.0f);
-  }
-  if (lane == 0) {
-    query_scale[r] = peak * scale * kvq::log2_e();
-  }
-}
 const int newest = TAIL ? min(recent + L - 1, length - keep) : 0;
 if (!HELD && group == NSG - 1) {
   if (lane < 8u) {
@@ -185,6 +159,37 @@ if (!HELD && group == NSG - 1) {
     numbers[kvq::AT_KV_HEADS] = kv_heads;
   }
 }
+for (int r = group; r < 8; r += NSG) {
+  const int row = first_row + r;
+  float2 z[kvq::points_of(KD)];
+  float peak = 0.0f;
+  if (row < query_rows) {
+    const auto x = q +
+        (b * q_strides[0] + (kv_head * heads + row / L) * q_strides[1] + row % L * q_strides[2]);
+    kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
+        z, x, q_strides[3], true, k_table, kv_head, lane);
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
+      peak = max(peak, max(fabs(z[a].x), fabs(z[a].y)));
+    }
+    peak = simd_max(peak);
+  } else {
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) z[a] = float2(0.0f, 0.0f);
+  }
+  const float inverse = peak > 1e-30f ? 1.0f / peak : 0.0f;
+  if (lane < uint(kvq::lanes_of(KD))) {
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
+      const int c = 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
+      kvq::store_query<K_READ, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, z[a], inverse);
+    }
+  }
+  for (int c = KD + 2 * int(lane); c < 8 * Q_TILES; c += 64) {  // of the last word's channels
+    kvq::store_query<K_READ, WHOLE>(
+        queries + r / 2 * QUERY_PAIRS + c, r % 2, float2(0.0f, 0.0f), 0.0f);
+  }
+  if (lane == 0) {
+    query_scale[r] = peak * scale * kvq::log2_e();
+  }
+}
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // From here on a lane has two query rows: columns 2 * pair and 2 * pair + 1 of every product.
@@ -194,7 +199,8 @@ half2 query[HOLD_QUERIES != 0 ? Q_TILES : 1];
 float2 offsets[HOLD_QUERIES != 0 ? OFFSETS : 1];
 if (HOLD_QUERIES != 0) {
   UNROLL for (int i = 0; i < Q_TILES; i++) {
-    query[i] = kvq::read_query<K_READ>(pair_queries, i, at);
+    query[i] = kvq::read_query<K_READ>(
+        pair_queries, i / kvq::per_word(K_READ), i % kvq::per_word(K_READ), at);
   }
 }
 constexpr int GROUP = WHOLE ? KG : KD;
@@ -231,16 +237,22 @@ float2 m = lowest_logit;
 float2 l = float2(0.0f, 0.0f);
 float2 sums[V_TILES];
 UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
-auto own = kvq::words_of(memory) + group * TILE;
 const kvq::counter slice = group % SLICES;
 const kvq::counter zero = kvq::unknown_zero(length);
 
-if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and splits, eight at a time
+if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of each at a time
   const int stride = kvq::number(splits, numbers, kvq::AT_SPLITS) * NSG;
-  const int exact_tokens = newest + firsts;
+  const int exact_tokens = kvq::number(newest, numbers, kvq::AT_NEWEST) +
+      kvq::number(firsts, numbers, kvq::AT_FIRSTS);
   int turn = kvq::number(split, numbers, kvq::AT_SPLIT) * NSG;
   for (; turn < exact_tokens; turn += 8 * stride) {
     kvq::slices_barrier<SLICES>();  // others have read what is written below
+    // Where registers are few, a turn computes its addresses again.
+    const uint turn_zero = HELD ? 0u : uint(kvq::unknown_zero(turn));
+    const auto own_at = HELD ? at : kvq::tile_position(lane + turn_zero);
+    const kvq::counter own_group = group + turn_zero;
+    const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
+    const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
     const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
         kvq::number(newest, numbers, kvq::AT_NEWEST), kvq::number(firsts, numbers, kvq::AT_FIRSTS),
         kvq::number(place, numbers, kvq::AT_PLACE), kvq::number(length, numbers, kvq::AT_LENGTH),
@@ -253,24 +265,25 @@ if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and s
     const auto firsts_at = first + (own_b * first_strides[0] + own_head * first_strides[1]);
     float2 s = float2(masked, masked);
     ROLLED for (kvq::counter i = 0; i < 8u + zero; i++) {
-      const int age = turn + int(i) * stride + int(group);
+      const int age = turn + int(i) * stride + int(own_group);
       const auto token = tokens.at(age);
       if (token.there) {
         const auto y = (token.is_first ? firsts_at : newest_at) +
             (token.is_first ? age - tokens.newest : -age) *
                 (token.is_first ? first_strides[2] : tail_strides[2]);
-        const float2 x = kvq::exact_score<KD, K_READ, WHOLE>(y, pair_queries, at);
-        s = at.row == uint(i) ? x : s;
+        const float2 x = kvq::exact_score<KD, K_READ, WHOLE>(y, own_queries, own_at);
+        s = own_at.row == uint(i) ? x : s;
       }
     }
     // From here on a lane has the token of its row.
     {
-      const auto token = tokens.at(turn + int(at.row) * stride + int(group));
-      const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, at);
+      const auto token = tokens.at(turn + int(own_at.row) * stride + int(own_group));
+      const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, own_at);
       s = float2(s.x * factor.x, s.y * factor.y);
       if (MASK != 0 && token.there) {
-        const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, at) + token.key * mask_strides[3]];
-        const auto z = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, at) + token.key * mask_strides[3]];
+        const int64_t key_at = token.key * mask_strides[3];
+        const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, own_at) + key_at];
+        const auto z = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, own_at) + key_at];
         if (MASK == 1) {
           s = float2(x ? s.x : masked, z ? s.y : masked);
         } else {
@@ -282,7 +295,7 @@ if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and s
         const auto range = HELD
             ? kvq::range_of<TAIL>(
                   position[i], start, length, window, causal, is_ring, recent, keep, least, grows)
-            : kvq::range_at(ranges, 2 * int(at.pair) + i);
+            : kvq::range_at(ranges, 2 * int(own_at.pair) + i);
         seen[i] = token.there && token.key >= range.low && token.key < range.high &&
             (token.is_first ? !TAIL || token.place < range.oldest
                             : tokens.is_ring() || token.key >= range.oldest);
@@ -290,15 +303,15 @@ if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and s
       s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
     }
     float2 top = float2(max(m.x, kvq::rows_max(s.x)), max(m.y, kvq::rows_max(s.y)));
-    top = kvq::top_of_slices<SLICES>(maxima, top, group, at);
+    top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
     kvq::raise<V_TILES>(sums, m, l, top);
     const float2 p = float2(fast::exp2(s.x - m.x), fast::exp2(s.y - m.y));
     l = float2(l.x + p.x, l.y + p.y);
-    probabilities[group * kvq::probability_pairs(TK) + int(4 * at.row + at.pair)] =
+    probabilities[own_group * kvq::probability_pairs(TK) + int(4 * own_at.row + own_at.pair)] =
         float2(256.0f * p.x, 256.0f * p.y);
     kvq::slices_barrier<SLICES>();
     ROLLED for (kvq::counter i = 0; i < 8u * SLICES + zero; i++) {
-      const kvq::counter other = group - slice + i % SLICES;
+      const kvq::counter other = own_group - own_slice + i % SLICES;
       const int age = turn + int(i) / SLICES * stride + int(other);
       const auto token = tokens.at(age);
       if (token.there) {
@@ -306,12 +319,12 @@ if (EXACT && SLICED) {  // a SIMD group's tokens, in turn over SIMD groups and s
             (token.is_first ? age - tokens.newest : -age) *
                 (token.is_first ? first_strides[2] : tail_strides[2]);
         const float2 p =
-            probabilities[other * kvq::probability_pairs(TK) + 4 * (i / SLICES) + at.pair];
+            probabilities[other * kvq::probability_pairs(TK) + 4 * (i / SLICES) + own_at.pair];
         constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
         UNROLL for (int c = 0; c < V_TILES; c += PART) {
           float part[PART];
           kvq::read_exact<VD, PART>(
-              part, y + KD, kvq::value_channel<VD, V_READ, SLICES>(c, at.row, slice));
+              part, y + KD, kvq::value_channel<VD, V_READ, SLICES>(c, own_at.row, own_slice));
           kvq::add_exact<PART>(sums + c, part, p);
         }
       }
@@ -389,17 +402,26 @@ if (!HELD) tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
 for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
   const bool has_tile = SLICES == 1 || tile < end_of_tiles;
   kvq::slices_barrier<SLICES>();
+  // Where registers are few, a turn computes its addresses again.
+  const uint tile_zero = HELD ? 0u : uint(kvq::unknown_zero(int(tile)));
+  const uint own_lane = lane + tile_zero;
+  const auto own_at = HELD ? at : kvq::tile_position(own_lane);
+  const kvq::counter own_group = group + tile_zero;
+  const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
+  const auto own = kvq::words_of(memory) + own_group * TILE;
+  const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
+  const auto own_offsets = shared_offsets + own_at.pair * (HELD ? 1 : OFFSETS);
   float2 s[TK / 8];
   float2 top = m;
   if (!has_tile) {
     UNROLL for (int i = 0; i < TK / 8; i++) s[i] = float2(masked, masked);
   } else {
     if (PREFETCH != 0) {
-      kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, lane);
+      kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, own_lane);
     } else {
       kvq::copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(
           own, split_rows + tile * kvq::counter(TK * W),
-          min(TK, kvq::number(length, numbers, kvq::AT_LENGTH) - int(tile) * TK), lane);
+          min(TK, kvq::number(length, numbers, kvq::AT_LENGTH) - int(tile) * TK), own_lane);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     if (PREFETCH != 0 && tile + NSG < tile_end) {
@@ -407,32 +429,33 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
           stage,
           head_rows + int64_t(tile + NSG) * (TK * W),
           min(TK, length - int(tile + NSG) * TK),
-          lane);
+          own_lane);
     }
     auto key_lift = kvq::no_lift();
     if (!WHOLE) {
-      key_lift = kvq::lift_of<TK, TILE_W, TILE_CODES, 0, K_SCALES>(own, lane);
+      key_lift = kvq::lift_of<TK, TILE_W, TILE_CODES, 0, K_SCALES>(own, own_lane);
     }
     UNROLL for (int i = 0; i < TK / 8; i += 2) {
       kvq::scores<KD, K_READ, KG, HALF_STEP, TILE_W, TILE_CODES>(
-          s[i], s[i + 1], own + 8 * i * TILE_W, query, offsets, pair_queries, pair_offsets,
-          key_lift.operand, zero, at);
+          s[i], s[i + 1], own + 8 * i * TILE_W, query, offsets, own_queries, own_offsets,
+          key_lift.operand, zero, own_at);
     }
     const int first_key = int(tile) * TK;
-    const int low_edge_ = kvq::number(low_edge, numbers, kvq::AT_LOW_EDGE);
-    const int high_edge_ = kvq::number(high_edge, numbers, kvq::AT_HIGH_EDGE);
-    const int hole_ = kvq::number(hole, numbers, kvq::AT_HOLE);
-    const int hole_end_ = kvq::number(hole_end, numbers, kvq::AT_HOLE_END);
-    const bool edge = first_key < low_edge_ || first_key + TK > high_edge_ ||
-        (EXACT && first_key < hole_end_ && first_key + TK > hole_);
-    const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, at);
+    const int own_low_edge = kvq::number(low_edge, numbers, kvq::AT_LOW_EDGE);
+    const int own_high_edge = kvq::number(high_edge, numbers, kvq::AT_HIGH_EDGE);
+    const int own_hole = kvq::number(hole, numbers, kvq::AT_HOLE);
+    const int own_hole_end = kvq::number(hole_end, numbers, kvq::AT_HOLE_END);
+    const bool edge = first_key < own_low_edge || first_key + TK > own_high_edge ||
+        (EXACT && first_key < own_hole_end && first_key + TK > own_hole);
+    const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, own_at);
     UNROLL for (int i = 0; i < TK / 8; i++) {
       s[i] = float2(s[i].x * (factor.x * key_lift.back), s[i].y * (factor.y * key_lift.back));
-      const int key = first_key + 8 * i + int(at.row);
+      const int key = first_key + 8 * i + int(own_at.row);
       if (MASK != 0) {
         if (key < kvq::number(length, numbers, kvq::AT_LENGTH)) {
-          const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, at) + key * mask_strides[3]];
-          const auto y = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, at) + key * mask_strides[3]];
+          const int64_t key_at = key * mask_strides[3];
+          const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, own_at) + key_at];
+          const auto y = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, own_at) + key_at];
           if (MASK == 1) {
             s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
           } else {
@@ -447,15 +470,15 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
           const auto range = HELD
               ? kvq::range_of<TAIL>(
                     position[j], start, length, window, causal, is_ring, recent, keep, least, grows)
-              : kvq::range_at(ranges, 2 * int(at.pair) + j);
+              : kvq::range_at(ranges, 2 * int(own_at.pair) + j);
           const int low = max(kvq::number(rows_start, numbers, kvq::AT_ROWS_START), range.low);
           int high = range.high;
           if (TAIL) {
-            const bool is_ring_ = HELD ? is_ring : kvq::number(idx, numbers, kvq::AT_IDX) <
+            const bool own_is_ring = HELD ? is_ring : kvq::number(idx, numbers, kvq::AT_IDX) <
                     kvq::number(length, numbers, kvq::AT_LENGTH);
-            high = min(high, is_ring_ ? kvq::number(end, numbers, kvq::AT_END) : range.oldest);
+            high = min(high, own_is_ring ? kvq::number(end, numbers, kvq::AT_END) : range.oldest);
           }
-          seen[j] = key >= low && key < high && (!EXACT || key < hole_ || key >= hole_end_);
+          seen[j] = key >= low && key < high && (!EXACT || key < own_hole || key >= own_hole_end);
         }
         s[i] = float2(seen[0] ? s[i].x : masked, seen[1] ? s[i].y : masked);
       }
@@ -463,11 +486,11 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
     }
     top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
   }
-  top = kvq::top_of_slices<SLICES>(maxima, top, group, at);
+  top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
   kvq::raise<V_TILES>(sums, m, l, top);
   // Probabilities are 2^8 times as large, so that the small ones have all bits of fp16.
   auto lift = kvq::no_lift();
-  if (has_tile) lift = kvq::lift_of<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, lane);
+  if (has_tile) lift = kvq::lift_of<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, own_lane);
   const float enlarge = 256.0f * lift.back;
   half2 p[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i++) {
@@ -479,21 +502,22 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
   if (SLICES == 1) {
     UNROLL for (int i = 0; i < TK / 8; i += 2) {
       kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, 1>(
-          sums, own + 8 * i * TILE_W, p[i], p[i + 1], lift.operand, 0, at);
+          sums, own + 8 * i * TILE_W, p[i], p[i + 1], lift.operand, 0, own_at);
     }
   } else {
-    const auto shared_p = kvq::halves_of_pairs(probabilities) + int(lane);
-    UNROLL for (int i = 0; i < TK / 8; i++) shared_p[group * (4 * TK) + 32 * i] = p[i];
-    if (lane == 0) lifts[group] = as_type<uint>(lift.operand);
+    const auto shared_p = kvq::halves_of_pairs(probabilities) + int(own_lane);
+    UNROLL for (int i = 0; i < TK / 8; i++) shared_p[own_group * (4 * TK) + 32 * i] = p[i];
+    if (own_lane == 0) lifts[own_group] = as_type<uint>(lift.operand);
     kvq::slices_barrier<SLICES>();
-    const kvq::counter left = end_of_tiles - (tile - group);
-    ROLLED for (kvq::counter other = group - slice; other < min(left, kvq::counter(group - slice + SLICES));
-                other++) {
+    kvq::counter other = own_group - own_slice;
+    const kvq::counter others =
+        min(kvq::counter(other + SLICES), kvq::counter(end_of_tiles - (tile - own_group)));
+    ROLLED for (; other < others; other++) {
       UNROLL for (int i = 0; i < TK / 8; i += 2) {
         kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, SLICES>(
             sums, kvq::words_of(memory) + other * TILE + 8 * i * TILE_W,
             shared_p[other * (4 * TK) + 32 * i], shared_p[other * (4 * TK) + 32 * i + 32],
-            as_type<half2>(lifts[other]), slice, at);
+            as_type<half2>(lifts[other]), own_slice, own_at);
       }
     }
   }

@@ -6,7 +6,7 @@ for (int r = group; r < min(8, rows_left); r += NSG) {
   const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
   const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
   const int own_L = kvq::number(L, numbers, kvq::AT_QUERIES);
-  // Of zero, which no compiler knows: or what the queries' rotation computed of it stays until here.
+  // Or what the queries' rotation computed of the lane stays in registers until here.
   const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(own_L));
   const auto own_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(
       tables, kvq::number(kv_heads, numbers, kvq::AT_KV_HEADS));

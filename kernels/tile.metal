@@ -134,14 +134,14 @@ INLINE half2 raw_middle(int i) {
   return constant_pair(HALF_STEP ? 0x4780u : 0x4800u);
 }
 
-// Row `k` of the queries' operand number `tile` holds this channel (it may be past D).
+// Row `k` of the queries' operand number `i` of a slot holds this channel (it may be past D).
 template <int BITS>
-INLINE int query_channel(int tile, int k) {
-  const int word = tile / per_word(BITS) * 4 + k / 2;
-  return word * (32 / BITS) + tile % per_word(BITS) + k % 2 * per_word(BITS);
+INLINE uint query_channel(counter slot, int i, uint k) {
+  const uint word = uint(slot) * 4 + k / 2;
+  return word * uint(32 / BITS) + uint(i) + k % 2 * uint(per_word(BITS));
 }
 
-INLINE half scale_at(const threadgroup uint* scales, int index) {
+INLINE half scale_at(const threadgroup uint* scales, counter index) {
   return reinterpret_cast<const threadgroup half*>(scales)[index];
 }
 
@@ -191,10 +191,10 @@ INLINE void store_query(threadgroup half2* out, int component, float2 z, float f
   halves[2] = WHOLE && BITS == 4 ? half(float(odd) * 0.0625f) : odd;
 }
 
-// The queries' operand number `tile`, from those of a lane's pair of query rows.
+// The queries' operand number `i` of a slot, from those of a lane's pair of query rows.
 template <int BITS>
-INLINE half2 read_query(const threadgroup half2* queries, int tile, tile_lane at) {
-  return right_operand(queries[query_channel<BITS>(tile, int(at.row))]);
+INLINE half2 read_query(const threadgroup half2* queries, counter slot, int i, tile_lane at) {
+  return right_operand(queries[query_channel<BITS>(slot, i, at.row)]);
 }
 
 // Minus the sum, over a group, of queries times what raw codes are too large by.
@@ -231,11 +231,11 @@ INLINE float2 score_offset(const thread half2* operands, int group) {
 
 template <int BITS>
 INLINE half2 query_operand(
-    const thread half2* held, const threadgroup half2* queries, int tile, tile_lane at) {
+    const thread half2* held, const threadgroup half2* queries, counter slot, int i, tile_lane at) {
   if (HOLD_QUERIES != 0) {
-    return held[tile];
+    return held[slot * per_word(BITS) + i];
   }
-  return read_query<BITS>(queries, tile, at);
+  return read_query<BITS>(queries, slot, i, at);
 }
 
 // Adds to the scores of two keys what one group of channels has.
@@ -248,15 +248,15 @@ INLINE void add_group(
     const thread half2* held_queries,
     const threadgroup half2* queries,
     float2 offset,
-    int group,
+    counter group,
     tile_lane at) {
   constexpr int P = per_word(BITS);
   constexpr int PER_GROUP = GROUP * BITS / 128 > 0 ? GROUP * BITS / 128 : 1;
   float2 c0 = offset, c1 = offset;
   UNROLL for (int j = 0; j < PER_GROUP; j++) {
-    const int slot = group * PER_GROUP + j;
-    const uint a = upper[4 * slot + int(at.pair)];
-    const uint b = lower[4 * slot + int(at.pair)];
+    const counter slot = group * PER_GROUP + j;
+    const uint a = upper[4 * slot + at.pair];
+    const uint b = lower[4 * slot + at.pair];
     UNROLL for (int i = 0; i < P; i += 2) {
       multiply(
           c0,
@@ -265,8 +265,8 @@ INLINE void add_group(
           raw_codes<BITS>(b, i),
           raw_codes<BITS>(a, i + 1),
           raw_codes<BITS>(b, i + 1),
-          query_operand<BITS>(held_queries, queries, slot * P + i, at),
-          query_operand<BITS>(held_queries, queries, slot * P + i + 1, at));
+          query_operand<BITS>(held_queries, queries, slot, i, at),
+          query_operand<BITS>(held_queries, queries, slot, i + 1, at));
     }
   }
   const float scale0 = float(scale_at(upper + CODES, group));
@@ -293,7 +293,7 @@ INLINE void scores(
   constexpr int P = per_word(BITS);
   constexpr int WORDS = D * BITS / 32;
   constexpr int SLOTS = key_slots(D, BITS);
-  const threadgroup uint* upper = tile + int(at.row) * W;
+  const threadgroup uint* upper = tile + at.row * W;
   const threadgroup uint* lower = upper + 8 * W;
   s0 = float2(0.0f, 0.0f);
   s1 = float2(0.0f, 0.0f);
@@ -327,8 +327,8 @@ INLINE void scores(
             fma(centred_codes<BITS>(b, i), step1, middle * step1),
             fma(centred_codes<BITS>(a, i + 1), step0, middle * step0),
             fma(centred_codes<BITS>(b, i + 1), step1, middle * step1),
-            query_operand<BITS>(held_queries, queries, slot * P + i, at),
-            query_operand<BITS>(held_queries, queries, slot * P + i + 1, at));
+            query_operand<BITS>(held_queries, queries, slot, i, at),
+            query_operand<BITS>(held_queries, queries, slot, i + 1, at));
       }
     }
   }
@@ -363,15 +363,15 @@ INLINE void add_values(
   constexpr bool WORDS = ALL % 8 == 0 && UNITS % 2 == 0;
   const threadgroup uint* keys[4];
   UNROLL for (int k = 0; k < 4; k++) {
-    keys[k] = tile + (2 * int(at.pair) + k % 2 + k / 2 * 8) * W;
+    keys[k] = tile + (2 * at.pair + k % 2 + k / 2 * 8) * W;
   }
   const half2 middle = constant_pair(HALF_STEP ? 0x3800u : 0u);  // 0.5
   half2 step[2], shift[2];
   uint words[4];
   UNROLL for (int unit = 0; unit < UNITS; unit++) {
-    const int u = min(int(place) * UNITS + unit, ALL - 1);
+    const counter u = min(counter(place * UNITS + unit), counter(ALL - 1));
     if (unit == 0 || !ONE_SCALE) {
-      const int group = u * P / GROUP;
+      const counter group = u * P / GROUP;
       UNROLL for (int k = 0; k < 2; k++) {
         const half even = scale_at(keys[2 * k] + CODES, SCALE + group);
         const half odd = scale_at(keys[2 * k + 1] + CODES, SCALE + group);
