@@ -246,7 +246,8 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
       kvq::number(firsts, numbers, kvq::AT_FIRSTS);
   int turn = kvq::number(split, numbers, kvq::AT_SPLIT) * NSG;
   for (; turn < exact_tokens; turn += 8 * stride) {
-    kvq::slices_barrier<SLICES>();  // others have read what is written below
+    // Probabilities have been read; with slices the barrier of `top_of_slices` says so.
+    if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);
     // Where registers are few, a turn computes its addresses again.
     const uint turn_zero = HELD ? 0u : uint(kvq::unknown_zero(turn));
     const auto own_at = HELD ? at : kvq::tile_position(lane + turn_zero);
