@@ -16,9 +16,14 @@
 //   contiguous share of the tiles of TK keys; its SIMD groups take tiles in turn, each with its
 //   own online softmax, without a barrier between them; sums are merged at the end. The length
 //   and the number of splits are run-time values: one compilation serves every context.
+//   SLICE_VALUES (mlx_kvq/ops/gpu/tuning.py): sets of SIMD groups, as many as a lane's sums can be
+//   cut into slices of eight, have one softmax. Each scores its own tile, and adds up one slice of
+//   channels of the set's tiles, with three barriers a turn.
 // Then attend_finish.metal (one split: the output) or attend_store.metal (partial sums).
 // HOLD_QUERIES, PREFETCH (mlx_kvq/ops/gpu/tuning.py): what stays in registers. At D = 128 it is
-//   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's.
+//   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's. Where it does
+//   not, a turn of a loop reads again what it needs of the launch, and computes its addresses again
+//   (kvq::unknown_zero): what compilers keep for all turns was half of the registers.
 // Limits: as quantize_pack; NSG a power of two, NSG * TK * TILE_W words < 32 KB.
 // Reasons: matrix tiles (8 query rows at the price of one) because at 4 bits the arithmetic per
 //   byte, not the bytes, limits: GQA 6 at D = 128 costs 6 FMA a code without them. Logits are
@@ -32,7 +37,9 @@ constexpr int TILE = TK * TILE_W;
 constexpr int STAGE = kvq::stage_words<TK, KD, KB, VD, VB, W, TILE_W>();
 constexpr int Q_TILES = kvq::key_slots(KD, K_READ) * kvq::per_word(K_READ);
 constexpr int QUERY_PAIRS = 8 * Q_TILES + 1;  // one more, so that lanes are on banks of their own
-constexpr int V_TILES = kvq::value_tiles(VD, V_READ);
+constexpr bool SLICED = SLICE_VALUES != 0;
+constexpr int SLICES = SLICED ? kvq::value_slices(VD, V_READ, NSG) : 1;
+constexpr int V_TILES = kvq::value_tiles(VD, V_READ) / SLICES;  // accumulators of a lane
 constexpr bool WHOLE = kvq::whole_slots(K_READ, KG);
 constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
@@ -47,9 +54,16 @@ threadgroup float2 shared_offsets[4 * (HOLD_QUERIES == 0 ? OFFSETS : 1)];
 threadgroup float query_scale[8];
 threadgroup float maxima[8 * NSG];
 threadgroup float totals[8 * NSG];
+threadgroup float2 probabilities[SLICED ? NSG * kvq::probability_pairs(TK) : 1];
+threadgroup uint lifts[SLICED ? NSG : 1];
+// In registers if HOLD_QUERIES.
+constexpr bool HELD = HOLD_QUERIES != 0;
+threadgroup int numbers[HELD ? 1 : kvq::NUMBERS];
+threadgroup int ranges[HELD ? 1 : 3 * 8];
+threadgroup int64_t mask_rows[HELD ? 1 : 8];
 
 const uint lane = thread_index_in_simdgroup;
-const int group = int(simdgroup_index_in_threadgroup);
+const kvq::counter group = simdgroup_index_in_threadgroup;
 const int split = int(threadgroup_position_in_grid.x);
 const int splits = int(threadgroups_per_grid.x);
 const int length = info[kvq::LENGTH];
@@ -72,8 +86,8 @@ const auto at = kvq::tile_position(lane);
 // Which keys each position may attend to: [low, high), checked only in tiles at an edge.
 const int offset = length - L;
 // Rows of tokens that are read from the tail: in a ring [hole, idx) and those from `end` on,
-// otherwise the last ones, by every query those from `end` on. Rows of first tokens, and of padding before them, are those before
-// rows_start, and in a ring without kept tokens those that follow the newest one, [idx, hole_end).
+// otherwise the last ones, by every query those from `end` on. Rows of first tokens, and of padding
+// before them, are those before rows_start, and in a ring without kept tokens those that follow the newest one, [idx, hole_end).
 const int least = TAIL ? info[kvq::RECENT] : 0;
 const int grows = TAIL ? info[kvq::GROWS] : 0;
 const int keep = EXACT ? info[kvq::KEEP] : 0;
@@ -99,13 +113,52 @@ const int first_tile = lowest / TK;
 const int tiles = max(0, (end + TK - 1) / TK - first_tile);
 const int share = (tiles + splits - 1) / splits;
 const int tile_end = first_tile + min(tiles, (split + 1) * share);
-int tile = first_tile + split * share + group;
+kvq::counter tile = first_tile + split * share + group;
 uint stage[PREFETCH != 0 ? STAGE : 1];
 if (PREFETCH != 0 && tile < tile_end) {  // in flight while the queries are rotated
   kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
-      stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - tile * TK), lane);
+      stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - int(tile) * TK), lane);
 }
 
+const int newest = TAIL ? min(recent + L - 1, length - keep) : 0;
+if (!HELD && group == NSG - 1) {
+  if (lane < 8u) {
+    const int row = min(first_row + int(lane), query_rows - 1);
+    const auto range = kvq::range_of<TAIL>(
+        offset + row % L, start, length, window, causal, is_ring, recent, keep, least, grows);
+    ranges[3 * lane] = range.low;
+    ranges[3 * lane + 1] = range.high;
+    ranges[3 * lane + 2] = range.oldest;
+    if (MASK != 0) {
+      mask_rows[lane] = b * mask_strides[0] + (kv_head * heads + row / L) * mask_strides[1] +
+          row % L * mask_strides[2];
+    }
+  }
+  if (lane == 0) {
+    numbers[kvq::AT_LENGTH] = length;
+    numbers[kvq::AT_LOW_EDGE] = low_edge;
+    numbers[kvq::AT_HIGH_EDGE] = high_edge;
+    numbers[kvq::AT_HOLE] = hole;
+    numbers[kvq::AT_HOLE_END] = hole_end;
+    numbers[kvq::AT_ROWS_START] = rows_start;
+    numbers[kvq::AT_END] = end;
+    numbers[kvq::AT_NEWEST] = newest;
+    numbers[kvq::AT_FIRSTS] = firsts;
+    numbers[kvq::AT_PLACE] = place;
+    numbers[kvq::AT_KEEP] = keep;
+    numbers[kvq::AT_IDX] = idx;
+    numbers[kvq::AT_BATCH] = b;
+    numbers[kvq::AT_KV_HEAD] = kv_head;
+    numbers[kvq::AT_HEADS] = heads;
+    numbers[kvq::AT_QUERIES] = L;
+    numbers[kvq::AT_FIRST_ROW] = first_row;
+    numbers[kvq::AT_SPLIT] = split;
+    numbers[kvq::AT_SPLITS] = splits;
+    numbers[kvq::AT_TILE] = tile - group;
+    numbers[kvq::AT_TILE_END] = tile_end;
+    numbers[kvq::AT_KV_HEADS] = kv_heads;
+  }
+}
 for (int r = group; r < 8; r += NSG) {
   const int row = first_row + r;
   float2 z[kvq::points_of(KD)];
@@ -146,7 +199,8 @@ half2 query[HOLD_QUERIES != 0 ? Q_TILES : 1];
 float2 offsets[HOLD_QUERIES != 0 ? OFFSETS : 1];
 if (HOLD_QUERIES != 0) {
   UNROLL for (int i = 0; i < Q_TILES; i++) {
-    query[i] = kvq::read_query<K_READ>(pair_queries, i, at);
+    query[i] = kvq::read_query<K_READ>(
+        pair_queries, i / kvq::per_word(K_READ), i % kvq::per_word(K_READ), at);
   }
 }
 constexpr int GROUP = WHOLE ? KG : KD;
@@ -163,7 +217,7 @@ if (WHOLE && HOLD_QUERIES != 0) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
-const float2 factor = float2(query_scale[2 * at.pair], query_scale[2 * at.pair + 1]);
+const float2 held_factor = kvq::pair_of(query_scale, at);
 int position[2];
 int64_t mask_at[2];
 UNROLL for (int i = 0; i < 2; i++) {
@@ -183,10 +237,102 @@ float2 m = lowest_logit;
 float2 l = float2(0.0f, 0.0f);
 float2 sums[V_TILES];
 UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
-auto own = kvq::words_of(memory) + group * TILE;
+const kvq::counter slice = group % SLICES;
+const kvq::counter zero = kvq::unknown_zero(length);
 
-if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
-  const int newest = TAIL ? min(recent + L - 1, length - keep) : 0;
+if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of each at a time
+  const int stride = kvq::number(splits, numbers, kvq::AT_SPLITS) * NSG;
+  const int exact_tokens = kvq::number(newest, numbers, kvq::AT_NEWEST) +
+      kvq::number(firsts, numbers, kvq::AT_FIRSTS);
+  int turn = kvq::number(split, numbers, kvq::AT_SPLIT) * NSG;
+  for (; turn < exact_tokens; turn += 8 * stride) {
+    // Probabilities have been read; with slices the barrier of `top_of_slices` says so.
+    if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);
+    // Where registers are few, a turn computes its addresses again.
+    const uint turn_zero = HELD ? 0u : uint(kvq::unknown_zero(turn));
+    const auto own_at = HELD ? at : kvq::tile_position(lane + turn_zero);
+    const kvq::counter own_group = group + turn_zero;
+    const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
+    const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
+    const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
+        kvq::number(newest, numbers, kvq::AT_NEWEST), kvq::number(firsts, numbers, kvq::AT_FIRSTS),
+        kvq::number(place, numbers, kvq::AT_PLACE), kvq::number(length, numbers, kvq::AT_LENGTH),
+        kvq::number(keep, numbers, kvq::AT_KEEP), kvq::number(idx, numbers, kvq::AT_IDX));
+    const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
+    const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
+    // Where the newest token would be, and the first one.
+    const auto newest_at = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
+                                   (tail_shape[2] - 1) * tail_strides[2]);
+    const auto firsts_at = first + (own_b * first_strides[0] + own_head * first_strides[1]);
+    float2 s = float2(masked, masked);
+    ROLLED for (kvq::counter i = 0; i < 8u + zero; i++) {
+      const int age = turn + int(i) * stride + int(own_group);
+      const auto token = tokens.at(age);
+      if (token.there) {
+        const auto y = (token.is_first ? firsts_at : newest_at) +
+            (token.is_first ? age - tokens.newest : -age) *
+                (token.is_first ? first_strides[2] : tail_strides[2]);
+        const float2 x = kvq::exact_score<KD, K_READ, WHOLE>(y, own_queries, own_at);
+        s = own_at.row == uint(i) ? x : s;
+      }
+    }
+    // From here on a lane has the token of its row.
+    {
+      const auto token = tokens.at(turn + int(own_at.row) * stride + int(own_group));
+      const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, own_at);
+      s = float2(s.x * factor.x, s.y * factor.y);
+      if (MASK != 0 && token.there) {
+        const int64_t key_at = token.key * mask_strides[3];
+        const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, own_at) + key_at];
+        const auto z = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, own_at) + key_at];
+        if (MASK == 1) {
+          s = float2(x ? s.x : masked, z ? s.y : masked);
+        } else {
+          s = float2(s.x + float(x) * kvq::log2_e(), s.y + float(z) * kvq::log2_e());
+        }
+      }
+      bool seen[2];
+      UNROLL for (int i = 0; i < 2; i++) {
+        const auto range = HELD
+            ? kvq::range_of<TAIL>(
+                  position[i], start, length, window, causal, is_ring, recent, keep, least, grows)
+            : kvq::range_at(ranges, 2 * int(own_at.pair) + i);
+        seen[i] = token.there && token.key >= range.low && token.key < range.high &&
+            (token.is_first ? !TAIL || token.place < range.oldest
+                            : tokens.is_ring() || token.key >= range.oldest);
+      }
+      s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
+    }
+    float2 top = float2(max(m.x, kvq::rows_max(s.x)), max(m.y, kvq::rows_max(s.y)));
+    top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
+    kvq::raise<V_TILES>(sums, m, l, top);
+    const float2 p = float2(fast::exp2(s.x - m.x), fast::exp2(s.y - m.y));
+    l = float2(l.x + p.x, l.y + p.y);
+    probabilities[own_group * kvq::probability_pairs(TK) + int(4 * own_at.row + own_at.pair)] =
+        float2(256.0f * p.x, 256.0f * p.y);
+    kvq::slices_barrier<SLICES>();
+    ROLLED for (kvq::counter i = 0; i < 8u * SLICES + zero; i++) {
+      const kvq::counter other = own_group - own_slice + i % SLICES;
+      const int age = turn + int(i) / SLICES * stride + int(other);
+      const auto token = tokens.at(age);
+      if (token.there) {
+        const auto y = (token.is_first ? firsts_at : newest_at) +
+            (token.is_first ? age - tokens.newest : -age) *
+                (token.is_first ? first_strides[2] : tail_strides[2]);
+        const float2 p =
+            probabilities[other * kvq::probability_pairs(TK) + 4 * (i / SLICES) + own_at.pair];
+        constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
+        UNROLL for (int c = 0; c < V_TILES; c += PART) {
+          float part[PART];
+          kvq::read_exact<VD, PART>(
+              part, y + KD, kvq::value_channel<VD, V_READ, SLICES>(c, own_at.row, own_slice));
+          kvq::add_exact<PART>(sums + c, part, p);
+        }
+      }
+    }
+  }
+}
+if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles are
   for (int age = split * NSG + group; age < newest + firsts; age += splits * NSG) {
     const bool is_first = FIRST && (!TAIL || age >= newest);
     const int t = place + age - newest;  // of a first token
@@ -203,12 +349,12 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
         : tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
                   (tail_shape[2] - 1 - age) * tail_strides[2]);
     float exact_value[PREFETCH != 0 ? V_TILES : 1];
-    const int exact_channel = kvq::value_channel<VD, V_READ>(0, at.row);
+    const int exact_channel = kvq::value_channel<VD, V_READ, 1>(0, at.row, 0);
     if (PREFETCH != 0) {  // key and value in flight at once
       kvq::read_exact<VD, V_TILES>(exact_value, y + KD, exact_channel);
     }
     float2 s = kvq::exact_score<KD, K_READ, WHOLE>(y, pair_queries, at);
-    s = float2(s.x * factor.x, s.y * factor.y);
+    s = float2(s.x * held_factor.x, s.y * held_factor.y);
     if (MASK != 0) {
       const auto x = mask[mask_at[0] + key * mask_strides[3]];
       const auto z = mask[mask_at[1] + key * mask_strides[3]];
@@ -220,13 +366,10 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
     }
     bool seen[2];
     UNROLL for (int i = 0; i < 2; i++) {
-      const int low = max(start, window > 0 ? position[i] - window + 1 : 0);
-      // The oldest token of the tail: its key, or its place in a ring.
-      const int oldest = is_ring
-          ? length - recent
-          : max(keep, position[i] + 1 - kvq::recent_of(least, grows, position[i] + 1 - start));
-      seen[i] = key >= low && key < (causal ? position[i] + 1 : length) &&
-          (is_first ? !TAIL || t < oldest : is_ring || key >= oldest);
+      const auto range = kvq::range_of<TAIL>(
+          position[i], start, length, window, causal, is_ring, recent, keep, least, grows);
+      seen[i] = key >= range.low && key < range.high &&
+          (is_first ? !TAIL || t < range.oldest : is_ring || key >= range.oldest);
     }
     s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
     const float2 top = float2(max(m.x, s.x), max(m.y, s.y));
@@ -251,78 +394,104 @@ if (EXACT) {  // tokens in turn over SIMD groups and splits, as tiles are
     m = top;
   }
 }
-for (; tile < tile_end; tile += NSG) {
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  if (PREFETCH != 0) {
-    kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, lane);
-  } else {
-    kvq::copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(
-        own, head_rows + int64_t(tile) * (TK * W), min(TK, length - tile * TK), lane);
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  if (PREFETCH != 0 && tile + NSG < tile_end) {
-    kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
-        stage,
-        head_rows + int64_t(tile + NSG) * (TK * W),
-        min(TK, length - (tile + NSG) * TK),
-        lane);
-  }
-  auto key_lift = kvq::no_lift();
-  if (!WHOLE) {
-    key_lift = kvq::lift_of<TK, TILE_W, TILE_CODES, 0, K_SCALES>(own, lane);
-  }
+// With slices all SIMD groups stay together, also those that have no tile left.
+const kvq::counter end_of_tiles = kvq::number(tile_end, numbers, kvq::AT_TILE_END);
+const auto split_rows = HELD ? head_rows
+                             : rows + (numbers[kvq::AT_BATCH] * rows_strides[0] +
+                                       numbers[kvq::AT_KV_HEAD] * rows_strides[1]);
+if (!HELD) tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
+for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
+  const bool has_tile = SLICES == 1 || tile < end_of_tiles;
+  kvq::slices_barrier<SLICES>();
+  // Where registers are few, a turn computes its addresses again.
+  const uint tile_zero = HELD ? 0u : uint(kvq::unknown_zero(int(tile)));
+  const uint own_lane = lane + tile_zero;
+  const auto own_at = HELD ? at : kvq::tile_position(own_lane);
+  const kvq::counter own_group = group + tile_zero;
+  const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
+  const auto own = kvq::words_of(memory) + own_group * TILE;
+  const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
+  const auto own_offsets = shared_offsets + own_at.pair * (HELD ? 1 : OFFSETS);
   float2 s[TK / 8];
-  UNROLL for (int i = 0; i < TK / 8; i += 2) {
-    kvq::scores<KD, K_READ, KG, HALF_STEP, TILE_W, TILE_CODES>(
-        s[i], s[i + 1], own + 8 * i * TILE_W, query, offsets, pair_queries, pair_offsets,
-        key_lift.operand, at);
-  }
-  const int first_key = tile * TK;
-  const bool edge = first_key < low_edge || first_key + TK > high_edge ||
-      (EXACT && first_key < hole_end && first_key + TK > hole);
   float2 top = m;
-  UNROLL for (int i = 0; i < TK / 8; i++) {
-    s[i] = float2(s[i].x * (factor.x * key_lift.back), s[i].y * (factor.y * key_lift.back));
-    const int key = first_key + 8 * i + int(at.row);
-    if (MASK != 0) {
-      if (key < length) {
-        const auto x = mask[mask_at[0] + key * mask_strides[3]];
-        const auto y = mask[mask_at[1] + key * mask_strides[3]];
-        if (MASK == 1) {
-          s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
-        } else {
-          s[i] = float2(
-              s[i].x + float(x) * kvq::log2_e(), s[i].y + float(y) * kvq::log2_e());
+  if (!has_tile) {
+    UNROLL for (int i = 0; i < TK / 8; i++) s[i] = float2(masked, masked);
+  } else {
+    if (PREFETCH != 0) {
+      kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, own_lane);
+    } else {
+      kvq::copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(
+          own, split_rows + tile * kvq::counter(TK * W),
+          min(TK, kvq::number(length, numbers, kvq::AT_LENGTH) - int(tile) * TK), own_lane);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (PREFETCH != 0 && tile + NSG < tile_end) {
+      kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
+          stage,
+          head_rows + int64_t(tile + NSG) * (TK * W),
+          min(TK, length - int(tile + NSG) * TK),
+          own_lane);
+    }
+    auto key_lift = kvq::no_lift();
+    if (!WHOLE) {
+      key_lift = kvq::lift_of<TK, TILE_W, TILE_CODES, 0, K_SCALES>(own, own_lane);
+    }
+    UNROLL for (int i = 0; i < TK / 8; i += 2) {
+      kvq::scores<KD, K_READ, KG, HALF_STEP, TILE_W, TILE_CODES>(
+          s[i], s[i + 1], own + 8 * i * TILE_W, query, offsets, own_queries, own_offsets,
+          key_lift.operand, zero, own_at);
+    }
+    const int first_key = int(tile) * TK;
+    const int own_low_edge = kvq::number(low_edge, numbers, kvq::AT_LOW_EDGE);
+    const int own_high_edge = kvq::number(high_edge, numbers, kvq::AT_HIGH_EDGE);
+    const int own_hole = kvq::number(hole, numbers, kvq::AT_HOLE);
+    const int own_hole_end = kvq::number(hole_end, numbers, kvq::AT_HOLE_END);
+    const bool edge = first_key < own_low_edge || first_key + TK > own_high_edge ||
+        (EXACT && first_key < own_hole_end && first_key + TK > own_hole);
+    const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, own_at);
+    UNROLL for (int i = 0; i < TK / 8; i++) {
+      s[i] = float2(s[i].x * (factor.x * key_lift.back), s[i].y * (factor.y * key_lift.back));
+      const int key = first_key + 8 * i + int(own_at.row);
+      if (MASK != 0) {
+        if (key < kvq::number(length, numbers, kvq::AT_LENGTH)) {
+          const int64_t key_at = key * mask_strides[3];
+          const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, own_at) + key_at];
+          const auto y = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, own_at) + key_at];
+          if (MASK == 1) {
+            s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
+          } else {
+            s[i] = float2(
+                s[i].x + float(x) * kvq::log2_e(), s[i].y + float(y) * kvq::log2_e());
+          }
         }
       }
-    }
-    if (edge) {
-      bool seen[2];
-      UNROLL for (int j = 0; j < 2; j++) {
-        const int low = max(rows_start, window > 0 ? position[j] - window + 1 : 0);
-        int high = causal ? position[j] + 1 : length;
-        if (TAIL && is_ring) high = min(high, end);
-        if (TAIL && !is_ring) {
-          const int n = kvq::recent_of(least, grows, position[j] + 1 - start);
-          high = min(high, max(keep, position[j] + 1 - n));
+      if (edge) {
+        bool seen[2];
+        UNROLL for (int j = 0; j < 2; j++) {
+          const auto range = HELD
+              ? kvq::range_of<TAIL>(
+                    position[j], start, length, window, causal, is_ring, recent, keep, least, grows)
+              : kvq::range_at(ranges, 2 * int(own_at.pair) + j);
+          const int low = max(kvq::number(rows_start, numbers, kvq::AT_ROWS_START), range.low);
+          int high = range.high;
+          if (TAIL) {
+            const bool own_is_ring = HELD ? is_ring : kvq::number(idx, numbers, kvq::AT_IDX) <
+                    kvq::number(length, numbers, kvq::AT_LENGTH);
+            high = min(high, own_is_ring ? kvq::number(end, numbers, kvq::AT_END) : range.oldest);
+          }
+          seen[j] = key >= low && key < high && (!EXACT || key < own_hole || key >= own_hole_end);
         }
-        seen[j] = key >= low && key < high && (!EXACT || key < hole || key >= hole_end);
+        s[i] = float2(seen[0] ? s[i].x : masked, seen[1] ? s[i].y : masked);
       }
-      s[i] = float2(seen[0] ? s[i].x : masked, seen[1] ? s[i].y : masked);
+      top = float2(max(top.x, s[i].x), max(top.y, s[i].y));
     }
-    top = float2(max(top.x, s[i].x), max(top.y, s[i].y));
+    top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
   }
-  top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
-  if (simd_any(top.x > m.x || top.y > m.y)) {
-    const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
-    l = float2(l.x * f.x, l.y * f.y);
-    UNROLL for (int i = 0; i < V_TILES; i++) {
-      sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
-    }
-    m = top;
-  }
+  top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
+  kvq::raise<V_TILES>(sums, m, l, top);
   // Probabilities are 2^8 times as large, so that the small ones have all bits of fp16.
-  const auto lift = kvq::lift_of<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, lane);
+  auto lift = kvq::no_lift();
+  if (has_tile) lift = kvq::lift_of<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, own_lane);
   const float enlarge = 256.0f * lift.back;
   half2 p[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i++) {
@@ -331,9 +500,27 @@ for (; tile < tile_end; tile += NSG) {
     l = float2(l.x + x, l.y + y);
     p[i] = kvq::right_operand(half2(half(x * enlarge), half(y * enlarge)));
   }
-  UNROLL for (int i = 0; i < TK / 8; i += 2) {
-    kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES>(
-        sums, own + 8 * i * TILE_W, p[i], p[i + 1], lift.operand, at);
+  if (SLICES == 1) {
+    UNROLL for (int i = 0; i < TK / 8; i += 2) {
+      kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, 1>(
+          sums, own + 8 * i * TILE_W, p[i], p[i + 1], lift.operand, 0, own_at);
+    }
+  } else {
+    const auto shared_p = kvq::halves_of_pairs(probabilities) + int(own_lane);
+    UNROLL for (int i = 0; i < TK / 8; i++) shared_p[own_group * (4 * TK) + 32 * i] = p[i];
+    if (own_lane == 0) lifts[own_group] = as_type<uint>(lift.operand);
+    kvq::slices_barrier<SLICES>();
+    kvq::counter other = own_group - own_slice;
+    const kvq::counter others =
+        min(kvq::counter(other + SLICES), kvq::counter(end_of_tiles - (tile - own_group)));
+    ROLLED for (; other < others; other++) {
+      UNROLL for (int i = 0; i < TK / 8; i += 2) {
+        kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, SLICES>(
+            sums, kvq::words_of(memory) + other * TILE + 8 * i * TILE_W,
+            shared_p[other * (4 * TK) + 32 * i], shared_p[other * (4 * TK) + 32 * i + 32],
+            as_type<half2>(lifts[other]), own_slice, own_at);
+      }
+    }
   }
 }
 
@@ -360,7 +547,7 @@ UNROLL for (int g = 0; g < NSG; g++) {
   }
 }
 auto merged = kvq::floats_of(memory);
-UNROLL for (int half_way = NSG / 2; half_way > 0; half_way /= 2) {
+UNROLL for (int half_way = NSG / 2; half_way >= SLICES; half_way /= 2) {
   if (group >= half_way && group < 2 * half_way) {
     UNROLL for (int i = 0; i < V_TILES; i++) {
       const int to = ((group - half_way) * V_TILES + i) * 64 + int(lane);
@@ -378,9 +565,9 @@ UNROLL for (int half_way = NSG / 2; half_way > 0; half_way /= 2) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 // merged [8 query rows][VD]: unnormalised sums in the rotated domain.
-if (group == 0) {
+if (group < SLICES) {
   UNROLL for (int i = 0; i < V_TILES; i++) {
-    const int c = kvq::value_channel<VD, V_READ>(i, at.row);
+    const int c = kvq::value_channel<VD, V_READ, SLICES>(i, at.row, slice);
     if (c < VD) {
       merged[2 * int(at.pair) * VD + c] = sums[i].x;
       merged[(2 * int(at.pair) + 1) * VD + c] = sums[i].y;

@@ -1,17 +1,27 @@
 // End of attend with one split: normalise, invert the values' rotation, write the output.
-for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
-  const int row = first_row + r;
-  const int head = kv_head * heads + row / L;
+const int rows_left = kvq::number(heads, numbers, kvq::AT_HEADS) *
+        kvq::number(L, numbers, kvq::AT_QUERIES) -
+    kvq::number(first_row, numbers, kvq::AT_FIRST_ROW);
+for (int r = group; r < min(8, rows_left); r += NSG) {
+  const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
+  const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
+  const int own_L = kvq::number(L, numbers, kvq::AT_QUERIES);
+  // Or what the queries' rotation computed of the lane stays in registers until here.
+  const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(own_L));
+  const auto own_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(
+      tables, kvq::number(kv_heads, numbers, kvq::AT_KV_HEADS));
+  const int row = kvq::number(first_row, numbers, kvq::AT_FIRST_ROW) + r;
+  const int head = own_head * kvq::number(heads, numbers, kvq::AT_HEADS) + row / own_L;
   kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
-      out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
+      out + ((int64_t(own_b) * q_shape[1] + head) * own_L + row % own_L) * VD,
       merged + r * VD,
       kvq::join_statistics<NSG>(maxima, totals, r),
       SINKS ? float(sinks[head]) : 0.0f,
-      q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
+      q + (own_b * q_strides[0] + head * q_strides[1] + row % own_L * q_strides[2]),
       q_strides[3],
       k_table,
-      v_table,
-      kv_head,
+      own_table,
+      own_head,
       scale,
-      lane);
+      own_lane);
 }

@@ -3,16 +3,24 @@
 // partial [B, Hq, L, splits * (VD + 2)], fp32: sums [splits, VD], unnormalised, in the rotated
 // domain, then maximum and total [splits, 2]. fp16 sums would overflow on outlier values. One
 // array, because each array costs the host time.
-for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
-  const int row = first_row + r;
-  const auto sums =
-      partial + ((int64_t(b) * q_shape[1] + kv_head * heads) * L + row) * (splits * (VD + 2));
+const int rows_left = kvq::number(heads, numbers, kvq::AT_HEADS) *
+        kvq::number(L, numbers, kvq::AT_QUERIES) -
+    kvq::number(first_row, numbers, kvq::AT_FIRST_ROW);
+for (int r = group; r < min(8, rows_left); r += NSG) {
+  const int own_heads = kvq::number(heads, numbers, kvq::AT_HEADS);
+  const int own_L = kvq::number(L, numbers, kvq::AT_QUERIES);
+  const int own_split = kvq::number(split, numbers, kvq::AT_SPLIT);
+  const int own_splits = kvq::number(splits, numbers, kvq::AT_SPLITS);
+  const int row = kvq::number(first_row, numbers, kvq::AT_FIRST_ROW) + r;
+  const int64_t head = int64_t(kvq::number(b, numbers, kvq::AT_BATCH)) * q_shape[1] +
+      kvq::number(kv_head, numbers, kvq::AT_KV_HEAD) * own_heads;
+  const auto sums = partial + (head * own_L + row) * (own_splits * (VD + 2));
   for (int c = int(lane); c < VD; c += 32) {
-    sums[split * VD + c] = merged[r * VD + c];
+    sums[own_split * VD + c] = merged[r * VD + c];
   }
   if (lane == 0) {
     const float2 statistics = kvq::join_statistics<NSG>(maxima, totals, r);
-    sums[splits * VD + 2 * split] = statistics.x;
-    sums[splits * VD + 2 * split + 1] = statistics.y;
+    sums[own_splits * VD + 2 * own_split] = statistics.x;
+    sums[own_splits * VD + 2 * own_split + 1] = statistics.y;
   }
 }

@@ -105,6 +105,8 @@ inline float simd_max(float x) {
 
 namespace kvq {
 
+typedef int counter;
+
 enum : int { PRODUCTS_ARE_CHEAP = 1 };
 
 struct tile_lane {

@@ -12,6 +12,9 @@
 
 namespace kvq {
 
+// Of loops. Signed ones are kept in 64 bits, beside themselves, for the pointers they are added to.
+typedef uint counter;
+
 // Whether a matrix product costs little more than a scalar one: here it is 20 cycles, and 128 of
 // them before the first key were half of attend's time at 1K (tests/emulator/estimate_apple.py).
 enum : int { PRODUCTS_ARE_CHEAP = 0 };

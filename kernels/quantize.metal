@@ -257,7 +257,7 @@ INLINE void store_shared(
     uint words[WORDS];
     ushort scale;
     quantize_channels<8, BITS, RULE, SPAN, 1, is_none(ROTATION)>(
-        words, scale, x, uint(mine * SPAN) & 31u, min(vectors, 0));
+        words, scale, x, uint(mine * SPAN) & 31u, unknown_zero(vectors));
     store_eight_codes<BITS, FIRST, HIGH>(row + v * W, words, index * SPAN + part, valid);
     if (valid && part == 0) {
       halves_of(row + v * W + CODES)[SCALE + index] = scale;
@@ -315,34 +315,40 @@ INLINE void pack_vectors(
   for (int first = worker * SET; first < L; first += workers * SET) {
     const int token = first + v;
     const bool valid = v < SET && token < L;
+    // 0, of another origin in each turn: what depends on it is not in registers between turns.
+    const int zero = HOLD_TABLES != 0 ? 0 : unknown_zero(token);
+    const uint own_lane = HOLD_TABLES != 0 ? lane : lane + uint(zero);
+    if (HOLD_TABLES == 0) {
+      UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
+    }
     if (valid) {  // other lanes repeat what they have
-      read_points<D, ROTATION>(z, x, stride, lane);
+      read_points<D, ROTATION>(z, x, stride, zero, lane);
     }
     rotate_points<D, ROTATION, CALIBRATED, SCALED, swaps(D, ROTATION)>(
-        z, f, w, table, factors, shared, lane);
+        z, f, w, table, factors, shared, own_lane);
     if (KEEPS && valid && token >= drop) {
-      write_points<D, ROTATION>(kept + int64_t(token - drop) * KEPT, z, lane);
+      write_points<D, ROTATION>(kept + int64_t(token - drop) * KEPT, z, own_lane);
     }
     if (LANES) {
       store_vectors<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W % 2 == 0>(
-          to, z, valid, min(L, 0), lane);
+          to, z, valid, unknown_zero(L), own_lane);
     } else {
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (valid) {
         UNROLL for (int a = 0; a < points_of(D); a++) {
-          shared[v * D / 2 + rotated_block<D, ROTATION>(lane) * points_of(D) + a] = z[a];
+          shared[v * D / 2 + rotated_block<D, ROTATION>(own_lane) * points_of(D) + a] = z[a];
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (FEEDBACK) {
-        ROLLED for (int i = 0; i < min(SET, L - first); i++) {
+        ROLLED for (counter i = 0; i < counter(min(SET, L - first)); i++) {
           store_with_feedback<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE>(
-              to + i * W, shared + i * D / 2, G, lane);
+              to + i * W, shared + i * (D / 2), G, own_lane);
         }
         simdgroup_barrier(mem_flags::mem_threadgroup);  // the next rotation may swap here
       } else {
         store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
-            to, shared, min(SET, L - first), lane);
+            to, shared, min(SET, L - first), own_lane);
       }
     }
     x += int64_t(workers * SET) * by_token;

@@ -141,7 +141,8 @@ INLINE void copy_tokens(
     const int token = set * SET + int(lane) / lanes_of(D);
     if (token < L) {
       float2 z[points_of(D)];
-      read_points<D, ROTATION>(z, x + token * by_token, stride, lane);
+      read_points<D, ROTATION>(
+          z, x + token * by_token, stride, HOLD_TABLES != 0 ? 0 : unknown_zero(token), lane);
       if (sizeof(S) > sizeof(T)) keep_finite<points_of(D)>(out, z);
       UNROLL for (int a = 0; a < points_of(D); a++) {
         write_two(out + int64_t(token) * D + first + a * point_step(D, ROTATION), z[a]);

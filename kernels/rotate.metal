@@ -56,6 +56,12 @@ constexpr int channel_factors(int D, int ROTATION) {
   return ROTATION == SRFT ? roots(D) + 2 * points_of(D) : 0;
 }
 
+// 0, of a number that is not negative, which no compiler knows: loops to it stay loops, and what
+// depends on it is computed where it stands and not before a loop.
+INLINE int unknown_zero(int n) {
+  return min(n, 0);
+}
+
 INLINE float2 complex_product(float2 a, float2 b) {
   return float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
 }

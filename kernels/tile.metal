@@ -29,6 +29,65 @@ constexpr int value_tiles(int D, int BITS) {
   return value_units(D, BITS) * per_word(BITS);
 }
 
+// Slices of the values' channels (SLICE_VALUES of mlx_kvq/ops/gpu/tuning.py): as many SIMD groups
+// share their probabilities, and each adds up one slice of all their tiles. A lane keeps eight
+// accumulators or more, and a slice is whole words.
+constexpr int value_slices(int D, int BITS, int NSG) {
+  int n = 1;
+  while (2 * n <= NSG && D * BITS / 16 % 8 == 0 && value_units(D, BITS) % (4 * n) == 0 &&
+         value_tiles(D, BITS) >= 16 * n) {
+    n *= 2;
+  }
+  return n;
+}
+// Probabilities of a SIMD group in threadgroup memory: fp16 ones of a tile, or fp32 ones of eight
+// exact tokens.
+constexpr int probability_pairs(int TK) {
+  return 2 * TK;
+}
+INLINE threadgroup half2* halves_of_pairs(threadgroup float2* pairs) {
+  return reinterpret_cast<threadgroup half2*>(pairs);
+}
+
+// What the SIMD groups of one set of slices wait at.
+template <int SLICES>
+INLINE void slices_barrier() {
+  if (SLICES == 1) {
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  } else {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// The largest of what the SIMD groups of one set of slices have. The next call needs a barrier
+// before it.
+template <int SLICES>
+INLINE float2 top_of_slices(threadgroup float* maxima, float2 top, counter group, tile_lane at) {
+  if (SLICES > 1) {
+    if (at.row == 0) {
+      maxima[8 * group + 2 * at.pair] = top.x;
+      maxima[8 * group + 2 * at.pair + 1] = top.y;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const threadgroup float* of = maxima + 8 * (group - group % SLICES) + 2 * at.pair;
+    UNROLL for (int i = 0; i < SLICES; i++) {
+      top = float2(max(top.x, of[8 * i]), max(top.y, of[8 * i + 1]));
+    }
+  }
+  return top;
+}
+
+// Makes `top` the maximum that sums and totals refer to.
+template <int TILES>
+INLINE void raise(thread float2* sums, thread float2& m, thread float2& l, float2 top) {
+  if (simd_any(top.x > m.x || top.y > m.y)) {
+    const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
+    l = float2(l.x * f.x, l.y * f.y);
+    UNROLL for (int i = 0; i < TILES; i++) sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
+    m = top;
+  }
+}
+
 INLINE half2 constant_pair(uint bits) {
   return as_type<half2>(bits | (bits << 16));
 }
@@ -75,14 +134,14 @@ INLINE half2 raw_middle(int i) {
   return constant_pair(HALF_STEP ? 0x4780u : 0x4800u);
 }
 
-// Row `k` of the queries' operand number `tile` holds this channel (it may be past D).
+// Row `k` of the queries' operand number `i` of a slot holds this channel (it may be past D).
 template <int BITS>
-INLINE int query_channel(int tile, int k) {
-  const int word = tile / per_word(BITS) * 4 + k / 2;
-  return word * (32 / BITS) + tile % per_word(BITS) + k % 2 * per_word(BITS);
+INLINE uint query_channel(counter slot, int i, uint k) {
+  const uint word = uint(slot) * 4 + k / 2;
+  return word * uint(32 / BITS) + uint(i) + k % 2 * uint(per_word(BITS));
 }
 
-INLINE half scale_at(const threadgroup uint* scales, int index) {
+INLINE half scale_at(const threadgroup uint* scales, counter index) {
   return reinterpret_cast<const threadgroup half*>(scales)[index];
 }
 
@@ -132,10 +191,10 @@ INLINE void store_query(threadgroup half2* out, int component, float2 z, float f
   halves[2] = WHOLE && BITS == 4 ? half(float(odd) * 0.0625f) : odd;
 }
 
-// The queries' operand number `tile`, from those of a lane's pair of query rows.
+// The queries' operand number `i` of a slot, from those of a lane's pair of query rows.
 template <int BITS>
-INLINE half2 read_query(const threadgroup half2* queries, int tile, tile_lane at) {
-  return right_operand(queries[query_channel<BITS>(tile, int(at.row))]);
+INLINE half2 read_query(const threadgroup half2* queries, counter slot, int i, tile_lane at) {
+  return right_operand(queries[query_channel<BITS>(slot, i, at.row)]);
 }
 
 // Minus the sum, over a group, of queries times what raw codes are too large by.
@@ -172,11 +231,11 @@ INLINE float2 score_offset(const thread half2* operands, int group) {
 
 template <int BITS>
 INLINE half2 query_operand(
-    const thread half2* held, const threadgroup half2* queries, int tile, tile_lane at) {
+    const thread half2* held, const threadgroup half2* queries, counter slot, int i, tile_lane at) {
   if (HOLD_QUERIES != 0) {
-    return held[tile];
+    return held[slot * per_word(BITS) + i];
   }
-  return read_query<BITS>(queries, tile, at);
+  return read_query<BITS>(queries, slot, i, at);
 }
 
 // Adds to the scores of two keys what one group of channels has.
@@ -189,15 +248,15 @@ INLINE void add_group(
     const thread half2* held_queries,
     const threadgroup half2* queries,
     float2 offset,
-    int group,
+    counter group,
     tile_lane at) {
   constexpr int P = per_word(BITS);
   constexpr int PER_GROUP = GROUP * BITS / 128 > 0 ? GROUP * BITS / 128 : 1;
   float2 c0 = offset, c1 = offset;
   UNROLL for (int j = 0; j < PER_GROUP; j++) {
-    const int slot = group * PER_GROUP + j;
-    const uint a = upper[4 * slot + int(at.pair)];
-    const uint b = lower[4 * slot + int(at.pair)];
+    const counter slot = group * PER_GROUP + j;
+    const uint a = upper[4 * slot + at.pair];
+    const uint b = lower[4 * slot + at.pair];
     UNROLL for (int i = 0; i < P; i += 2) {
       multiply(
           c0,
@@ -206,8 +265,8 @@ INLINE void add_group(
           raw_codes<BITS>(b, i),
           raw_codes<BITS>(a, i + 1),
           raw_codes<BITS>(b, i + 1),
-          query_operand<BITS>(held_queries, queries, slot * P + i, at),
-          query_operand<BITS>(held_queries, queries, slot * P + i + 1, at));
+          query_operand<BITS>(held_queries, queries, slot, i, at),
+          query_operand<BITS>(held_queries, queries, slot, i + 1, at));
     }
   }
   const float scale0 = float(scale_at(upper + CODES, group));
@@ -229,11 +288,12 @@ INLINE void scores(
     const threadgroup half2* queries,
     const threadgroup float2* offsets,
     half2 lift,
+    counter zero,
     tile_lane at) {
   constexpr int P = per_word(BITS);
   constexpr int WORDS = D * BITS / 32;
   constexpr int SLOTS = key_slots(D, BITS);
-  const threadgroup uint* upper = tile + int(at.row) * W;
+  const threadgroup uint* upper = tile + at.row * W;
   const threadgroup uint* lower = upper + 8 * W;
   s0 = float2(0.0f, 0.0f);
   s1 = float2(0.0f, 0.0f);
@@ -243,7 +303,7 @@ INLINE void scores(
           s0, s1, upper, lower, held_queries, queries, held_offsets[group], group, at);
     }
   } else if (whole_slots(BITS, GROUP)) {
-    ROLLED for (int group = 0; group < D / GROUP; group++) {
+    ROLLED for (counter group = 0; group < D / GROUP + zero; group++) {
       add_group<BITS, GROUP, CODES>(
           s0, s1, upper, lower, held_queries, queries, offsets[group], group, at);
     }
@@ -267,47 +327,51 @@ INLINE void scores(
             fma(centred_codes<BITS>(b, i), step1, middle * step1),
             fma(centred_codes<BITS>(a, i + 1), step0, middle * step0),
             fma(centred_codes<BITS>(b, i + 1), step1, middle * step1),
-            query_operand<BITS>(held_queries, queries, slot * P + i, at),
-            query_operand<BITS>(held_queries, queries, slot * P + i + 1, at));
+            query_operand<BITS>(held_queries, queries, slot, i, at),
+            query_operand<BITS>(held_queries, queries, slot, i + 1, at));
       }
     }
   }
 }
 
-// Channel of a lane's accumulator `tile` (it may be past D).
-template <int D, int BITS>
-INLINE int value_channel(int tile, uint row) {
+// Channel of a lane's accumulator `tile` of a slice (it may be past D).
+template <int D, int BITS, int SLICES>
+INLINE int value_channel(int tile, uint row, counter slice) {
   constexpr int P = per_word(BITS);
-  return (int(row) * value_units(D, BITS) + tile / P) * P + tile % P;
+  constexpr int UNITS = value_units(D, BITS) / SLICES;
+  return (int(8 * slice + row) * UNITS + tile / P) * P + tile % P;
 }
 
 // sums += values x probabilities of 16 keys; p0 and p1 are right operands of keys 0-7 and 8-15.
 // Value codes begin at word FIRST; the values' scales are number SCALE on, from word CODES.
-template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int FIRST, int CODES, int SCALE>
+template <
+    int D, int BITS, int GROUP, bool HALF_STEP, int W, int FIRST, int CODES, int SCALE, int SLICES>
 INLINE void add_values(
     thread float2* sums,
     const threadgroup uint* tile,
     half2 p0,
     half2 p1,
     half2 lift,
+    counter slice,
     tile_lane at) {
   constexpr int P = per_word(BITS);
   constexpr int ALL = D * BITS / 16;
-  constexpr int UNITS = value_units(D, BITS);
+  constexpr int UNITS = value_units(D, BITS) / SLICES;
+  const counter place = 8 * slice + at.row;
   // A lane's channels share a scale, and its units fill whole words.
   constexpr bool ONE_SCALE = ALL % 8 == 0 && GROUP % (UNITS * P) == 0;
   constexpr bool WORDS = ALL % 8 == 0 && UNITS % 2 == 0;
   const threadgroup uint* keys[4];
   UNROLL for (int k = 0; k < 4; k++) {
-    keys[k] = tile + (2 * int(at.pair) + k % 2 + k / 2 * 8) * W;
+    keys[k] = tile + (2 * at.pair + k % 2 + k / 2 * 8) * W;
   }
   const half2 middle = constant_pair(HALF_STEP ? 0x3800u : 0u);  // 0.5
   half2 step[2], shift[2];
   uint words[4];
   UNROLL for (int unit = 0; unit < UNITS; unit++) {
-    const int u = min(int(at.row) * UNITS + unit, ALL - 1);
+    const counter u = min(counter(place * UNITS + unit), counter(ALL - 1));
     if (unit == 0 || !ONE_SCALE) {
-      const int group = u * P / GROUP;
+      const counter group = u * P / GROUP;
       UNROLL for (int k = 0; k < 2; k++) {
         const half even = scale_at(keys[2 * k] + CODES, SCALE + group);
         const half odd = scale_at(keys[2 * k + 1] + CODES, SCALE + group);
@@ -319,7 +383,7 @@ INLINE void add_values(
     if (WORDS) {
       if (unit % 2 == 0) {
         UNROLL for (int k = 0; k < 4; k++) {
-          words[k] = keys[k][FIRST + int(at.row) * (UNITS / 2) + unit / 2];
+          words[k] = keys[k][FIRST + place * (UNITS / 2) + unit / 2];
         }
         pairs[0] = (words[0] & 0xffffu) | (words[1] << 16);
         pairs[1] = (words[2] & 0xffffu) | (words[3] << 16);
@@ -351,6 +415,99 @@ INLINE void add_values(
 // Newest tokens that a query reads exactly as the last of `tokens` (Format.recent_at).
 INLINE int recent_of(int least, int grows, int tokens) {
   return tokens < grows ? least : tokens / 2 < grows ? 2 * least : 4 * least;
+}
+
+// Integers of attend's launch that its loops need: in registers if HOLD_QUERIES, else they are read
+// again from threadgroup memory, where registers are few.
+enum : int {
+  AT_LENGTH, AT_LOW_EDGE, AT_HIGH_EDGE, AT_HOLE, AT_HOLE_END, AT_ROWS_START, AT_END, AT_NEWEST,
+  AT_FIRSTS, AT_PLACE, AT_KEEP, AT_IDX, AT_BATCH, AT_KV_HEAD, AT_HEADS, AT_QUERIES, AT_FIRST_ROW,
+  AT_SPLIT, AT_SPLITS, AT_TILE, AT_TILE_END, AT_KV_HEADS, NUMBERS
+};
+INLINE int number(int held, const threadgroup int* numbers, int at) {
+  return HOLD_QUERIES != 0 ? held : numbers[at];
+}
+// Of a lane's two query rows.
+INLINE float2 pair_of(const threadgroup float* x, tile_lane at) {
+  return float2(x[2 * at.pair], x[2 * at.pair + 1]);
+}
+template <bool HELD>
+INLINE int64_t mask_of(
+    const thread int64_t* held, const threadgroup int64_t* mask_rows, int i, tile_lane at) {
+  return HELD ? held[i] : mask_rows[2 * int(at.pair) + i];
+}
+
+// Which keys the query at a position may attend to: [low, high). Its tail begins with `oldest`, a
+// key, or in a ring the place of a token.
+struct query_range {
+  int low;
+  int high;
+  int oldest;
+};
+template <bool TAIL>
+INLINE query_range range_of(
+    int position, int start, int length, int window, bool causal, bool is_ring, int recent,
+    int keep, int least, int grows) {
+  query_range out;
+  out.low = max(start, window > 0 ? position - window + 1 : 0);
+  out.high = causal ? position + 1 : length;
+  out.oldest = !TAIL  ? length
+      : is_ring       ? length - recent
+                      : max(keep, position + 1 - recent_of(least, grows, position + 1 - start));
+  return out;
+}
+INLINE query_range range_at(const threadgroup int* ranges, int query) {
+  query_range out;
+  out.low = ranges[3 * query];
+  out.high = ranges[3 * query + 1];
+  out.oldest = ranges[3 * query + 2];
+  return out;
+}
+
+// Exact tokens by age: of the tail, how many tokens are newer; then the first tokens.
+struct exact_token {
+  bool there;
+  bool is_first;
+  int place;  // of a first token, in the order of the tokens
+  int key;
+};
+template <bool TAIL, bool FIRST>
+struct exact_tokens {
+  int newest;  // of the tail
+  int count;
+  int first_place;
+  int length;
+  int keep;
+  int idx;
+  INLINE bool is_ring() const thread {
+    return idx < length;
+  }
+  INLINE exact_token at(int age) const thread {
+    exact_token out;
+    out.is_first = FIRST && (!TAIL || age >= newest);
+    out.place = first_place + age - newest;
+    out.there = age < count && (!out.is_first || (out.place >= 0 && out.place < length));
+    if (out.is_first) {
+      const int key = out.place + (is_ring() && out.place >= keep ? idx - keep : 0);
+      out.key = key - (key >= length ? length - keep : 0);
+    } else {
+      const int key = idx - 1 - age;
+      out.key = key + (key < keep ? length - keep : 0);
+    }
+    return out;
+  }
+};
+template <bool TAIL, bool FIRST>
+INLINE exact_tokens<TAIL, FIRST> exact_tokens_of(
+    int newest, int firsts, int place, int length, int keep, int idx) {
+  exact_tokens<TAIL, FIRST> out;
+  out.newest = newest;
+  out.count = newest + firsts;
+  out.first_place = place;
+  out.length = length;
+  out.keep = keep;
+  out.idx = idx;
+  return out;
 }
 
 // A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.

@@ -28,9 +28,11 @@ INLINE float2 factor_pair(const device float* factors, int c) {
   return pair_at(factors + c);
 }
 
-// Reads a lane's channels of a vector of any type and stride, placed as before the rotation.
+// Reads a lane's channels of a vector of any type and stride, placed as before the rotation. `zero`
+// is 0; in a loop, of another origin in each turn (`pack_vectors`).
 template <int D, int ROTATION, typename T>
-INLINE void read_points(thread float2* z, const device T* x, int64_t stride, uint lane) {
+INLINE void read_points(
+    thread float2* z, const device T* x, int64_t stride, int zero, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
   x += first_channel<D, ROTATION>(lane) * stride;
   if (stride == 1) {  // the offsets are constants
@@ -42,6 +44,8 @@ INLINE void read_points(thread float2* z, const device T* x, int64_t stride, uin
       }
     }
   } else {
+    // Or compilers compute 64-bit offsets, as many as channels, before the loop.
+    stride = zero == 0 ? stride : 1;
     UNROLL for (int a = 0; a < points_of(D); a++) {
       z[a] = float2(float(x[a * STEP * stride]), float(x[(a * STEP + 1) * stride]));
     }
@@ -59,21 +63,19 @@ struct lane_factors {
 template <int D, int ROTATION, bool CENTRED>
 INLINE void read_before(thread lane_factors<D>& f, const device float* factors, uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
-  const int first = first_channel<D, ROTATION>(lane);
+  factors += first_channel<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
-    f.before[a] = factor_pair(factors, first + a * STEP);
+    f.before[a] = factor_pair(factors, a * STEP);
     if (CENTRED) {
-      const float2 mu = factor_pair(factors + 2 * D, first + a * STEP);
+      const float2 mu = factor_pair(factors, 2 * D + a * STEP);
       f.mu[a] = float2(-mu.x * f.before[a].x, -mu.y * f.before[a].y);
     }
   }
 }
 template <int D, int ROTATION>
 INLINE void read_after(thread lane_factors<D>& f, const device float* factors, uint lane) {
-  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
-  UNROLL for (int a = 0; a < points_of(D); a++) {
-    f.after[a] = factor_pair(factors + D, rotated + 2 * a);
-  }
+  factors += 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  UNROLL for (int a = 0; a < points_of(D); a++) f.after[a] = factor_pair(factors, D + 2 * a);
 }
 
 // Before a loop over vectors, as `read_table`.
@@ -130,7 +132,7 @@ INLINE void rotate_vector(
   lane_factors<D> f;
   UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
   if (valid) {
-    read_points<D, ROTATION>(z, x, stride, lane);
+    read_points<D, ROTATION>(z, x, stride, 0, lane);
   }
   read_table<D, ROTATION>(w, table, lane);
   const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import mlx.core as mx
@@ -95,6 +95,43 @@ def formats(D: int) -> Iterator[tuple[str, Format]]:
             Spec.parse("int4-srft"), D, D, keys=Calibration(one, one), values=Calibration(one, one)
         ),
     )
+
+
+def other_formats(D: int) -> Iterator[tuple[str, Format]]:
+    """Rows of 3 bits, and keys rounded with feedback."""
+    one, metric = mx.ones((2, D)), mx.broadcast_to(mx.eye(D), (2, D, D))
+    plain, weighted = Calibration(one, one), Calibration(one, one, metric=metric)
+    yield "int3, ", make_format(Spec.parse("int3-srft"), D)
+    for bits in ("int3", "int4"):
+        spec = Spec.parse(f"{bits}-srft:rounding=feedback")
+        yield (
+            f"{bits}, calibrated, feedback, ",
+            make_format(spec, D, D, keys=weighted, values=plain),
+        )
+    spec = Spec.parse("int3-srft")
+    yield "int3, calibrated, ", make_format(spec, D, D, keys=plain, values=plain)
+
+
+def other_launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
+    """The kernels that differ in these formats, without and with a tail."""
+    H, heads, T = 2, 4, 256
+    for title, fmt in other_formats(D):
+        R = 2 * fmt.recent + 8
+        tail = mx.zeros((1, H, R, 2 * D), tail_dtype(dtype))
+        rows = mx.zeros((1, H, T, fmt.layout.words), mx.uint32)
+        x, q = mx.zeros((1, H, 1, D), dtype), mx.zeros((1, H * heads, 1, D), dtype)
+        pack = partial(gpu.quantize_pack, x, x, fmt)
+        yield f"{title}no tail, L=1", pack
+        yield f"{title}tail, L=1", partial(pack, size=R, tail=tail)
+        if fmt.kind.feedback:
+            continue
+        for name, end in (("no tail", None), ("tail", tail)):
+            for parts in (1, 4):
+                attend = partial(calls.attend, gpu, q, rows, T, fmt, D**-0.5, parts=parts)
+                yield f"{title}{name}", partial(attend, tail=end)
+            given = rows, T, fmt, dtype, end
+            yield f"{title}{name}", partial(calls.dequantize, gpu, *given)
+            yield f"{title}{name}", partial(calls.restore, gpu, *given)
 
 
 def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
@@ -176,7 +213,8 @@ def sources(dims: tuple[int, ...] = DIMS, dtypes: tuple[str, ...] = DTYPES) -> l
         with emulated():
             for D in dims:
                 for dtype in dtypes:
-                    for name, launch in launches(D, getattr(mx, dtype)):
+                    kind = getattr(mx, dtype)
+                    for name, launch in chain(launches(D, kind), other_launches(D, kind)):
                         variant = name  # for record
                         launch()
     finally:

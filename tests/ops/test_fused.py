@@ -323,16 +323,17 @@ def test_what_cuda_holds_in_registers(emulator, launches, spec, Dk, Dv, what):
     tables = "hold_tables", "hold_queries", "prefetch"
 
     def results(hold):
-        launches(single=0, **dict.fromkeys(tables, hold))
+        launches(single=0, slice_values=not hold, **dict.fromkeys(tables, hold))
         rows, kept = fused.quantize_pack(k, v, fmt, None, 20)
         assert rows.shape == (1, 2, 60, lay.words)
         out = calls.attend(fused, q, rows, 60, fmt, Dk**-0.5, "causal")
         with_tail = calls.attend(fused, q, rows, 60, fmt, Dk**-0.5, "causal", tail=tail)
         return [rows, kept, out, with_tail, *calls.restore(fused, rows, 60, fmt)]
 
-    for a, b in zip(results(True), results(False), strict=True):
-        exact = a.dtype == mx.uint32
-        assert mx.allclose(a, b, rtol=0, atol=0 if exact else 2e-6 * mx.abs(b).max().item()).item()
+    for i, (a, b) in enumerate(zip(results(True), results(False), strict=True)):
+        # SIMD groups that share probabilities round them to fp16 beside another maximum.
+        near = 0 if a.dtype == mx.uint32 else TOLERANCE[mx.float16] if i in (2, 3) else 2e-6
+        assert mx.allclose(a, b, rtol=0, atol=near * mx.abs(b).max().item()).item()
 
 
 @pytest.mark.parametrize("gqa", [1, 2, 4, 6, 8, 16])
@@ -552,7 +553,7 @@ def test_threadgroup_memory_fits_for_every_format(machine):
                 assert groups >= 1
                 assert keys in (16, 32)
                 assert 32 * groups <= 512
-                assert tuning._memory(lay, keys, groups) <= 32768
+                assert tuning._memory(lay, sizes, keys, groups) <= 32768
 
 
 # ---- refusals and sources ---------------------------------------------------------------------

@@ -101,6 +101,21 @@ def attention_of_odd_sizes(launches):
         assert_attends(normal(1, 2, 1, 64), rows, 80, fmt)
 
 
+def slices(launches):
+    """SIMD groups that share probabilities, none, two and four of them: sets that are not full,
+    values of other sizes in every other tile, more exact tokens than one turn takes."""
+    launches(single=1023)
+    for D, recent in ((64, 70), (128, 70), (256, 5)):
+        fmt = format_of(f"int4-srft:recent={recent}", D)
+        k, v = normal(1, 1, 170, D, seed=1), normal(1, 1, 170, D, seed=2)
+        size = mx.where(mx.arange(170) // 16 % 2 == 0, 1.0, 2e3)[:, None]
+        q, tail = transposed(1, 4, 2, D), 2e3 * normal(1, 1, recent + 1, 2 * D, seed=3)
+        rows = plain.quantize_pack(k, v * size, fmt)[0]
+        assert_attends(q, rows, 170, fmt, mask="causal")
+        tail[..., :D] *= 1e-3
+        assert_attends(q, rows, 170, fmt, mask="causal", tail=tail)
+
+
 def packing(launches):
     """Any strides of both sides, several sets of a SIMD group, a tail, held rows, odd scales."""
     launches(pack_pairs=1, pack_threadgroups=1)
@@ -265,7 +280,7 @@ def feedback(launches):
 
 
 CHECKS = (
-    edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, packing,
+    edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, slices, packing,
     restoring, first_tokens, rows_beyond_8_gigabytes, three_bits, five_bits, feedback,
 )  # fmt: skip
 
@@ -287,8 +302,7 @@ FAULTS = [
      "  simdgroup_barrier(mem_flags::mem_threadgroup);",
      "    if (k == 0 && l == 0) z[0] = joined_zero(v);\n  }"),
     ("offsets of 32 bits", rows_beyond_8_gigabytes, "attend.metal",
-     "rows + (b * rows_strides[0] + kv_head * rows_strides[1])",
-     "rows + int(b * rows_strides[0] + kv_head * rows_strides[1])"),
+     "numbers[kvq::AT_BATCH] * rows_strides[0]", "int(numbers[kvq::AT_BATCH] * rows_strides[0])"),
     ("words past the last row not zeroed", attention, "whole.metal",
      "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0;",
      "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0xffffffffu;"),
@@ -299,10 +313,8 @@ FAULTS = [
      "(split + 1) * share + 1)"),
     ("tail of the last query only", attention, "attend.metal",
      "TAIL ? min(recent + L - 1, length - keep)", "TAIL ? min(recent, length - keep)"),
-    ("a context's length with its padding", longer, "attend.metal",
-     "grows, position[i] + 1 - start)", "grows, position[i] + 1)"),
-    ("rows of a context's length with its padding", longer, "attend.metal",
-     "grows, position[j] + 1 - start)", "grows, position[j] + 1)"),
+    ("a context's length with its padding", longer, "tile.metal",
+     "grows, position + 1 - start)", "grows, position + 1)"),
     ("rows before the tail of the last query", longer, "attend.metal",
      "length - recent_before;", "length - recent;"),
     ("tail of the first query", longer, "attend.metal",
@@ -314,11 +326,12 @@ FAULTS = [
      "wraps ? min(length, idx + max(0, place + firsts)) : idx", "idx"),
     ("first tokens of a ring that wraps", first_tokens, "attend.metal",
      "place + firsts + (wraps ? idx - length : 0)", "place + firsts + (wraps ? -length : 0)"),
-    ("a first token in the tail, too", first_tokens, "attend.metal", "t < oldest", "t <= oldest"),
-    ("mask of a ring's first tokens", first_tokens, "attend.metal",
-     "key -= key >= length ? length - keep : 0", "key -= 0"),
-    ("a first token that has gone", first_tokens, "attend.metal", "t < 0 || t >= length",
-     "t < -9 || t >= length"),
+    ("a first token in the tail, too", first_tokens, "attend.metal", "token.place < range.oldest",
+     "token.place <= range.oldest"),
+    ("mask of a ring's first tokens", first_tokens, "tile.metal",
+     "out.key = key - (key >= length ? length - keep : 0);", "out.key = key;"),
+    ("a first token that has gone", first_tokens, "tile.metal",
+     "out.place >= 0 && out.place < length", "out.place >= -9 && out.place < length"),
     ("first tokens at other rows", first_tokens, "restore.metal",
      "row >= place && row < place + firsts", "row < firsts"),
     ("first tokens of another place", first_tokens, "restore_rows.metal",
@@ -337,8 +350,30 @@ FAULTS = [
      "    if (at.row == 0) pair_offsets[g] = x;\n  }\n"
      "  threadgroup_barrier(mem_flags::mem_threadgroup);",
      "    if (at.row == 0) pair_offsets[g] = x;\n  }"),
-    ("rescaled sums", attention, "attend.metal",
+    ("rescaled sums", attention, "tile.metal",
      "l = float2(l.x * f.x, l.y * f.y);\n    UNROLL", "UNROLL"),
+    ("barrier before a set's maximum", slices, "tile.metal",
+     "      maxima[8 * group + 2 * at.pair + 1] = top.y;\n    }\n"
+     "    threadgroup_barrier(mem_flags::mem_threadgroup);",
+     "      maxima[8 * group + 2 * at.pair + 1] = top.y;\n    }"),
+    ("barrier after a set's probabilities", slices, "attend.metal",
+     "lifts[own_group] = as_type<uint>(lift.operand);\n    kvq::slices_barrier<SLICES>();",
+     "lifts[own_group] = as_type<uint>(lift.operand);"),
+    ("barrier before a set's next tiles", slices, "attend.metal",
+     "tile < end_of_tiles;\n  kvq::slices_barrier<SLICES>();", "tile < end_of_tiles;"),
+    ("barrier before exact tokens' next turn", slices, "attend.metal",
+     "    if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);\n", ""),
+    ("barrier after exact tokens' probabilities", slices, "attend.metal",
+     "        float2(256.0f * p.x, 256.0f * p.y);\n    kvq::slices_barrier<SLICES>();",
+     "        float2(256.0f * p.x, 256.0f * p.y);"),
+    ("a set that is not full", slices, "attend.metal",
+     "kvq::counter(end_of_tiles - (tile - own_group))", "kvq::counter(NSG)"),
+    ("own lift for all tiles of a set", slices, "attend.metal",
+     "as_type<half2>(lifts[other])", "as_type<half2>(lifts[own_group])"),
+    ("one slice of values for all", slices, "tile.metal",
+     "const counter place = 8 * slice + at.row;", "const counter place = at.row;"),
+    ("one slice of exact values for all", slices, "tile.metal",
+     "(int(8 * slice + row) * UNITS", "(int(row) * UNITS"),
     ("maximum of one SIMD group", attention, "vectors.metal",
      "top = max(top, maxima[8 * g + r]);", "top = maxima[8 * g + r];"),
     ("sink without the centre", attention, "vectors.metal", "    if (K_CENTRED) {\n",

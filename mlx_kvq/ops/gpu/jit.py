@@ -214,6 +214,7 @@ def _choices(machine: str, name: str) -> str:
         "WIDE": wide,
         "HOLD_TABLES": wide or tuning.hold_tables,
         "HOLD_QUERIES": tuning.hold_queries,
+        "SLICE_VALUES": tuning.slice_values,
         "PREFETCH": tuning.prefetch,
         "AHEAD": tuning.combine_ahead,
     }

@@ -38,6 +38,8 @@ class Tuning:
             packs or restores vectors; otherwise it reads them again for each set.
         hold_queries (bool): attend keeps the queries' operands and offsets in registers, otherwise
             in threadgroup memory.
+        slice_values (bool): attend's SIMD groups share probabilities, and each adds up a slice of
+            the values' channels of all their tiles; otherwise all channels of its own tiles.
         prefetch (bool): attend loads its next tile, and an exact token's value, into registers
             ahead of their use.
     """
@@ -62,6 +64,7 @@ class Tuning:
     replay: bool = False
     hold_tables: bool = False
     hold_queries: bool = False
+    slice_values: bool = False
     prefetch: bool = False
 
     def when(self, parallel: int, lay: RowLayout) -> "Tuning":
@@ -90,6 +93,7 @@ TUNING = {
         least=1,
         combine_groups=16,
         combine_ahead=4,
+        slice_values=True,
     ),
     # H200, mlx 0.32.4, tests/support/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
@@ -132,21 +136,26 @@ def replays(machine: str) -> bool:
     return asked == "1" if asked else TUNING[machine].replay
 
 
-def _memory(lay: RowLayout, keys: int, simd_groups: int) -> int:
+def _memory(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int) -> int:
     """Bytes of threadgroup memory that ``kernels/attend.metal`` declares."""
     lay = lay.wide  # rows as they are there
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
     sums = 64 * units * (16 // lay.v_bits)
     words = max(simd_groups * keys * lay.words, simd_groups // 2 * sums, 8 * lay.v_dim)
     operands = -(-lay.k_words // 4) * (16 // lay.k_bits)
-    offsets = lay.k_dim // lay.k_group  # not there if a kernel keeps them in registers
-    return 4 * (words + 3) + 16 * (8 * operands + 1) + 32 * offsets + 32 + 64 * simd_groups
+    size = 4 * (words + 3) + 16 * (8 * operands + 1) + 32 + 64 * simd_groups
+    size += 32 * lay.k_dim // lay.k_group  # not there if a kernel keeps them in registers
+    if not tuning.hold_queries:
+        size += 256
+    if tuning.slice_values:
+        size += (16 * keys + 4) * simd_groups
+    return size
 
 
 def attend_shape(lay: RowLayout, tuning: Tuning) -> tuple[int, int]:
     """SIMD groups of a threadgroup and keys of a tile that fit threadgroup memory."""
     keys, groups = tuning.keys, tuning.simd_groups
-    while _memory(lay, keys, groups) > THREADGROUP_MEMORY:
+    while _memory(lay, tuning, keys, groups) > THREADGROUP_MEMORY:
         if keys > 16:
             keys //= 2
         else:
