@@ -20,6 +20,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.ops import cubins, memo, trial
 from mlx_kvq.ops.gpu import handover, jit, machine, nvrtc
 from tests.support import calls
+from tests.support.feedback import weighted
 
 WORDS = {
     mx.bool_: "bool", mx.int32: "int32_t", mx.uint32: "uint32_t", mx.float16: "__half",
@@ -418,19 +419,21 @@ def load(library: Path) -> ctypes.CDLL:
 COMBINE = (
     ("VD", 128), ("VB", 4), ("ROTATION", 0), ("V_CALIBRATED", False), ("SINKS", True), ("NSG", 4),
 )  # fmt: skip
-STEPS = {
-    "a prompt and tokens": ("int4-srft", mx.float16, {}),
-    "bfloat16, three bits, feedback": ("k4v3-srft:rounding=feedback", mx.bfloat16, {}),
-    "a batch": ("int8-srht", mx.float32, {"starts": mx.array([0, 1], mx.int32)}),
-    "a mask": ("int4-none", mx.float16, {"mask": "seen"}),
-    "sinks": ("int4-srft", mx.bfloat16, {"sinks": mx.zeros((4,), mx.bfloat16)}),
+STEPS: dict[str, tuple[str, int, mx.Dtype, dict]] = {
+    "a prompt and tokens": ("int4-srft", 64, mx.float16, {}),
+    "bfloat16, three bits": ("k4v3-srft:rounding=feedback", 64, mx.bfloat16, {}),
+    "five bits": ("k5v4-srft:rounding=feedback", 128, mx.bfloat16, {}),
+    "wide heads": ("int4-srft:rounding=feedback", 256, mx.float16, {}),
+    "a batch": ("int8-srht", 64, mx.float32, {"starts": mx.array([0, 1], mx.int32)}),
+    "a mask": ("int4-none", 64, mx.float16, {"mask": "seen"}),
+    "sinks": ("int4-srft", 64, mx.bfloat16, {"sinks": mx.zeros((4,), mx.bfloat16)}),
 }
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_what_is_compiled_is_valid(compiler, step, monkeypatch):
     """With few headers, for the oldest GPUs that are supported and for a new one."""
-    spec, dtype, options = STEPS[step]
+    spec, D, dtype, options = STEPS[step]
     texts = {}
 
     class Noted(CudaKernel):
@@ -445,9 +448,10 @@ def test_what_is_compiled_is_valid(compiler, step, monkeypatch):
     monkeypatch.setattr(nvrtc, "architecture", breaks(OSError("no GPU")))
     monkeypatch.setenv("MLX_KVQ_REPLAY", "0")
     ops.forget()
-    fmt = make_format(Spec.parse(spec), 64)
+    name = spec.removesuffix(":rounding=feedback")
+    fmt = make_format(Spec.parse(spec), D) if name == spec else weighted(name, D)
     for L in (20, 600):
-        k, q = mx.zeros((2, 2, L, 64), dtype), mx.zeros((2, 4, 1, 64), dtype)
+        k, q = mx.zeros((2, 2, L, D), dtype), mx.zeros((2, 4, 1, D), dtype)
         rows, tail = ops.quantize_pack(k, k, fmt, None, fmt.recent_at(L))
         seen = {"mask": mx.ones((1, L), mx.bool_)} if "mask" in options else options
         calls.attend(ops, q, rows, L, fmt, 0.125, tail=tail, **seen)
