@@ -88,6 +88,8 @@ INLINE void restore_vectors(
   }
   for (int set = worker; set * SET < length; set += workers) {
     const int at = set * SET + v;
+    // Where registers are few, a turn computes its addresses again.
+    const uint own_lane = HOLD_TABLES != 0 ? lane : lane + uint(unknown_zero(at));
     const int row = min(at, length - 1);
     float2 z[points_of(D)];
     lane_factors<D> own;
@@ -102,18 +104,18 @@ INLINE void restore_vectors(
       }
     } else {
       read_levels<D, BITS, GROUP, ROTATION, HALF_STEP, FIRST, HIGH, CODES, SCALE>(
-          z, rows + int64_t(row) * W, lane);
+          z, rows + int64_t(row) * W, own_lane);
     }
     if (CALIBRATED) {
-      if (HOLD_TABLES == 0) read_rotated_factors<D, ROTATION>(own, factors, lane);
+      if (HOLD_TABLES == 0) read_rotated_factors<D, ROTATION>(own, factors, own_lane);
       UNROLL for (int a = 0; a < points_of(D); a++) {
         z[a] = float2(z[a].x * g.before[a].x, z[a].y * g.before[a].y);
       }
     }
-    rotate_back<D, ROTATION>(z, w, table, lane);
+    rotate_back<D, ROTATION>(z, w, table, own_lane);
     if (at < length) {
       device T* to = out + int64_t(at) * D + first;
-      if (HOLD_TABLES == 0) read_output_factors<D, ROTATION, CALIBRATED>(own, factors, lane);
+      if (HOLD_TABLES == 0) read_output_factors<D, ROTATION, CALIBRATED>(own, factors, own_lane);
       UNROLL for (int a = 0; a < points_of(D); a++) {
         z[a] = float2(z[a].x * g.after[a].x, z[a].y * g.after[a].y);
         if (CALIBRATED) z[a] = float2(z[a].x + g.mu[a].x, z[a].y + g.mu[a].y);
