@@ -18,28 +18,29 @@ INLINE float of_slice(const thread float* x, int slice) {
   return out;
 }
 
-// What one group of channels works on: SLICES slices of a vector from number FIRST on, of which it has
-// all channels if WHOLE; channels before it are in slices before number BEFORE.
-template <int FIRST_SLICE, int SLICE_COUNT, int BEFORE_COUNT, bool IS_WHOLE>
+// What one group of channels works on: SLICES slices of a vector, of which it has all channels if
+// WHOLE, and BEFORE slices with the channels before it.
+template <int SLICE_COUNT, int BEFORE_COUNT, bool IS_WHOLE>
 struct slices_in {
-  enum : int { FIRST = FIRST_SLICE, SLICES = SLICE_COUNT, BEFORE = BEFORE_COUNT };
+  enum : int { SLICES = SLICE_COUNT, BEFORE = BEFORE_COUNT };
   enum : bool { WHOLE = IS_WHOLE };
 };
 
-// Whether the group from channel `low` on has the lane's channel of its slice i.
+// Whether a group has channel `at` of those from its first one on.
 template <typename S, int GROUP>
-INLINE bool in_group(int i, int low, uint lane) {
-  const int c = 32 * (S::FIRST + i) + int(lane) - low;
-  return S::WHOLE || (c >= 0 && c < GROUP);
+INLINE bool in_group(int at) {
+  return S::WHOLE || (at >= 0 && at < GROUP);
 }
 
 // Row 8 block + j of G [D, D] says what an error of channel j of the block adds to others: its
 // elements for the lane's channels of COUNT slices from number `first` on.
 template <int D, int COUNT>
 INLINE void read_gains(thread float* g, const device float* G, int block, int first, uint lane) {
+  const uint own = lane + uint(unknown_zero(block));  // or compilers keep addresses for all blocks
   UNROLL for (int i = 0; i < COUNT; i++) {
-    const int c = min(32 * (first + i) + int(lane), D - 1);
-    UNROLL for (int j = 0; j < 8; j++) g[8 * i + j] = G[(8 * block + j) * D + c];
+    const uint at = uint(32 * (first + i)) + own;
+    const device float* from = G + (uint(8 * D * block) + (D % 32 == 0 ? at : min(at, uint(D - 1))));
+    UNROLL for (int j = 0; j < 8; j++) g[8 * i + j] = from[j * D];
   }
 }
 
@@ -67,12 +68,13 @@ INLINE float nearest_level(float x, float step, float inverse) {
                        : clamp(floor(q), -MIDDLE, MIDDLE - 1.0f) + 0.5f;
 }
 
-// The step for the group of targets from channel `low` on, and its inverse; 0 for zeros.
+// The step for a group's targets, and its inverse; 0 for zeros. The lane's first channel is number
+// `at` of the group.
 template <typename S, int BITS, int GROUP, int RULE, bool EXACT>
-INLINE float2 step_of_group(const thread float* t, int low, uint lane) {
+INLINE float2 step_of_group(const thread float* t, int at) {
   float top = 0.0f;
   UNROLL for (int i = 0; i < S::SLICES; i++) {
-    top = in_group<S, GROUP>(i, low, lane) ? max(top, fabs(t[i])) : top;
+    top = in_group<S, GROUP>(at + 32 * i) ? max(top, fabs(t[i])) : top;
   }
   top = simd_max(top);
   if (RULE != SEARCH) {
@@ -90,7 +92,7 @@ INLINE float2 step_of_group(const thread float* t, int low, uint lane) {
     const float by = inverse * (0.25f / tried);
     float dot = 0.0f, length = 0.0f;
     UNROLL for (int i = 0; i < S::SLICES; i++) {
-      if (in_group<S, GROUP>(i, low, lane)) {
+      if (in_group<S, GROUP>(at + 32 * i)) {
         const float level = nearest_level<BITS, RULE, EXACT>(t[i], step, by);
         dot = fma(t[i], level, dot);
         length = fma(level, level, length);
@@ -109,13 +111,13 @@ INLINE float2 step_of_group(const thread float* t, int low, uint lane) {
 // The scale that is stored: a searched one gives the levels the length of the targets.
 template <typename S, int GROUP, int RULE>
 INLINE float stored_scale(
-    const thread float* t, const thread float* level, float step, int low, uint lane) {
+    const thread float* t, const thread float* level, float step, int at) {
   if (RULE != SEARCH) {
     return step;
   }
   float squares = 0.0f, length = 0.0f;
   UNROLL for (int i = 0; i < S::SLICES; i++) {
-    const bool own = in_group<S, GROUP>(i, low, lane);
+    const bool own = in_group<S, GROUP>(at + 32 * i);
     squares = own ? fma(t[i], t[i], squares) : squares;
     length = own ? fma(level[i], level[i], length) : length;
   }
@@ -125,109 +127,91 @@ INLINE float stored_scale(
   return step > 0.0f ? float(half(min(scale, 65504.0f))) : 0.0f;
 }
 
-// Whether the group from channel `low` on has a NaN or an infinity.
+// Whether the group has a NaN or an infinity.
 template <typename S, int GROUP>
-INLINE bool is_damaged(const thread float* t, int low, uint lane) {
+INLINE bool is_damaged(const thread float* t, int at) {
   bool damaged = false;
   UNROLL for (int i = 0; i < S::SLICES; i++) {
-    damaged = damaged || (in_group<S, GROUP>(i, low, lane) && !isfinite(t[i]));
+    damaged = damaged || (in_group<S, GROUP>(at + 32 * i) && !isfinite(t[i]));
   }
   return simd_any(damaged);
 }
 
-// Writes the codes of levels: a lane per unit of narrow codes, or per word.
-template <int D, int BITS, int RULE, int FIRST, int HIGH>
-INLINE void store_levels(device uint* row, const thread float* level, uint lane) {
+// Writes the codes of levels of COUNT slices from number `first` on: a lane per unit of narrow codes,
+// or per word.
+template <int D, int COUNT, int BITS, int RULE, int FIRST, int HIGH>
+INLINE void store_levels(device uint* row, const thread float* level, int first, uint lane) {
   constexpr float ZERO = float(1 << (BITS - 1)) - (RULE == PAPER ? 0.0f : 0.5f);
   constexpr int WIDE = wide_bits(BITS);
   constexpr int LANES = 32 / WIDE;                          // that have a word
   constexpr int WORDS = BITS == 3 ? 2 : BITS == 5 ? 4 : 1;  // that a lane writes
-  UNROLL for (int i = 0; i < slices_of(D); i++) {
+  UNROLL for (int i = 0; i < COUNT; i++) {
     uint words[WORDS];
     words[0] = uint(level[i] + ZERO) << (uint(WIDE) * (lane & uint(LANES - 1)));
     UNROLL for (int h = 1; h < LANES; h *= 2) words[0] |= simd_shuffle_xor(words[0], ushort(h));
     UNROLL for (int w = 1; w < WORDS; w++) {
       words[w] = simd_shuffle_xor(words[0], ushort(w * LANES));
     }
-    if (32 * i + int(lane) < D && lane % uint(LANES * WORDS) == 0) {
-      store_codes<BITS, WORDS, FIRST, HIGH, false>(row, words, 32 / LANES * i + int(lane) / LANES);
+    if (32 * (first + i) + int(lane) < D && lane % uint(LANES * WORDS) == 0) {
+      store_codes<BITS, WORDS, FIRST, HIGH, false>(
+          row, words, 32 / LANES * (first + i) + int(lane) / LANES);
     }
   }
 }
 
-// Rounds the group of channels from `low` on to levels: its targets t make up for the errors so far,
-// and those before it for its own. S is its `slices_in`, `scale` its place in the row.
+// Rounds the group of channels from `low` on to levels. y, t, level are its slices S, from number
+// `first` on, of the vector, of the targets that make up for the errors so far, and of the levels;
+// targets in `before` then make up for the group's errors.
 template <typename S, int D, int BITS, int GROUP, int RULE, bool EXACT>
 INLINE void round_group(
-    device ushort* scale, const thread float* all_y, thread float* all_t, thread float* all_levels,
-    const device float* G, int low, uint lane) {
+    device ushort* scale, const thread float* y, thread float* t, thread float* level,
+    thread float* before, const device float* G, int low, int first, uint lane) {
   constexpr float LOWEST = (RULE == PAPER ? 0.0f : 0.5f) - float(1 << (BITS - 1));
-  const thread float* y = all_y + S::FIRST;
-  thread float* t = all_t + S::FIRST;
-  thread float* level = all_levels + S::FIRST;
+  const int at = 32 * first + int(lane) - low;
   // A damaged group has code 0 and a NaN scale. It passes nothing on, like one of zeros.
-  bool damaged = is_damaged<S, GROUP>(t, low, lane);
+  bool damaged = is_damaged<S, GROUP>(t, at);
   const float2 step =
-      damaged ? float2(0.0f, 0.0f) : step_of_group<S, BITS, GROUP, RULE, EXACT>(t, low, lane);
+      damaged ? float2(0.0f, 0.0f) : step_of_group<S, BITS, GROUP, RULE, EXACT>(t, at);
   const int last = (low + GROUP) / 8 - 1;
   float g[8 * S::SLICES], errors[8];
-  read_gains<D, S::SLICES>(g, G, last, S::FIRST, lane);
+  read_gains<D, S::SLICES>(g, G, last, first, lane);
   ROLLED for (int block = last; block >= low / 8; block--) {
-    const int slice = block / 4 - S::FIRST;
+    const int slice = block / 4 - first;
     const float n = nearest_level<BITS, RULE, EXACT>(of_slice<S::SLICES>(t, slice), step.x, step.y);
     UNROLL for (int i = 0; i < S::SLICES; i++) {
       level[i] = i == slice && int(lane) / 8 == block % 4 ? n : level[i];
     }
     share_errors(errors, step.x > 0.0f ? of_slice<S::SLICES>(y, slice) - step.x * n : 0.0f, block);
     UNROLL for (int i = 0; i < S::SLICES; i++) {
-      const int c = 32 * (S::FIRST + i) + int(lane);
-      const bool open = c < 8 * block && in_group<S, GROUP>(i, low, lane);
+      const bool open = low + at + 32 * i < 8 * block && in_group<S, GROUP>(at + 32 * i);
       t[i] = open ? fed_back(t[i], g + 8 * i, errors) : t[i];
     }
     // For the next block, while the chain of this one goes on.
-    read_gains<D, S::SLICES>(g, G, max(block - 1, 0), S::FIRST, lane);
+    read_gains<D, S::SLICES>(g, G, max(block - 1, 0), first, lane);
   }
-  const float stored = stored_scale<S, GROUP, RULE>(t, level, step.x, low, lane);
-  damaged = damaged || is_damaged<S, GROUP>(t, low, lane);
+  const float stored = stored_scale<S, GROUP, RULE>(t, level, step.x, at);
+  damaged = damaged || is_damaged<S, GROUP>(t, at);
   // Without the first group, which has none before it.
   ROLLED for (int block = low > 0 ? low / 8 : last + 1; block <= last; block++) {
-    const int slice = block / 4 - S::FIRST;
+    const int slice = block / 4 - first;
     const float n = of_slice<S::SLICES>(level, slice);
     share_errors(errors, step.x > 0.0f ? of_slice<S::SLICES>(y, slice) - stored * n : 0.0f, block);
     UNROLL for (int i = 0; i < S::BEFORE; i++) {
-      float own[8];
-      read_gains<D, 1>(own, G, block, i, lane);
-      all_t[i] = fed_back(all_t[i], own, errors);  // nobody reads what is rounded already
+      const int number = S::WHOLE ? first - S::BEFORE + i : i;
+      if (number >= 0) {  // nobody reads what is rounded already
+        float own[8];
+        read_gains<D, 1>(own, G, block, number, lane);
+        before[i] = fed_back(before[i], own, errors);
+      }
     }
   }
   UNROLL for (int i = 0; i < S::SLICES; i++) {
-    level[i] = damaged && in_group<S, GROUP>(i, low, lane) ? LOWEST : level[i];
+    level[i] = damaged && in_group<S, GROUP>(at + 32 * i) ? LOWEST : level[i];
   }
   if (lane == 0) {
     *scale = damaged ? ushort(0x7e00) : as_type<ushort>(half(stored));
   }
 }
-
-// Rounds the first LEFT groups of whole slices, the last of them first. Which slices a group has is
-// a constant: it works on no others.
-template <int D, int BITS, int GROUP, int RULE, bool EXACT, int LEFT>
-struct whole_groups {
-  static INLINE void round(
-      device ushort* scales, const thread float* y, thread float* t, thread float* level,
-      const device float* G, uint lane) {
-    constexpr int AT = (LEFT - 1) * GROUP / 32;
-    round_group<slices_in<AT, GROUP / 32, AT, true>, D, BITS, GROUP, RULE, EXACT>(
-        scales + LEFT - 1, y, t, level, G, 32 * AT, lane);
-    whole_groups<D, BITS, GROUP, RULE, EXACT, LEFT - 1>::round(scales, y, t, level, G, lane);
-  }
-};
-
-template <int D, int BITS, int GROUP, int RULE, bool EXACT>
-struct whole_groups<D, BITS, GROUP, RULE, EXACT, 0> {
-  static INLINE void round(
-      device ushort*, const thread float*, thread float*, thread float*, const device float*, uint) {
-  }
-};
 
 // Quantizes the vector y, channels in order, and writes it to its row, as `store_shared` does.
 template <
@@ -237,23 +221,35 @@ INLINE void store_with_feedback(
   constexpr int N = slices_of(D);
   constexpr bool EXACT = is_none(ROTATION);
   constexpr bool WHOLE = GROUP % 32 == 0;
+  constexpr int OWN = WHOLE ? GROUP / 32 : N;  // slices of a group
+  constexpr int BEFORE = WHOLE ? N - OWN : N;
   constexpr float LOWEST = (RULE == PAPER ? 0.0f : 0.5f) - float(1 << (BITS - 1));
-  float y[N], t[N], level[N];
+  float y[N], t[N], level[OWN];
   UNROLL for (int i = 0; i < N; i++) {
     const int c = 32 * i + int(lane);
     const float2 pair = c < D ? shared[c / 2] : float2(0.0f, 0.0f);
     y[i] = c % 2 == 0 ? pair.x : pair.y;
     t[i] = y[i];
-    level[i] = LOWEST;
   }
+  UNROLL for (int i = 0; i < OWN; i++) level[i] = LOWEST;
   device ushort* scales = halves_of(row + CODES) + SCALE;
-  whole_groups<D, BITS, GROUP, RULE, EXACT, WHOLE ? D / GROUP : 0>::round(
-      scales, y, t, level, G, lane);
-  ROLLED for (int low = WHOLE ? -1 : D - GROUP; low >= 0; low -= GROUP) {
-    round_group<slices_in<0, N, N, false>, D, BITS, GROUP, RULE, EXACT>(
-        scales + low / GROUP, y, t, level, G, low, lane);
+  // Where a group has whole slices they are the last ones of the arrays: once it is rounded, those
+  // before it take their place.
+  ROLLED for (int low = D - GROUP; low >= 0; low -= GROUP) {
+    round_group<slices_in<OWN, BEFORE, WHOLE>, D, BITS, GROUP, RULE, EXACT>(
+        scales + low / GROUP, y + (N - OWN), t + (N - OWN), level, t, G, low,
+        WHOLE ? low / 32 : 0, lane);
+    if (WHOLE) {
+      store_levels<D, OWN, BITS, RULE, FIRST, HIGH>(row, level, low / 32, lane);
+      UNROLL for (int i = N - 1; i >= OWN; i--) {
+        y[i] = y[i - OWN];
+        t[i] = t[i - OWN];
+      }
+    }
   }
-  store_levels<D, BITS, RULE, FIRST, HIGH>(row, level, lane);
+  if (!WHOLE) {
+    store_levels<D, OWN, BITS, RULE, FIRST, HIGH>(row, level, 0, lane);
+  }
 }
 
 }  // namespace kvq

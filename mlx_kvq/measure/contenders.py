@@ -156,7 +156,7 @@ def _format(spec: Spec, heads: Heads) -> Format:
     values = Calibration(mu=0 * one)
     keys = Calibration(mu=0 * one, sigma=one, metric=one[..., None] * mx.eye(heads.dim))
     fmt = make_format(spec, heads.dim, keys=keys, values=values)
-    if spec.rounding == "auto" and ops.has_kernels(fmt):
+    if spec.rounding == "auto" and ops.feeds_back(fmt):
         spec = replace(spec, rounding="feedback")
         fmt = make_format(spec, heads.dim, keys=keys, values=values)
     return fmt

@@ -203,14 +203,14 @@ class _Plan:
         self.report.calibration = self.calibration
 
     def choose_rounding(self) -> None:
-        """``rounding=auto`` becomes ``feedback`` where that costs next to nothing."""
+        """``rounding=auto`` becomes ``feedback`` where that costs little."""
         layers = () if self.calibration is None else self.calibration.layers.values()
         possible = bool(layers) and all(layer.keys.metric is not None for layer in layers)
         if self.spec.rounding == "feedback" and not possible:
             raise ValueError(
                 f"{self.spec}: rounding=feedback needs a calibration that holds 'metric'."
             )
-        fused = all(map(ops.has_kernels, self.packing.formats.values()))
+        fused = all(map(ops.feeds_back, self.packing.formats.values()))
         if self.spec.rounding == "auto" and possible and fused:
             self.spec = replace(self.spec, rounding="feedback")
 

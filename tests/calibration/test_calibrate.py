@@ -643,7 +643,7 @@ def test_automatic_rounding_takes_feedback_where_kernels_do_it(
         both = given.layers[(0,)]
         bare = LayerCalibration(replace(both.keys, metric=None), both.values)
         given = CalibrationSet({(0,): bare}, given.metadata)
-    monkeypatch.setattr(mlx_kvq.ops, "has_kernels", lambda fmt: kernels)
+    monkeypatch.setattr(mlx_kvq.ops, "feeds_back", lambda fmt: kernels)
     cache: Any = mlx_kvq.make_prompt_cache(model, spec, calibration=given)[0]
     assert cache.format.kind.feedback == (changed and kernels)
     assert ("rounding" in cache.format.signature) == (changed and kernels)

@@ -91,7 +91,7 @@ def test_wrong_feedback_is_found_at_first_use(emulator, monkeypatch, capsys):
     source = jit.kernel_source
 
     def planted(name):
-        return source(name).replace("(8 * block + j) * D", "(8 * (block ^ 1) + j) * D")
+        return source(name).replace("uint(8 * D * block)", "uint(8 * D * (block ^ 1))")
 
     monkeypatch.setattr(jit, "kernel_source", planted)
     monkeypatch.setattr(jit, "_source", jit._source.__wrapped__)
