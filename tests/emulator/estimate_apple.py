@@ -680,11 +680,16 @@ def written_nearest(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
     return 1e6 * max(w.best(chip) for w in work), 1e6 * max(w.worst(chip) for w in work)
 
 
-def written(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
+def written_fed(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
     """Microseconds of storing a token, keys with feedback, at best and at worst."""
     nearest = written_nearest(ours, chip, T)
     more = feedback_seconds(chip, ours.D, ours.fmt.layout.k_group)
     return nearest[0] + 1e6 * more[0], nearest[1] + 1e6 * more[1]
+
+
+def written(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
+    """The same by default: without feedback for wide heads."""
+    return (written_fed if ours.D <= ops.FED_BACK_DIM else written_nearest)(ours, chip, T)
 
 
 def step(ours: Ours, theirs: Theirs, chip: Chip, T: int) -> list[tuple[float, float]]:
@@ -754,7 +759,7 @@ def prompt_table(ours: Ours, theirs: Theirs) -> None:
     L, model = 32768, MODELS[ours.D]
     nearest, fed = ours.prompt(L), ours.prompt(L, feedback=True)
     for chip in CHIPS:
-        one = written(ours, chip, L)
+        one = written_fed(ours, chip, L)
         whole = step(ours, theirs, chip, L)[1]
         share = [100 * model.layers * x / 1e3 / y for x, y in zip(one, whole, strict=True)]
         many = prompt_seconds(ours, fed, chip, L)
