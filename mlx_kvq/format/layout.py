@@ -165,8 +165,8 @@ def check_dim(D: int, bits: int = 4) -> None:
 
 def choose_group(D: int, group_size: int | None, bits: int = 4) -> int:
     """The group size for head size D and codes of so many bits: as asked, or 64 (of 3-bit codes
-    32, which lose two thirds as much), or the next divisor above; a multiple of 8, of narrow codes
-    of 16. Raises ValueError if D cannot be packed, or the asked group size does not divide it
+    32: they lose two thirds of what 64 do), or the next divisor above; a multiple of 8, of narrow
+    codes of 16. Raises ValueError if D cannot be packed, or the asked group size does not divide it
     so."""
     check_dim(D, bits)
     unit = _unit(bits)
