@@ -174,7 +174,8 @@ def test_what_is_compiled_from_loading_to_the_twentieth_token():
         found = figures.compiled()
     assert sorted(k.kernel for k in found) == [
         "attend_store starts tail first places", "attend_store tail first", "combine",
-        "quantize_pack keeps", "quantize_pack keeps tail holds", "restore chunk first",
+        "quantize_pack feedback keeps", "quantize_pack feedback keeps tail holds",
+        "restore chunk first",
     ]  # fmt: skip
     assert len(found) == sum(map(len, sources.values()))
     assert all(k.seconds >= 0 for k in found)
