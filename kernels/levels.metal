@@ -1,6 +1,18 @@
 // Codes to fp32 values, and vectors of eight or two channels in memory, of any float type.
 namespace kvq {
 
+// Narrow codes, of 3 or 5 bits (mlx_kvq/format/layout.py): bits that are among a row's codes, and
+// bits of the codes that they are read as.
+constexpr bool is_narrow(int BITS) {
+  return BITS == 3 || BITS == 5;
+}
+constexpr int low_bits(int BITS) {
+  return is_narrow(BITS) ? BITS - 1 : BITS;
+}
+constexpr int wide_bits(int BITS) {
+  return BITS == 3 ? 4 : BITS == 5 ? 8 : BITS;
+}
+
 INLINE device ushort* halves_of(device uint* words) {
   return reinterpret_cast<device ushort*>(words);
 }

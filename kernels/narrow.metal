@@ -12,9 +12,6 @@
 // long as those of 8 bits.
 namespace kvq {
 
-constexpr bool is_narrow(int BITS) {
-  return BITS == 3 || BITS == 5;
-}
 constexpr int low_words(int BITS) {  // of a unit
   return BITS == 5 ? 2 : 1;
 }

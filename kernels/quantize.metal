@@ -33,11 +33,6 @@ INLINE float scale_to_half(float s) {
   return float(half(min(-floor(-16777216.0f * s) * smallest_half(), 65504.0f)));
 }
 
-// Bits of codes as they are read: narrow ones (narrow.metal) are packed from words of wider ones.
-constexpr int wide_bits(int BITS) {
-  return BITS == 3 ? 4 : BITS == 5 ? 8 : BITS;
-}
-
 // The two scales tried, in 750ths of a group's largest channel, in 350ths at 3 bits, or in 1550ths
 // at 5 bits (mlx_kvq/format/levels.py).
 constexpr int tried_scale(int BITS, int GROUP, int i) {

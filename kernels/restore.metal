@@ -24,7 +24,7 @@ template <
     int D, int BITS, int GROUP, int ROTATION, bool HALF_STEP, int FIRST, int HIGH, int CODES,
     int SCALE>
 INLINE void read_levels(thread float2* z, const device uint* row, uint lane) {
-  constexpr int READ = BITS == 3 ? 4 : BITS == 5 ? 8 : BITS;
+  constexpr int READ = wide_bits(BITS);
   const int first = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   if (points_of(D) % 4 == 0) {
     UNROLL for (int i = 0; i < points_of(D) / 4; i++) {

@@ -32,8 +32,7 @@ OPTIONAL = {
     "new_v": "CHUNK",
 }
 # name -> files of the header ("whole" is "narrow" where codes have 3 or 5 bits, "nearest" is
-# "feedback" where keys are rounded with it), files of the body ("row" is "row_five" where codes
-# have 5 bits), inputs, outputs
+# "feedback" where keys are rounded with it), files of the body, inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "first", "first_at", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
@@ -126,8 +125,6 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
     bits = chosen.get("KB"), chosen.get("VB")
     if 3 in bits or 5 in bits:
         headers = _with("narrow", "whole", headers)
-    if 5 in bits:
-        bodies = _with("row_five", "row", bodies)
     if chosen.get("FEEDBACK"):
         headers = _with("feedback", "nearest", headers)
     absent = [n for n in (*inputs, *outputs) if n in OPTIONAL and not chosen[OPTIONAL[n]]]
