@@ -41,18 +41,13 @@ class Pack:
     sizes: mx.array | None
 
     def __call__(self, k, v, fmt: Format, tail=None, pending=None):
-        made = tables.of(fmt)
-        table = made.packs
-        if made.feedback is not None:
-            given = [a for a in (made.feedback, self.sizes, tail, pending) if a is not None]
-            rows = self.run(k, v, table, *given)
-            return (rows, None) if self.sizes is None else rows
+        packs = tables.of(fmt).packs
         if self.sizes is None:
-            return self.run(k, v, table), None
+            return self.run(k, v, *packs), None
         if tail is not None and pending is not None:  # a decode step
-            return self.run(k, v, table, self.sizes, tail, pending)
+            return self.run(k, v, *packs, self.sizes, tail, pending)
         given = [a for a in (tail, pending) if a is not None]
-        return self.run(k, v, table, self.sizes, *given)
+        return self.run(k, v, *packs, self.sizes, *given)
 
 
 def prepare(

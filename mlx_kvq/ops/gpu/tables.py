@@ -112,13 +112,13 @@ def channel_table(side: Transform, purpose: str, wide: bool) -> mx.array:
 
 @dataclass(frozen=True)
 class Tables:
-    """Of one format: the keys' table and, after it, the values'. ``feedback``: the format's,
-    transposed, so that lanes read what an error adds to neighbouring channels."""
+    """Of one format: the keys' table and, after it, the values'. Of ``packs`` then the format's
+    ``feedback``, if there is one, transposed: lanes read what an error adds to neighbouring
+    channels."""
 
-    packs: mx.array
+    packs: tuple[mx.array, ...]
     attends: mx.array
     restores: mx.array
-    feedback: mx.array | None
 
 
 _tables: "WeakKeyDictionary[Format, Tables]" = WeakKeyDictionary()
@@ -128,19 +128,19 @@ def of(fmt: Format) -> Tables:
     """The tables of a format, made once and gone with it."""
     if (found := _tables.get(fmt)) is None:
         found = _tables[fmt] = Tables(
-            packs=_both(fmt, "pack", "pack", wide=False),
+            packs=(_both(fmt, "pack", "pack", wide=False), *_transposed(fmt.feedback)),
             attends=_both(fmt, "query", "output", wide=True),
             restores=_both(fmt, "output", "output", wide=False),
-            feedback=_transposed(fmt.feedback),
         )
     return found
 
 
-def _transposed(G: mx.array | None) -> mx.array | None:
-    if G is not None:
-        G = mx.contiguous(G.swapaxes(-1, -2))
-        mx.eval(G)
-    return G
+def _transposed(G: mx.array | None) -> tuple[mx.array, ...]:
+    if G is None:
+        return ()
+    G = mx.contiguous(G.swapaxes(-1, -2))
+    mx.eval(G)
+    return (G,)
 
 
 def _both(fmt: Format, of_keys: str, of_values: str, wide: bool) -> mx.array:
