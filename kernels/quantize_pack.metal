@@ -1,11 +1,12 @@
 // quantize_pack: new keys and values [B, H, L, D] -> packed rows uint32 [B, H, L, W], one launch.
 //
-// Per vector: y = lambda * R((x - mu) / sigma), a scale per group, codes, packed (layout.py).
+// Per vector: y = lambda * R((x - mu) / sigma), in bf16 if x are, as the tail has it; a scale per
+// group, codes, packed (layout.py).
 // Layout: k, v with any strides, read once; rows written once.
 //   KEEPS: keep holds KEPT and ROWS. y of the newest tokens also goes to kept [B, H, KEPT, KD +
 //   VD], newest last. Places for more than L tokens are filled from tail [B, H, R, KD + VD] if
-//   TAIL, else with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros; or, if HOLDS, the
-//   last rows of held [B, H, ROWS, W], then the new ones.
+//   TAIL, else with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros. ROTATED: 1 if k and v
+//   are y, from a tail.
 //   FEEDBACK: feedback is fp32 [H, KD, KD], row j what an error of a key's channel j adds to the
 //   channels before (feedback.metal).
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even group of a pair
@@ -35,62 +36,45 @@ const int h = int(threadgroup_position_in_grid.y) % H;
 const int worker = int(threadgroup_position_in_grid.x) * PAIRS + pair;
 const int workers = int(threadgroups_per_grid.x) * PAIRS;
 const auto own = shared + pair * (K_SHARED + V_SHARED);
-// New rows follow `before` held ones.
 const int count = KEEPS ? keep[kvq::ROWS] : L;
-const int before = HOLDS ? count - L : 0;
-const auto all_rows = rows + int64_t(threadgroup_position_in_grid.y) * count * W;
-const auto head_rows = all_rows + before * W;
-// All but the first pair copy older tokens: the first one is busy with a single new token.
-constexpr int STEPS = 4;  // loads in flight of a thread
-const int copiers = max(workers - 1, 1) * 64;
-const int copier = (workers > 1 ? worker - 1 : 0) * 64 + int(thread_position_in_threadgroup.x & 63u);
-if (HOLDS && copier >= 0) {
-  const auto from = held + (b * held_strides[0] + h * held_strides[1] + L * held_strides[2]);
-  for (int i = copier; i < before * W; i += STEPS * copiers) {
-    uint x[STEPS];
-    UNROLL for (int j = 0; j < STEPS; j++) x[j] = from[min(i + j * copiers, before * W - 1)];
-    UNROLL for (int j = 0; j < STEPS; j++) {
-      if (i + j * copiers < before * W) all_rows[i + j * copiers] = x[j];
-    }
-  }
-}
-if (KEEPS && !HOLDS && copier >= 0) {
-  for (int i = L * W + copier; i < count * W; i += copiers) all_rows[i] = 0;
-}
+const auto head_rows = rows + int64_t(threadgroup_position_in_grid.y) * count * W;
 const int older = KEEPS ? keep[kvq::KEPT] - L : 0;  // older tokens kept; if < 0, new ones dropped
 const auto head_kept =
     kept + int64_t(threadgroup_position_in_grid.y) * (older + L) * (KD + VD);
+// All but the first pair copy older tokens: the first one is busy where there are few new ones.
+const int copiers = max(workers - 1, 1) * 64;
+const int copier = (workers > 1 ? worker - 1 : 0) * 64 + int(thread_position_in_threadgroup.x & 63u);
 if (KEEPS && copier >= 0) {
-  constexpr int EIGHTS = (KD + VD) / 8;
-  const auto from = tail +
-      (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]);
-  for (int i = copier; i < older * EIGHTS; i += STEPS * copiers) {
-    UNROLL for (int j = 0; j < STEPS; j++) {
-      const int at = i + j * copiers;
-      if (TAIL && at < older * EIGHTS) {
-        kvq::convert_eight(
-            head_kept + 8 * at, from + (at / EIGHTS * tail_strides[2] + 8 * (at % EIGHTS)));
-      } else if (at < older * EIGHTS) {
-        kvq::zero_eight(head_kept + 8 * at);
-      }
+  for (int i = L * W + copier; i < count * W; i += copiers) head_rows[i] = 0;
+  if (TAIL) {
+    kvq::copy_tokens<KD + VD>(
+        head_kept,
+        tail + (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]),
+        tail_strides[2], older, copier, copiers);
+  } else {
+    for (int i = copier; i < older * (KD + VD) / 8; i += copiers) {
+      kvq::zero_eight(head_kept + 8 * i);
     }
   }
 }
 const auto new_kept = head_kept + int64_t(max(older, 0)) * (KD + VD);
 const int drop = max(-older, 0);
+const bool rotated = KEEPS && keep[kvq::ROTATED] != 0;
 
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   kvq::pack_vectors<
       KD, KB, KG, RULE, ROTATION, K_CALIBRATED, K_SCALED, SET, 0, 2 * HIGHS, CODES, 0, W, KEEPS,
       KD + VD, FEEDBACK>(
       head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
-      worker, workers, own, k_table, h, new_kept, drop, feedback + h * KD * KD, lane);
+      worker, workers, own, k_table, h, new_kept, drop, rotated,
+      feedback + h * KD * KD, lane);
 } else {
   kvq::pack_vectors<
       VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, 2 * HIGHS + K_HALVES, CODES,
       K_SCALES, W, KEEPS, KD + VD, false>(
       head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
-      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, feedback, lane);
+      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, rotated, feedback,
+      lane);
   if (SCALES % 2 == 1 || HALVES % 2 == 1) {
     for (int i = worker * 32 + int(lane); i < L; i += workers * 32) {
       if (SCALES % 2 == 1) kvq::halves_of(head_rows + int64_t(i) * W + W - 1)[1] = 0;

@@ -254,6 +254,25 @@ INLINE void finish_query(
       out, sums, normal, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
 }
 
+// What a lane's rotated channels are in the tail, of keys in type T, and codes are made of.
+template <typename T>
+INLINE float as_kept(float x) {
+  return x;
+}
+template <>
+INLINE float as_kept<bfloat16_t>(float x) {
+  return float(bfloat16_t(x));
+}
+
+// Reads a lane's rotated channels of one vector, as `write_points` wrote them.
+template <int D, int ROTATION, typename T>
+INLINE void read_rotated(thread float2* z, const device T* x, int64_t stride, uint lane) {
+  x += 2 * points_of(D) * rotated_block<D, ROTATION>(lane) * stride;
+  UNROLL for (int a = 0; a < points_of(D); a++) {
+    z[a] = float2(float(x[2 * a * stride]), float(x[(2 * a + 1) * stride]));
+  }
+}
+
 // Writes a lane's rotated channels of one vector.
 template <int D, int ROTATION, typename T>
 INLINE void write_points(device T* out, const thread float2* z, uint lane) {
@@ -269,6 +288,66 @@ INLINE void write_points(device T* out, const thread float2* z, uint lane) {
     }
   } else {
     UNROLL for (int a = 0; a < points_of(D); a++) write_two(out + 2 * a, z[a]);
+  }
+}
+
+// Threadgroup memory, in float2, that a SIMD group rotates its vectors through.
+constexpr int swapped_points(int D, int ROTATION) {
+  return swaps(D, ROTATION) ? vectors_of(D) * swap_points(D) : 0;
+}
+
+// Copies `tokens` vectors of CHANNELS channels, `by_token` apart: a thread every `copiers`-th eight
+// channels, from number `copier` on.
+template <int CHANNELS, typename T, typename S>
+INLINE void copy_tokens(
+    device T* to, const device S* from, int64_t by_token, int tokens, int copier, int copiers) {
+  constexpr int STEPS = 4;  // loads in flight of a thread
+  constexpr int EIGHTS = CHANNELS / 8;
+  for (int i = copier; i < tokens * EIGHTS; i += STEPS * copiers) {
+    UNROLL for (int j = 0; j < STEPS; j++) {
+      const int at = i + j * copiers;
+      if (at < tokens * EIGHTS) {
+        convert_eight(to + 8 * at, from + (at / EIGHTS * by_token + 8 * (at % EIGHTS)));
+      }
+    }
+  }
+}
+
+// Keys or values of a head's L tokens, rotated, to `kept`, CHANNELS apart: every `workers`-th set of
+// SET tokens, from set `worker` on, by one SIMD group.
+template <
+    int D, int ROTATION, bool CALIBRATED, bool SCALED, int SET, int CHANNELS, typename T, typename K>
+INLINE void keep_vectors(
+    device K* kept,
+    const device T* x,
+    int64_t by_token,
+    int64_t stride,
+    int L,
+    int worker,
+    int workers,
+    threadgroup float2* swap,
+    const device float* table,
+    int head,
+    uint lane) {
+  const int v = int(lane) / lanes_of(D);
+  lane_table<D> w;
+  lane_factors<D> f;
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  ROLLED for (int first = worker * SET; first < L; first += workers * SET) {
+    const int token = first + v;
+    const bool valid = v < SET && token < L;
+    float2 z[points_of(D)];
+    UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
+    if (valid) {
+      read_points<D, ROTATION>(z, x + token * by_token, stride, 0, lane);
+    }
+    read_table<D, ROTATION>(w, table, lane);
+    read_factors<D, ROTATION, CALIBRATED, SCALED>(f, factors, lane);
+    rotate_points<D, ROTATION, CALIBRATED, SCALED, swaps(D, ROTATION)>(
+        z, f, w, table, factors, swap, lane);
+    if (valid) {
+      write_points<D, ROTATION>(kept + int64_t(token) * CHANNELS, z, lane);
+    }
   }
 }
 

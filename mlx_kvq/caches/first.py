@@ -53,20 +53,20 @@ class FirstTokens:
         if len({tuple(columns) for columns in wanted}) == 1:
             there = [p for p in range(F) if wanted[0][p] >= 0]
             first, end = wanted[0][there[0]], wanted[0][there[-1]] + 1
-            new = self._rotated(keys[:, :, first:end], values[:, :, first:end])
+            new = self._rotated(keys[:, :, first:end], values[:, :, first:end], array)
             old = array.astype(new.dtype)
             parts = [old[:, :, : there[0]], new, old[:, :, there[-1] + 1 :]]
             self.array = mx.concatenate([part for part in parts if part.shape[2]], axis=2)
             return
         columns = mx.array(wanted)[:, None, :, None]
         index = mx.maximum(columns, 0)
-        new = self._rotated(*(mx.take_along_axis(x, index, axis=2) for x in (keys, values)))
+        keys, values = (mx.take_along_axis(x, index, axis=2) for x in (keys, values))
+        new = self._rotated(keys, values, array)
         self.array = mx.where(columns >= 0, new, array.astype(new.dtype))
 
-    def _rotated(self, keys: mx.array, values: mx.array) -> mx.array:
-        made = ops.quantize_pack(keys, values, self.format, size=keys.shape[2])[1]
-        assert made is not None
-        return made
+    def _rotated(self, keys: mx.array, values: mx.array, before: mx.array) -> mx.array:
+        """As they are kept; ``before`` is any array of such."""
+        return ops.keep_exact(keys, values, self.format, before, keys.shape[2])
 
     def seen(self, count: int, at: "int | mx.array") -> ops.First | None:
         """What attention is given of them."""

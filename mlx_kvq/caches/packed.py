@@ -14,7 +14,7 @@ from ..format.format import Format, parse_signature
 from . import attention
 from .attention import DECODE_QUERIES
 from .first import FirstTokens
-from .rows import PENDING, Rows
+from .rows import Rows
 from .tail import Tail
 from .view import PackedView
 
@@ -74,7 +74,7 @@ class PackedCache(_BaseCache, ABC):
 
     def __init__(self, fmt: Format, sequences: int = 1):
         self.format = fmt
-        self.stored, self.newest, self.oldest = Rows(), Tail(fmt, sequences), FirstTokens(fmt)
+        self.stored, self.newest, self.oldest = Rows(fmt), Tail(fmt, sequences), FirstTokens(fmt)
         self.as_arrays = False
         self.model = ""
         self._dtype = "float16"  # a name, because mx.Dtype cannot be copied
@@ -91,7 +91,7 @@ class PackedCache(_BaseCache, ABC):
 
     @rows.setter
     def rows(self, rows: mx.array | None) -> None:
-        self.stored = Rows(rows)
+        self.stored = Rows(self.format, rows)
 
     keys = rows  # mlx-lm's pipeline-parallel models tie a send to the cache through this name
 
@@ -161,10 +161,10 @@ class PackedCache(_BaseCache, ABC):
         """Whether L new rows go to where there is room, one by one."""
         return L == 1 and not self.reading
 
-    # An update: pack the new tokens, put their rows where they belong, and return views.
+    # An update: pack the new tokens, or let one wait, put rows where they belong, return views.
 
     def _next(self, keys: mx.array, values: mx.array, at: int) -> bool:
-        """Pack the token of a usual decode step, whose row ``at`` waits with others before and
+        """Keep the token of a usual decode step, which waits for row ``at`` with others before and
         after it: as :meth:`_pack` and ``Rows.write``, in less of the host's time. False where they
         must do it."""
         rows, tail = self.stored, self.newest
@@ -174,10 +174,8 @@ class PackedCache(_BaseCache, ABC):
             return False
         if self.oldest.filling or old.dtype != ops.tail_dtype(keys.dtype):
             return False
-        rows.pending, tail.array = ops.quantize_pack(
-            keys, values, self.format, old, tail.recent, rows.pending
-        )
-        rows.count += 1
+        tail.array = ops.keep_exact(keys, values, self.format, old, tail.recent)
+        rows.waiting, rows.count = tail.array, rows.count + 1
         if tail.filling:
             tail.got(tail.recent, self._counts(1))
         return True
@@ -185,7 +183,8 @@ class PackedCache(_BaseCache, ABC):
     def _pack(
         self, keys: mx.array, values: mx.array, tokens: int | None = None
     ) -> tuple[mx.array, dict]:
-        """Rows of new tokens, and what :class:`PackedView` takes of them; moves the tail on.
+        """Rows of new tokens, or the tail from which the one new token will be packed
+        (``Rows.write``), and what :class:`PackedView` takes of them; moves the tail on.
 
         Rows that do not fit into a growing array after ``tokens`` ones come with zeros for more.
         """
@@ -203,14 +202,16 @@ class PackedCache(_BaseCache, ABC):
         tail.reach(self._held(L), self._limit(), self._in_order, self._first)
         old, new = tail.array, self._counts(L)
         before = tail.recent if old is None else tail.size
-        pending, capacity = self._pending(keys), None
-        if pending is None and tokens is not None:
-            capacity = self.stored.growth(tokens, L, self.step)
         size = self._tail_size(L)
         if old is not None:
             size = min(size, before + L)
         made = size if self._lengths is None else before + L
-        rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, pending, capacity)
+        all_new: mx.array | None
+        if old is not None and self._waits(L):
+            rows = all_new = ops.keep_exact(keys, values, fmt, old, made)
+        else:
+            capacity = None if tokens is None else self.stored.growth(tokens, L, self.step)
+            rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, capacity)
         self._read_first(keys, values)
         tail.array = all_new
         if self._lengths is not None:
@@ -226,17 +227,10 @@ class PackedCache(_BaseCache, ABC):
         if self.oldest.filling:
             self.oldest.read(keys, values, *self._next_positions())
 
-    def _pending(self, keys: mx.array) -> mx.array | None:
-        """The rows that a new one may wait after, ``None`` if it may not. What attention then reads
-        instead must be evaluated with it, and of plain operations rows would be left."""
-        fmt = self.format
-        if self.tail is None or not self._in_place(keys.shape[2]) or fmt.recent < 2:
-            return None
-        if self.as_arrays or ops.is_reference(fmt, keys.dtype):
-            return None
-        if self.stored.pending is not None:
-            return self.stored.pending
-        return mx.zeros((*keys.shape[:2], min(fmt.recent, PENDING), fmt.layout.words), mx.uint32)
+    def _waits(self, L: int) -> bool:
+        """Whether L tokens after others may wait to be packed: attention reads them from the tail
+        until then."""
+        return self._in_place(L) and self.format.recent > 1 and not self.as_arrays
 
     def _places(self, new: list[int]) -> tuple[tuple[int, int], ...]:
         """Where a chunk with ``new`` tokens of each sequence begins (:class:`PackedView`); notes
@@ -357,7 +351,7 @@ class PackedCache(_BaseCache, ABC):
         """Begin to evaluate what was changed outside of a model's step: later steps, perhaps in
         another thread, find it done."""
         own = [a for a in vars(self).values() if isinstance(a, mx.array)]
-        rows = self.stored.array, self.stored.pending, self.newest.array, self.oldest.array
+        rows = self.stored.array, self.stored.waiting, self.newest.array, self.oldest.array
         mx.async_eval(own + [a for a in rows if a is not None])
 
     def reads(self, tokens: int) -> int:
@@ -410,7 +404,8 @@ class PackedCache(_BaseCache, ABC):
         if fmt.first and not self.empty() and self._length():
             B, heads = self.stored.filled().shape[:2]
             array = self._first_for_batch(B, heads, fmt.first, self.dtype)
-        self.format, self.oldest, self.newest.format = fmt, FirstTokens(fmt), fmt
+        self.format, self.oldest = fmt, FirstTokens(fmt)
+        self.newest.format = self.stored.format = fmt
         self.oldest.array = array
         self._start()
 
@@ -435,7 +430,6 @@ class PackedCache(_BaseCache, ABC):
     def state(self, v) -> None:
         n = 1 + len(self.numbers)
         self.tokens = array("q")
-        self.rows = v[0]
         for name, value in zip(self.numbers, v[1:n], strict=True):
             setattr(self, name, value)
         self._restored()
@@ -445,7 +439,7 @@ class PackedCache(_BaseCache, ABC):
         self._dtype = dtype
         self.format = parse_signature(signature, arrays)
         words = self.format.layout.words
-        rows = self.rows
+        self.rows = rows = v[0]
         if rows is not None and (
             rows.dtype != mx.uint32 or rows.ndim != 4 or rows.shape[3] != words
         ):
@@ -481,7 +475,8 @@ class PackedCache(_BaseCache, ABC):
 
     @property
     def nbytes(self) -> int:
-        return self.stored.nbytes + self.exact_nbytes
+        rows = self.stored.array
+        return self.exact_nbytes + (0 if rows is None else rows.nbytes)
 
     @property
     def exact_nbytes(self) -> int:

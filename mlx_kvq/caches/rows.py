@@ -1,38 +1,44 @@
-"""The packed rows of a cache: an array, and rows that are still to be written into it."""
+"""The packed rows of a cache: an array, and tokens that are still to be packed into it."""
 
 import mlx.core as mx
 
-PENDING = 16  # rows that wait to be written
+from .. import ops
+from ..format.format import Format
+
+WAITING = 16  # tokens that are packed together
 
 
 class Rows:
     """The rows of all tokens, uint32 [B, Hkv, capacity, W].
 
-    A decode step writes no row: the newest rows wait in an array of ``PENDING`` that quantize_pack
-    moves on, and go to their places together, when it is full or when someone asks for
-    :meth:`whole`. Until then attention reads their tokens from the tail. One kernel less for a
-    layer and token.
+    A decode step makes no row: attention reads the newest tokens from the tail. Up to ``WAITING``
+    of them are packed and written together, from a tail that has them, when there are as many or
+    when someone asks for :meth:`whole`. One kernel less for a layer and token.
 
     Args:
-        array (mx.array, optional): The array, without the pending rows.
+        fmt (Format): The cache's.
+        array (mx.array, optional): The array, without the rows of waiting tokens.
     """
 
-    def __init__(self, array: mx.array | None = None):
+    def __init__(self, fmt: Format, array: mx.array | None = None):
+        self.format = fmt
         self.array = array
-        self.pending: mx.array | None = None
-        self.count = 0  # the last so many of pending, for the rows from number place on
+        self.waiting: mx.array | None = None  # the tail whose last tokens wait
+        self.count = 0  # as many, for the rows from number place on
         self.place = 0
         self.until = 0  # before this row the next one waits, too
 
     def whole(self) -> mx.array | None:
         """The array with every row in its place."""
-        if (n := self.count) and self.array is not None and self.pending is not None:
-            self.count = 0
-            self.array[:, :, self.place : self.place + n, :] = self.pending[:, :, -n:]
+        if (n := self.count) and self.array is not None and self.waiting is not None:
+            rows = ops.pack_rotated(self.waiting[:, :, -n:], self.format)
+            self.array[:, :, self.place : self.place + n, :] = rows
+            self.count, self.waiting = 0, None
         return self.array
 
     def filled(self) -> mx.array:
-        """The array, perhaps without the pending rows. Raises RuntimeError if there is none."""
+        """The array, perhaps without the rows of waiting tokens. Raises RuntimeError if there is
+        none."""
         if self.array is None:
             raise RuntimeError("the cache holds no token")
         return self.array
@@ -43,20 +49,21 @@ class Rows:
         return self.filled()
 
     def write(self, new: mx.array, at: int, L: int) -> None:
-        """Write L new rows, or leave one pending: ``new`` is then the newest rows, itself last."""
-        if new.shape[2] == L:
+        """Write L new rows. ``new`` may be a tail instead: its newest token then waits."""
+        if new.dtype == mx.uint32:
             self.written()[:, :, at : at + L, :] = new
             return
         if self.count and at != self.place + self.count:
             self.whole()  # the ring begins anew
+        most = min(self.format.recent, WAITING)
         if not self.count:
-            self.place, self.until = at, min(self.filled().shape[2], at + new.shape[2] - 1)
-        self.pending, self.count = new, self.count + 1
-        if self.count == new.shape[2]:
+            self.place, self.until = at, min(self.filled().shape[2], at + most - 1)
+        self.waiting, self.count = new, self.count + 1
+        if self.count == most:
             self.whole()
 
     def goes_on(self, at: int) -> bool:
-        """Whether the row for ``at`` is one more pending one, with room for it and after it."""
+        """Whether the token for row ``at`` waits with others, with room for it and after it."""
         return 0 < self.count == at - self.place and at < self.until
 
     def is_full(self, tokens: int, L: int) -> bool:
@@ -73,14 +80,15 @@ class Rows:
         return tokens if self.array is None or tokens % step else self.array.shape[2]
 
     def append(self, new: mx.array, tokens: int, L: int, step: int) -> None:
-        """Write L rows after ``tokens``, in an array that grows in steps; ``new`` may be a step."""
+        """As :meth:`write`, after ``tokens`` rows, in an array that grows in steps; new rows may be
+        a step."""
         if self.is_full(tokens, L):
             rows, end, more = self.whole(), self._end(tokens, step), _rounded(L, step)
-            whole = new.shape[2] == more and end == tokens
-            grown = new if whole else zeros(new, more)
+            whole = new.dtype == mx.uint32 and new.shape[2] == more and end == tokens
+            grown = new if whole else self._zeros(new, more)
             if rows is not None:
                 grown = mx.concatenate([rows[..., :end, :], grown], axis=2)
-            self.array, self.pending = grown, None
+            self.array = grown
             if whole:
                 return
         self.write(new, tokens, L)
@@ -90,20 +98,15 @@ class Rows:
         rows = self.array
         if rows is not None and (tokens < rows.shape[2] or rows.shape[2] >= most):
             return False
-        grown = zeros(like, min(step, most - tokens))
+        grown = self._zeros(like, min(step, most - tokens))
         if rows is not None:
             grown = mx.concatenate([self.written(), grown], axis=2)
-        self.array, self.pending = grown, None
+        self.array = grown
         return True
 
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.array, self.pending) if a is not None)
+    def _zeros(self, like: mx.array, tokens: int) -> mx.array:
+        return mx.zeros((*like.shape[:2], tokens, self.format.layout.words), mx.uint32)
 
 
 def _rounded(L: int, step: int) -> int:
     return (step + L - 1) // step * step
-
-
-def zeros(like: mx.array, tokens: int) -> mx.array:
-    return mx.zeros((*like.shape[:2], tokens, like.shape[3]), mx.uint32)

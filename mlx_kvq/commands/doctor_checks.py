@@ -131,14 +131,16 @@ class _Case:
         """Name -> limit of the error, what finds the error, what is timed."""
         found: dict[str, tuple[float, Callable[[], float], Callable]] = {}
         codes = FED_BACK if self.fmt.kind.feedback else CODES
-        for name, tokens, kept, pending in (
-            ("pack", TOKENS, False, False),
-            ("pack, first tail", TOKENS, True, False),
-            ("pack, chunk", QUERIES + 1, True, False),
-            ("pack, token", 1, True, True),
+        for name, tokens, kept in (
+            ("pack", TOKENS, False),
+            ("pack, first tail", TOKENS, True),
+            ("pack, chunk", QUERIES + 1, True),
         ):
-            pack = partial(self.pack, tokens, kept, name == "pack, first tail", pending)
+            pack = partial(self.pack, tokens, kept, name == "pack, first tail")
             found[name] = codes, partial(self.packed, pack), lambda pack=pack: pack(self.backend)
+        found["keep, token"] = self.limit, self.kept, self.keep
+        from_tail = partial(self.apart, self.rotated)
+        found["pack, from the tail"] = codes, from_tail, partial(self.rotated, self.backend)
         for name, given in self.attentions().items():
             # A query that sees few values, which cancel, is off by more of their sum.
             limit = self.limit * (1 if given.get("L", 1) == 1 else 4)
@@ -158,13 +160,23 @@ class _Case:
         return found | {"restore, first, chunk": (self.limit, taken, again)}
 
     # ---- packing ------------------------------------------------------------------------------
-    def pack(self, tokens: int, kept: bool, first: bool, pending: bool, backend) -> tuple:
+    def pack(self, tokens: int, kept: bool, first: bool, backend) -> tuple:
         k, v = self.k[:, :, -tokens:], self.v[:, :, -tokens:]
         before = None if first or not kept else self.tail
         size = 0 if not kept else self.tail.shape[2] if first else self.fmt.recent
-        rows = mx.contiguous(self.rows[:, :, :QUERIES]) if pending else None
-        made = backend.quantize_pack(k, v, self.fmt, before, size, rows)
-        return *made, k, v, before, size
+        return *backend.quantize_pack(k, v, self.fmt, before, size), k, v, before, size
+
+    def keep(self) -> mx.array:
+        k, v = self.k[:, :, -1:], self.v[:, :, -1:]
+        return self.backend.keep_exact(k, v, self.fmt, self.tail, self.fmt.recent)
+
+    def kept(self) -> float:
+        """Error of the exact tail."""
+        k, v = self.k[:, :, -1:], self.v[:, :, -1:]
+        return _relative(self.keep(), exact.tail(k, v, self.fmt, self.tail, self.fmt.recent))
+
+    def rotated(self, backend) -> mx.array:
+        return backend.pack_rotated(self.tail, self.fmt)
 
     def packed(self, pack: Callable) -> float:
         """Part of the codes that are not the reference's, after a look at the tail."""
@@ -173,9 +185,13 @@ class _Case:
             off = _relative(kept, exact.tail(k, v, self.fmt, before, size))
             if off > self.limit:
                 raise RuntimeError(f"the exact tail is off by {off:.1e}")
+        return self.apart(lambda backend: pack(backend)[0])
+
+    def apart(self, pack: Callable) -> float:
+        """Part of the codes that are not the reference's."""
+        rows, lay = pack(self.backend), self.fmt.layout
         with mx.stream(mx.cpu):
-            wanted = pack(ops.BACKENDS["plain"])[0]
-        lay = self.fmt.layout
+            wanted = pack(ops.BACKENDS["plain"])
         sides = zip(levels.split(rows, lay), levels.split(wanted, lay), strict=True)
         apart = [
             levels.unpack_codes(a, bits) != levels.unpack_codes(b, bits)

@@ -7,6 +7,7 @@ filling one buffer, and where there is no array mask.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from mlx_lm.models.cache import KVCache
 
 from .. import ops
 from ..caches import seams
-from ..caches.packed import PENDING
+from ..caches.rows import WAITING
 from ..caches.single import PackedKVCache
 from ..format.format import Format, make_format
 from ..format.spec import Spec
@@ -123,20 +124,23 @@ def _packed(name: str, spec: Spec, heads: Heads, dtype: mx.Dtype) -> LayerConten
     recent = fmt.recent
 
     @functools.cache
-    def before(B: int) -> tuple[mx.array, mx.array | None]:
-        """Tail and pending rows of a cache before a decode step."""
+    def before(B: int) -> mx.array:
+        """The tail of a cache before a decode step."""
         tail = random(heads.kv, B, recent, 2 * heads.dim, ops.tail_dtype(dtype))
-        rows = mx.zeros((B, heads.kv, min(recent, PENDING), fmt.layout.words), mx.uint32)
-        mx.eval(tail, rows)
-        return tail, rows if rows.shape[2] > 1 else None
+        mx.eval(tail)
+        return tail
+
+    stored = itertools.count(1)
 
     def store(k, v):
         if not recent:
             return ops.quantize_pack(k, v, fmt)[0]
         if k.shape[2] > 1:
             return ops.quantize_pack(k, v, fmt, None, recent)[0]
-        tail, rows = before(k.shape[0])
-        return ops.quantize_pack(k, v, fmt, tail, recent, rows)
+        tail = ops.keep_exact(k, v, fmt, before(k.shape[0]), recent)
+        if next(stored) % (n := min(recent, WAITING)):
+            return tail
+        return tail, ops.pack_rotated(tail[:, :, -n:], fmt)
 
     def dequantize(held, after):
         rows = held.cache.rows

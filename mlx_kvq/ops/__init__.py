@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..format.format import Format
 from ..format.layout import tail_dtype
 from . import check, gpu, memo, plain, trial
-from .gpu import attention, machine, quantize, unpack
+from .gpu import attention, keep, machine, quantize, unpack
 from .gpu.machine import ahead
 from .gpu.sources import kernels_path
 from .memo import forget
@@ -38,8 +38,10 @@ __all__ = [
     "forget",
     "in_token_order",
     "is_reference",
+    "keep_exact",
     "kernels_path",
     "language",
+    "pack_rotated",
     "quantize_pack",
     "reference",
     "restore",
@@ -113,7 +115,6 @@ def quantize_pack(
     fmt: Format,
     tail: mx.array | None = None,
     size: int = 0,
-    pending: mx.array | None = None,
     capacity: int | None = None,
 ) -> tuple[mx.array, mx.array | None]:
     """Rotate, quantize and pack new keys and values; with ``size`` also the exact tail, rotated
@@ -127,14 +128,12 @@ def quantize_pack(
             dtype, the newest token last. ``None`` where there was no token.
         size (int): Tokens of the new tail, 1 to R + L; up to L + 65536 where ``tail`` is ``None``:
             it then begins with zeros. 0 for none, with nothing of what is next either.
-        pending (mx.array, optional): Rows uint32 [B, Hkv, N, W], row contiguous, N >= L, that the
-            new ones are to follow.
-        capacity (int, optional): Rows to make, at least L, where none are pending: zeros follow.
+        capacity (int, optional): Rows to make, at least L: zeros follow.
 
     Returns:
-        Rows, uint32 [B, Hkv, L, W], or the last N of ``pending`` and them; and the new tail
-        [B, Hkv, size, Dk + Dv] in :func:`tail_dtype` of the dtype of ``k``: what codes are made of,
-        λ ⊙ R((x − μ) ⊘ σ), of keys and then of values; or ``None``. B, Hkv and L may be 0.
+        Rows, uint32 [B, Hkv, L or capacity, W]; and the new tail [B, Hkv, size, Dk + Dv] in
+        :func:`tail_dtype` of the dtype of ``k``: what codes are made of, λ ⊙ R((x − μ) ⊘ σ), of
+        keys and then of values; or ``None``. B, Hkv and L may be 0.
 
     Raises:
         ValueError: If the shapes do not fit each other or ``fmt``, a dtype is another, or a number
@@ -143,16 +142,68 @@ def quantize_pack(
     kind = fmt.kind if isinstance(fmt, Format) else None
     key = (
         "pack", kind, mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype,
-        size, capacity,
-        None if tail is None else (tail.shape, tail.dtype),
-        None if pending is None else (pending.shape, pending.dtype),
+        size, capacity, None if tail is None else (tail.shape, tail.dtype),
     )  # fmt: skip
     whole = type(size) is int and (capacity is None or type(capacity) is int)
     run = memo.launches.get(key) if whole else None
     if run is None:
-        check.check_pack(k, v, fmt, tail, size, pending, capacity)
-        run = memo.remember(key, _pack(k, v, fmt, tail, size, pending, capacity))
-    return run(k, v, fmt, tail, pending)
+        check.check_pack(k, v, fmt, tail, size, capacity)
+        run = memo.remember(key, _pack(k, v, fmt, tail, size, capacity))
+    return run(k, v, fmt, tail)
+
+
+def keep_exact(k: mx.array, v: mx.array, fmt: Format, tail: mx.array, size: int) -> mx.array:
+    """Move the exact tail on by new keys and values: what a decode step does instead of
+    :func:`quantize_pack`. :func:`pack_rotated` later makes the same rows of the tail.
+
+    Args:
+        k (mx.array): Post-RoPE keys [B, Hkv, L, Dk], fp16, bf16 or fp32.
+        v (mx.array): Values [B, Hkv, L, Dv], likewise.
+        fmt (Format): The layer's format.
+        tail (mx.array): The tail before these tokens, [B, Hkv, R, Dk + Dv] in any float dtype, the
+            newest token last.
+        size (int): Tokens of the new tail, at least 1, L to R + L.
+
+    Returns:
+        mx.array: The new tail [B, Hkv, size, Dk + Dv], as that of :func:`quantize_pack`. B, Hkv and
+        L may be 0.
+
+    Raises:
+        ValueError: If the shapes do not fit each other or ``fmt``, a dtype is another, or a number
+            is out of its range.
+    """
+    kind = fmt.kind if isinstance(fmt, Format) else None
+    key = (
+        "keep", kind, mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype, size,
+        tail.shape, tail.dtype,
+    )  # fmt: skip
+    run = memo.launches.get(key) if type(size) is int else None
+    if run is None:
+        check.check_keep(k, v, fmt, tail, size)
+        run = memo.remember(key, _keep(k, v, fmt, tail, size))
+    return run(k, v, fmt, tail)
+
+
+def pack_rotated(y: mx.array, fmt: Format) -> mx.array:
+    """Rows of tokens of a tail: the bits that :func:`quantize_pack` makes of their keys and values.
+
+    Args:
+        y (mx.array): [B, Hkv, L, Dk + Dv] in a tail's dtype, as :func:`keep_exact` returns it.
+        fmt (Format): The layer's format.
+
+    Returns:
+        mx.array: Rows, uint32 [B, Hkv, L, W]. B, Hkv and L may be 0.
+
+    Raises:
+        ValueError: If the shape does not fit ``fmt``, or the dtype is another.
+    """
+    kind = fmt.kind if isinstance(fmt, Format) else None
+    key = "rotated", kind, mx.default_device() == _CPU, y.shape, y.dtype
+    run = memo.launches.get(key)
+    if run is None:
+        check.check_rotated(y, fmt)
+        run = memo.remember(key, _pack_rotated(y, fmt))
+    return run(y, fmt)
 
 
 def attend(
@@ -234,16 +285,31 @@ def restore(
     return _unpacked("restore", packed, dtype, chunk)
 
 
-def _pack(k, v, fmt, tail, size, pending, capacity) -> Callable:
+def _pack(k, v, fmt, tail, size, capacity) -> Callable:
     if k.size and backend(fmt, k.dtype) is gpu:
-        run = quantize.prepare(k, v, fmt.kind, tail, size, pending, capacity)
-        if trial.pack(run.launch, k, v, fmt, tail, size, pending):
+        run = quantize.prepare(k, v, fmt.kind, tail, size, capacity)
+        if trial.pack(run.launch, k, v, fmt, tail, size):
             return run
+    return lambda k, v, fmt, tail: plain.quantize_pack(k, v, fmt, tail, size, capacity)
 
-    def packed(k, v, fmt, tail, pending):
-        return plain.quantize_pack(k, v, fmt, tail, size, pending, capacity)
 
-    return packed
+def _keep(k, v, fmt, tail, size) -> Callable:
+    if k.size and backend(fmt, k.dtype) is gpu:
+        run = keep.prepare(k, v, fmt.kind, tail, size)
+        if trial.keep(run.launch, k, v, fmt, tail):
+            return run
+    return lambda k, v, fmt, tail: plain.keep_exact(k, v, fmt, tail, size)
+
+
+def _pack_rotated(y, fmt) -> Callable:
+    if not y.size:
+        return lambda y, fmt: mx.zeros((*y.shape[:3], fmt.layout.words), mx.uint32)
+    if backend(fmt, y.dtype) is gpu:
+        k, v = quantize.sides(y, fmt.kind)
+        launch = quantize.prepare(k, v, fmt.kind, None, 1, None, rotated=True).launch
+        if trial.rotated(launch, y, fmt):
+            return quantize.pack_rotated
+    return plain.pack_rotated
 
 
 def _attend(key: tuple, q, packed: Packed, scale: float, mask: Mask, sinks) -> Callable:

@@ -35,20 +35,6 @@ def _check_each(what: str, x: mx.array, count: int, of: str, kind: mx.DtypeCateg
         raise ValueError(f"{what} are one {name} for each of {count} {of}, got {found}.")
 
 
-def _check_pending(pending: mx.array, shape: tuple[int, ...], fmt: Format) -> None:
-    wanted = (*shape[:2], fmt.layout.words)
-    if (
-        pending.ndim != 4
-        or (*pending.shape[:2], pending.shape[3]) != wanted
-        or pending.shape[2] < shape[2]
-        or pending.dtype != mx.uint32
-    ):
-        raise ValueError(
-            f"Pending rows are uint32 [{wanted[0]}, {wanted[1]}, at least {shape[2]}, "
-            f"{wanted[2]}], got {pending.dtype} {pending.shape}."
-        )
-
-
 def check_tail(tail: mx.array, heads: tuple[int, ...], least: int, fmt: Format) -> None:
     lay = fmt.layout
     wanted = (*heads, lay.k_dim + lay.v_dim)
@@ -158,23 +144,32 @@ def check_vectors(k: mx.array, v: mx.array, fmt: Format) -> None:
 _MOST_BEFORE = 1 << 16  # zeros that a first tail may begin with
 
 
-def check_pack(k, v, fmt, tail, size, pending, capacity) -> None:
+def check_pack(k, v, fmt, tail, size, capacity) -> None:
     """Arguments of ``quantize_pack``."""
     check_vectors(k, v, fmt)
-    if size == 0 and type(size) is int and tail is pending is capacity is None:
+    if size == 0 and type(size) is int and tail is capacity is None:
         return
     L = k.shape[2]
     _check_whole("A tail's number of tokens to keep", size, 1, L + _MOST_BEFORE)
     if tail is not None:
         check_tail(tail, k.shape[:2], size - L, fmt)
-    if pending is not None:
-        _check_pending(pending, k.shape, fmt)
     if capacity is not None:
         _check_whole("A capacity", capacity, L)
-        if pending is not None:
-            raise ValueError(
-                f"A capacity is for rows without pending ones, got {capacity} and those."
-            )
+
+
+def check_keep(k, v, fmt, tail, size) -> None:
+    """Arguments of ``keep_exact``."""
+    check_vectors(k, v, fmt)
+    L = k.shape[2]
+    _check_whole("A tail's number of tokens to keep", size, max(1, L))
+    check_tail(tail, k.shape[:2], size - L, fmt)
+
+
+def check_rotated(y, fmt) -> None:
+    """Arguments of ``pack_rotated``."""
+    check_format(fmt)
+    check_tail(y, y.shape[:2], 0, fmt)
+    _check_kv_heads(y.shape[1], fmt)
 
 
 def check_length(packed, L: int) -> None:

@@ -35,16 +35,13 @@ def quantize_pack(
     fmt: Format,
     tail: mx.array | None = None,
     size: int = 0,
-    pending: mx.array | None = None,
     capacity: int | None = None,
 ) -> tuple[mx.array, mx.array | None]:
     """k [B, H, L, Dk], v [B, H, L, Dv] -> rows uint32 [B, H, L, W], and the new tail
     [B, H, size, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack`."""
     B, H, L, _ = k.shape
     rows, y = _in_blocks(k, v, fmt, min(L, size))
-    if pending is not None:
-        rows = mx.concatenate([pending[:, :, L:], rows], axis=2)
-    elif capacity is not None and capacity > L:
+    if capacity is not None and capacity > L:
         rows = mx.concatenate([rows, mx.zeros((B, H, capacity - L, rows.shape[3]), rows.dtype)], 2)
     if not size:
         return rows, None
@@ -55,6 +52,24 @@ def quantize_pack(
         tail = mx.zeros((B, H, size - L, y.shape[3]), y.dtype)
     older = tail[:, :, tail.shape[2] + L - size :].astype(y.dtype)
     return rows, mx.concatenate([older, y], axis=2)
+
+
+def pack_rotated(y: mx.array, fmt: Format) -> mx.array:
+    """y [B, H, L, Dk + Dv], tokens of a tail -> rows uint32 [B, H, L, W]; see
+    :func:`mlx_kvq.ops.pack_rotated`."""
+    y = y.astype(mx.float32)
+    return _pack(y[..., : fmt.layout.k_dim], y[..., fmt.layout.k_dim :], fmt)
+
+
+def keep_exact(k: mx.array, v: mx.array, fmt: Format, tail: mx.array, size: int) -> mx.array:
+    """k [B, H, L, Dk], v [B, H, L, Dv] -> the new tail [B, H, size, Dk + Dv]; see
+    :func:`mlx_kvq.ops.keep_exact`."""
+    L, dtype = k.shape[2], tail_dtype(k.dtype)
+    older = tail[:, :, tail.shape[2] + L - size :].astype(dtype)
+    new = mx.concatenate([k, v], axis=-1)
+    if k.size:
+        new = mx.concatenate([fmt.keys.forward(k), fmt.values.forward(v)], axis=-1)
+    return mx.concatenate([older, new.astype(dtype)], axis=2)
 
 
 def _in_blocks(k: mx.array, v: mx.array, fmt: Format, keep: int) -> tuple[mx.array, mx.array]:
@@ -70,6 +85,8 @@ def _in_blocks(k: mx.array, v: mx.array, fmt: Format, keep: int) -> tuple[mx.arr
     kept: list[mx.array] = []
     for i in range(0, L, step):
         y, z = fmt.keys.forward(k[:, :, i : i + step]), fmt.values.forward(v[:, :, i : i + step])
+        if (dtype := tail_dtype(k.dtype)) != mx.float32:  # codes are made of what the tail has
+            y, z = (x.astype(dtype).astype(mx.float32) for x in (y, z))
         rows.append(_pack(y, z, fmt))
         if (first := max(0, L - keep - i)) < y.shape[2] and keep:
             kept.append(mx.concatenate([y[:, :, first:], z[:, :, first:]], axis=-1))

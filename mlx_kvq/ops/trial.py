@@ -91,23 +91,43 @@ def _first(packed: Packed, B: int, starts: mx.array | None = None) -> First | No
     return First(_normal((B, H, F, D), given.array.dtype, 6), min(given.count, 2), at)
 
 
-def pack(launch: Launch, k, v, fmt: Format, tail, size: int, pending) -> bool:
+def pack(launch: Launch, k, v, fmt: Format, tail, size: int) -> bool:
     H, tokens = k.shape[1], min(k.shape[2], TOKENS)
 
     def run(backend):
         args = [_normal((1, H, tokens, x.shape[3]), x.dtype, i) for i, x in enumerate((k, v))]
         end = None if tail is None else _normal((1, H, 2, tail.shape[3]), tail.dtype, 2)
-        old = None if pending is None else _rows(1, H, tokens, fmt)
         # With feedback a code that rounding turns turns later ones of its vector. Few vectors have
         # one, unless products are TF32's, as those of plain operations are on CUDA. Wrong feedback
         # turns a sixth of the codes, most words.
         exactly = fmt.kind.feedback and backend is plain
         with mx.stream(mx.cpu) if exactly else nullcontext():
-            rows, kept = backend.quantize_pack(*args, fmt, end, min(size, 2), old)
+            rows, kept = backend.quantize_pack(*args, fmt, end, min(size, 2))
         return [rows] if kept is None else [rows, kept]
 
     dtypes = k.dtype, v.dtype, None if tail is None else tail.dtype
     return works("quantize_pack", [launch], dtypes, run)
+
+
+def keep(launch: Launch, k, v, fmt: Format, tail) -> bool:
+    H, tokens = k.shape[1], min(k.shape[2], TOKENS)
+
+    def run(backend):
+        args = [_normal((1, H, tokens, x.shape[3]), x.dtype, i) for i, x in enumerate((k, v))]
+        end = _normal((1, H, 2, tail.shape[3]), tail.dtype, 2)
+        return [backend.keep_exact(*args, fmt, end, tokens + 2)]
+
+    return works("keep_exact", [launch], (k.dtype, v.dtype, tail.dtype), run)
+
+
+def rotated(launch: Launch, y, fmt: Format) -> bool:
+    H, tokens = y.shape[1], min(y.shape[2], TOKENS)
+
+    def run(backend):
+        with mx.stream(mx.cpu) if backend is plain else nullcontext():  # see :func:`pack`
+            return [backend.pack_rotated(_normal((1, H, tokens, y.shape[3]), y.dtype, 0), fmt)]
+
+    return works("pack_rotated", [launch], (y.dtype,), run)
 
 
 def unpack(launch: Launch, packed: Packed, dtype: mx.Dtype, chunk) -> bool:

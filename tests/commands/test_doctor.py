@@ -61,7 +61,7 @@ def test_all_kernels_pass(few, capsys):
     assert "backend    metal" in out and "FAIL" not in out
     assert f"{TOTAL} of {TOTAL} passed" in out
     lines = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
-    assert {"attend, L=8, starts, window", "attend, ring", "pack, token"} <= lines.keys()
+    assert {"attend, L=8, starts, window", "attend, ring", "keep, token"} <= lines.keys()
     assert all(0 < float(x) < 1e-2 for x in lines["attend, one split"][:2])
     assert lines["attend, sinks"][0] == "-"
     assert "     250.0  attend_store tail" in out and "     750.0  2 kernels" in out

@@ -178,10 +178,8 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
         yield f"{title}first tail, L=512", partial(pack_tail, long, long, tail=None)
         yield f"{title}tail, L=1", partial(pack_tail, x, x, tail=tails())
         yield f"{title}tail, L=512", partial(pack_tail, long, long, tail=tails())
-        yield (
-            f"{title}tail, held rows, L=1",
-            partial(pack_tail, x, x, tail=tails(), pending=rows(16)),
-        )
+        yield f"{title}L=1", partial(gpu.keep_exact, x, x, fmt, tails(), R)
+        yield f"{title}rotated, L=16", partial(gpu.pack_rotated, tails()[:, :, -16:], fmt)
 
         chunk = vectors(32), vectors(32)
         for name, tail in (("no tail", None), ("tail", tails())):

@@ -13,7 +13,7 @@ from tests.emulator import emulated
 from tests.support import compiled
 
 QWEN, GEMMA = "tiny-qwen2-8bit", "tiny-gemma3-8bit"
-DECODE = ["quantize_pack", "quantize_pack tail holds"]
+DECODE = ["quantize_pack", "keep_exact"]
 SPLIT = ["attend_store tail", "combine"]
 BATCH = ["attend_store tail starts", "combine"]
 SERVER = [*BATCH, "attend_finish tail starts", "restore chunk"]

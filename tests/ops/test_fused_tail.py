@@ -198,16 +198,30 @@ def test_quantize_pack_tail(emulator, spec, Dk, Dv, what, L, keep):
         assert mx.abs(a - b).max() <= step * mx.abs(b).max()
 
 
-def test_rows_are_held(emulator):
-    """New rows after the newest that wait to be written."""
-    fmt = format_of("int4-srft:recent=5", 64)
-    held, tail = packed(fmt, 2, 2, 4, spare=0), tail_of(fmt, 2, 2, 5)
-    for L in (1, 3, 4):
-        k, v = (transposed(2, 2, L, 64, seed=s) for s in (3, 4))
-        rows, moved = fused.quantize_pack(k, v, fmt, tail, 5, held)
-        alone, same = fused.quantize_pack(k, v, fmt, tail, 5)
-        assert mx.array_equal(rows, mx.concatenate([held[:, :, L:], alone], axis=2))
-        assert mx.array_equal(moved, same)
+@pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
+@pytest.mark.parametrize("L, keep", [(1, 5), (1, 6), (1, 1), (3, 8), (5, 5), (16, 20)])
+def test_keep_exact_and_pack_rotated(emulator, spec, Dk, Dv, what, L, keep):
+    """The tail is that of quantize_pack, and rows of it are its rows, to the bit."""
+    fmt = format_of(spec, Dk, Dv, what)
+    dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
+    k, v = transposed(2, 2, L, Dk, dtype, seed=3), transposed(2, 2, L, Dv, dtype, seed=4)
+    for t in (ops.tail_dtype(dtype), mx.float16):  # the last one as in files of version 0.1.0
+        tail = tail_of(fmt, 3, 2, 7, t)[1:, :, 1:6]
+        rows, expected = fused.quantize_pack(k, v, fmt, tail, keep)
+        moved = fused.keep_exact(k, v, fmt, tail, keep)
+        assert moved.dtype == expected.dtype and mx.array_equal(moved, expected)
+        assert mx.array_equal(fused.pack_rotated(moved[:, :, -L:], fmt), rows)
+
+
+def test_keep_exact_reads_and_writes_once(emulator):
+    fmt = format_of("int4-srft:recent=16", 128)
+    k, v = transposed(1, 2, 1, 128), transposed(1, 2, 1, 128, seed=1)
+    fused.keep_exact(k, v, fmt, tail_of(fmt, 1, 2, 16), 16)
+    (counters,) = emulator.counters
+    assert (counters.reads["k"] == 1).all()
+    assert (counters.reads["v"] == 1).all()
+    assert sum(counters.bytes_written.values()) == 2 * 16 * 4 * 256
+    assert not any(counters.unwritten.values())
 
 
 def test_attend_reads_each_row_and_token_once(emulator, launches):

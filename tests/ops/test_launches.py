@@ -10,12 +10,13 @@ QWEN, GEMMA, SLIDING = MODELS
 
 @pytest.mark.parametrize("title", MODELS)
 @pytest.mark.parametrize("T", [200, 600, 5000])
-@pytest.mark.parametrize("spec, written", [("int4-srft", 0), ("int4-srft:recent=0,first=0", 1)])
-def test_a_layer_stores_with_one_kernel(title, T, spec, written):
-    """With an exact tail rows wait, and are written every 16 tokens."""
+@pytest.mark.parametrize("spec, packed", [("int4-srft", 0), ("int4-srft:recent=0,first=0", 1)])
+def test_a_layer_stores_with_one_kernel(title, T, spec, packed):
+    """With an exact tail, tokens are packed and written every 16 tokens."""
     counts = count.per_layer(count.MODELS[title], spec, T)
-    assert (counts["quantize_pack"], counts["SliceUpdate"]) == (1, written)
-    attention = {k: counts[k] for k in count.OURS - {"quantize_pack"} if counts[k]}
+    assert (counts["quantize_pack"], counts["SliceUpdate"]) == (packed, packed)
+    assert counts["keep_exact"] == 1 - packed
+    attention = {k: counts[k] for k in count.OURS - {"quantize_pack", "keep_exact"} if counts[k]}
     assert attention in ({"attend_finish": 1}, {"attend_store": 1, "combine": 1})
 
 

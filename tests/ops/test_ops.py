@@ -375,21 +375,8 @@ TAIL = mx.zeros((2, 2, 5, 192))
         ({"size": 10, "tail": TAIL}, "The tail is [2, 2, at least 6 tokens, 192] in float16, "),
         ({"tail": TAIL.astype(mx.int32)}, "got mlx.core.int32 (2, 2, 5, 192)."),
         ({"tail": TAIL[:1]}, "got mlx.core.float32 (1, 2, 5, 192)."),
-        (
-            {"pending": ROWS[:, :, :3]},
-            "Pending rows are uint32 [2, 2, at least 4, 27], got mlx.core.uint32 ",
-        ),
-        (
-            {"pending": ROWS[:1]},
-            "Pending rows are uint32 [2, 2, at least 4, 27], got mlx.core.uint32 (1, 2, ",
-        ),
-        ({"pending": ROWS.astype(mx.int32)}, "got mlx.core.int32 (2, 2, 16, 27)."),
         ({"capacity": 3}, "A capacity is at least 4, got 3."),
         ({"capacity": 8.0}, "A capacity is a whole number, got 8.0."),
-        (
-            {"capacity": 8, "pending": ROWS},
-            "A capacity is for rows without pending ones, got 8 and those.",
-        ),
         ({"fmt": None}, "A format is what mlx_kvq.format.format.make_format returns, got None."),
     ],
 )
@@ -397,6 +384,44 @@ def test_what_a_tail_is_told(arguments, message):
     with pytest.raises(ValueError) as info:
         ops.quantize_pack(K, V, **({"fmt": FMT, "tail": None, "size": 3} | arguments))
     assert message in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"size": 3}, "A tail's number of tokens to keep is at least 4, got 3."),
+        ({"size": 5.0}, "A tail's number of tokens to keep is a whole number, got 5.0."),
+        ({"size": 10}, "The tail is [2, 2, at least 6 tokens, 192] in float16, "),
+        ({"tail": TAIL.astype(mx.int32)}, "got mlx.core.int32 (2, 2, 5, 192)."),
+        ({"tail": TAIL[:1]}, "got mlx.core.float32 (1, 2, 5, 192)."),
+        ({"v": V[:, :, :3]}, "are not [B, Hkv, L, D] of one size."),
+        ({"fmt": None}, "A format is what mlx_kvq.format.format.make_format returns, got None."),
+    ],
+)
+def test_what_keeping_a_token_is_told(arguments, message):
+    with pytest.raises(ValueError) as info:
+        ops.keep_exact(**({"k": K, "v": V, "fmt": FMT, "tail": TAIL, "size": 6} | arguments))
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize("wrong", [TAIL[0], TAIL[..., :-8], TAIL.astype(mx.uint32)])
+def test_what_packing_a_tail_is_told(wrong):
+    with pytest.raises(ValueError, match="^The tail is .* in float16, bfloat16 or float32, got"):
+        ops.pack_rotated(wrong, FMT)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "k4v3-srht:scale=paper", "int4-none"])
+def test_rows_of_a_tail_are_those_of_its_tokens(spec, dtype):
+    """Token by token, and all at once."""
+    fmt = make_format(Spec.parse(spec), 64, 128)
+    k, v = normal(2, 2, 7, 64).astype(dtype), normal(2, 2, 7, 128).astype(dtype)
+    rows, tail = ops.quantize_pack(k, v, fmt, None, 7)
+    kept = mx.zeros_like(tail)
+    for i in range(7):
+        kept = ops.keep_exact(k[:, :, i : i + 1], v[:, :, i : i + 1], fmt, kept, 7)
+    assert mx.array_equal(kept, tail)
+    assert mx.array_equal(ops.pack_rotated(tail, fmt), rows)
 
 
 @pytest.mark.parametrize("op", ["restore", "dequantize"])
@@ -445,10 +470,11 @@ def test_nothing_at_all(B, H, L, spec):
         assert (rows.shape, kept.shape, kept.dtype) == ((B, H, L, W), (B, H, 3, 192), mx.float32)
     if not L:  # what was there stays
         assert mx.array_equal(kept, tail[:, :, 2:])
-    held = mx.ones((B, H, 6, W), mx.uint32)
-    rows, _ = ops.quantize_pack(k, v, fmt, tail, 3, held)
-    assert mx.array_equal(rows, held)
-    rows, _ = ops.quantize_pack(k, v, fmt, tail, 3, None, 9)
+    size = max(1, L)
+    kept = ops.keep_exact(k, v, fmt, tail, size)
+    assert (kept.shape, kept.dtype) == ((B, H, size, 192), mx.float32)
+    assert ops.pack_rotated(tail[:, :, :L], fmt).shape == (B, H, L, W)
+    rows, _ = ops.quantize_pack(k, v, fmt, tail, 3, 9)
     assert rows.shape == (B, H, 9, W)
     if L:
         for op in (calls.dequantize, calls.restore):

@@ -117,17 +117,19 @@ def slices(launches):
 
 
 def packing(launches):
-    """Any strides of both sides, several sets of a SIMD group, a tail, held rows, odd scales."""
+    """Any strides of both sides, several sets of a SIMD group, a tail, odd scales."""
     launches(pack_pairs=1, pack_threadgroups=1)
     for D, spec in ((128, "int4-srft:recent=5"), (64, "int4-srft:recent=5")):
         fmt = format_of(spec, D, what="mu sigma lam")
         k, v = (normal(D, 2, 1, 23, seed=s).transpose(2, 1, 3, 0) for s in (3, 4))
         want = plain.quantize_pack(k, v, fmt)[0]
-        tail, held = normal(1, 2, 7, 2 * D, seed=5), packed(fmt, 1, 2, 30, spare=0)
-        got, kept = fused.quantize_pack(k, v, fmt, tail, 30, held)
-        assert mx.array_equal(got, mx.concatenate([held[:, :, 23:], want], axis=2))
+        tail = normal(1, 2, 7, 2 * D, seed=5)
+        got, kept = fused.quantize_pack(k, v, fmt, tail, 30)
+        assert mx.array_equal(got, want)
         _, expected = plain.quantize_pack(k, v, fmt, tail, 30)
         same(kept, expected)
+        same(fused.keep_exact(k, v, fmt, tail, 30), expected)
+        assert mx.array_equal(fused.pack_rotated(kept[:, :, 7:], fmt), want)
         got, kept = fused.quantize_pack(k, v, fmt, None, 9)
         assert mx.array_equal(got, want)
         same(kept, plain.quantize_pack(k, v, fmt, None, 9)[1])
@@ -397,7 +399,11 @@ FAULTS = [
      "const bool finite = isfinite(top) && squares == squares;", "const bool finite = true;"),
     ("one kept token less", packing, "quantize.metal", "valid && token >= drop",
      "valid && token > drop"),
-    ("held rows from the first", packing, "quantize_pack.metal", " + L * held_strides[2]", ""),
+    ("tokens of a tail rotated again", packing, "quantize.metal", "if (rotated) {", "if (false) {"),
+    ("a kept token's values beside its keys", packing, "keep_exact.metal", "new_kept + KD, v",
+     "new_kept, v"),
+    ("older kept tokens one too early", packing, "keep_exact.metal", "(tail_shape[2] - older)",
+     "(tail_shape[2] - older - 1)"),
     ("older tokens one too early", packing, "quantize_pack.metal",
      "(tail_shape[2] - older)", "(tail_shape[2] - older - 1)"),
     ("first barrier of the swap", packing, "rotate.metal",

@@ -197,11 +197,12 @@ def check_steps() -> None:
                     got, want = (calls.quantize_pack(m, one, one, f) for m in (ops, fused))
                     assert mx.array_equal(got, want), f"packing token {length}"
                     continue
-                for waiting in (None, mx.contiguous(rows[:, :, :16])):
-                    arguments = one, one, f, tail, tail.shape[2], waiting
-                    got, want = (m.quantize_pack(*arguments) for m in (ops, fused))
-                    same = [mx.array_equal(a, b) for a, b in zip(got, want, strict=True)]
-                    assert all(same), f"packing token {length} with a tail"
+                arguments = one, one, f, tail, tail.shape[2]
+                (packed, got), want = ops.quantize_pack(*arguments), fused.keep_exact(*arguments)
+                same = mx.array_equal(got, want)
+                same &= mx.array_equal(ops.keep_exact(*arguments), want)
+                same &= mx.array_equal(ops.pack_rotated(want[:, :, -1:], f), packed)
+                assert same, f"token {length} with a tail"
 
 
 def check_feedback(spec: str, D: int) -> None:
@@ -267,9 +268,9 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
     _, tail = fused.quantize_pack(k, v, fmt, None, fmt.recent_at(T) + 4)
     one = k[:, :, :1], v[:, :, :1], fmt
     mx.eval(calls.quantize_pack(fused, *one), fused.quantize_pack(*one, tail, 16))
-    mx.eval(fused.quantize_pack(*one, tail[:, :, 1:], 16, mx.contiguous(rows[:, :, :16])))
-    mx.eval(fused.quantize_pack(k, v, fmt, tail, 30, rows))
-    mx.eval(fused.quantize_pack(k, v, fmt, tail, 16, None, 256))
+    kept = fused.keep_exact(*one, tail[:, :, 1:], 16)
+    mx.eval(fused.pack_rotated(kept, fmt), fused.keep_exact(k, v, fmt, tail, 90))
+    mx.eval(fused.quantize_pack(k, v, fmt, tail, 30), fused.quantize_pack(k, v, fmt, tail, 16, 256))
     rows = mx.array(np.concatenate([np.array(rows)] * 4, axis=2))
     old = tail.astype(mx.float16)  # as in files of version 0.1.0
     mx.eval(fused.quantize_pack(*one, old, 16))

@@ -78,8 +78,7 @@ def main() -> None:
     layers = formats()
     recent = layers[0].recent_at(TOKENS)
     rows, tail = ops.quantize_pack(prompt, prompt, layers[0], None, recent)
-    pending = mx.zeros((1, KV_HEADS, 16, rows.shape[3]), mx.uint32)
-    mx.eval(k, q, rows, tail, pending)
+    mx.eval(k, q, rows, tail)
     caches = [PackedKVCache(fmt) for fmt in layers]
     for cache in caches:
         cache.update_and_fetch(prompt, prompt)
@@ -88,13 +87,13 @@ def main() -> None:
         at = TOKENS - i % 100
         return [ops.attend(q, ops.Packed(rows, at, fmt, tail), 0.1) for fmt in layers]
 
-    def pack(i: int) -> list[mx.array]:
-        return [ops.quantize_pack(k, k, fmt, tail, recent, pending)[0] for fmt in layers]
+    def keep(i: int) -> list[mx.array]:
+        return [ops.keep_exact(k, k, fmt, tail, recent) for fmt in layers]
 
     def step(i: int) -> list[mx.array]:
         return [packed_attention(q, *c.update_and_fetch(k, k), scale=0.1) for c in caches]
 
-    for name, call in (("attend", attend), ("quantize_pack", pack), ("cache and attend", step)):
+    for name, call in (("attend", attend), ("keep_exact", keep), ("cache and attend", step)):
         least, median = spread(call, args.steps)
         print(f"{name:18} {least:6.1f} {median:6.1f} µs a layer")
 

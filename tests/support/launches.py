@@ -51,7 +51,7 @@ _CUSTOM = re.compile(
 )
 CHIPS = {"g": "M1 to M5 and Pro", "s": "Max and Ultra"}
 # What storing tokens and attending to them consists of, whatever the cache.
-OURS = {"quantize_pack", "attend_finish", "attend_store", "combine"}
+OURS = {"quantize_pack", "keep_exact", "attend_finish", "attend_store", "combine"}
 # Quantized products are of mlx-lm's attention only: no model here has quantized weights.
 STORING = OURS | {"sdpa", "quantize", "SliceUpdate", "QuantizedMatmul", "Softmax"}
 

@@ -174,9 +174,7 @@ class Pair:
             return
         assert ours.stored.array.shape[2] == stock.keys.shape[2]  # capacity
         row, token = 4 * self.tokens.format.layout.words, 4 * (K_DIM + V_DIM)
-        beside = sum(
-            a.nbytes for a in (ours.tail, ours.oldest.array, ours.stored.pending) if a is not None
-        )
+        beside = sum(a.nbytes for a in (ours.tail, ours.oldest.array) if a is not None)
         assert (ours.nbytes - beside) * token == stock.nbytes * row
         self._check_stored()
 
@@ -194,7 +192,8 @@ class Pair:
         stored = self.ours.stored
         rows, n, at = np.array(stored.array), stored.count, stored.place
         if n:
-            rows[:, :, at : at + n] = np.array(stored.pending)[:, :, -n:]
+            made = ops.pack_rotated(stored.waiting[:, :, -n:], self.ours.format)
+            rows[:, :, at : at + n] = np.array(made)
         return rows
 
     def _check_tail(self) -> None:

@@ -5,8 +5,17 @@ numbers of heads and of splits are run-time values.
 """
 
 from .attention import attend
+from .keep import keep_exact
 from .machine import why_not
-from .quantize import quantize_pack
+from .quantize import pack_rotated, quantize_pack
 from .unpack import dequantize, restore
 
-__all__ = ["attend", "dequantize", "quantize_pack", "restore", "why_not"]
+__all__ = [
+    "attend",
+    "dequantize",
+    "keep_exact",
+    "pack_rotated",
+    "quantize_pack",
+    "restore",
+    "why_not",
+]

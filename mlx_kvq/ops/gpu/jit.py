@@ -26,7 +26,6 @@ OPTIONAL = {
     "first_at": "PLACES",
     "keep": "KEEPS",
     "kept": "KEEPS",
-    "held": "HOLDS",
     "feedback": "FEEDBACK",
     "new_k": "CHUNK",
     "new_v": "CHUNK",
@@ -38,8 +37,14 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
         ("rotate", "levels", "whole", "vectors", "quantize", "nearest"),
         ("row", "quantize_pack"),
-        ("k", "v", "tables", "feedback", "keep", "tail", "held"),
+        ("k", "v", "tables", "feedback", "keep", "tail"),
         ("rows", "kept"),
+    ),
+    "keep_exact": (
+        ("rotate", "levels", "vectors"),
+        ("keep_exact",),
+        ("k", "v", "tables", "keep", "tail"),
+        ("kept",),
     ),
     "attend_finish": (
         ("rotate", "levels", "whole", "vectors", "tile"),
@@ -127,7 +132,7 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
         headers = _with("narrow", "whole", headers)
     if chosen.get("FEEDBACK"):
         headers = _with("feedback", "nearest", headers)
-    absent = [n for n in (*inputs, *outputs) if n in OPTIONAL and not chosen[OPTIONAL[n]]]
+    absent = [n for n in (*inputs, *outputs) if not chosen.get(OPTIONAL.get(n, ""), True)]
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)
     if machine == "metal":
@@ -197,9 +202,9 @@ def _absent(name: str, output: bool, names: Sequence[str], absent: Sequence[str]
         text = f"const auto {name} = {alike};\n"
     else:
         text = f"{'' if output else 'const '}device {kind}* {name} = nullptr;\n"
-    if given in ("MASK", "TAIL", "FIRST", "HOLDS", "CHUNK"):
+    if given in ("MASK", "TAIL", "FIRST", "CHUNK"):
         text += f"const int64_t {name}_strides[4] = {{0, 0, 0, 0}};\n"
-    if given in ("TAIL", "HOLDS", "CHUNK"):
+    if given in ("TAIL", "CHUNK"):
         text += f"const int {name}_shape[4] = {{0, 0, 0, 0}};\n"
     return text
 

@@ -17,6 +17,7 @@ class Plan:
     restores at once."""
 
     pack: Constants
+    keep: Constants
     attend: Constants
     combine: Constants
     dequantize: Constants
@@ -43,6 +44,7 @@ def _plan(kind: Kind) -> Plan:
     rounding = ("RULE", _RULES[kind.scale]), ("FEEDBACK", kind.feedback)
     return Plan(
         pack=(*dims, *codes, *rotation, *scaled, *rounding),
+        keep=(*dims, *rotation, *scaled),
         attend=(*dims, *codes, *rotation, centred, levels),
         combine=(*dims, *rotation, centred),
         dequantize=(*dims, *codes, levels),

@@ -32,6 +32,20 @@ def copying(tokens: int, channels: int, per_group: int, parallel: int) -> int:
     return max(1, min(-(-turns // 2), COPYING // parallel))
 
 
+def grid(
+    kind: Kind, shape: tuple[int, ...], per_group: int, size: int, tail: bool
+) -> tuple[int, int, int]:
+    """Threads for keys of this shape, of which each threadgroup takes sets by ``per_group`` pairs
+    of SIMD groups, and a tail of ``size`` tokens, moved on if there was a ``tail``."""
+    B, H, L, _ = shape
+    groups = -(-L // (plan(kind).pack_set * per_group))
+    if tail:
+        channels = kind.layout.k_dim + kind.layout.v_dim
+        groups = max(groups, copying(size - L, channels, per_group, B * H))
+    most = max(1, TUNING[machine()].pack_threadgroups // (B * H))
+    return min(groups, most) * per_group * 64, B * H, 1
+
+
 @dataclass(eq=False)
 class Pack:
     """The launch for one shape of its arguments; ``sizes`` are those of the tail and the rows."""
@@ -40,14 +54,11 @@ class Pack:
     run: Callable
     sizes: mx.array | None
 
-    def __call__(self, k, v, fmt: Format, tail=None, pending=None):
+    def __call__(self, k, v, fmt: Format, tail=None):
         packs = tables.of(fmt).packs
         if self.sizes is None:
             return self.run(k, v, *packs), None
-        if tail is not None and pending is not None:  # a decode step
-            return self.run(k, v, *packs, self.sizes, tail, pending)
-        given = [a for a in (tail, pending) if a is not None]
-        return self.run(k, v, *packs, self.sizes, *given)
+        return self.run(k, v, *packs, self.sizes, *([] if tail is None else [tail]))
 
 
 def prepare(
@@ -56,37 +67,32 @@ def prepare(
     kind: Kind,
     tail: mx.array | None,
     size: int,
-    pending: mx.array | None,
     capacity: int | None,
+    rotated: bool = False,
 ) -> Pack:
-    """The launch of :func:`quantize_pack` for arguments like these."""
-    name, lay = machine(), kind.layout
-    B, H, L, _ = k.shape
+    """The launch of :func:`quantize_pack` for arguments like these, or if ``rotated`` of
+    :func:`pack_rotated` for those sides of a tail, ``size`` being 1."""
+    name, lay, (B, H, L, _) = machine(), kind.layout, k.shape
     per_group = pairs(kind, L, size > 0)
-    most = max(1, TUNING[name].pack_threadgroups // (B * H))
-    count = capacity or (L if pending is None else pending.shape[2])
-    groups = -(-L // (plan(kind).pack_set * per_group))
-    if tail is not None:
-        channels = lay.k_dim + lay.v_dim
-        groups = max(groups, copying(size - L, channels, per_group, B * H))
-    groups = min(groups, most)
+    count = capacity or L
     shapes, dtypes = [(B, H, count, lay.words)], [mx.uint32]
     if size:
         shapes.append((B, H, size, lay.k_dim + lay.v_dim))
         dtypes.append(tail_dtype(k.dtype))
-    given = [("KEEPS", size > 0), ("TAIL", tail is not None), ("HOLDS", pending is not None)]
     launch = Launch(
         name,
         "quantize_pack",
-        (*plan(kind).pack, ("PAIRS", per_group), *given),
-        (groups * per_group * 64, B * H, 1),
+        (*plan(kind).pack, ("PAIRS", per_group), ("KEEPS", size > 0), ("TAIL", tail is not None)),
+        grid(kind, k.shape, per_group, size, tail is not None),
         (per_group * 64, 1, 1),
         tuple(shapes),
         tuple(dtypes),
         len(shapes),
     )
-    sizes = integers("quantize_pack", kept=size, rows=count) if size else None
-    return Pack(launch, launch.prepared(like(k, v, tail, pending)), sizes)
+    sizes = None
+    if size:
+        sizes = integers("quantize_pack", kept=size, rows=count, rotated=int(rotated))
+    return Pack(launch, launch.prepared(like(k, v, tail)), sizes)
 
 
 def quantize_pack(
@@ -95,9 +101,20 @@ def quantize_pack(
     fmt: Format,
     tail: mx.array | None = None,
     size: int = 0,
-    pending: mx.array | None = None,
     capacity: int | None = None,
 ) -> tuple[mx.array, mx.array | None]:
     """k [B, H, L, Dk], v [B, H, L, Dv], any strides -> rows uint32 [B, H, L, W], and the new tail
     [B, H, size, Dk + Dv]; see :func:`mlx_kvq.ops.quantize_pack`."""
-    return prepare(k, v, fmt.kind, tail, size, pending, capacity)(k, v, fmt, tail, pending)
+    return prepare(k, v, fmt.kind, tail, size, capacity)(k, v, fmt, tail)
+
+
+def pack_rotated(y: mx.array, fmt: Format) -> mx.array:
+    """y [B, H, L, Dk + Dv], tokens of a tail -> rows uint32 [B, H, L, W]; see
+    :func:`mlx_kvq.ops.pack_rotated`."""
+    k, v = sides(y, fmt.kind)
+    return prepare(k, v, fmt.kind, None, 1, None, rotated=True)(k, v, fmt)[0]
+
+
+def sides(y: mx.array, kind: Kind) -> tuple[mx.array, mx.array]:
+    """Keys and values of a tail."""
+    return y[..., : kind.layout.k_dim], y[..., kind.layout.k_dim :]
