@@ -8,9 +8,9 @@
 //   as many tokens as a SIMD group holds vectors, the even group keys, the odd one values; the
 //   others take further sets and copy older tokens.
 // Limits: those of quantize_pack.
-// Reasons: a row is not read before its token leaves the tail. quantize_pack makes 16 rows at once of
+// Reasons: a row is not read before its token leaves the tail. quantize_pack makes up to 64 rows at once of
 //   what the tail has, the same bits as a prompt's: a search for scales, or a chain of feedback, is
-//   paid once in 16 steps.
+//   paid once in as many steps.
 constexpr int SET =
     kvq::vectors_of(KD) < kvq::vectors_of(VD) ? kvq::vectors_of(KD) : kvq::vectors_of(VD);
 constexpr int K_SHARED = kvq::swapped_points(KD, ROTATION);

@@ -5,7 +5,7 @@ import mlx.core as mx
 from .. import ops
 from ..format.format import Format
 
-WAITING = 16  # tokens that are packed together
+WAITING = 64  # tokens that are packed together, at most
 
 
 class Rows:

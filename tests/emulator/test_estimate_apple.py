@@ -121,7 +121,8 @@ def test_registers_are_those_of_the_table():
         ("attend_store", 128, "calibrated, tail, first"),
         ("attend_finish", 256, "calibrated, tail, first"),
         ("quantize_pack", 128, "calibrated, tail, L=512"),
-        ("quantize_pack", 256, "calibrated, tail, held rows, L=1"),
+        ("quantize_pack", 256, "calibrated, rotated, L=16"),
+        ("keep_exact", 256, "calibrated, L=1"),
         ("combine", 256, "calibrated, tail, first"),
         ("dequantize", 128, "no tail"),
     ):

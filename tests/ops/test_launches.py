@@ -12,7 +12,7 @@ QWEN, GEMMA, SLIDING = MODELS
 @pytest.mark.parametrize("T", [200, 600, 5000])
 @pytest.mark.parametrize("spec, packed", [("int4-srft", 0), ("int4-srft:recent=0,first=0", 1)])
 def test_a_layer_stores_with_one_kernel(title, T, spec, packed):
-    """With an exact tail, tokens are packed and written every 16 tokens."""
+    """With an exact tail, tokens are packed and written together, 64 at most."""
     counts = count.per_layer(count.MODELS[title], spec, T)
     assert (counts["quantize_pack"], counts["SliceUpdate"]) == (packed, packed)
     assert counts["keep_exact"] == 1 - packed

@@ -1,4 +1,4 @@
-"""Kernels that Metal compiles for a model, from loading it to the twentieth token.
+"""Kernels that Metal compiles for a model, from loading it to the seventieth token.
 
     python -m tests.support.compiled            # those of the bundled models
 
@@ -24,7 +24,7 @@ from mlx_kvq.ops import trial
 from tests.emulator import Counters, arrays, emulated, standin
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
-TOKENS = 20
+TOKENS = 70
 # Optional parts of a kernel by the constant that says whether it has them.
 PARTS = ("TAIL", "CHUNK", "STARTS", "SINKS", "MASK")
 _PARTS = re.compile(rf"^constexpr (?:bool|int) ({'|'.join(PARTS)}) = (?:true|[12]);", re.M)

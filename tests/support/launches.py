@@ -16,8 +16,8 @@ Three things are not in the graph and are taken from MLX's sources (0.32):
   on others from 4096 if KV heads are shared. A query that is not contiguous is copied first, which
   is left out here, as is a cache that grows (every 256 tokens).
 - ``SliceUpdate`` of a cache that nobody else holds copies the new rows only: one kernel
-  (mlx/backend/metal/indexing.cpp). With an exact tail int4-srft has one every 16 tokens, which is
-  not counted here.
+  (mlx/backend/metal/indexing.cpp). With an exact tail int4-srft has one every 64 tokens, after
+  a kernel that packs them, which are not counted here.
 
 Functions compiled with ``mx.compile`` are traced part by part, so "the rest of the layer" is an
 upper bound; it is the same for fp16 and int4-srft. (mlx-lm's kv4 also scales the query, a kernel
