@@ -34,6 +34,12 @@ INLINE void reduce(thread float* x) {
   }
 }
 
+// Blocks whose gains are on their way at once: the chain of one block is shorter than the way of the
+// next one's gains. Keys of a prompt find them nearer by. Registers are few without HOLD_TABLES.
+constexpr int blocks_at_once(int V, int GROUP) {
+  return HOLD_TABLES != 0 ? (V == 1 ? 4 : 2) : GROUP % 32 == 0 ? 2 : 1;
+}
+
 // Row 8 block + j of G [D, D] says what an error of channel j of the block adds to others: its
 // element for the lane's channel of the 32 from number `first` on.
 template <int D, int GROUP>
@@ -161,46 +167,70 @@ INLINE bool is_damaged(const thread float* t, uint lane) {
   return simd_any(damaged);
 }
 
+// Gains that the last `count` blocks up to number `last` of G have for 32 channels; of COUNT at most.
+template <int D, int GROUP, int COUNT>
+INLINE void read_blocks(
+    thread float* g, const device float* G, int last, int count, int first, uint lane) {
+  UNROLL for (int k = 0; k < COUNT; k++) {
+    if (k < count) read_gains<D, GROUP>(g + 8 * k, G, last - k, first, lane);
+  }
+}
+
+// Rounds block `block` of a slice to levels and feeds its errors to the slice, by the gains g, and
+// to those before it in the group. t, y, level as in `round_blocks`; y and level begin with the slice.
+template <int V, int D, int BITS, int GROUP, int RULE, bool EXACT>
+INLINE void round_block(
+    thread float* t, const thread float* step, const thread float* inverse,
+    const threadgroup float* y, threadgroup float* level, const thread float* g,
+    const device float* G, int low, int slice, int block, uint lane) {
+  constexpr int SLICES = slices_of(GROUP);
+  float e[V], errors[8 * V];
+  UNROLL for (int v = 0; v < V; v++) {
+    const float x = in_group<GROUP>(slice, lane) ? y[v * D + int(lane)] : 0.0f;
+    const float n = nearest_level<BITS, RULE, EXACT>(t[v * SLICES + slice], step[v], inverse[v]);
+    e[v] = step[v] > 0.0f ? error_of(x, step[v], n) : 0.0f;
+    if (int(lane) / 8 == block) level[v * D + int(lane)] = n;
+  }
+  UNROLL for (int j = 0; j < 8; j++) {
+    UNROLL for (int v = 0; v < V; v++) {
+      errors[8 * v + j] = simd_shuffle(e[v], ushort(8 * block + j));
+    }
+  }
+  UNROLL for (int v = 0; v < V; v++) {
+    const float x = fed_back(t[v * SLICES + slice], g, errors + 8 * v);
+    t[v * SLICES + slice] = int(lane) < 8 * block ? x : t[v * SLICES + slice];
+  }
+  UNROLL for (int i = 0; i < SLICES; i++) {
+    if (i < slice) {
+      float own[8];
+      read_gains<D, GROUP>(own, G, low / 8 + 4 * slice + block, low + 32 * i, lane);
+      UNROLL for (int v = 0; v < V; v++) {
+        t[v * SLICES + i] = fed_back(t[v * SLICES + i], own, errors + 8 * v);
+      }
+    }
+  }
+}
+
 // Rounds the blocks of a group from the last to the first, each towards its targets t [V, slices],
-// which make up for the errors so far. y and level [V, D] begin with the group.
+// which make up for the errors so far. y and level [V, D] begin with the group, g is its last gains.
 template <int V, int D, int BITS, int GROUP, int RULE, bool EXACT>
 INLINE void round_blocks(
     thread float* t, const thread float* step, const thread float* inverse,
-    const threadgroup float* y, threadgroup float* level, const device float* G, int low,
-    uint lane) {
-  constexpr int SLICES = slices_of(GROUP);
+    const threadgroup float* y, threadgroup float* level, thread float* g, const device float* G,
+    int low, uint lane) {
+  constexpr int SLICES = slices_of(GROUP), AHEAD = blocks_at_once(V, GROUP);
   UNROLL for (int slice = SLICES - 1; slice >= 0; slice--) {
-    const int own = 32 * slice + int(lane), first = low / 8 + 4 * slice;
     const int last = min(GROUP / 8 - 4 * slice, 4) - 1;
-    float g[8];
-    read_gains<D, GROUP>(g, G, first + last, low + 32 * slice, lane);
-    ROLLED for (int block = last; block >= 0; block--) {
-      float e[V], errors[8 * V];
-      UNROLL for (int v = 0; v < V; v++) {
-        const float x = in_group<GROUP>(slice, lane) ? y[v * D + own] : 0.0f;
-        const float n =
-            nearest_level<BITS, RULE, EXACT>(t[v * SLICES + slice], step[v], inverse[v]);
-        e[v] = step[v] > 0.0f ? error_of(x, step[v], n) : 0.0f;
-        if (int(lane) / 8 == block) level[v * D + own] = n;
+    ROLLED for (int block = last; block >= 0; block -= AHEAD) {
+      if (block < last || slice < SLICES - 1) {
+        read_blocks<D, GROUP, AHEAD>(
+            g, G, low / 8 + 4 * slice + block, block + 1, low + 32 * slice, lane);
       }
-      UNROLL for (int j = 0; j < 8; j++) {
-        UNROLL for (int v = 0; v < V; v++) {
-          errors[8 * v + j] = simd_shuffle(e[v], ushort(8 * block + j));
-        }
-      }
-      UNROLL for (int v = 0; v < V; v++) {
-        const float x = fed_back(t[v * SLICES + slice], g, errors + 8 * v);
-        t[v * SLICES + slice] = int(lane) < 8 * block ? x : t[v * SLICES + slice];
-      }
-      // For the next block, while the chain of this one goes on.
-      read_gains<D, GROUP>(g, G, max(first + block - 1, 0), low + 32 * slice, lane);
-      UNROLL for (int i = 0; i < SLICES; i++) {
-        if (i < slice) {
-          float others[8];
-          read_gains<D, GROUP>(others, G, first + block, low + 32 * i, lane);
-          UNROLL for (int v = 0; v < V; v++) {
-            t[v * SLICES + i] = fed_back(t[v * SLICES + i], others, errors + 8 * v);
-          }
+      UNROLL for (int k = 0; k < AHEAD; k++) {
+        if (k <= block) {
+          round_block<V, D, BITS, GROUP, RULE, EXACT>(
+              t, step, inverse, y + 32 * slice, level + 32 * slice, g + 8 * k, G, low, slice,
+              block - k, lane);
         }
       }
     }
@@ -212,9 +242,8 @@ INLINE void round_blocks(
 template <int V, int D, int GROUP>
 INLINE void feed_before(
     threadgroup float* t, const threadgroup float* e, const device float* G, int low, uint lane) {
-  // Blocks whose gains are on their way at once.
-  constexpr int MOST = HOLD_TABLES != 0 ? 4 : 1;
-  constexpr int AHEAD = GROUP / 8 % 4 == 0 ? MOST : GROUP / 8 % 2 == 0 && MOST > 1 ? 2 : 1;
+  constexpr int MOST = HOLD_TABLES != 0 ? 4 : 1, BLOCKS = GROUP / 8;
+  constexpr int AHEAD = BLOCKS % MOST == 0 ? MOST : BLOCKS % 2 == 0 && MOST > 1 ? 2 : 1;
   ROLLED for (int first = 0; first < low; first += 32) {
     const bool own = GROUP % 32 == 0 || first + int(lane) < low;
     float x[V];
@@ -255,6 +284,10 @@ INLINE void round_group(
     }
     damaged[v] = is_damaged<GROUP>(target + v * SLICES, lane);
   }
+  constexpr int AHEAD = blocks_at_once(V, GROUP);
+  float g[8 * AHEAD];
+  read_blocks<D, GROUP, AHEAD>(
+      g, G, (low + GROUP) / 8 - 1, (GROUP / 8 - 1) % 4 + 1, low + 32 * (SLICES - 1), lane);
   find_steps<V, BITS, GROUP, RULE, EXACT>(step, inverse, target, lane);
   // A damaged group has code 0 and a NaN scale. It passes nothing on, like one of zeros.
   UNROLL for (int v = 0; v < V; v++) {
@@ -262,7 +295,7 @@ INLINE void round_group(
     inverse[v] = damaged[v] ? 0.0f : inverse[v];
   }
   round_blocks<V, D, BITS, GROUP, RULE, EXACT>(
-      target, step, inverse, y + low, t + low, G, low, lane);
+      target, step, inverse, y + low, t + low, g, G, low, lane);
   find_scales<V, D, GROUP, RULE>(stored, step, target, t + low, lane);
   UNROLL for (int v = 0; v < V; v++) {
     damaged[v] = damaged[v] || is_damaged<GROUP>(target + v * SLICES, lane);
@@ -275,9 +308,9 @@ INLINE void round_group(
       }
     }
   }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes read the errors
   feed_before<V, D, GROUP>(t, y + low, G, low, lane);
-  simdgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_barrier(mem_flags::mem_threadgroup);  // and the targets, or the levels
 }
 
 // Writes the codes of `count` vectors' levels [V, D], vector v to row + v * W: a lane per word, or
@@ -330,7 +363,7 @@ INLINE void store_with_feedback(
     }
   }
   store_levels<D, BITS, RULE, FIRST, HIGH, W>(row, t, min(count, V), lane);
-  simdgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_barrier(mem_flags::mem_threadgroup);  // the next vectors or rotation write here
 }
 
 }  // namespace kvq

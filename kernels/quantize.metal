@@ -361,7 +361,6 @@ INLINE void pack_vectors(
                 to + i * W, shared + i * (D / 2), spare, count - int(i), G, own_lane);
           }
         }
-        simdgroup_barrier(mem_flags::mem_threadgroup);  // the next rotation may swap here
       } else {
         store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
             to, shared, min(SET, L - first), own_lane);

@@ -38,6 +38,10 @@ FORMATS = [
 ]
 
 
+# Of the values' words and scales on a GPU: few words at small heads, where one tie that turns is much.
+TURNED = 6e-3
+
+
 def _normal(*shape: int, seed: int) -> mx.array:
     x = np.random.default_rng((seed, *shape)).standard_normal(shape)
     return mx.array(x.astype(np.float32))
