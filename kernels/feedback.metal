@@ -160,8 +160,9 @@ INLINE void find_scales(
 // Whether a vector's group has a NaN or an infinity.
 template <int GROUP>
 INLINE bool is_damaged(const thread float* t, uint lane) {
+  constexpr int SLICES = slices_of(GROUP);
   bool damaged = false;
-  UNROLL for (int i = 0; i < slices_of(GROUP); i++) {
+  UNROLL for (int i = 0; i < SLICES; i++) {
     damaged = damaged || (in_group<GROUP>(i, lane) && !isfinite(t[i]));
   }
   return simd_any(damaged);

@@ -347,18 +347,18 @@ INLINE void pack_vectors(
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (FEEDBACK) {
         constexpr int MOST = fed_at_once(SET);
-        threadgroup float2* spare =
-            shared + (shared_points(D, GROUP, ROTATION, SET, true) - MOST * D / 2);
+        constexpr int SPARE = shared_points(D, GROUP, ROTATION, SET, true) - MOST * D / 2;
         const int count = min(SET, L - first);
         ROLLED for (counter i = 0; i < counter(count); i += MOST) {
           if (MOST > 1 && count - int(i) == 1) {  // a single token waits for no others
             store_with_feedback<
                 1, D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
-                to + i * W, shared + i * (D / 2), spare, 1, G, own_lane);
+                to + i * W, shared + i * (D / 2), shared + SPARE, 1, G, own_lane);
           } else {
             store_with_feedback<
                 MOST, D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
-                to + i * W, shared + i * (D / 2), spare, count - int(i), G, own_lane);
+                to + i * W, shared + i * (D / 2), shared + SPARE, count - int(i), G,
+                own_lane);
           }
         }
       } else {

@@ -498,7 +498,7 @@ FAULTS = [
     ("vectors over the levels", feedback, "feedback.metal",
      "  simdgroup_barrier(mem_flags::mem_threadgroup);  // the next vectors", "  //"),
     ("targets over the vectors", feedback, "quantize.metal",
-     "shared + (shared_points(D, GROUP, ROTATION, SET, true) - MOST * D / 2)", "shared"),
+     "shared_points(D, GROUP, ROTATION, SET, true) - MOST * D / 2", "0"),
     ("G of the first head", feedback, "quantize_pack.metal", "feedback + h * KD * KD", "feedback"),
 ]  # fmt: skip
 
