@@ -84,7 +84,7 @@ def test_with_a_tail_and_held_rows(emulator, launches, spec, D, L):
     ],
 )  # fmt: skip
 def test_rows_are_the_same_however_many_are_rounded_at_once(emulator, launches, spec, D):
-    """Whatever a token's neighbours in its set are, where a prompt is cut, and one NaN beside it."""
+    """Whatever a token has beside it in its set, a NaN too, and wherever a prompt is cut."""
     fmt = weighted(spec, D)
     k, v = transposed(1, 2, 19, D, seed=3), transposed(1, 2, 19, D, seed=4)
     damaged = mx.where(mx.arange(19)[:, None] == 6, mx.nan, k)

@@ -38,7 +38,7 @@ FORMATS = [
 ]
 
 
-# Of the values' words and scales on a GPU: few words at small heads, where one tie that turns is much.
+# Part of the values' words and scales on a GPU: words are few at small heads, and ties turn.
 TURNED = 6e-3
 
 
