@@ -3,8 +3,9 @@
 namespace kvq {
 
 template <
-    int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES, int SCALE>
+    int V, int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES,
+    int SCALE, int W>
 INLINE void store_with_feedback(
-    device uint*, const threadgroup float2*, const device float*, uint) {}
+    device uint*, threadgroup float2*, threadgroup float2*, int, const device float*, uint) {}
 
 }  // namespace kvq

@@ -260,18 +260,28 @@ INLINE void store_shared(
   }
 }
 
-// The same for one vector, rounded with feedback of its head's G (feedback.metal); nearest.metal's
+// The same for V vectors, rounded with feedback of their head's G (feedback.metal); nearest.metal's
 // does nothing.
 template <
-    int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES, int SCALE>
+    int V, int D, int BITS, int GROUP, int RULE, int ROTATION, int FIRST, int HIGH, int CODES,
+    int SCALE, int W>
 INLINE void store_with_feedback(
-    device uint* row, const threadgroup float2* shared, const device float* G, uint lane);
+    device uint* row, threadgroup float2* shared, threadgroup float2* spare, int count,
+    const device float* G, uint lane);
 
-// Threadgroup memory of a SIMD group that packs vectors, in float2.
+// Vectors of a set that are rounded with feedback at once. FED_AT_ONCE: an enumerator of
+// mlx_kvq/ops/gpu/jit.py.
+constexpr int fed_at_once(int SET) {
+  return SET < FED_AT_ONCE ? SET : FED_AT_ONCE;
+}
+
+// Threadgroup memory of a SIMD group that packs vectors, in float2: of vectors, which are swapped
+// there or lie there, and last what rounds some with feedback.
 constexpr int shared_points(int D, int GROUP, int ROTATION, int SET, bool FEEDBACK) {
-  return swaps(D, ROTATION)                       ? vectors_of(D) * swap_points(D)
-      : groups_are_lanes(D, GROUP) && !FEEDBACK ? 0
-                                                : SET * D / 2;
+  return (swaps(D, ROTATION)                      ? vectors_of(D) * swap_points(D)
+              : groups_are_lanes(D, GROUP) && !FEEDBACK ? 0
+                                                        : SET * D / 2) +
+      (FEEDBACK ? fed_at_once(SET) * D / 2 : 0);
 }
 
 // Packs the keys or the values of a head's L tokens by one SIMD group: every `workers`-th set of
@@ -345,11 +355,21 @@ INLINE void pack_vectors(
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       if (FEEDBACK) {
-        ROLLED for (counter i = 0; i < counter(min(SET, L - first)); i++) {
-          store_with_feedback<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE>(
-              to + i * W, shared + i * (D / 2), G, own_lane);
+        constexpr int MOST = fed_at_once(SET);
+        constexpr int SPARE = shared_points(D, GROUP, ROTATION, SET, true) - MOST * D / 2;
+        const int count = min(SET, L - first);
+        ROLLED for (counter i = 0; i < counter(count); i += MOST) {
+          if (MOST > 1 && count - int(i) == 1) {  // a single token waits for no others
+            store_with_feedback<
+                1, D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
+                to + i * W, shared + i * (D / 2), shared + SPARE, 1, G, own_lane);
+          } else {
+            store_with_feedback<
+                MOST, D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
+                to + i * W, shared + i * (D / 2), shared + SPARE, count - int(i), G,
+                own_lane);
+          }
         }
-        simdgroup_barrier(mem_flags::mem_threadgroup);  // the next rotation may swap here
       } else {
         store_shared<D, BITS, GROUP, RULE, ROTATION, FIRST, HIGH, CODES, SCALE, W>(
             to, shared, min(SET, L - first), own_lane);

@@ -58,7 +58,8 @@ def test_strange_vectors(emulator, spec):
 @pytest.mark.parametrize("L", [1, 5, 23])
 def test_with_a_tail_and_held_rows(emulator, launches, spec, D, L):
     """Any strides; several sets of a SIMD group, of which the last one is not whole."""
-    launches(pack_pairs=2, pack_threadgroups=2, hold_tables=L == 5)
+    at_once = {1: 4, 5: 4, 23: 2}[L]
+    launches(pack_pairs=2, pack_threadgroups=2, hold_tables=L == 5, fed_at_once=at_once)
     fmt = weighted(spec, D)
     k, v = (normal(2, 1, D, L, seed=s).transpose(1, 0, 3, 2) for s in (3, 4))
     tail, held = (
@@ -73,6 +74,36 @@ def test_with_a_tail_and_held_rows(emulator, launches, spec, D, L):
         assert mx.array_equal(got[:, :, :-L], want[:, :, :-L])
         assert_alike(got[:, :, -L:], rows, k, fmt)
         assert mx.allclose(kept, expected, rtol=0, atol=1e-5 * mx.abs(expected).max().item())
+
+
+@pytest.mark.parametrize(
+    "spec, D",
+    [
+        ("int4-srft:group_size=64", 128), ("k5v4-srft", 80), ("int3-srft:scale=absmax", 256),
+        ("int4-none:group_size=8,scale=paper", 32),
+    ],
+)  # fmt: skip
+def test_rows_are_the_same_however_many_are_rounded_at_once(emulator, launches, spec, D):
+    """Whatever a token has beside it in its set, a NaN too, and wherever a prompt is cut."""
+    fmt = weighted(spec, D)
+    k, v = transposed(1, 2, 19, D, seed=3), transposed(1, 2, 19, D, seed=4)
+    damaged = mx.where(mx.arange(19)[:, None] == 6, mx.nan, k)
+    others = mx.array([i for i in range(19) if i != 6])
+    known = None
+    for at_once, hold in ((1, False), (2, False), (4, True)):
+        launches(fed_at_once=at_once, hold_tables=hold)
+        rows = fused.quantize_pack(k, v, fmt)[0]
+        known = rows if known is None else known
+        assert mx.array_equal(rows, known), f"{at_once} at once"
+        for cut in (1, 3, 16):
+            parts = [
+                fused.quantize_pack(k[:, :, i], v[:, :, i], fmt)[0]
+                for i in (slice(cut), slice(cut, None))
+            ]
+            assert mx.array_equal(mx.concatenate(parts, axis=2), known), f"cut at {cut}"
+        beside = fused.quantize_pack(damaged, v, fmt)[0]
+        assert mx.array_equal(beside[:, :, others], known[:, :, others])
+        assert not mx.array_equal(beside, known)
 
 
 def test_the_operation_takes_the_kernel(emulator, capsys):

@@ -264,12 +264,12 @@ def check_narrow(launches, spec: str, D: int, prefetch: bool, differ: float):
 
 def feedback(launches):
     """Groups that feed other ones; damage; levels that are more than a rounding off."""
-    for spec, D in (
-        ("int4-srft:group_size=32", 128),
-        ("int3-srft:group_size=32", 64),
-        ("k5v4-srft:group_size=32", 64),
+    for spec, D, at_once in (
+        ("int4-srft:group_size=64", 128, 4),
+        ("int3-srft:group_size=32", 64, 1),
+        ("k5v4-srft:group_size=32", 64, 1),
     ):
-        launches(pack_pairs=1, pack_threadgroups=1)
+        launches(pack_pairs=1, pack_threadgroups=1, fed_at_once=at_once)
         fmt = weighted(spec, D)
         k, v = transposed(1, 2, 23, D, mx.float32, 3), transposed(1, 2, 23, D, mx.float32, 4)
         got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
@@ -470,30 +470,42 @@ FAULTS = [
     ("values' codes after whole keys", five_bits, "row.metal", "KD * kvq::low_bits(KB) / 32",
      "KD * (KB == 5 ? 8 : KB) / 32"),
     ("the high plane of feedback's keys", feedback, "feedback.metal",
-     "simd_shuffle_xor(words[0], ushort(w * LANES))", "simd_shuffle_xor(words[0], ushort(LANES))"),
+     "(unit * WORDS + w) * CODES_OF_WORD", "(unit * WORDS + w % 2) * CODES_OF_WORD"),
     ("errors of another block", feedback, "feedback.metal", "uint(8 * D * block)",
      "uint(8 * D * (block ^ 1))"),
-    ("errors of the block before", feedback, "feedback.metal", "max(block - 1, 0)", "block"),
+    ("errors of the block before", feedback, "feedback.metal", "last - k, first, lane",
+     "last, first, lane"),
+    ("gains of the group's last slice", feedback, "feedback.metal",
+     "if (block < last || slice < SLICES - 1)", "if (block < last)"),
     ("nothing for channels before a whole group", feedback, "feedback.metal",
-     "constexpr int BEFORE = WHOLE ? N - OWN : N", "constexpr int BEFORE = WHOLE ? 0 : N"),
-    ("slices that stay where they are", feedback, "feedback.metal", "t[i] = t[i - OWN]",
-     "t[i] = t[i]"),
-    ("codes of another group", feedback, "feedback.metal", "(row, level, low / 32, lane)",
-     "(row, level, 0, lane)"),
+     "first < low; first += 32", "first < low - 32; first += 32"),
+    ("nothing for slices before in the group", feedback, "feedback.metal", "if (i < slice) {",
+     "if (i > slice) {"),
+    ("scales of another group", feedback, "feedback.metal", "SCALE + low / GROUP", "SCALE"),
     ("gains of the group for those before it", feedback, "feedback.metal",
-     "S::WHOLE ? first - S::BEFORE + i : i", "S::WHOLE ? first + i : i"),
+     "low / 8 + block + i, first, lane", "low / 8 + block + i, low, lane"),
     ("errors of the step, not of the stored scale", feedback, "feedback.metal",
-     "(y, slice) - stored * n", "(y, slice) - step.x * n"),
+     "error_of(y[at], stored[v], t[at])", "error_of(y[at], step[v], t[at])"),
     ("errors from the target", feedback, "feedback.metal",
-     "(y, slice) - step.x * n", "(t, slice) - step.x * n"),
-    ("groups that pass nothing on", feedback, "feedback.metal", "low > 0 ? low / 8", "low > D ? 0"),
-    ("the group's scale of the keys, not of the targets", feedback, "feedback.metal",
-     "own ? fma(t[i], t[i], squares)", "own ? fma(t[0], t[i], squares)"),
-    ("damage passed on", feedback, "feedback.metal",
-     "damaged ? float2(0.0f, 0.0f) : step_of_group", "step_of_group"),
+     "error_of(x, step[v], n)", "error_of(t[v * SLICES + slice], step[v], n)"),
+    ("errors of the first vector", feedback, "feedback.metal",
+     "errors[j] = e[v * D + 8", "errors[j] = e[8"),
+    ("errors of the first vector in a block", feedback, "feedback.metal",
+     "errors[8 * v + j] = simd_shuffle(e[v]", "errors[8 * v + j] = simd_shuffle(e[0]"),
+    ("the other step's angle", feedback, "feedback.metal", "s[0] * s[0] * s[3]",
+     "s[0] * s[0] * s[1]"),
+    ("the group's scale of the levels, not of the targets", feedback, "feedback.metal",
+     "fma(x, x, sums[2 * v])", "fma(n, x, sums[2 * v])"),
+    ("damage passed on", feedback, "feedback.metal", "step[v] = damaged[v] ? 0.0f : step[v];", ""),
+    ("errors that are not there yet", feedback, "feedback.metal",
+     "  simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes", "  //"),
+    ("targets that are not there yet", feedback, "feedback.metal",
+     "  simdgroup_barrier(mem_flags::mem_threadgroup);  // and the targets", "  //"),
+    ("vectors over the levels", feedback, "feedback.metal",
+     "  simdgroup_barrier(mem_flags::mem_threadgroup);  // the next vectors", "  //"),
+    ("targets over the vectors", feedback, "quantize.metal",
+     "shared_points(D, GROUP, ROTATION, SET, true) - MOST * D / 2", "0"),
     ("G of the first head", feedback, "quantize_pack.metal", "feedback + h * KD * KD", "feedback"),
-    ("vectors over the swap", feedback, "quantize.metal",
-     "        simdgroup_barrier(mem_flags::mem_threadgroup);  // the next rotation", "        //"),
 ]  # fmt: skip
 
 

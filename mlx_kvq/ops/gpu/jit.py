@@ -215,6 +215,7 @@ def _choices(machine: str, name: str) -> str:
     choices = {
         "WIDE": wide,
         "HOLD_TABLES": wide or tuning.hold_tables,
+        "FED_AT_ONCE": tuning.fed_at_once,
         "HOLD_QUERIES": tuning.hold_queries,
         "SLICE_VALUES": tuning.slice_values,
         "PREFETCH": tuning.prefetch,

@@ -36,6 +36,7 @@ class Tuning:
             replayed; :func:`replays` asks the user first.
         hold_tables (bool): A SIMD group keeps twiddles and channel factors in registers while it
             packs or restores vectors; otherwise it reads them again for each set.
+        fed_at_once (int): Most keys that a SIMD group rounds with feedback side by side; 1, 2 or 4.
         hold_queries (bool): attend keeps the queries' operands and offsets in registers, otherwise
             in threadgroup memory.
         slice_values (bool): attend's SIMD groups share probabilities, and each adds up a slice of
@@ -63,6 +64,7 @@ class Tuning:
     ahead: int = 0
     replay: bool = False
     hold_tables: bool = False
+    fed_at_once: int = 1
     hold_queries: bool = False
     slice_values: bool = False
     prefetch: bool = False
@@ -118,6 +120,7 @@ TUNING = {
         ahead=3,
         replay=True,
         hold_tables=True,
+        fed_at_once=4,
         hold_queries=True,
         prefetch=True,
     ),
