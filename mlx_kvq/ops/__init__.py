@@ -57,16 +57,10 @@ def language() -> str | None:
     return machine.language()
 
 
-# The largest head size whose keys are rounded with feedback unasked. It is a chain of D / 8 blocks:
-# on an H200 a token's write took 5 us and with feedback 8 at D = 64, 14 at 128, 27 at 256.
-FED_BACK_DIM = 128
-
-
 def feeds_back(fmt: Format) -> bool:
     """Whether rounding keys with feedback costs little: the default device is a GPU whose kernels
-    cover the format, whatever ``MLX_KVQ_BACKEND`` says, and heads are not wide."""
-    kernels = language() is not None and gpu.why_not(fmt) is None
-    return kernels and fmt.layout.k_dim <= FED_BACK_DIM
+    cover the format, whatever ``MLX_KVQ_BACKEND`` says."""
+    return language() is not None and gpu.why_not(fmt) is None
 
 
 def backend(fmt: Format, dtype: mx.Dtype = mx.float16) -> ModuleType:

@@ -698,11 +698,6 @@ def written_fed(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
     return nearest[0] + each * more[0], nearest[1] + each * more[1]
 
 
-def written(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
-    """The same by default: without feedback for wide heads."""
-    return (written_fed if ours.D <= ops.FED_BACK_DIM else written_nearest)(ours, chip, T)
-
-
 def step(ours: Ours, theirs: Theirs, chip: Chip, T: int) -> list[tuple[float, float]]:
     """Milliseconds of a token's step at best and at worst, fp16 and int4: weights in 4 bits at the
     bandwidth that is reached, attention, the token stored, and ``LAYER``."""
@@ -714,7 +709,7 @@ def step(ours: Ours, theirs: Theirs, chip: Chip, T: int) -> list[tuple[float, fl
         if layers:
             fp16 += np.array(total(theirs.attend(seen, chip), chip)[2:]) * layers
             int4 += np.array(total(ours.attend(seen, ours.parts(seen)), chip)[2:]) * layers
-            int4 += np.array(written(ours, chip, seen)) * layers
+            int4 += np.array(written_fed(ours, chip, seen)) * layers
     return [tuple(before + x / 1e3) for x in (fp16, int4)]
 
 
@@ -810,7 +805,7 @@ def scale_figures(spec: Spec) -> dict:
         theirs = Theirs(*heads)
         ours = Ours(calibrated(spec, heads[2], heads[1]), heads[0], heads[1])
         for chip in (M1, M3_ULTRA):
-            rows: dict = {"token": written(ours, chip, 32768)}
+            rows: dict = {"token": written_fed(ours, chip, 32768)}
             for B in (1, 4, 16, 64):
                 for T in (1024, 4096, 32768, 131072):
                     instructions, bytes_, *int4 = total(ours.attend(T, ours.parts(T, B), B), chip)
