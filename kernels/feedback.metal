@@ -34,8 +34,8 @@ INLINE void reduce(thread float* x) {
   }
 }
 
-// Blocks whose gains are on their way at once: the chain of one block is shorter than the way of the
-// next one's gains. Keys of a prompt find them nearer by. Registers are few without HOLD_TABLES.
+// Blocks whose gains are on their way at once: the chain of one block is shorter than the way of
+// the next one's gains. Keys of a prompt find them nearer by. Registers are few without HOLD_TABLES.
 constexpr int blocks_at_once(int V, int GROUP) {
   return HOLD_TABLES != 0 ? (V == 1 ? 4 : 2) : GROUP % 32 == 0 ? 2 : 1;
 }
@@ -168,7 +168,7 @@ INLINE bool is_damaged(const thread float* t, uint lane) {
   return simd_any(damaged);
 }
 
-// Gains that the last `count` blocks up to number `last` of G have for 32 channels; of COUNT at most.
+// The gains for 32 channels of `count` blocks, COUNT at most, from number `last` of G downwards.
 template <int D, int GROUP, int COUNT>
 INLINE void read_blocks(
     thread float* g, const device float* G, int last, int count, int first, uint lane) {
@@ -177,8 +177,8 @@ INLINE void read_blocks(
   }
 }
 
-// Rounds block `block` of a slice to levels and feeds its errors to the slice, by the gains g, and
-// to those before it in the group. t, y, level as in `round_blocks`; y and level begin with the slice.
+// Rounds a block of a slice to levels and feeds its errors to the slice, by the gains g, and to
+// those before it in the group. As in `round_blocks`, but y and level begin with the slice.
 template <int V, int D, int BITS, int GROUP, int RULE, bool EXACT>
 INLINE void round_block(
     thread float* t, const thread float* step, const thread float* inverse,
@@ -213,7 +213,8 @@ INLINE void round_block(
 }
 
 // Rounds the blocks of a group from the last to the first, each towards its targets t [V, slices],
-// which make up for the errors so far. y and level [V, D] begin with the group, g is its last gains.
+// which make up for the errors so far. y and level [V, D] begin with the group; g: gains of its
+// last blocks.
 template <int V, int D, int BITS, int GROUP, int RULE, bool EXACT>
 INLINE void round_blocks(
     thread float* t, const thread float* step, const thread float* inverse,
@@ -299,7 +300,8 @@ INLINE void round_group(
       target, step, inverse, y + low, t + low, g, G, low, lane);
   find_scales<V, D, GROUP, RULE>(stored, step, target, t + low, lane);
   UNROLL for (int v = 0; v < V; v++) {
-    damaged[v] = damaged[v] || is_damaged<GROUP>(target + v * SLICES, lane);
+    const bool later = is_damaged<GROUP>(target + v * SLICES, lane);
+    damaged[v] = damaged[v] || later;
     scale[v] = damaged[v] ? ushort(0x7e00) : as_type<ushort>(half(stored[v]));
     UNROLL for (int i = 0; i < SLICES; i++) {
       const int at = v * D + low + 32 * i + int(lane);
