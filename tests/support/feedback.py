@@ -38,10 +38,6 @@ FORMATS = [
 ]
 
 
-# Part of the values' words and scales on a GPU: words are few at small heads, and ties turn.
-TURNED = 6e-3
-
-
 def _normal(*shape: int, seed: int) -> mx.array:
     x = np.random.default_rng((seed, *shape)).standard_normal(shape)
     return mx.array(x.astype(np.float32))
