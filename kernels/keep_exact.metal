@@ -38,7 +38,7 @@ if (copier >= 0) {
   kvq::copy_tokens<CHANNELS>(
       head_kept,
       tail + (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]),
-      tail_strides[2], older, copier, copiers);
+      int(tail_strides[2]), older, copier, copiers);
 }
 const auto new_kept = head_kept + int64_t(older) * CHANNELS;
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {

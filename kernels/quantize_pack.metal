@@ -5,8 +5,8 @@
 // Layout: k, v with any strides, read once; rows written once.
 //   KEEPS: keep holds KEPT and ROWS. y of the newest tokens also goes to kept [B, H, KEPT, KD +
 //   VD], newest last. Places for more than L tokens are filled from tail [B, H, R, KD + VD] if
-//   TAIL, else with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros. ROTATED: 1 if k and v
-//   are y, from a tail.
+//   TAIL, else with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros.
+//   ROTATED: k and v are y, from a tail.
 //   FEEDBACK: feedback is fp32 [H, KD, KD], row j what an error of a key's channel j adds to the
 //   channels before (feedback.metal).
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even group of a pair
@@ -50,7 +50,7 @@ if (KEEPS && copier >= 0) {
     kvq::copy_tokens<KD + VD>(
         head_kept,
         tail + (b * tail_strides[0] + h * tail_strides[1] + (tail_shape[2] - older) * tail_strides[2]),
-        tail_strides[2], older, copier, copiers);
+        int(tail_strides[2]), older, copier, copiers);
   } else {
     for (int i = copier; i < older * (KD + VD) / 8; i += copiers) {
       kvq::zero_eight(head_kept + 8 * i);
@@ -59,22 +59,20 @@ if (KEEPS && copier >= 0) {
 }
 const auto new_kept = head_kept + int64_t(max(older, 0)) * (KD + VD);
 const int drop = max(-older, 0);
-const bool rotated = KEEPS && keep[kvq::ROTATED] != 0;
 
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   kvq::pack_vectors<
       KD, KB, KG, RULE, ROTATION, K_CALIBRATED, K_SCALED, SET, 0, 2 * HIGHS, CODES, 0, W, KEEPS,
-      KD + VD, FEEDBACK>(
+      KD + VD, FEEDBACK, ROTATED>(
       head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
-      worker, workers, own, k_table, h, new_kept, drop, rotated,
+      worker, workers, own, k_table, h, new_kept, drop,
       feedback + h * KD * KD, lane);
 } else {
   kvq::pack_vectors<
       VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, 2 * HIGHS + K_HALVES, CODES,
-      K_SCALES, W, KEEPS, KD + VD, false>(
+      K_SCALES, W, KEEPS, KD + VD, false, ROTATED>(
       head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
-      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, rotated, feedback,
-      lane);
+      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, feedback, lane);
   if (SCALES % 2 == 1 || HALVES % 2 == 1) {
     for (int i = worker * 32 + int(lane); i < L; i += workers * 32) {
       if (SCALES % 2 == 1) kvq::halves_of(head_rows + int64_t(i) * W + W - 1)[1] = 0;

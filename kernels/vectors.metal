@@ -266,8 +266,10 @@ INLINE float as_kept<bfloat16_t>(float x) {
 
 // Reads a lane's rotated channels of one vector, as `write_points` wrote them.
 template <int D, int ROTATION, typename T>
-INLINE void read_rotated(thread float2* z, const device T* x, int64_t stride, uint lane) {
+INLINE void read_rotated(
+    thread float2* z, const device T* x, int64_t stride, int zero, uint lane) {
   x += 2 * points_of(D) * rotated_block<D, ROTATION>(lane) * stride;
+  stride = zero == 0 ? stride : 1;  // as in `read_points`
   UNROLL for (int a = 0; a < points_of(D); a++) {
     z[a] = float2(float(x[2 * a * stride]), float(x[(2 * a + 1) * stride]));
   }
@@ -300,10 +302,10 @@ constexpr int swapped_points(int D, int ROTATION) {
 // channels, from number `copier` on.
 template <int CHANNELS, typename T, typename S>
 INLINE void copy_tokens(
-    device T* to, const device S* from, int64_t by_token, int tokens, int copier, int copiers) {
-  constexpr int STEPS = 4;  // loads in flight of a thread
+    device T* to, const device S* from, int by_token, int tokens, int copier, int copiers) {
+  constexpr int STEPS = HOLD_TABLES != 0 ? 4 : 1;  // loads in flight of a thread
   constexpr int EIGHTS = CHANNELS / 8;
-  for (int i = copier; i < tokens * EIGHTS; i += STEPS * copiers) {
+  ROLLED for (int i = copier; i < tokens * EIGHTS; i += STEPS * copiers) {
     UNROLL for (int j = 0; j < STEPS; j++) {
       const int at = i + j * copiers;
       if (at < tokens * EIGHTS) {
@@ -336,17 +338,20 @@ INLINE void keep_vectors(
   ROLLED for (int first = worker * SET; first < L; first += workers * SET) {
     const int token = first + v;
     const bool valid = v < SET && token < L;
+    // As in `pack_vectors`: what depends on it is not in registers between turns.
+    const int zero = HOLD_TABLES != 0 ? 0 : unknown_zero(token);
+    const uint own_lane = HOLD_TABLES != 0 ? lane : lane + uint(zero);
     float2 z[points_of(D)];
     UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
     if (valid) {
-      read_points<D, ROTATION>(z, x + token * by_token, stride, 0, lane);
+      read_points<D, ROTATION>(z, x + token * by_token, stride, zero, own_lane);
     }
-    read_table<D, ROTATION>(w, table, lane);
-    read_factors<D, ROTATION, CALIBRATED, SCALED>(f, factors, lane);
+    read_table<D, ROTATION>(w, table, own_lane);
+    read_factors<D, ROTATION, CALIBRATED, SCALED>(f, factors, own_lane);
     rotate_points<D, ROTATION, CALIBRATED, SCALED, swaps(D, ROTATION)>(
-        z, f, w, table, factors, swap, lane);
+        z, f, w, table, factors, swap, own_lane);
     if (valid) {
-      write_points<D, ROTATION>(kept + int64_t(token) * CHANNELS, z, lane);
+      write_points<D, ROTATION>(kept + int64_t(token) * CHANNELS, z, own_lane);
     }
   }
 }

@@ -13,7 +13,7 @@ from tests.emulator import emulated
 from tests.support import compiled
 
 QWEN, GEMMA = "tiny-qwen2-8bit", "tiny-gemma3-8bit"
-DECODE = ["quantize_pack", "keep_exact"]
+DECODE = ["quantize_pack", "keep_exact", "quantize_pack rotated"]
 SPLIT = ["attend_store tail", "combine"]
 BATCH = ["attend_store tail starts", "combine"]
 SERVER = [*BATCH, "attend_finish tail starts", "restore chunk"]
@@ -32,7 +32,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name, situation", EXPECTED)
 def test_what_is_compiled(name, situation):
-    """At most six, but for a server of a model with windows."""
+    """At most seven, but for a server of a model with windows."""
     found = compiled.kernels(name, compiled.SITUATIONS[situation])
     assert sorted(found) == sorted(EXPECTED[name, situation])
     assert {label for label, sources in found.items() if len(sources) > 1} == set()

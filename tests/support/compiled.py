@@ -26,7 +26,7 @@ from tests.emulator import Counters, arrays, emulated, standin
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 TOKENS = 70
 # Optional parts of a kernel by the constant that says whether it has them.
-PARTS = ("TAIL", "CHUNK", "STARTS", "SINKS", "MASK")
+PARTS = ("TAIL", "ROTATED", "CHUNK", "STARTS", "SINKS", "MASK")
 _PARTS = re.compile(rf"^constexpr (?:bool|int) ({'|'.join(PARTS)}) = (?:true|[12]);", re.M)
 
 

@@ -19,7 +19,7 @@ COPYING = 32  # threadgroups that move tails on
 
 def pairs(kind: Kind, L: int, tail: bool) -> int:
     """Pairs of SIMD groups in a threadgroup of quantize_pack, a compile-time constant; of few
-    tokens one, unless there is a tail to move on, which the others do."""
+    tokens one, unless there is a tail, which the others move on."""
     most = TUNING[machine()].pack_pairs
     return 1 if not tail and -(-L // plan(kind).pack_set) < most else most
 
@@ -66,14 +66,14 @@ def prepare(
     v: mx.array,
     kind: Kind,
     tail: mx.array | None,
-    size: int,
-    capacity: int | None,
+    size: int = 0,
+    capacity: int | None = None,
     rotated: bool = False,
 ) -> Pack:
     """The launch of :func:`quantize_pack` for arguments like these, or if ``rotated`` of
-    :func:`pack_rotated` for those sides of a tail, ``size`` being 1."""
+    :func:`pack_rotated` for those sides of a tail."""
     name, lay, (B, H, L, _) = machine(), kind.layout, k.shape
-    per_group = pairs(kind, L, size > 0)
+    per_group = pairs(kind, L, size > 0 or rotated)
     count = capacity or L
     shapes, dtypes = [(B, H, count, lay.words)], [mx.uint32]
     if size:
@@ -82,16 +82,20 @@ def prepare(
     launch = Launch(
         name,
         "quantize_pack",
-        (*plan(kind).pack, ("PAIRS", per_group), ("KEEPS", size > 0), ("TAIL", tail is not None)),
+        (
+            *plan(kind).pack,
+            ("PAIRS", per_group),
+            ("KEEPS", size > 0),
+            ("TAIL", tail is not None),
+            ("ROTATED", rotated),
+        ),  # fmt: skip
         grid(kind, k.shape, per_group, size, tail is not None),
         (per_group * 64, 1, 1),
         tuple(shapes),
         tuple(dtypes),
         len(shapes),
     )
-    sizes = None
-    if size:
-        sizes = integers("quantize_pack", kept=size, rows=count, rotated=int(rotated))
+    sizes = integers("quantize_pack", kept=size, rows=count) if size else None
     return Pack(launch, launch.prepared(like(k, v, tail)), sizes)
 
 
@@ -112,7 +116,7 @@ def pack_rotated(y: mx.array, fmt: Format) -> mx.array:
     """y [B, H, L, Dk + Dv], tokens of a tail -> rows uint32 [B, H, L, W]; see
     :func:`mlx_kvq.ops.pack_rotated`."""
     k, v = sides(y, fmt.kind)
-    return prepare(k, v, fmt.kind, None, 1, None, rotated=True)(k, v, fmt)[0]
+    return prepare(k, v, fmt.kind, None, rotated=True)(k, v, fmt)[0]
 
 
 def sides(y: mx.array, kind: Kind) -> tuple[mx.array, mx.array]:
