@@ -46,7 +46,7 @@ def packed_attention(
     if L == 0:
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
     out = _prompt(queries, keys, values, scale, mask, sinks)
-    if (every := ops.ahead()) and next(_prompts) % every == 0:
+    if L > BLOCK and (every := ops.ahead()) and next(_prompts) % every == 0:
         mx.async_eval(out)
     return out
 

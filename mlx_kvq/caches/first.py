@@ -29,14 +29,26 @@ class FirstTokens:
     def __getstate__(self) -> dict:
         return vars(self) | {"_seen": None}  # an mx.Dtype is in it, which cannot be copied
 
-    def read(self, keys: mx.array, values: mx.array, at: list[int], ends: list[int] | None) -> None:
+    def read(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        at: list[int],
+        ends: list[int] | None,
+        tail: mx.array | None = None,
+    ) -> None:
         """Take those of new keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv] that are among them.
 
         Args:
             at (list): Position of the first of the L tokens in each sequence, below 0 in padding.
             ends (list, optional): Position at which padding on the right begins.
+            tail (mx.array, optional): Any tail of the cache, in the dtype of one of these tokens.
         """
         L, F = keys.shape[2], self.format.first
+        if tail is not None and ends is None and F <= L and not any(at):  # as prompts begin
+            self.array = self._rotated(keys[:, :, :F], values[:, :, :F], tail)
+            self.filling, self.changed = False, True
+            return
         ends = [n + L for n in at] if ends is None else ends
         self.filling = any(min(n + L, end) < F for n, end in zip(at, ends, strict=True))
         wanted = [

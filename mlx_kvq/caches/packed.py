@@ -212,7 +212,7 @@ class PackedCache(_BaseCache, ABC):
         else:
             capacity = None if tokens is None else self.stored.growth(tokens, L, self.step)
             rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, capacity)
-        self._read_first(keys, values)
+        self._read_first(keys, values, all_new)
         tail.array = all_new
         if self._lengths is not None:
             tail.without_padding(L, size, new)
@@ -223,9 +223,9 @@ class PackedCache(_BaseCache, ABC):
         tail.got(size, new)
         return rows, {"tail": old, "chunk": (keys, values), "places": places}
 
-    def _read_first(self, keys: mx.array, values: mx.array) -> None:
+    def _read_first(self, keys: mx.array, values: mx.array, tail: mx.array | None = None) -> None:
         if self.oldest.filling:
-            self.oldest.read(keys, values, *self._next_positions())
+            self.oldest.read(keys, values, *self._next_positions(), tail)
 
     def _waits(self, L: int) -> bool:
         """Whether L tokens after others may wait to be packed: attention reads them from the tail

@@ -29,9 +29,11 @@ class Tuning:
         pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
             sets of tokens.
         restore_threadgroups (int): Likewise for restore.
-        ahead (int): In a prompt, evaluation begins after so many layers and goes on while the host
-            builds the next ones; 0 leaves it to the caller. What MLX encodes far ahead of the GPU
-            is in memory at once: the arrays of a chunk's attention, of every layer.
+        ahead (int): In a long chunk of a prompt, evaluation begins after so many layers and goes on
+            while the host builds the next ones; 0 leaves it to the caller. What MLX encodes far
+            ahead of the GPU is in memory at once: the arrays of a chunk's attention, of every
+            layer. Each time costs a CUDA host about 1 ms (H200, Qwen2.5-1.5B's shape, 512 tokens:
+            every 3 layers 23.6 ms, every 9 18.6, never 14.7; fp16 10.1).
         replay (bool): Whether a decode step's launches are traced by ``mx.compile`` once and
             replayed; :func:`replays` asks the user first.
         hold_tables (bool): A SIMD group keeps twiddles and channel factors in registers while it
@@ -117,7 +119,7 @@ TUNING = {
         busy_wide=(16, 2, 528),
         busy_narrow=(32, 8, 264),
         pack_threadgroups=528,
-        ahead=3,
+        ahead=9,
         replay=True,
         hold_tables=True,
         fed_at_once=4,
