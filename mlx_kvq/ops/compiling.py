@@ -30,7 +30,9 @@ def noted() -> Iterator[list[Compiled]]:
     found: list[Compiled] = []
 
     def observed(name: str, constants: jit.Constants, kernel: Any) -> Any:
-        parts = [n.lower() for n, on in constants if on and n in jit.OPTIONAL.values()]
+        parts = [
+            n.lower() for n, on in constants if on and n in (*jit.OPTIONAL.values(), "ROTATED")
+        ]
         label = " ".join([name, *parts])
         called: set[tuple] = set()
 
