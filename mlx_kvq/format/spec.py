@@ -52,8 +52,8 @@ class Spec:
         rounding (str): Of keys when written: to the ``"nearest"`` level, or with ``"feedback"``
             making up for the errors of other channels (``format.feedback``), by the same kernel;
             needs a calibration with the metric, and is for keys of less than 8 bits. ``"auto"``:
-            with feedback if there is that, and a GPU whose kernels do it, for head sizes up to 128:
-            wider ones and plain operations take several times as long for it.
+            with feedback if there is that, and a GPU whose kernels do it: plain operations take
+            several times as long for it.
         recent (int): Newest tokens of a query, its own included, that are also kept unrounded and
             read from there, 0 to 1024; twice as many from a context of ``128 * recent`` tokens on,
             and four times as many from ``256 * recent`` on.
