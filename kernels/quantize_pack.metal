@@ -64,14 +64,14 @@ if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   kvq::pack_vectors<
       KD, KB, KG, RULE, ROTATION, K_CALIBRATED, K_SCALED, SET, 0, 2 * HIGHS, CODES, 0, W, KEEPS,
       KD + VD, FEEDBACK, ROTATED>(
-      head_rows, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
+      head_rows, k, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
       worker, workers, own, k_table, h, new_kept, drop,
       feedback + h * KD * KD, lane);
 } else {
   kvq::pack_vectors<
       VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, 2 * HIGHS + K_HALVES, CODES,
       K_SCALES, W, KEEPS, KD + VD, false, ROTATED>(
-      head_rows, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
+      head_rows, k, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
       worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, feedback, lane);
   if (SCALES % 2 == 1 || HALVES % 2 == 1) {
     for (int i = worker * 32 + int(lane); i < L; i += workers * 32) {

@@ -213,6 +213,16 @@ def test_keep_exact_and_pack_rotated(emulator, spec, Dk, Dv, what, L, keep):
         assert mx.array_equal(fused.pack_rotated(moved[:, :, -L:], fmt), rows)
 
 
+def test_a_tail_is_in_the_dtype_of_keys(emulator):
+    """Values in another one as well."""
+    fmt = format_of("int8-srft", 64, 64, "mu")
+    k, v = transposed(1, 2, 20, 64, mx.bfloat16, seed=3), transposed(1, 2, 20, 64, seed=4)
+    for backend in (fused, reference):
+        rows, tail = backend.quantize_pack(k, v, fmt, None, 20)
+        assert tail.dtype == mx.bfloat16
+        assert mx.array_equal(backend.pack_rotated(tail, fmt), rows)
+
+
 def test_keep_exact_reads_and_writes_once(emulator):
     fmt = format_of("int4-srft:recent=16", 128)
     k, v = transposed(1, 2, 1, 128), transposed(1, 2, 1, 128, seed=1)
