@@ -286,13 +286,13 @@ constexpr int shared_points(int D, int GROUP, int ROTATION, int SET, bool FEEDBA
 
 // Packs the keys or the values of a head's L tokens by one SIMD group: every `workers`-th set of
 // SET tokens, from set `worker` on. x and rows begin with the head's first token; `shared` has
-// shared_points. FEEDBACK: of the head's G, fp32 [D, D]. KEEPS: rotated vectors of tokens from `drop` on go
-// to `kept`, KEPT channels apart. ROTATED: x are such. R is the type of keys, whose tail has all vectors.
+// shared_points. FEEDBACK: of the head's G, fp32 [D, D]. KEEPS: rotated vectors of tokens from
+// `drop` on go to `kept`, KEPT channels apart. If `rotated`, x are such. R is the type of keys, whose
+// tail has all vectors.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,
     int FIRST, int HIGH, int CODES, int SCALE, int W, bool KEEPS, int KEPT, bool FEEDBACK,
-    bool ROTATED, typename R,
-    typename T, typename K>
+    typename R, typename T, typename K>
 INLINE void pack_vectors(
     device uint* rows,
     const device R*,
@@ -307,6 +307,7 @@ INLINE void pack_vectors(
     int head,
     device K* kept,
     int drop,
+    bool rotated,
     const device float* G,
     uint lane) {
   constexpr bool LANES = groups_are_lanes(D, GROUP) && !FEEDBACK;
@@ -329,7 +330,7 @@ INLINE void pack_vectors(
     if (HOLD_TABLES == 0) {
       UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
     }
-    if (ROTATED) {
+    if (rotated) {
       if (valid) read_rotated<D, ROTATION>(z, x, stride, zero, own_lane);
     } else {
       if (valid) {  // other lanes repeat what they have

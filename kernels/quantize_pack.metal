@@ -6,7 +6,7 @@
 //   KEEPS: keep holds KEPT and ROWS. y of the newest tokens also goes to kept [B, H, KEPT, KD +
 //   VD], newest last. Places for more than L tokens are filled from tail [B, H, R, KD + VD] if
 //   TAIL, else with zeros. rows are [B, H, ROWS, W]: the new ones, then zeros.
-//   ROTATED: k and v are y, from a tail.
+//   ROTATED: 1 if k and v are y, from a tail; 2 if keep says so at run time, by IS_ROTATED.
 //   FEEDBACK: feedback is fp32 [H, KD, KD], row j what an error of a key's channel j adds to the
 //   channels before (feedback.metal).
 // Grid: (any number, B * H) threadgroups of PAIRS pairs of SIMD groups. The even group of a pair
@@ -59,20 +59,20 @@ if (KEEPS && copier >= 0) {
 }
 const auto new_kept = head_kept + int64_t(max(older, 0)) * (KD + VD);
 const int drop = max(-older, 0);
+const bool rotated = ROTATED == 2 ? keep[kvq::IS_ROTATED] != 0 : ROTATED == 1;
 
 if ((simdgroup_index_in_threadgroup & 1u) == 0) {
   kvq::pack_vectors<
       KD, KB, KG, RULE, ROTATION, K_CALIBRATED, K_SCALED, SET, 0, 2 * HIGHS, CODES, 0, W, KEEPS,
-      KD + VD, FEEDBACK, ROTATED>(
+      KD + VD, FEEDBACK>(
       head_rows, k, k + (b * k_strides[0] + h * k_strides[1]), k_strides[2], k_strides[3], L,
-      worker, workers, own, k_table, h, new_kept, drop,
-      feedback + h * KD * KD, lane);
+      worker, workers, own, k_table, h, new_kept, drop, rotated, feedback + h * KD * KD, lane);
 } else {
   kvq::pack_vectors<
       VD, VB, VG, RULE, ROTATION, V_CALIBRATED, V_SCALED, SET, K_WORDS, 2 * HIGHS + K_HALVES, CODES,
-      K_SCALES, W, KEEPS, KD + VD, false, ROTATED>(
+      K_SCALES, W, KEEPS, KD + VD, false>(
       head_rows, k, v + (b * v_strides[0] + h * v_strides[1]), v_strides[2], v_strides[3], L,
-      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, feedback, lane);
+      worker, workers, own + K_SHARED, v_table, h, new_kept + KD, drop, rotated, feedback, lane);
   if (SCALES % 2 == 1 || HALVES % 2 == 1) {
     for (int i = worker * 32 + int(lane); i < L; i += workers * 32) {
       if (SCALES % 2 == 1) kvq::halves_of(head_rows + int64_t(i) * W + W - 1)[1] = 0;

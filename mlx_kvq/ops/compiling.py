@@ -23,6 +23,9 @@ class Compiled:
     seconds: float
 
 
+_APART = ("ROTATED", 1)  # quantize_pack of tokens of a tail
+
+
 @contextmanager
 def noted() -> Iterator[list[Compiled]]:
     """Inside, all kernels are made anew, and each first call is timed; launches must not be
@@ -30,9 +33,8 @@ def noted() -> Iterator[list[Compiled]]:
     found: list[Compiled] = []
 
     def observed(name: str, constants: jit.Constants, kernel: Any) -> Any:
-        parts = [
-            n.lower() for n, on in constants if on and n in (*jit.OPTIONAL.values(), "ROTATED")
-        ]
+        given = set(jit.OPTIONAL.values())
+        parts = [n.lower() for n, on in constants if (on and n in given) or (n, on) == _APART]
         label = " ".join([name, *parts])
         called: set[tuple] = set()
 

@@ -608,10 +608,10 @@ def test_integers_by_name():
     given = arguments.integers("quantize_pack", rows=7, kept=3)
     assert given.tolist() == [3, 7] and given.dtype == mx.int32
     names = arguments.enumeration("quantize_pack")
-    assert names == "namespace kvq { enum : int { KEPT, ROWS }; }\n"
+    assert names == "namespace kvq { enum : int { KEPT, ROWS, IS_ROTATED }; }\n"
     assert arguments.integers("quantize_pack", kept=3).tolist() == [3]
     for wrong in ({"kept": 3, "rows": 7, "length": 1}, {"rows": 7}, {"kept": 3, "length": 7}):
-        with pytest.raises(ValueError, match="quantize_pack takes kept, rows, not .*$"):
+        with pytest.raises(ValueError, match="quantize_pack takes kept, rows, is_rotated, not .*$"):
             arguments.integers("quantize_pack", **wrong)
 
 

@@ -200,8 +200,10 @@ def test_quantize_pack_tail(emulator, spec, Dk, Dv, what, L, keep):
 
 @pytest.mark.parametrize("spec, Dk, Dv, what", FORMATS)
 @pytest.mark.parametrize("L, keep", [(1, 5), (1, 6), (1, 1), (3, 8), (5, 5), (16, 20)])
-def test_keep_exact_and_pack_rotated(emulator, spec, Dk, Dv, what, L, keep):
-    """The tail is that of quantize_pack, and rows of it are its rows, to the bit."""
+def test_keep_exact_and_pack_rotated(emulator, launches, spec, Dk, Dv, what, L, keep):
+    """The tail is that of quantize_pack, and rows of it are its rows, to the bit; by a kernel of
+    its own or that of a prompt."""
+    launches(packs_apart=L != 5)
     fmt = format_of(spec, Dk, Dv, what)
     dtype = [mx.float16, mx.bfloat16, mx.float32][Dk % 3]
     k, v = transposed(2, 2, L, Dk, dtype, seed=3), transposed(2, 2, L, Dv, dtype, seed=4)

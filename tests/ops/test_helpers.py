@@ -86,7 +86,7 @@ def test_kernels_are_given_only_what_they_need():
         mx.eval(rows, ops.dequantize(ops.Packed(rows, 5, fmt)))
         assert {c.kernel.split("_")[3] for c in e.counters} == {"quantize", "dequantize"}
     made = plan(fmt.kind)
-    packs = (*made.pack, ("PAIRS", 1), ("KEEPS", False), ("TAIL", False), ("ROTATED", False))
+    packs = (*made.pack, ("PAIRS", 1), ("KEEPS", False), ("TAIL", False), ("ROTATED", 0))
     unpacks = (*made.dequantize, ("TAIL", False), ("FIRST", False), ("PLACES", False))
     whole = "".join(map(jit._source, ("machine", "vectors", "levels")))
     for name, constants, other in (

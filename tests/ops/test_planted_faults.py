@@ -399,7 +399,7 @@ FAULTS = [
      "const bool finite = isfinite(top) && squares == squares;", "const bool finite = true;"),
     ("one kept token less", packing, "quantize.metal", "valid && token >= drop",
      "valid && token > drop"),
-    ("tokens of a tail rotated again", packing, "quantize.metal", "if (ROTATED) {", "if (false) {"),
+    ("tokens of a tail rotated again", packing, "quantize.metal", "if (rotated) {", "if (false) {"),
     ("a kept token's values beside its keys", packing, "keep_exact.metal", "new_kept + KD, v",
      "new_kept, v"),
     ("older kept tokens one too early", packing, "keep_exact.metal", "(tail_shape[2] - older)",

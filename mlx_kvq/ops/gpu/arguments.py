@@ -16,7 +16,7 @@ _ATTEND = (
 )  # fmt: skip
 _UNPACK = ("LENGTH", "FIRSTS", "FIRST_AT")
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "quantize_pack": ("KEPT", "ROWS"),
+    "quantize_pack": ("KEPT", "ROWS", "IS_ROTATED"),
     "keep_exact": ("KEPT",),
     "attend_finish": _ATTEND,
     "attend_store": _ATTEND,

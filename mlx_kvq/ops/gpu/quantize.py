@@ -73,6 +73,9 @@ def prepare(
     """The launch of :func:`quantize_pack` for arguments like these, or if ``rotated`` of
     :func:`pack_rotated` for those sides of a tail."""
     name, lay, (B, H, L, _) = machine(), kind.layout, k.shape
+    apart = TUNING[name].packs_apart
+    if rotated and not apart:
+        size = 1  # by the kernel of a prompt, which keeps a tail
     per_group = pairs(kind, L, size > 0 or rotated)
     count = capacity or L
     shapes, dtypes = [(B, H, count, lay.words)], [mx.uint32]
@@ -87,7 +90,7 @@ def prepare(
             ("PAIRS", per_group),
             ("KEEPS", size > 0),
             ("TAIL", tail is not None),
-            ("ROTATED", rotated),
+            ("ROTATED", int(rotated) if apart or not size else 2),
         ),  # fmt: skip
         grid(kind, k.shape, per_group, size, tail is not None),
         (per_group * 64, 1, 1),
@@ -95,7 +98,10 @@ def prepare(
         tuple(dtypes),
         len(shapes),
     )
-    sizes = integers("quantize_pack", kept=size, rows=count) if size else None
+    sizes = None
+    if size:
+        told = {} if apart else {"is_rotated": int(rotated)}
+        sizes = integers("quantize_pack", kept=size, rows=count, **told)
     return Pack(launch, launch.prepared(like(k, v, tail)), sizes)
 
 

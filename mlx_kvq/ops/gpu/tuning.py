@@ -38,6 +38,10 @@ class Tuning:
             replayed; :func:`replays` asks the user first.
         hold_tables (bool): A SIMD group keeps twiddles and channel factors in registers while it
             packs or restores vectors; otherwise it reads them again for each set.
+        packs_apart (bool): Tokens of a tail are packed by a kernel of its own, otherwise by that of
+            a prompt, which is told at run time. That costs 40 registers on G13 and none on CUDA,
+            where it takes a third of the time for a prompt; why is not known (H200, 512 tokens, 2
+            heads of 128, nearest: 13.2 and 4.2 us; docs/performance.md).
         fed_at_once (int): Most keys that a SIMD group rounds with feedback side by side; 1, 2 or 4.
         hold_queries (bool): attend keeps the queries' operands and offsets in registers, otherwise
             in threadgroup memory.
@@ -66,6 +70,7 @@ class Tuning:
     ahead: int = 0
     replay: bool = False
     hold_tables: bool = False
+    packs_apart: bool = False
     fed_at_once: int = 1
     hold_queries: bool = False
     slice_values: bool = False
@@ -98,6 +103,7 @@ TUNING = {
         combine_groups=16,
         combine_ahead=4,
         slice_values=True,
+        packs_apart=True,
     ),
     # H200, mlx 0.32.4, tests/support/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
     # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
