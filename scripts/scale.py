@@ -51,7 +51,7 @@ def apple(machine: dict, heads: str, cache: str, tokens: int, B: int) -> tuple[f
     """Seconds of a layer's attention and its new tokens, at best and at worst."""
     given = machine["heads"][heads]
     low, high = given[f"{B} x {tokens}"][:2] if cache == "fp16" else given[f"{B} x {tokens}"][2:4]
-    stored = (0, 0) if cache == "fp16" else given["token"]
+    stored = (0, 0) if cache == "fp16" else given[f"{B} x {tokens} stored"]
     return (low + stored[0]) / 1e6, (high + stored[1]) / 1e6
 
 

@@ -44,6 +44,7 @@ model is worth more than either.
 """
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -682,17 +683,23 @@ class Model:
 MODELS = {128: Model("Qwen2.5-1.5B", 1.54e9, 28), 256: Model("Gemma 3 1B", 1.0e9, 4, 22, 512)}
 
 
-def written_nearest(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
-    """Microseconds of storing a token, at best and at worst: it is kept, and one of as many as
-    are packed together."""
-    kept, packed = ours.token(T), ours.packing()
+@functools.cache
+def counted(ours: Ours, T: int) -> tuple[Work, Work]:
+    """A token kept in a context of T, and the packing of those that waited."""
+    return ours.token(T), ours.packing()
+
+
+def written_nearest(ours: Ours, chip: Chip, T: int, B: int = 1) -> tuple[float, float]:
+    """Microseconds of storing a token of each of B sequences, at best and at worst: it is kept, and
+    one of as many as are packed together."""
+    kept, packed = (work.times(B) for work in counted(ours, T))
     best = kept.best(chip) + packed.best(chip) / WAITING
     return 1e6 * best, 1e6 * (kept.worst(chip) + packed.worst(chip) / WAITING)
 
 
-def written_fed(ours: Ours, chip: Chip, T: int) -> tuple[float, float]:
+def written_fed(ours: Ours, chip: Chip, T: int, B: int = 1) -> tuple[float, float]:
     """The same, keys with feedback: a SIMD group packs one after the other of its set."""
-    nearest = written_nearest(ours, chip, T)
+    nearest = written_nearest(ours, chip, T, B)
     more = feedback_seconds(chip, ours.D, ours.fmt.layout.k_group)
     each = 1e6 * plan(ours.fmt.kind).pack_set / WAITING
     return nearest[0] + each * more[0], nearest[1] + each * more[1]
@@ -805,12 +812,13 @@ def scale_figures(spec: Spec) -> dict:
         theirs = Theirs(*heads)
         ours = Ours(calibrated(spec, heads[2], heads[1]), heads[0], heads[1])
         for chip in (M1, M3_ULTRA):
-            rows: dict = {"token": written_fed(ours, chip, 32768)}
+            rows: dict = {}
             for B in (1, 4, 16, 64):
                 for T in (1024, 4096, 32768, 131072):
                     instructions, bytes_, *int4 = total(ours.attend(T, ours.parts(T, B), B), chip)
                     fp16 = total(theirs.attend(T, chip, B), chip)[2:]
                     rows[f"{B} x {T}"] = (*fp16, *int4, instructions, bytes_)
+                    rows[f"{B} x {T} stored"] = written_fed(ours, chip, T, B)
             of_heads = {k: [round(x, 1) for x in v] for k, v in rows.items()}
             machines[chip.name]["heads"]["/".join(map(str, heads))] = of_heads
     return {"figures": FIGURES, **machines}
