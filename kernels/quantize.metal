@@ -287,15 +287,15 @@ constexpr int shared_points(int D, int GROUP, int ROTATION, int SET, bool FEEDBA
 // Packs the keys or the values of a head's L tokens by one SIMD group: every `workers`-th set of
 // SET tokens, from set `worker` on. x and rows begin with the head's first token; `shared` has
 // shared_points. FEEDBACK: of the head's G, fp32 [D, D]. KEEPS: rotated vectors of tokens from
-// `drop` on go to `kept`, KEPT channels apart. If `rotated`, x are such. R is the type of keys, whose
-// tail has all vectors.
+// `drop` on go to `kept`, KEPT channels apart. If `rotated`, x are such. `keys` is any of the
+// keys: their type says what the tail has.
 template <
     int D, int BITS, int GROUP, int RULE, int ROTATION, bool CALIBRATED, bool SCALED, int SET,
     int FIRST, int HIGH, int CODES, int SCALE, int W, bool KEEPS, int KEPT, bool FEEDBACK,
     typename R, typename T, typename K>
 INLINE void pack_vectors(
     device uint* rows,
-    const device R*,
+    const device R* keys,
     const device T* x,
     int64_t by_token,
     int64_t stride,
@@ -339,7 +339,7 @@ INLINE void pack_vectors(
       rotate_points<D, ROTATION, CALIBRATED, SCALED, swaps(D, ROTATION)>(
           z, f, w, table, factors, shared, own_lane);
       UNROLL for (int a = 0; a < points_of(D); a++) {
-        z[a] = float2(as_kept<R>(z[a].x), as_kept<R>(z[a].y));
+        z[a] = float2(as_kept(keys, z[a].x), as_kept(keys, z[a].y));
       }
     }
     if (KEEPS && valid && token >= drop) {

@@ -254,13 +254,12 @@ INLINE void finish_query(
       out, sums, normal, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
 }
 
-// What a lane's rotated channels are in the tail, of keys in type T, and codes are made of.
+// What a rotated channel is in the tail, beside keys like these, and codes are made of.
 template <typename T>
-INLINE float as_kept(float x) {
+INLINE float as_kept(const device T*, float x) {
   return x;
 }
-template <>
-INLINE float as_kept<bfloat16_t>(float x) {
+INLINE float as_kept(const device bfloat16_t*, float x) {
   return float(bfloat16_t(x));
 }
 
