@@ -139,8 +139,8 @@ class _Case:
             pack = partial(self.pack, tokens, kept, name == "pack, first tail")
             found[name] = codes, partial(self.packed, pack), lambda pack=pack: pack(self.backend)
         found["keep, token"] = self.limit, self.kept, self.keep
-        from_tail = partial(self.apart, self.rotated)
-        found["pack, from the tail"] = codes, from_tail, partial(self.rotated, self.backend)
+        again = partial(self.rotated, self.backend)
+        found["pack, from the tail"] = codes, self.packed_from_tail, again
         for name, given in self.attentions().items():
             # A query that sees few values, which cancel, is off by more of their sum.
             limit = self.limit * (1 if given.get("L", 1) == 1 else 4)
@@ -185,11 +185,14 @@ class _Case:
             off = _relative(kept, exact.tail(k, v, self.fmt, before, size))
             if off > self.limit:
                 raise RuntimeError(f"the exact tail is off by {off:.1e}")
-        return self.apart(lambda backend: pack(backend)[0])
+        return self.apart(rows, lambda backend: pack(backend)[0])
 
-    def apart(self, pack: Callable) -> float:
-        """Part of the codes that are not the reference's."""
-        rows, lay = pack(self.backend), self.fmt.layout
+    def packed_from_tail(self) -> float:
+        return self.apart(self.rotated(self.backend), self.rotated)
+
+    def apart(self, rows: mx.array, pack: Callable) -> float:
+        """Part of the codes in ``rows`` that are not those that ``pack`` makes by the reference."""
+        lay = self.fmt.layout
         with mx.stream(mx.cpu):
             wanted = pack(ops.BACKENDS["plain"])
         sides = zip(levels.split(rows, lay), levels.split(wanted, lay), strict=True)

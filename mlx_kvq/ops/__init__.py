@@ -291,7 +291,7 @@ def _keep(k, v, fmt, tail, size) -> Callable:
     if k.size and backend(fmt, k.dtype) is gpu:
         run = keep.prepare(k, v, fmt.kind, tail, size)
         if trial.keep(run.launch, k, v, fmt, tail):
-            _pack_rotated(tail, fmt)  # compiled and tried now, not in the middle of a text
+            _pack_rotated(tail, fmt)  # tried now, not in the middle of a text
             return run
     return lambda k, v, fmt, tail: plain.keep_exact(k, v, fmt, tail, size)
 
@@ -300,10 +300,9 @@ def _pack_rotated(y, fmt) -> Callable:
     if not y.size:
         return lambda y, fmt: mx.zeros((*y.shape[:3], fmt.layout.words), mx.uint32)
     if backend(fmt, y.dtype) is gpu:
-        k, v = quantize.sides(y, fmt.kind)
-        launch = quantize.prepare(k, v, fmt.kind, None, rotated=True).launch
-        if trial.rotated(launch, y, fmt):
-            return quantize.pack_rotated
+        run = quantize.prepare_rotated(y, fmt.kind)
+        if trial.rotated(run.launch, y, fmt):
+            return lambda y, fmt: run(*quantize.sides(y, fmt.kind), fmt)[0]
     return plain.pack_rotated
 
 

@@ -45,13 +45,19 @@ def quantize_pack(
         rows = mx.concatenate([rows, mx.zeros((B, H, capacity - L, rows.shape[3]), rows.dtype)], 2)
     if not size:
         return rows, None
-    y = y.astype(tail_dtype(k.dtype))
-    if size <= L:
-        return rows, y
+    return rows, _moved_on(tail, y.astype(tail_dtype(k.dtype)), size)
+
+
+def _moved_on(tail: mx.array | None, new: mx.array, size: int) -> mx.array:
+    """A tail of ``size`` tokens, the last ones ``new``, at most as many; before it there were those
+    of ``tail``, or none."""
+    B, H, L, channels = new.shape
+    if size == L:
+        return new
     if tail is None:
-        tail = mx.zeros((B, H, size - L, y.shape[3]), y.dtype)
-    older = tail[:, :, tail.shape[2] + L - size :].astype(y.dtype)
-    return rows, mx.concatenate([older, y], axis=2)
+        tail = mx.zeros((B, H, size - L, channels), new.dtype)
+    older = tail[:, :, tail.shape[2] + L - size :].astype(new.dtype)
+    return mx.concatenate([older, new], axis=2)
 
 
 def pack_rotated(y: mx.array, fmt: Format) -> mx.array:
@@ -64,12 +70,10 @@ def pack_rotated(y: mx.array, fmt: Format) -> mx.array:
 def keep_exact(k: mx.array, v: mx.array, fmt: Format, tail: mx.array, size: int) -> mx.array:
     """k [B, H, L, Dk], v [B, H, L, Dv] -> the new tail [B, H, size, Dk + Dv]; see
     :func:`mlx_kvq.ops.keep_exact`."""
-    L, dtype = k.shape[2], tail_dtype(k.dtype)
-    older = tail[:, :, tail.shape[2] + L - size :].astype(dtype)
     new = mx.concatenate([k, v], axis=-1)
     if k.size:
         new = mx.concatenate([fmt.keys.forward(k), fmt.values.forward(v)], axis=-1)
-    return mx.concatenate([older, new.astype(dtype)], axis=2)
+    return _moved_on(tail, new.astype(tail_dtype(k.dtype)), size)
 
 
 def _in_blocks(k: mx.array, v: mx.array, fmt: Format, keep: int) -> tuple[mx.array, mx.array]:

@@ -4,7 +4,7 @@ what failed is tried again by the next process."""
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import mlx.core as mx
@@ -91,18 +91,27 @@ def _first(packed: Packed, B: int, starts: mx.array | None = None) -> First | No
     return First(_normal((B, H, F, D), given.array.dtype, 6), min(given.count, 2), at)
 
 
-def pack(launch: Launch, k, v, fmt: Format, tail, size: int) -> bool:
+def _pair(k, v) -> list[mx.array]:
+    """Random keys and values like these, of one sequence."""
     H, tokens = k.shape[1], min(k.shape[2], TOKENS)
+    return [_normal((1, H, tokens, x.shape[3]), x.dtype, i) for i, x in enumerate((k, v))]
+
+
+def _exactly(backend, fmt: Format) -> AbstractContextManager:
+    """With feedback a code that rounding turns turns later ones of its vector. Few vectors have
+    one, unless products are TF32's, as those of plain operations are on CUDA. Wrong feedback turns
+    a sixth of the codes, most words."""
+    exactly = fmt.kind.feedback and backend is plain
+    return mx.stream(mx.cpu) if exactly else nullcontext()
+
+
+def pack(launch: Launch, k, v, fmt: Format, tail, size: int) -> bool:
+    H = k.shape[1]
 
     def run(backend):
-        args = [_normal((1, H, tokens, x.shape[3]), x.dtype, i) for i, x in enumerate((k, v))]
         end = None if tail is None else _normal((1, H, 2, tail.shape[3]), tail.dtype, 2)
-        # With feedback a code that rounding turns turns later ones of its vector. Few vectors have
-        # one, unless products are TF32's, as those of plain operations are on CUDA. Wrong feedback
-        # turns a sixth of the codes, most words.
-        exactly = fmt.kind.feedback and backend is plain
-        with mx.stream(mx.cpu) if exactly else nullcontext():
-            rows, kept = backend.quantize_pack(*args, fmt, end, min(size, 2))
+        with _exactly(backend, fmt):
+            rows, kept = backend.quantize_pack(*_pair(k, v), fmt, end, min(size, 2))
         return [rows] if kept is None else [rows, kept]
 
     dtypes = k.dtype, v.dtype, None if tail is None else tail.dtype
@@ -113,9 +122,8 @@ def keep(launch: Launch, k, v, fmt: Format, tail) -> bool:
     H, tokens = k.shape[1], min(k.shape[2], TOKENS)
 
     def run(backend):
-        args = [_normal((1, H, tokens, x.shape[3]), x.dtype, i) for i, x in enumerate((k, v))]
         end = _normal((1, H, 2, tail.shape[3]), tail.dtype, 2)
-        return [backend.keep_exact(*args, fmt, end, tokens + 2)]
+        return [backend.keep_exact(*_pair(k, v), fmt, end, tokens + 2)]
 
     return works("keep_exact", [launch], (k.dtype, v.dtype, tail.dtype), run)
 
@@ -124,7 +132,7 @@ def rotated(launch: Launch, y, fmt: Format) -> bool:
     H, tokens = y.shape[1], min(y.shape[2], TOKENS)
 
     def run(backend):
-        with mx.stream(mx.cpu) if backend is plain else nullcontext():  # see :func:`pack`
+        with _exactly(backend, fmt):
             return [backend.pack_rotated(_normal((1, H, tokens, y.shape[3]), y.dtype, 0), fmt)]
 
     return works("pack_rotated", [launch], (y.dtype,), run)

@@ -100,8 +100,7 @@ def prepare(
     )
     sizes = None
     if size:
-        told = {} if apart else {"is_rotated": int(rotated)}
-        sizes = integers("quantize_pack", kept=size, rows=count, **told)
+        sizes = integers("quantize_pack", kept=size, rows=count, is_rotated=int(rotated))
     return Pack(launch, launch.prepared(like(k, v, tail)), sizes)
 
 
@@ -121,8 +120,12 @@ def quantize_pack(
 def pack_rotated(y: mx.array, fmt: Format) -> mx.array:
     """y [B, H, L, Dk + Dv], tokens of a tail -> rows uint32 [B, H, L, W]; see
     :func:`mlx_kvq.ops.pack_rotated`."""
-    k, v = sides(y, fmt.kind)
-    return prepare(k, v, fmt.kind, None, rotated=True)(k, v, fmt)[0]
+    return prepare_rotated(y, fmt.kind)(*sides(y, fmt.kind), fmt)[0]
+
+
+def prepare_rotated(y: mx.array, kind: Kind) -> Pack:
+    """The launch of :func:`pack_rotated` for a tail like this."""
+    return prepare(*sides(y, kind), kind, None, rotated=True)
 
 
 def sides(y: mx.array, kind: Kind) -> tuple[mx.array, mx.array]:
