@@ -10,10 +10,9 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import base
-from mlx_lm.models import cache as stock
 
 from ..stock import CachePath, map_leaves
+from .exact import ExactCache, attended
 from .positions import Rope, RopeWatch, contexts, spread
 from .shards import is_sharded
 
@@ -119,68 +118,20 @@ class LayerMoments:
         return spread(np.zeros(square.shape[:2]), square, self.rope, contexts(positions))[1]
 
 
-class _Recorder:
-    """The cache of one layer during the pass: exact, and every vector goes to the moments.
-
-    It holds all tokens of its text, also where the model's own cache would drop them; the mask
-    hides those.
-    """
-
-    group_size = None
+class _Recorder(ExactCache):
+    """The cache of one layer during the pass; every vector goes to the moments."""
 
     def __init__(self, moments: LayerMoments, window: int | None, ropes: RopeWatch):
-        # mlx-lm routes caches with `bits` and `group_size` to its quantized attention function,
-        # and passes `bits`: there the moments of the layer get the queries.
-        self.bits = moments
-        self.window = window
-        self.ropes = ropes
-        self.offset = 0
-        # mlx-lm's pipelines set `keys` to what depends on the message to the next rank.
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        super().__init__(window)
+        self.moments, self.ropes = moments, ropes
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.bits.add(keys, values, self.offset, self.ropes.call_that_made(keys))
-        if self.keys is not None and self.values is not None:
-            keys = mx.concatenate([self.keys, keys], axis=2)
-            values = mx.concatenate([self.values, values], axis=2)
-        self.keys, self.values = keys, values
-        self.offset = keys.shape[2]
-        return keys, values
+        self.moments.add(keys, values, self.offset, self.ropes.call_that_made(keys))
+        return super().update_and_fetch(keys, values)
 
-    @property
-    def state(self) -> tuple[mx.array | None, mx.array | None]:
-        return self.keys, self.values
-
-    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
-        """For layers that read another layer's cache."""
-        return self.state
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
-        window = window_size or self.window
-        if window is not None and self.offset + N > window:
-            return base.create_causal_mask(N, self.offset, window_size=window)
-        return stock.create_attention_mask(N, self.offset, return_array, None)
-
-
-@contextmanager
-def _attention_recorded() -> Iterator[None]:
-    original = base.quantized_scaled_dot_product_attention
-
-    def attention(queries, keys, values, scale, mask, **kwargs):
-        moments = kwargs.get("bits")
-        if not isinstance(moments, LayerMoments):
-            return original(queries, keys, values, scale=scale, mask=mask, **kwargs)
-        moments.add_queries(queries)
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=kwargs.get("sinks")
-        )
-
-    setattr(base, "quantized_scaled_dot_product_attention", attention)  # noqa: B010 (for mypy)
-    try:
-        yield
-    finally:
-        setattr(base, "quantized_scaled_dot_product_attention", original)  # noqa: B010
+    def attention(self, queries, keys, values, **options) -> mx.array:
+        self.moments.add_queries(queries)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, **options)
 
 
 @contextmanager
@@ -212,7 +163,7 @@ def collect(
         window = getattr(cache, "max_size", None)
         return _Recorder(moments[path], window, ropes) if path in moments else cache
 
-    with _attention_recorded(), ropes.watching(), fast_on_cpu(model):
+    with attended(), ropes.watching(), fast_on_cpu(model):
         for tokens in windows:
             caches = map_leaves(recorder, make_caches())
             for i in range(0, tokens.size, CHUNK):

@@ -1,32 +1,39 @@
 """Bits of every packed cache: from a spec's options, a given policy or a budget.
 
-For a budget the KL of each packed cache alone is measured once per number of bits on a short text.
-For each two of ``STEPS``, all caches begin with the fewer bits, and the one with the largest drop
-of KL per byte gets the more, again and again, until the next one does not fit. The two whose drops
-add up to most are taken. A model has no more than these two, since each is a set of kernels; what
-the spec or its ``high`` says of a cache is not lowered.
+For a budget the caches' keys and values of a short text are rounded as each of ``STEPS`` would
+round them. What that costs in KL says one backward pass (``calibration.gradients``): half the mean
+square of error times gradient. It is the same pass for all, and resolves what a trial of each could
+not in half precision. Then the bits with the least cost in all are taken, of two kinds, or of three
+if that is ``WORTH`` it, since each kind is a set of kernels. What the spec or its ``high`` says of
+a cache is not lowered.
 """
 
-from collections.abc import Callable, Mapping
-from itertools import combinations_with_replacement
+from collections.abc import Callable, Collection, Mapping
+from itertools import combinations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from .. import ops
 from ..calibration import shards
 from ..calibration.automatic import random_tokens
 from ..calibration.fit import sample_text
-from ..calibration.moments import fast_on_cpu
-from ..divergence import kl
+from ..calibration.gradients import Gradients, gradients
+from ..calibration.moments import FIRST
+from ..format.format import Format
 from ..format.layout import RowLayout
 from ..format.spec import Spec
-from ..stock import CachePath
+from ..stock import CachePath, Shapes
 from .report import Report, layer_ranges
 
-TOKENS = 512  # read to measure, fed in chunks so that packed history is read
-CHUNK = 64
-NOISE = 1e-6  # nats a token; a smaller difference is rounding of fp32 sums
+TOKENS = 2048  # read for a budget, at most
+WINDOW = 512  # of them at a time: a backward pass holds all that a forward pass computes
+WORTH = 0.9  # to as much of the cost a third kind of rows is to lower it
+NOTHING = 0.003  # of what the spec costs: for less, no byte is spent
 STEPS = ("int3", "k4v3", "int4", "k5v4", "int5", "k8v4", "int8")  # by bytes
+
+Costs = Mapping[tuple[CachePath, str], float]  # KL in nats a token, with one cache packed so
 
 
 def bits_by_spec(spec: Spec, paths: list[CachePath]) -> dict[CachePath, str]:
@@ -74,70 +81,71 @@ def bits_by_policy(
 
 
 def allocate(
-    model: nn.Module,
-    make_caches: Callable[[dict[CachePath, str]], list],
     bits: Mapping[CachePath, str],
     layouts: Mapping[CachePath, Mapping[str, RowLayout]],
+    cost: Costs,
     budget: float,
-    tokenizer=None,
 ) -> dict[CachePath, str]:
     """Raise ``bits``, cache by cache, until ``budget`` bits per value, scales included, are spent.
-    ``make_caches`` packs the caches whose bits it is given, ``layouts`` are their rows for those of
-    :func:`steps_from` them that can be packed. Raises ValueError if the budget does not even cover
-    ``bits``."""
+    ``layouts`` are the caches' rows for those of :func:`steps_from` them that can be packed, with
+    what they cost. Raises ValueError if the budget does not even cover ``bits``."""
     values = sum(rows[bits[p]].k_dim + rows[bits[p]].v_dim for p, rows in layouts.items())
-    size = {(p, b): 32 * row.words for p, rows in layouts.items() for b, row in rows.items()}
-    spent = sum(size[p, b] for p, b in bits.items())
-    if spent > budget * values:
+    words = {(p, b): row.words for p, rows in layouts.items() for b, row in rows.items()}
+    spent = sum(words[p, b] for p, b in bits.items())
+    room = int(budget * values / 32)
+    if spent > room:
         raise ValueError(
-            f"A budget of {budget:g} bits per value is less than the {spent / values:.2f} of the "
-            "spec: raise it, or take a larger group_size."
+            f"A budget of {budget:g} bits per value is less than the {32 * spent / values:.2f} of "
+            "the spec: raise it, or take a larger group_size."
         )
-    # Head sizes or groups that narrow codes cannot pack leave their steps to no cache.
-    steps = tuple(
-        step
-        for step in steps_from(min(bits.values(), key=STEPS.index))
-        if all((p, step) in size for p, b in bits.items() if step in steps_from(b))
-    )
-    with fast_on_cpu(model):
-        cost = _measure(model, make_caches, bits, steps, tokenizer)
-    found = []
-    for fewer, more in combinations_with_replacement(steps, 2):
-        start = {p: max(b, fewer, key=STEPS.index) for p, b in bits.items()}
-        if sum(size[p, b] for p, b in start.items()) <= budget * values:
-            found.append(_raised(start, more, size, cost, budget * values))
-    found.sort(key=lambda chosen: sum(size[p, b] for p, b in chosen.items()))
 
-    def total(chosen: dict[CachePath, str]) -> float:
-        return sum(cost[p, b] for p, b in chosen.items())
+    nothing = NOTHING * sum(cost[item] for item in bits.items())
 
-    best = found[0]
-    for chosen in found[1:]:  # more bytes are to bring something
-        if total(chosen) < total(best) - NOISE:
-            best = chosen
-    return best
+    def of(kinds: int) -> tuple[float, dict[CachePath, str]]:
+        """The least cost with so many kinds of rows, and the bits."""
+        found = []
+        for some in combinations(STEPS, kinds):
+            choices = {
+                p: sorted({max(b, k, key=STEPS.index) for k in some} & layouts[p].keys())
+                for p, b in bits.items()
+            }
+            if chosen := _cheapest(choices, words, cost, room, nothing):
+                size, loss = (sum(each[item] for item in chosen.items()) for each in (words, cost))
+                found.append((loss, size, chosen))
+        least = min(loss for loss, *_ in found) + nothing
+        loss, _, chosen = min((x for x in found if x[0] <= least), key=lambda x: x[1])
+        return loss, chosen
+
+    (two, best), (three, more) = of(2), of(3)
+    return more if three < WORTH * two else best
 
 
-def _raised(
-    bits: Mapping[CachePath, str],
-    more: str,
-    size: Mapping[tuple[CachePath, str], int],
-    cost: Mapping[tuple[CachePath, str], float],
-    room: float,
-) -> dict[CachePath, str]:
-    """``bits`` with ``more`` for the caches that gain most by it, as many as there is ``room`` for,
-    in bits a token."""
-    chosen = dict(bits)
-    room -= sum(size[p, b] for p, b in bits.items())
-    steps = []
-    for p, b in bits.items():
-        if more in steps_from(b)[1:] and (gain := cost[p, b] - cost[p, more]) > NOISE:
-            steps.append((gain / (size[p, more] - size[p, b]), p))
-    for _, p in sorted(steps, reverse=True):
-        if (extra := size[p, more] - size[p, chosen[p]]) <= room:
-            chosen[p] = more
-            room -= extra
-    return chosen
+def _cheapest(
+    choices: dict[CachePath, list[str]],
+    words: Mapping[tuple[CachePath, str], int],
+    cost: Costs,
+    room: int,
+    nothing: float,
+) -> dict[CachePath, str] | None:
+    """One of the ``choices`` for every cache, of least cost in all, or ``nothing`` more if that
+    takes fewer words; ``None`` if they do not fit into ``room`` words a token."""
+    least = np.where(np.arange(room + 1) == 0, 0.0, np.inf)  # cost of the caches so far, by words
+    picks = []
+    for p, steps in choices.items():
+        options = np.full((len(steps) + 1, room + 1), np.inf)
+        for option, step in zip(options, steps, strict=False):
+            n = words[p, step]
+            option[n:] = least[: max(0, room + 1 - n)] + cost[p, step]
+        picks.append(options.argmin(axis=0))
+        least = options.min(axis=0)
+    if np.isinf(least.min()):
+        return None
+    at = int(np.argmax(least <= least.min() + nothing))
+    chosen = {}
+    for p, pick in zip(reversed(choices), reversed(picks), strict=True):
+        chosen[p] = choices[p][pick[at]]
+        at -= words[p, chosen[p]]
+    return {p: chosen[p] for p in choices}
 
 
 def steps_from(bits: str) -> tuple[str, ...]:
@@ -145,26 +153,60 @@ def steps_from(bits: str) -> tuple[str, ...]:
     return STEPS[STEPS.index(bits) :]
 
 
-def _measure(model, make_caches, bits, steps, tokenizer) -> dict[tuple[CachePath, str], float]:
-    """Mean KL with one cache packed, for every cache and every one of ``steps`` it may get."""
+def costs(
+    model: nn.Module,
+    make_caches: Callable[[], list],
+    shapes: Shapes,
+    formats: Mapping[CachePath, Mapping[str, Format]],
+    apart: Collection[CachePath],
+    tokenizer=None,
+) -> Costs:
+    """What the rows of each of the ``formats`` cost, on the built-in text; without a tokenizer on
+    random tokens. ``apart`` are the caches that the shared attention does not read. Raises
+    ValueError for a part of a distributed model, or one without gradient."""
+    if shards.is_sharded(model):
+        raise ValueError("A budget is for a whole model; give a part of one a policy.")
     if tokenizer is None:
-        tokens = random_tokens(model)[:TOKENS]
+        ids = random_tokens(model)
     else:
-        tokens = mx.array(tokenizer.encode(sample_text())[:TOKENS])
+        ids = mx.array(tokenizer.encode(sample_text())[:TOKENS])
+    found = {(p, s): 0.0 for p, steps in formats.items() for s in steps}
+    recent = max(fmt.recent for steps in formats.values() for fmt in steps.values())
+    for i in range(0, ids.size, WINDOW):
+        window = ids[i : i + WINDOW]
+        exact = min(recent, window.size // 2)
+        by_cache = gradients(model, make_caches, shapes, window, exact, apart, seed=i)
+        for p, steps in formats.items():
+            for s, loss in zip(steps, _losses(by_cache[p], steps.values()), strict=True):
+                found[p, s] += loss / ids.size
+        mx.clear_cache()
+    if not all(map(np.isfinite, found.values())):
+        raise ValueError("The gradients of this model are not finite in its dtype: give a policy.")
+    return found
 
-    def log_probabilities(packed: dict[CachePath, str]) -> mx.array:
-        caches = make_caches(packed)
-        parts = []
-        for i in range(0, tokens.size, CHUNK):
-            logits = model(tokens[None, i : i + CHUNK], cache=caches)[0]
-            parts.append(nn.log_softmax(logits.astype(mx.float32), axis=-1))
-            mx.eval(parts[-1])
-        return mx.concatenate(parts)
 
-    exact = log_probabilities({})
-    return {
-        (p, step): kl(exact, log_probabilities({p: step})).mean().item()  # type: ignore[misc]
-        for p, b in bits.items()
-        for step in steps_from(b)
-        if step in steps
-    }
+def _losses(g: Gradients, formats) -> list[float]:
+    """Nats that rounding a window's keys and values costs in all, for each format. What two formats
+    have in common is rounded once."""
+    sides: dict[tuple, float] = {}
+    for fmt in formats:
+        lay = fmt.layout
+        names = ("keys", lay.k_bits, lay.k_group), ("values", lay.v_bits, lay.v_group)
+        if not all(name in sides for name in names):
+            for name, loss in zip(names, _rounded(g, fmt), strict=True):
+                sides.setdefault(name, float(loss))
+    return [
+        sides["keys", lay.k_bits, lay.k_group] + sides["values", lay.v_bits, lay.v_group]
+        for lay in (fmt.layout for fmt in formats)
+    ]
+
+
+def _rounded(g: Gradients, fmt: Format) -> list[mx.array]:
+    """½ Σ (g · e)² over heads and tokens, of keys and of values. The first tokens do not count, as
+    caches keep them exactly."""
+    k, v = g.keys.astype(mx.float32), g.values.astype(mx.float32)
+    with ops.reference():  # kernels would be compiled for this alone
+        rows, _ = ops.quantize_pack(k, v, fmt)
+        made = ops.restore(ops.Packed(rows, k.shape[2], fmt))
+    parts = zip((k, v), made, (g.of_keys, g.of_values), strict=True)
+    return [mx.square(((got - x) * by).sum(axis=-1)[..., FIRST:]).sum() / 2 for x, got, by in parts]

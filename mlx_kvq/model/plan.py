@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.nn as nn
@@ -16,11 +17,10 @@ from ..calibration import automatic, shards
 from ..calibration.fit import lambda_of
 from ..calibration.set import CalibrationSet, LayerCalibration
 from ..format.format import Format, make_format
-from ..format.layout import RowLayout
 from ..format.spec import Spec
 from ..host import bounded, is_growing, is_rotating
 from ..stock import CachePath, Identity, Shapes, leaves, own_caches
-from .bits import allocate, bits_by_policy, bits_by_spec, steps_from
+from .bits import allocate, bits_by_policy, bits_by_spec, costs, steps_from
 from .report import Report, log
 from .trial import batch_failure, first_failure
 
@@ -255,23 +255,23 @@ class _Plan:
 
     def spend_budget(self, tokenizer) -> None:
         """More bits where they lower the error most."""
-
-        def caches(bits: dict[CachePath, str]) -> list:
-            # Without the exact tail, which would hide much of the error.
-            return pack_caches(own_caches(self.model), self.formats_of(bits, recent=0))
-
-        layouts = {p: self._layouts(p, least) for p, least in self.bits.items()}
+        # First and newest tokens, which are exact, hide much of an error, of each cache alike.
+        formats = {path: self._steps(path, least) for path, least in self.bits.items()}
+        layouts = {p: {s: f.layout for s, f in steps.items()} for p, steps in formats.items()}
+        shapes = {path: self.shapes[path] for path in formats}
+        own = partial(own_caches, self.model)
+        apart = self.packing.as_arrays
+        cost = costs(self.model, own, shapes, formats, apart, tokenizer)
         assert self.spec.budget is not None
-        bits = allocate(self.model, caches, self.bits, layouts, self.spec.budget, tokenizer)
-        self.packing.formats = self.formats_of(bits)
+        self.packing.formats = self.formats_of(allocate(self.bits, layouts, cost, self.spec.budget))
 
-    def _layouts(self, path: CachePath, least: str) -> dict[str, RowLayout]:
-        """Rows of a cache with more and more bits; 3 and 5 bits cannot pack every head size."""
-        layouts = {least: self.packing.formats[path].layout}
+    def _steps(self, path: CachePath, least: str) -> dict[str, Format]:
+        """Formats of a cache with more and more bits; 3 and 5 bits cannot pack every head size."""
+        formats = {least: self.packing.formats[path]}
         for bits in steps_from(least)[1:]:
             with suppress(ValueError):
-                layouts[bits] = self.formats_of({path: bits})[path].layout
-        return layouts
+                formats[bits] = self.formats_of({path: bits})[path]
+        return formats
 
     def finish(self) -> None:
         """Complete the report, try a batch and note the model's identity."""
