@@ -257,10 +257,10 @@ INLINE void finish_query(
 // What a rotated channel is in the tail, beside keys like these, and codes are made of.
 template <typename T>
 INLINE float as_kept(const device T*, float x) {
-  return x;
-}
-INLINE float as_kept(const device bfloat16_t*, float x) {
   return float(bfloat16_t(x));
+}
+INLINE float as_kept(const device float*, float x) {
+  return x;
 }
 
 // Reads a lane's rotated channels of one vector, as `write_points` wrote them.

@@ -127,9 +127,11 @@ class FirstTokens:
         else:
             wanted = (*rows.shape[:2], fmt.first, fmt.layout.k_dim + fmt.layout.v_dim)
             like = ops.tail_dtype(dtype)
-            fits = array is not None and array.shape == wanted and array.dtype == like
+            fits = array is not None and array.shape == wanted and array.dtype in (like, mx.float32)
         if not fits:
             found = "none" if array is None else f"{array.dtype} {array.shape}"
             raise ValueError(
                 f"The cache's first tokens, {found}, are not what {fmt.signature!r} describes."
             )
+        if array is not None:  # once they were in fp32 beside fp16
+            self.array = array.astype(ops.tail_dtype(dtype))

@@ -159,12 +159,12 @@ class Tail:
                 and tail.ndim == 4
                 and (*tail.shape[:2], tail.shape[3]) == wanted
                 and tail.shape[2] >= fmt.recent
-                and tail.dtype in (dtype, ops.tail_dtype(dtype))
+                and tail.dtype in (dtype, ops.tail_dtype(dtype), mx.float32)
             )
         if not fits:
             found = "none" if tail is None else f"{tail.dtype} {tail.shape}"
             raise ValueError(f"The cache's tail, {found}, is not what {fmt.signature!r} describes.")
-        if tail is not None:  # version 0.1.0 kept it in the keys' dtype
+        if tail is not None:  # once it was in the keys' dtype, once in fp32 for fp16 ones
             self.array = tail.astype(ops.tail_dtype(dtype))
         for name, most in (("prompt", positions), ("exact", [self.size] * len(positions))):
             counts = getattr(self, name) or [0] * len(positions)

@@ -159,6 +159,7 @@ def restore(
 def saturated(x: mx.array, dtype: mx.Dtype) -> mx.array:
     """``x`` in ``dtype``: on the way to fp16, finite numbers saturate, infinities become NaN."""
     if dtype == mx.float16 and x.dtype != mx.float16:
+        x = x.astype(mx.float32)  # in bf16 the limit would be 65536
         x = mx.clip(x, -HALF_MAX, HALF_MAX) + 0 * x
     return x.astype(dtype)
 

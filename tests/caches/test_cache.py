@@ -373,10 +373,10 @@ def test_sizes_in_bytes():
     tailed = PackedKVCache(make_format(Spec.parse("int4-srft"), 128))
     tailed.update_and_fetch(x[:, :, :200], x[:, :, :200])
     # A prompt's unfinished block, and the first tokens.
-    assert tailed.nbytes == ours.nbytes + 1024 * HEADS * (200 + 4)
+    assert tailed.nbytes == ours.nbytes + 512 * HEADS * (200 + 4)
     for _ in range(50):
         tailed.update_and_fetch(x[:, :, :1], x[:, :, :1])
-        assert tailed.nbytes == ours.nbytes + 1024 * HEADS * (64 + 4)
+        assert tailed.nbytes == ours.nbytes + 512 * HEADS * (64 + 4)
 
 
 @pytest.mark.parametrize("name", ["plain", "exact 3", "int4"])

@@ -139,6 +139,27 @@ def test_a_file_without_them_goes_on_in_a_model_that_keeps_them(tmp_path):
         mlx_kvq.disable(model)
 
 
+@pytest.mark.parametrize("kind", ["growing", "ring"])
+def test_a_file_of_an_fp16_model_with_exact_tokens_in_fp32(kind):
+    """As they were kept before they were kept in bf16: half the bytes, and it goes on alike."""
+    fmt = make_format(Spec.parse("int4-srft:recent=3"), D)
+    make = PackedKVCache if kind == "growing" else lambda fmt: PackedRotatingKVCache(fmt, 16, 4)
+    cache, loaded = make(fmt), make(fmt)
+    half = [random(12, i).astype(mx.float16) for i in (1, 2)]
+    cache.update_and_fetch(*half)
+    cache.update_and_fetch(*(x[:, :, :1] for x in half))
+    assert cache.tail.dtype == cache.oldest.array.dtype == mx.bfloat16
+    exact = cache.tail, cache.oldest.array
+    state = [x.astype(mx.float32) if any(x is a for a in exact) else x for x in cache.state]
+    loaded.state = tuple(state)
+    assert loaded.tail.dtype == loaded.oldest.array.dtype == mx.bfloat16
+    assert loaded.exact_nbytes == cache.exact_nbytes
+    q = random(2, 9).reshape(1, 2 * H, 1, D).astype(mx.float16)
+    new = [x[:, :, 1:2] for x in half]
+    got, want = (packed_attention(q, *c.update_and_fetch(*new), scale=0.1) for c in (loaded, cache))
+    assert mx.array_equal(got, want)
+
+
 def test_a_ring_that_lost_some_joins_a_batch():
     """The batch reads what the ring kept from rows: it does not know that others are missing."""
     fmt = make_format(Spec.parse("int4-srft:recent=3"), D)

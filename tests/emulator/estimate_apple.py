@@ -404,7 +404,7 @@ class Ours:
         with emulated("counted") as e:
             mx.eval(fused.keep_exact(x, x, self.fmt, tail, size))
         registers = Registers.of("keep_exact", self.D, "calibrated, L=1")
-        return work_of(e.counters[0], self.Hkv * size * 16 * self.D).on(registers)
+        return work_of(e.counters[0], self.Hkv * size * 8 * self.D).on(registers)
 
     def packing(self) -> Work:
         """pack_rotated of the tokens that waited, keys to the nearest level."""

@@ -228,14 +228,16 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
     k, v = transposed(2, 2, 5, Dk, dtype, seed=3), transposed(2, 2, 5, Dv, dtype, seed=4)
     got = np.array(calls.quantize_pack(fused, k, v, fmt))
     y, kept = (backend.quantize_pack(k, v, fmt, None, 5)[1] for backend in (plain, fused))
-    step = 2**-7 if dtype == mx.bfloat16 else 2e-6
+    in_bf16 = kept.dtype == mx.bfloat16
+    step = 2**-7 if in_bf16 else 2e-6
     assert mx.abs((y - kept).astype(mx.float32)).max() <= step * mx.abs(y).max()
     want = plain.pack_rotated(kept, fmt)  # in bf16, y may have fallen to the other side of a tie
     words = np.array(want)
     # A code, or with its scale a group, may fall on the other side of a tie: more often in bf16.
     lay, off = fmt.layout, got != words
-    differ = off.mean() * lay.words if dtype == mx.bfloat16 else off.any(axis=(0, 1, 2)).sum()
-    assert differ <= lay.words * 0.02, f"{differ} of {lay.words} words of a row"
+    differ = off.mean() * lay.words if in_bf16 else off.any(axis=(0, 1, 2)).sum()
+    most = lay.words * (0.04 if in_bf16 else 0.02)
+    assert differ <= most, f"{differ} of {lay.words} words of a row"
     length = 4
     for a, b in zip(
         calls.dequantize(fused, want, length, fmt, dtype),
@@ -294,8 +296,8 @@ def test_quantize_takes_any_strides_and_many_tokens(emulator, launches, sizes, b
     """Also where a SIMD group does several sets of tokens, and the last set is not whole."""
     launches(**sizes)
     fmt = format_of(f"{bits}-srft:group_size={group}", D)
-    k = normal(1, 2, D, 77, dtype=mx.float16).swapaxes(2, 3)  # the last axis is not contiguous
-    v = normal(2, 1, 77, 2 * D, dtype=mx.float16).swapaxes(0, 1)[..., D:]
+    k = normal(1, 2, D, 77).swapaxes(2, 3)  # the last axis is not contiguous
+    v = normal(2, 1, 77, 2 * D).swapaxes(0, 1)[..., D:]
     want = calls.quantize_pack(plain, k, v, fmt)
     assert mx.array_equal(calls.quantize_pack(fused, k, v, fmt), want)
     if sizes:

@@ -252,7 +252,7 @@ def check_narrow(launches, spec: str, D: int, prefetch: bool, differ: float):
     """``differ``: part of the words of rows that need not be those of plain operations."""
     launches(single=0, prefetch=prefetch)
     fmt = format_of(spec, D)
-    k, v = transposed(1, 2, 45, D, seed=3), transposed(1, 2, 45, D, seed=4)
+    k, v = (transposed(1, 2, 45, D, mx.float32, seed) for seed in (3, 4))
     got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
     assert (got != want).astype(mx.float32).mean().item() <= differ
     assert_attends(transposed(1, 4, 1, D), packed(fmt, 1, 2, 45), 45, fmt)

@@ -26,7 +26,7 @@ from tests.support.op_cases import CASES, Case, product
 __all__ = ["CASES", "Case", "check", "product"]
 
 DTYPES = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
-TAIL_DTYPES = DTYPES | {"fp16": mx.float32}  # a rotated vector may be too large for fp16
+TAIL_DTYPES = DTYPES | {"fp16": mx.bfloat16}  # a rotated vector may be too large for fp16
 
 # Largest error of an attention output, relative to the largest channel of its vector: one rounding
 # to the dtype at the end (2^-11, 2^-8), and fp32 all the way before it. The reference backend came
@@ -303,7 +303,7 @@ def _check_rows(data: _Data, backend, rows: np.ndarray) -> dict[str, float]:
         assert not (rows[..., first - 1] >> 16).any(), "the half behind the high bits is not zero"
     k_codes, v_codes = oracle.unpack_codes(rows, Dk, Dv, k_bits, v_bits)
     made_of: list = [None, None]
-    if data.case.dtype == "bf16":
+    if TAIL_DTYPES[data.case.dtype] == mx.bfloat16:
         kept = backend.quantize_pack(data.k, data.v, data.format, None, data.case.length)[1]
         made_of = np.split(np.array(kept.astype(mx.float32)).astype(np.float64), [Dk], axis=-1)
     k_own, v_own = made_of
@@ -313,8 +313,8 @@ def _check_rows(data: _Data, backend, rows: np.ndarray) -> dict[str, float]:
 
 
 def _check_side(data, stream, x, params, codes, scales, bits, made_of) -> dict[str, float]:
-    """Codes [B, H, T, D] and scales [B, H, T, G] of keys or of values against the oracle; of bf16
-    those of ``made_of``, y in bf16 as the backend keeps it.
+    """Codes [B, H, T, D] and scales [B, H, T, G] of keys or of values against the oracle; of a
+    model in half precision those of ``made_of``, y in bf16 as the backend keeps it.
 
     A backend's y is off by up to ``slack``, so a code may be any of those within it (mostly one),
     and a scale the fp16 neighbour. Of the searched scales any may be taken whose angle is the
@@ -526,7 +526,7 @@ def _check_tail(data: _Data, backend, rows: mx.array) -> None:
                 tail = tail[:, :, 1:]  # a view, as where tokens are taken back
     assert mx.array_equal(mx.concatenate(parts, axis=2), rows)
     assert tail.dtype == TAIL_DTYPES[data.case.dtype]
-    rounding = 2.0**-8 if data.case.dtype == "bf16" else 0.0
+    rounding = 2.0**-8 if TAIL_DTYPES[data.case.dtype] == mx.bfloat16 else 0.0
     got = np.array(tail.astype(mx.float32)).astype(np.float64)
     assert got.shape[:2] == (B, H)
     # What was not kept the first time is gone: zeros come before it.

@@ -84,6 +84,10 @@ class Tokens:
             x = mx.array(rng.standard_normal((HEADS, made, D))).astype(dtype)
             way = (parsed.rotation, parsed.seed, stream, *params)
             y = oracle.forward(np.array(x.astype(mx.float32)), *way)
+            if (kept := ops.tail_dtype(dtype)) != mx.float32:  # codes are made of what a tail has
+                near = [_in(y + off, kept) for off in (-1e-6, 0.0, 1e-6)]
+                clear &= (near[0] == near[2]).all(axis=(0, 2))
+                y = near[1]
             codes, scales, y_hat = oracle.quantize(y, bits, group, parsed.scale)
             if bits == 4 and parsed.scale == "search":
                 clear &= _decided(y, group)
@@ -135,6 +139,12 @@ class Tokens:
             # -1 is no token's row.
             assert _lookup(self._by_row, found).tolist() == ids.tolist()
             raise AssertionError("the tokens are right in the first head and wrong in another")
+
+
+def _in(y: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """y rounded to ``dtype``, float64."""
+    rounded = mx.array(y.astype(np.float32)).astype(dtype)
+    return np.array(rounded.astype(mx.float32)).astype(np.float64)
 
 
 class Pair:
