@@ -42,11 +42,14 @@ class FirstTokens:
         Args:
             at (list): Position of the first of the L tokens in each sequence, below 0 in padding.
             ends (list, optional): Position at which padding on the right begins.
-            tail (mx.array, optional): Any tail of the cache, in the dtype of one of these tokens.
+            tail (mx.array, optional): The tail after these tokens.
         """
         L, F = keys.shape[2], self.format.first
         if tail is not None and ends is None and F <= L and not any(at):  # as prompts begin
-            self.array = self._rotated(keys[:, :, :F], values[:, :, :F], tail)
+            if (n := tail.shape[2] - L) >= 0:  # not a view, which would keep all of the tail
+                self.array = mx.contiguous(tail[:, :, n : n + F])
+            else:
+                self.array = self._rotated(keys[:, :, :F], values[:, :, :F], tail)
             self.filling, self.changed = False, True
             return
         ends = [n + L for n in at] if ends is None else ends

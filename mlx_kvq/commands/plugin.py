@@ -35,7 +35,7 @@ HELP = (
     "exactly, default 64), first (first tokens likewise, 4), group_size (channels that share a "
     "scale, default 64, of 3 bits 32), skip (layers left alone: numbers, first, last, joined by "
     "+), high (layers in 8 bits, likewise), budget (bits per value to spend on the layers that "
-    "need them, such as 5.5), calibrate=off, rounding=nearest|feedback, "
+    "need them: int3:budget=3.5), calibrate=off, rounding=nearest|feedback, "
     "scale=search|absmax|paper, seed. Numbers of tokens may be written as 32K. From mlx_kvq."
 )
 # Tokens per step of what scores a text in one step, where little would be read from the cache:

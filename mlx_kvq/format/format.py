@@ -234,8 +234,11 @@ def make_format(
     for D in (k_dim, v_dim):
         if reason := rotation.why_not(spec.rotation, D):
             raise ValueError(reason)
-    k_group = choose_group(k_dim, spec.group_size if k_group is None else k_group, spec.k_bits)
-    v_group = choose_group(v_dim, spec.group_size if v_group is None else v_group, spec.v_bits)
+    least = 64 if spec.budget is not None else 0  # a budget buys more by bits than by scales
+    k_group, v_group = (
+        choose_group(D, spec.group_size if group is None else group, bits, least)
+        for D, group, bits in ((k_dim, k_group, spec.k_bits), (v_dim, v_group, spec.v_bits))
+    )
     keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
     heads, key = _heads(keys, values), (spec, k_dim, v_dim, k_group, v_group)
     if not heads and key in _shared:

@@ -38,8 +38,8 @@ class Spec:
         rotation (str): Random signs and a real FFT, ``"srft"``, for even head sizes, or a Hadamard
             transform, ``"srht"``, for powers of two; ``"none"``; or one of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
-            the head size; of 3- and 5-bit codes, of 16. ``None``: 64, of 3-bit codes 32, or the
-            next such divisor.
+            the head size; of 3- and 5-bit codes, of 16. ``None``: 64, of 3-bit codes without a
+            budget 32, or the next such divisor.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
         scale (str): ``"search"``: the better of two by angle; ``"absmax"``: the largest magnitude
             maps to the outermost level; ``"paper"``: an odd number of levels around zero.
@@ -47,8 +47,9 @@ class Spec:
         skip (tuple): Layers that keep the model's own cache: numbers, ``"first"``, ``"last"``,
             counted among the layers that can be packed. ``skip=first+last`` in a string.
         high (tuple): Layers kept in 8 bits, likewise.
-        budget (float, optional): Bits per value on average, scales included; the layers with the
-            largest error get more than the others (``mlx_kvq.model.bits``).
+        budget (float, optional): Bits per value on average, scales included; the layers whose
+            errors cost most get more than the others (``mlx_kvq.model.bits``), and none less than
+            ``bits``. ``int3-srft:budget=4.25`` takes the bytes of ``int4`` and loses a third less.
         rounding (str): Of keys when written: to the ``"nearest"`` level, or with ``"feedback"``
             making up for the errors of other channels (``format.feedback``), by the same kernel;
             needs a calibration with the metric, and is for keys of less than 8 bits. ``"auto"``:

@@ -217,7 +217,9 @@ def check_feedback(spec: str, D: int) -> None:
         with mx.stream(mx.cpu):
             _, expected = plain.quantize_pack(k, v, fmt, tail, 30)
             want = plain.pack_rotated(made_of, fmt)
-            feedback.assert_alike(got, want, k, fmt, differ=0.02)
+            # Two launches' y may differ in the last bit, which bf16 makes a 256th of a channel.
+            in_bf16 = kept.dtype == mx.bfloat16
+            feedback.assert_alike(got, want, k, fmt, differ=0.06 if in_bf16 else 0.02)
             apart = mx.abs(kept.astype(mx.float32) - expected.astype(mx.float32)).max()
             largest = mx.abs(expected.astype(mx.float32)).max()
             assert (apart <= 1e-2 * largest).item(), f"a tail of {kept.dtype}"
