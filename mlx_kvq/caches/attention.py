@@ -23,6 +23,9 @@ DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
 # 1.1 to 2.4 times as much (KL) and prefill on CUDA is a fifth slower; with more a server reads more
 # tokens again where prompts part, on average half a block.
 BLOCK = 512
+# Tokens of a prompt up to which a GPU's memory has room for what all layers restore at once: one of
+# mlx-lm's chunks. For longer ones evaluation begins ahead (``Tuning.ahead``).
+SHORT = 2048
 
 
 def packed_attention(
@@ -46,7 +49,7 @@ def packed_attention(
     if L == 0:
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
     out = _prompt(queries, keys, values, scale, mask, sinks)
-    if L > BLOCK and (every := ops.ahead()) and next(_prompts) % every == 0:
+    if L > BLOCK and keys.length > SHORT and (every := ops.ahead()) and next(_prompts) % every == 0:
         mx.async_eval(out)
     return out
 

@@ -18,7 +18,7 @@ from .moments import fast_on_cpu
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of one cache and one window of L tokens.
+    """Of one cache and L tokens.
 
     Args:
         keys, values (mx.array): Post-RoPE keys [1, Hkv, L, Dk] and values [1, Hkv, L, Dv].
@@ -29,6 +29,19 @@ class Gradients:
     values: mx.array
     of_keys: mx.array
     of_values: mx.array
+
+    def after(self, n: int) -> "Gradients":
+        """Without the first ``n`` tokens."""
+        return Gradients(*(x[:, :, n:] for x in self._arrays()))
+
+    @classmethod
+    def joined(cls, windows: "list[Gradients]") -> "Gradients":
+        """Those of one cache and several windows."""
+        parts = zip(*(w._arrays() for w in windows), strict=True)
+        return cls(*(mx.concatenate(list(x), axis=2) for x in parts))
+
+    def _arrays(self) -> tuple[mx.array, ...]:
+        return self.keys, self.values, self.of_keys, self.of_values
 
 
 class _Nudged(ExactCache):

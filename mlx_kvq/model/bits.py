@@ -14,6 +14,7 @@ from itertools import combinations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from tqdm import tqdm
 
 from .. import ops
 from ..calibration import shards
@@ -160,6 +161,7 @@ def costs(
     formats: Mapping[CachePath, Mapping[str, Format]],
     apart: Collection[CachePath],
     tokenizer=None,
+    progress: bool = False,
 ) -> Costs:
     """What the rows of each of the ``formats`` cost, on the built-in text; without a tokenizer on
     random tokens. ``apart`` are the caches that the shared attention does not read. Raises
@@ -170,24 +172,28 @@ def costs(
         ids = random_tokens(model)
     else:
         ids = mx.array(tokenizer.encode(sample_text())[:TOKENS])
-    found = {(p, s): 0.0 for p, steps in formats.items() for s in steps}
     recent = max(fmt.recent for steps in formats.values() for fmt in steps.values())
-    for i in range(0, ids.size, WINDOW):
+    seen: dict[CachePath, list[Gradients]] = {path: [] for path in formats}
+    starts = range(0, ids.size, WINDOW)
+    for i in tqdm(starts, "budget", unit="window", disable=not progress, leave=False):
         window = ids[i : i + WINDOW]
         exact = min(recent, window.size // 2)
         by_cache = gradients(model, make_caches, shapes, window, exact, apart, seed=i)
-        for p, steps in formats.items():
-            for s, loss in zip(steps, _losses(by_cache[p], steps.values()), strict=True):
-                found[p, s] += loss / ids.size
+        for path, windows in seen.items():
+            windows.append(by_cache[path].after(FIRST))  # caches keep those exactly
         mx.clear_cache()
+    found: dict[tuple[CachePath, str], float] = {}
+    for p, steps in formats.items():
+        losses = _losses(Gradients.joined(seen.pop(p)), steps.values())
+        found |= {(p, s): loss / ids.size for s, loss in zip(steps, losses, strict=True)}
     if not all(map(np.isfinite, found.values())):
         raise ValueError("The gradients of this model are not finite in its dtype: give a policy.")
     return found
 
 
 def _losses(g: Gradients, formats) -> list[float]:
-    """Nats that rounding a window's keys and values costs in all, for each format. What two formats
-    have in common is rounded once."""
+    """Nats that rounding these keys and values costs in all, for each format. What two formats have
+    in common is rounded once."""
     sides: dict[tuple, float] = {}
     for fmt in formats:
         lay = fmt.layout
@@ -202,11 +208,10 @@ def _losses(g: Gradients, formats) -> list[float]:
 
 
 def _rounded(g: Gradients, fmt: Format) -> list[mx.array]:
-    """½ Σ (g · e)² over heads and tokens, of keys and of values. The first tokens do not count, as
-    caches keep them exactly."""
+    """½ Σ (g · e)² over heads and tokens, of keys and of values."""
     k, v = g.keys.astype(mx.float32), g.values.astype(mx.float32)
     with ops.reference():  # kernels would be compiled for this alone
         rows, _ = ops.quantize_pack(k, v, fmt)
         made = ops.restore(ops.Packed(rows, k.shape[2], fmt))
     parts = zip((k, v), made, (g.of_keys, g.of_values), strict=True)
-    return [mx.square(((got - x) * by).sum(axis=-1)[..., FIRST:]).sum() / 2 for x, got, by in parts]
+    return [mx.square(((got - x) * by).sum(axis=-1)).sum() / 2 for x, got, by in parts]

@@ -104,7 +104,7 @@ def make_plan(
     plan.check_calibration()
     plan.packing.formats = plan.formats_of(plan.bits)
     if spec.budget is not None and policy is None:
-        plan.spend_budget(tokenizer)
+        plan.spend_budget(tokenizer, say is not automatic.silent)
     plan.finish()
     return plan.packing, plan.report
 
@@ -253,7 +253,7 @@ class _Plan:
             formats[path] = make_format(spec, *self.shapes[path][1:], keys=c.keys, values=c.values)
         return formats
 
-    def spend_budget(self, tokenizer) -> None:
+    def spend_budget(self, tokenizer, progress: bool) -> None:
         """More bits where they lower the error most."""
         # First and newest tokens, which are exact, hide much of an error, of each cache alike.
         formats = {path: self._steps(path, least) for path, least in self.bits.items()}
@@ -261,7 +261,7 @@ class _Plan:
         shapes = {path: self.shapes[path] for path in formats}
         own = partial(own_caches, self.model)
         apart = self.packing.as_arrays
-        cost = costs(self.model, own, shapes, formats, apart, tokenizer)
+        cost = costs(self.model, own, shapes, formats, apart, tokenizer, progress)
         assert self.spec.budget is not None
         self.packing.formats = self.formats_of(allocate(self.bits, layouts, cost, self.spec.budget))
 

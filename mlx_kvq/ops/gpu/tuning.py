@@ -29,7 +29,8 @@ class Tuning:
         pack_threadgroups (int): Quantize threadgroups that fill the GPU; each then does several
             sets of tokens.
         restore_threadgroups (int): Likewise for restore.
-        ahead (int): In a long chunk of a prompt, evaluation begins after so many layers and goes on
+        ahead (int): In a long chunk of a prompt, but for the first 2048 tokens (``caches``),
+            evaluation begins after so many layers and goes on
             while the host builds the next ones; 0 leaves it to the caller. What MLX encodes far
             ahead of the GPU is in memory at once: the arrays of a chunk's attention, of every
             layer. Each time costs a CUDA host about 1 ms (H200, Qwen2.5-1.5B's shape, 512 tokens:
