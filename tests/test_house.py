@@ -13,7 +13,7 @@ import mlx_kvq
 PACKAGE = Path(mlx_kvq.__file__).resolve().parent
 
 # Room or module of the top level -> what it may import.
-GROUND = {"arguments", "divergence", "files", "host", "stock", "stock_names"}
+GROUND = {"arguments", "files", "host", "stock", "stock_names"}
 BELOW: dict[str, set[str]] = {name: set() for name in [*GROUND, "format"]}
 BELOW["files"] = {"arguments"}
 BELOW["stock"] = {"host"}

@@ -29,7 +29,7 @@ from mlx_lm.models.cache import create_attention_mask
 import mlx_kvq
 from mlx_kvq import ops
 from mlx_kvq.calibration.set import CalibrationSet
-from mlx_kvq.divergence import kl
+from mlx_kvq.measure.quality import kl
 from mlx_kvq.ops import plain
 
 CHUNK = 512  # of the prompt

@@ -12,7 +12,7 @@ from mlx_lm import load
 
 import mlx_kvq
 from mlx_kvq.calibration.fit import calibrate_tokens
-from mlx_kvq.divergence import kl
+from mlx_kvq.measure.quality import kl
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "models" / "tiny-gemma3-8bit"
