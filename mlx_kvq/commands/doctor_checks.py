@@ -95,6 +95,7 @@ class _Case:
         self.name = f"{text} D={D} heads={Hq}/{Hkv} {str(dtype).rpartition('.')[2]}"
         self.name += " calibrated" if calibrated else ""
         self.dtype, self.limit, self.heads = dtype, RELATIVE[dtype], (Hq, Hkv)
+        self.limit_of_kept = RELATIVE[ops.tail_dtype(dtype)]
         keys, values = (_calibration(Hkv, D) if calibrated else None for _ in "kv")
         if keys is not None and spec.rounding == "feedback":
             keys = replace(keys, metric=_metric(Hkv, D))
@@ -138,7 +139,7 @@ class _Case:
         ):
             pack = partial(self.pack, tokens, kept, name == "pack, first tail")
             found[name] = codes, partial(self.packed, pack), lambda pack=pack: pack(self.backend)
-        found["keep, token"] = self.limit, self.kept, self.keep
+        found["keep, token"] = self.limit_of_kept, self.kept, self.keep
         again = partial(self.rotated, self.backend)
         found["pack, from the tail"] = codes, self.packed_from_tail, again
         for name, given in self.attentions().items():
@@ -183,7 +184,7 @@ class _Case:
         rows, kept, k, v, before, size = pack(self.backend)
         if size:
             off = _relative(kept, exact.tail(k, v, self.fmt, before, size))
-            if off > self.limit:
+            if off > self.limit_of_kept:
                 raise RuntimeError(f"the exact tail is off by {off:.1e}")
         return self.apart(rows, lambda backend: pack(backend)[0])
 
