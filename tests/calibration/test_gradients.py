@@ -71,7 +71,7 @@ def tiny():
     model, tokenizer, *_ = load("examples/models/tiny-gemma3-8bit")
     model.set_dtype(mx.float32)
     text = Path("examples/text/novel.txt").read_text(encoding="utf-8")
-    return model, mx.array(tokenizer.encode(text)[:160])
+    return model, mx.array(tokenizer.encode(text)[:96])
 
 
 def test_the_cost_of_errors_is_their_kl(tiny):
@@ -89,18 +89,20 @@ def test_the_cost_of_errors_is_their_kl(tiny):
         with attended():
             return nn.log_softmax(model(tokens[None], cache=map_leaves(tap, own_caches(model)))[0])
 
-    exact = log_probabilities({})
-    for path in list(shapes)[::2]:
+    exact, ratios = log_probabilities({}), []
+    for path in list(shapes)[1::2]:  # with a window and without
         for side in range(2):
             seen = found[0][path]
             x = (seen.keys, seen.values)[side]
-            size = 0.05 * mx.sqrt(mx.square(x).mean(axis=2, keepdims=True))
+            size = 0.2 * mx.sqrt(mx.square(x).mean(axis=2, keepdims=True))
             e = mx.random.normal(x.shape, key=mx.random.key(side)) * size
             pair = [e, mx.zeros_like(seen.values)] if side == 0 else [mx.zeros_like(seen.keys), e]
             real = kl(exact, log_probabilities({path: pair})).mean().item()
             by = [(g[path].of_keys, g[path].of_values)[side] for g in found]
             said = np.mean([mx.square((e * g).sum(-1)).sum().item() for g in by]) / 2 / tokens.size
-            assert 0.6 < said / real < 1.6, (path, side, said, real)
+            assert 0.4 < said / real < 2.5, (path, side, said, real)
+            ratios.append(said / real)
+    assert 0.65 < np.exp(np.mean(np.log(ratios))) < 1.45, ratios
 
 
 def test_what_a_query_reads_exactly_costs_nothing(tiny):
