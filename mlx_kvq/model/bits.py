@@ -34,6 +34,7 @@ WORTH = 0.9  # to as much of the cost a third kind of rows is to lower it
 NOTHING = 0.003  # of what the spec costs: for less, no byte is spent
 STEPS = ("int3", "k4v3", "int4", "k5v4", "int5", "k8v4", "int8")  # by bytes
 
+Layouts = Mapping[str, RowLayout]  # of one cache, by the name of its bits
 Costs = Mapping[tuple[CachePath, str], float]  # KL in nats a token, with one cache packed so
 
 
@@ -81,24 +82,30 @@ def bits_by_policy(
     return {path: local[path] for path in paths if path in local}
 
 
-def allocate(
-    bits: Mapping[CachePath, str],
-    layouts: Mapping[CachePath, Mapping[str, RowLayout]],
-    cost: Costs,
-    budget: float,
-) -> dict[CachePath, str]:
-    """Raise ``bits``, cache by cache, until ``budget`` bits per value, scales included, are spent.
-    ``layouts`` are the caches' rows for those of :func:`steps_from` them that can be packed, with
-    what they cost. Raises ValueError if the budget does not even cover ``bits``."""
+def room_of(
+    budget: float, bits: Mapping[CachePath, str], layouts: Mapping[CachePath, Layouts]
+) -> int:
+    """Words a token in all caches for ``budget`` bits per value, scales included. ``layouts`` are
+    the caches' rows for those of :func:`steps_from` their ``bits`` that can be packed. Raises
+    ValueError if the budget does not even cover ``bits``."""
     values = sum(rows[bits[p]].k_dim + rows[bits[p]].v_dim for p, rows in layouts.items())
-    words = {(p, b): row.words for p, rows in layouts.items() for b, row in rows.items()}
-    spent = sum(words[p, b] for p, b in bits.items())
+    spent = sum(rows[bits[p]].words for p, rows in layouts.items())
     room = int(budget * values / 32)
     if spent > room:
         raise ValueError(
             f"A budget of {budget:g} bits per value is less than the {32 * spent / values:.2f} of "
-            "the spec: raise it, or take a larger group_size."
+            "the spec: raise it, begin with fewer bits as in 'int3:budget=3.5', or take a larger "
+            "group_size."
         )
+    return room
+
+
+def allocate(
+    bits: Mapping[CachePath, str], layouts: Mapping[CachePath, Layouts], cost: Costs, room: int
+) -> dict[CachePath, str]:
+    """Raise ``bits``, cache by cache, within ``room`` words a token, to where the ``cost`` is least
+    in all; see :func:`room_of`."""
+    words = {(p, b): row.words for p, rows in layouts.items() for b, row in rows.items()}
 
     nothing = NOTHING * sum(cost[item] for item in bits.items())
 

@@ -20,7 +20,7 @@ from ..format.format import Format, make_format
 from ..format.spec import Spec
 from ..host import bounded, is_growing, is_rotating
 from ..stock import CachePath, Identity, Shapes, leaves, own_caches
-from .bits import allocate, bits_by_policy, bits_by_spec, costs, steps_from
+from .bits import allocate, bits_by_policy, bits_by_spec, costs, room_of, steps_from
 from .report import Report, log
 from .trial import batch_failure, first_failure
 
@@ -255,15 +255,15 @@ class _Plan:
 
     def spend_budget(self, tokenizer, progress: bool) -> None:
         """More bits where they lower the error most."""
-        # First and newest tokens, which are exact, hide much of an error, of each cache alike.
+        assert self.spec.budget is not None
         formats = {path: self._steps(path, least) for path, least in self.bits.items()}
         layouts = {p: {s: f.layout for s, f in steps.items()} for p, steps in formats.items()}
+        room = room_of(self.spec.budget, self.bits, layouts)
         shapes = {path: self.shapes[path] for path in formats}
         own = partial(own_caches, self.model)
         apart = self.packing.as_arrays
         cost = costs(self.model, own, shapes, formats, apart, tokenizer, progress)
-        assert self.spec.budget is not None
-        self.packing.formats = self.formats_of(allocate(self.bits, layouts, cost, self.spec.budget))
+        self.packing.formats = self.formats_of(allocate(self.bits, layouts, cost, room))
 
     def _steps(self, path: CachePath, least: str) -> dict[str, Format]:
         """Formats of a cache with more and more bits; 3 and 5 bits cannot pack every head size."""

@@ -164,7 +164,8 @@ def _add(
         calibration = calibrate(model, tokenizer, texts, progress=progress)
         notes = "text", "tokens", "length", "positions"
         made |= {k: v for k, v in calibration.metadata.items() if k in notes}
-    report = enable(model, spec, calibration=calibration, tokenizer=tokenizer, verbose=False)
+    shows = progress and spec.budget is not None  # that takes its time
+    report = enable(model, spec, calibration=calibration, tokenizer=tokenizer, verbose=shows)
     assert report is not None  # fp16 is refused
     own = leaves(model.make_cache())
     layers = {path: c.format.spec.bits for path, c in own if isinstance(c, PackedCache)}
