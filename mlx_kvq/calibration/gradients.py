@@ -107,8 +107,8 @@ def attention_over(
     if mask is not None:
         if mask.ndim == 4:  # [B or 1, Hq or 1, L, T]
             mask = mask.reshape(mask.shape[0], -1, heads // H if mask.shape[1] > 1 else 1, L, T)
-        seen = mask if mask.dtype == mx.bool_ else None
-        scores = scores + mask if seen is None else mx.where(seen, scores, -1e30)
+        is_seen = mask.dtype == mx.bool_
+        scores = mx.where(mask, scores, -1e30) if is_seen else scores + mask
     if sinks is not None:
         sink = mx.broadcast_to(sinks.reshape(1, H, -1, 1, 1), (*scores.shape[:-1], 1))
         scores = mx.concatenate([scores, sink.astype(mx.float32)], axis=-1)

@@ -106,7 +106,6 @@ def allocate(
     """Raise ``bits``, cache by cache, within ``room`` words a token, to where the ``cost`` is least
     in all; see :func:`room_of`."""
     words = {(p, b): row.words for p, rows in layouts.items() for b, row in rows.items()}
-
     nothing = NOTHING * sum(cost[item] for item in bits.items())
 
     def of(kinds: int) -> tuple[float, dict[CachePath, str]]:
@@ -136,12 +135,15 @@ def _cheapest(
     nothing: float,
 ) -> dict[CachePath, str] | None:
     """One of the ``choices`` for every cache, of least cost in all, or ``nothing`` more if that
-    takes fewer words; ``None`` if they do not fit into ``room`` words a token."""
+    takes fewer words; ``None`` if a cache has no choice, or they do not fit into ``room`` words a
+    token."""
+    if not all(choices.values()):
+        return None
     least = np.where(np.arange(room + 1) == 0, 0.0, np.inf)  # cost of the caches so far, by words
     picks = []
     for p, steps in choices.items():
-        options = np.full((len(steps) + 1, room + 1), np.inf)
-        for option, step in zip(options, steps, strict=False):
+        options = np.full((len(steps), room + 1), np.inf)
+        for option, step in zip(options, steps, strict=True):
             n = words[p, step]
             option[n:] = least[: max(0, room + 1 - n)] + cost[p, step]
         picks.append(options.argmin(axis=0))

@@ -236,7 +236,8 @@ def test_quantize_pack_and_dequantize(emulator, spec, Dk, Dv, what):
     # A code, or with its scale a group, may fall on the other side of a tie: more often in bf16.
     lay, off = fmt.layout, got != words
     differ = off.mean() * lay.words if in_bf16 else off.any(axis=(0, 1, 2)).sum()
-    most = lay.words * (0.04 if in_bf16 else 0.02)
+    ties = in_bf16 and fmt.scale == "paper"  # where many numbers are on one exactly
+    most = lay.words * (0.04 if ties else 0.02)
     assert differ <= most, f"{differ} of {lay.words} words of a row"
     length = 4
     for a, b in zip(
