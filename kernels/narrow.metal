@@ -64,6 +64,20 @@ INLINE uint code_word(const device uint* row, int index) {
   return widen<BITS>(row[FIRST + index / 2], lower_high_bits(half_word), index % WORDS);
 }
 
+// The same of the row that begins at word `row`: one index of 32 bits, which a load adds to its base
+// by itself.
+template <int BITS, int FIRST, int HIGH>
+INLINE uint code_word_at(const device uint* rows, counter row, counter index) {
+  if (!is_narrow(BITS)) {
+    return rows[row + (counter(FIRST) + index)];
+  }
+  constexpr counter WORDS = 2 * low_words(BITS);
+  const uint half_word =
+      reinterpret_cast<const device ushort*>(rows)[2 * row + (counter(HIGH) + index / WORDS)];
+  const uint low = rows[row + (counter(FIRST) + index / 2)];
+  return widen<BITS>(low, lower_high_bits(half_word), int(index % WORDS));
+}
+
 // Writes a lane's words of codes, of which the first is number `index` of a side's; narrow codes, of
 // whole units, in nibbles or bytes.
 template <int BITS, int WORDS, int FIRST, int HIGH, bool EVEN>

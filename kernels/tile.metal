@@ -412,114 +412,6 @@ INLINE void add_values(
   }
 }
 
-// Newest tokens that a query reads exactly as the last of `tokens` (Format.recent_at).
-INLINE int recent_of(int least, int grows, int tokens) {
-  return tokens < grows ? least : tokens / 2 < grows ? 2 * least : 4 * least;
-}
-
-// Integers of attend's launch that its loops need: in registers if HOLD_QUERIES, else they are read
-// again from threadgroup memory, where registers are few.
-enum : int {
-  AT_LENGTH, AT_LOW_EDGE, AT_HIGH_EDGE, AT_HOLE, AT_HOLE_END, AT_ROWS_START, AT_END, AT_NEWEST,
-  AT_FIRSTS, AT_PLACE, AT_KEEP, AT_IDX, AT_BATCH, AT_KV_HEAD, AT_HEADS, AT_QUERIES, AT_FIRST_ROW,
-  AT_SPLIT, AT_SPLITS, AT_TILE, AT_TILE_END, AT_KV_HEADS, NUMBERS
-};
-INLINE int number(int held, const threadgroup int* numbers, int at) {
-  return HOLD_QUERIES != 0 ? held : numbers[at];
-}
-// Of a lane's two query rows.
-INLINE float2 pair_of(const threadgroup float* x, tile_lane at) {
-  return float2(x[2 * at.pair], x[2 * at.pair + 1]);
-}
-template <bool HELD>
-INLINE int64_t mask_of(
-    const thread int64_t* held, const threadgroup int64_t* mask_rows, int i, tile_lane at) {
-  return HELD ? held[i] : mask_rows[2 * int(at.pair) + i];
-}
-
-// Which keys the query at a position may attend to: [low, high). Its tail begins with `oldest`, a
-// key, or in a ring the place of a token.
-struct query_range {
-  int low;
-  int high;
-  int oldest;
-};
-template <bool TAIL>
-INLINE query_range range_of(
-    int position, int start, int length, int window, bool causal, bool is_ring, int recent,
-    int keep, int least, int grows) {
-  query_range out;
-  out.low = max(start, window > 0 ? position - window + 1 : 0);
-  out.high = causal ? position + 1 : length;
-  out.oldest = !TAIL  ? length
-      : is_ring       ? length - recent
-                      : max(keep, position + 1 - recent_of(least, grows, position + 1 - start));
-  return out;
-}
-INLINE query_range range_at(const threadgroup int* ranges, int query) {
-  query_range out;
-  out.low = ranges[3 * query];
-  out.high = ranges[3 * query + 1];
-  out.oldest = ranges[3 * query + 2];
-  return out;
-}
-
-// Exact tokens by age: of the tail, how many tokens are newer; then the first tokens.
-struct exact_token {
-  bool there;
-  bool is_first;
-  int place;  // of a first token, in the order of the tokens
-  int key;
-};
-template <bool TAIL, bool FIRST>
-struct exact_tokens {
-  int newest;  // of the tail
-  int count;
-  int first_place;
-  int length;
-  int keep;
-  int idx;
-  INLINE bool is_ring() const thread {
-    return idx < length;
-  }
-  INLINE exact_token at(int age) const thread {
-    exact_token out;
-    out.is_first = FIRST && (!TAIL || age >= newest);
-    out.place = first_place + age - newest;
-    out.there = age < count && (!out.is_first || (out.place >= 0 && out.place < length));
-    if (out.is_first) {
-      const int key = out.place + (is_ring() && out.place >= keep ? idx - keep : 0);
-      out.key = key - (key >= length ? length - keep : 0);
-    } else {
-      const int key = idx - 1 - age;
-      out.key = key + (key < keep ? length - keep : 0);
-    }
-    return out;
-  }
-};
-template <bool TAIL, bool FIRST>
-INLINE exact_tokens<TAIL, FIRST> exact_tokens_of(
-    int newest, int firsts, int place, int length, int keep, int idx) {
-  exact_tokens<TAIL, FIRST> out;
-  out.newest = newest;
-  out.count = newest + firsts;
-  out.first_place = place;
-  out.length = length;
-  out.keep = keep;
-  out.idx = idx;
-  return out;
-}
-
-// A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.
-template <int D, int COUNT, typename T>
-INLINE void read_exact(thread float* x, const device T* in, int first) {
-  if (COUNT % 8 == 0 && D % 64 == 0) {
-    UNROLL for (int i = 0; i < COUNT / 8; i++) read_eight(x + 8 * i, in + first + 8 * i);
-  } else {
-    UNROLL for (int i = 0; i < COUNT; i++) x[i] = first + i < D ? float(in[first + i]) : 0.0f;
-  }
-}
-
 // Score of an exact key for queries 2 * pair and 2 * pair + 1. A lane takes D / 8 channels, and the
 // eight rows of a column pair add up ...
 template <int D, int BITS, bool WHOLE, typename T>
@@ -545,14 +437,6 @@ INLINE void add_exact(thread float2* sums, const thread float* y, float2 p) {
   UNROLL for (int i = 0; i < TILES; i++) {
     sums[i] = float2(fma(p.x, y[i], sums[i].x), fma(p.y, y[i], sums[i].y));
   }
-}
-
-// The same threadgroup memory holds tiles, then the sums that SIMD groups add up.
-INLINE threadgroup uint* words_of(threadgroup uint4* memory) {
-  return reinterpret_cast<threadgroup uint*>(memory);
-}
-INLINE threadgroup float* floats_of(threadgroup uint4* memory) {
-  return reinterpret_cast<threadgroup float*>(memory);
 }
 
 }  // namespace kvq

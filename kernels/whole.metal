@@ -9,6 +9,13 @@ INLINE uint code_word(const device uint* row, int index) {
   return row[FIRST + index];
 }
 
+// The same of the row that begins at word `row`: one index of 32 bits, which a load adds to its base
+// by itself.
+template <int BITS, int FIRST, int HIGH>
+INLINE uint code_word_at(const device uint* rows, counter row, counter index) {
+  return rows[row + (counter(FIRST) + index)];
+}
+
 // Writes a lane's words of codes, of which the first is number `index` of a side's. EVEN: rows have
 // an even number of words.
 template <int BITS, int WORDS, int FIRST, int HIGH, bool EVEN>

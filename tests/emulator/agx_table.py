@@ -114,29 +114,32 @@ def other_formats(D: int) -> Iterator[tuple[str, Format]]:
 
 def other_launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
     """The kernels that differ in these formats, without and with a tail."""
-    H, heads, T = 2, 4, 256
+    H, T = 2, 256
     for title, fmt in other_formats(D):
         R = 2 * fmt.recent + 8
         tail = mx.zeros((1, H, R, 2 * D), tail_dtype(dtype))
         rows = mx.zeros((1, H, T, fmt.layout.words), mx.uint32)
-        x, q = mx.zeros((1, H, 1, D), dtype), mx.zeros((1, H * heads, 1, D), dtype)
+        x = mx.zeros((1, H, 1, D), dtype)
         pack = partial(gpu.quantize_pack, x, x, fmt)
         yield f"{title}no tail, L=1", pack
         yield f"{title}tail, L=1", partial(pack, size=R, tail=tail)
         if fmt.kind.feedback:
             continue
         for name, end in (("no tail", None), ("tail", tail)):
-            for parts in (1, 4):
+            for parts, heads in ((1, 6), (4, 6), (1, 4), (4, 4)):
+                q = mx.zeros((1, H * heads, 1, D), dtype)
                 attend = partial(calls.attend, gpu, q, rows, T, fmt, D**-0.5, parts=parts)
-                yield f"{title}{name}", partial(attend, tail=end)
+                said = "" if heads > 4 else f", {heads} heads"
+                yield f"{title}{name}{said}", partial(attend, tail=end)
             given = rows, T, fmt, dtype, end
             yield f"{title}{name}", partial(calls.dequantize, gpu, *given)
             yield f"{title}{name}", partial(calls.restore, gpu, *given)
 
 
 def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
-    """Each kernel at head size D, in its variants."""
-    H, heads, T = 2, 4, 256
+    """Each kernel at head size D, in its variants; attend with 6 query heads a KV head, or, by
+    ``attend_vector.metal``, with the number that is said."""
+    H, T = 2, 256
     for title, fmt in formats(D):
         R = 2 * fmt.recent + 8
 
@@ -149,7 +152,7 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
         def tails(B: int = 1, R: int = R) -> mx.array:
             return mx.zeros((B, H, R, 2 * D), tail_dtype(dtype))
 
-        def attend(parts: int, L: int = 1, B: int = 1, fmt=fmt, rows=rows, **given):
+        def attend(parts: int, L: int = 1, B: int = 1, fmt=fmt, rows=rows, heads=6, **given):
             q = vectors(L, B, H * heads)
             return calls.attend(gpu, q, rows(T, B), T, fmt, D**-0.5, parts=parts, **given)
 
@@ -160,7 +163,7 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
             yield f"{title}tail", partial(attend, parts, tail=tails())
             yield f"{title}tail, first", partial(attend, parts, tail=tails(), first=first)
             if plain:
-                mask, sinks = mx.ones((1, 1, 1, T), mx.bool_), mx.zeros((H * heads,), dtype)
+                mask, sinks = mx.ones((1, 1, 1, T), mx.bool_), mx.zeros((H * 6,), dtype)
                 starts = mx.zeros((2,), mx.int32)
                 for name, tail in (("no tail", None), ("tail", tails())):
                     yield f"{name}, L=8", partial(attend, parts, 8, mask="causal", tail=tail)
@@ -170,6 +173,15 @@ def launches(D: int, dtype: mx.Dtype) -> Iterator[tuple[str, Callable]]:
                 more = {"starts": starts, "tail": tails(2), "first": own}
                 yield "tail, starts, first", partial(attend, parts, B=2, **more)
                 yield "tail, sinks", partial(attend, parts, sinks=sinks, tail=tails())
+                given = {"tail": tails(), "first": first, "heads": 4}
+                yield "tail, first, mask, 4 heads", partial(attend, parts, mask=mask, **given)
+                given |= {"tail": tails(2), "first": own, "starts": starts}
+                yield "tail, starts, first, 4 heads", partial(attend, parts, B=2, **given)
+            else:
+                for n in (1, 2, 3, 4):
+                    yield f"{title}no tail, {n} heads", partial(attend, parts, heads=n)
+                    given = {"tail": tails(), "first": first, "heads": n}
+                    yield f"{title}tail, first, {n} heads", partial(attend, parts, **given)
 
         x, long = vectors(1), vectors(512)
         pack_tail = partial(gpu.quantize_pack, fmt=fmt, size=R)

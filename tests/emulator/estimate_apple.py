@@ -62,7 +62,7 @@ from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
-from mlx_kvq.ops.gpu import attention
+from mlx_kvq.ops.gpu import attention, tuning
 from mlx_kvq.ops.gpu.plan import plan
 from tests.emulator import Counters, arithmetic, emulated, run, toolchain
 from tests.emulator.mlx_kernels import mlx_source
@@ -339,6 +339,7 @@ class Ours:
 
     def __init__(self, fmt: Format, Hq: int, Hkv: int):
         self.fmt, self.Hq, self.Hkv, self.D = fmt, Hq, Hkv, fmt.layout.k_dim
+        self.heads = Hq, Hkv, self.D
         exact = (64, 256)
         self.finish = Linear.fit(self._attend("attend_finish"), 512, 1024, 1, exact)
         self.store = Linear.fit(self._attend("attend_store"), 1024, 2048, 2, exact)
@@ -363,7 +364,10 @@ class Ours:
             spilled = registers.spills * FILL / TILE * blocks
             return replace(work_of(c, 0).on(registers), spilled=spilled)
 
-        registers = Registers.of(kernel, self.D, "calibrated, tail, first")
+        heads = self.Hq // self.Hkv
+        rows = tuning.vector_rows(self.fmt.layout, tuning.TUNING["metal"], heads, 1)
+        said = f", {rows} heads" if rows else ""
+        registers = Registers.of(kernel, self.D, f"calibrated, tail, first{said}")
         return at
 
     def _combined(self, parts: int) -> Work:
@@ -680,7 +684,11 @@ class Model:
         return self.full + self.windowed
 
 
-MODELS = {128: Model("Qwen2.5-1.5B", 1.54e9, 28), 256: Model("Gemma 3 1B", 1.0e9, 4, 22, 512)}
+MODELS = {
+    (12, 2, 128): Model("Qwen2.5-1.5B", 1.54e9, 28),
+    (32, 8, 128): Model("Llama-3.1-8B", 8.03e9, 32),
+    (4, 1, 256): Model("Gemma 3 1B", 1.0e9, 4, 22, 512),
+}
 
 
 @functools.cache
@@ -708,7 +716,7 @@ def written_fed(ours: Ours, chip: Chip, T: int, B: int = 1) -> tuple[float, floa
 def step(ours: Ours, theirs: Theirs, chip: Chip, T: int) -> list[tuple[float, float]]:
     """Milliseconds of a token's step at best and at worst, fp16 and int4: weights in 4 bits at the
     bandwidth that is reached, attention, the token stored, and ``LAYER``."""
-    model = MODELS[ours.D]
+    model = MODELS[ours.heads]
     before = 1e3 * model.parameters * 4.5 / 8 / (chip.bandwidth * 1e9 * REACHED)
     before += 1e3 * model.layers * LAYER
     fp16, int4 = np.zeros(2), np.zeros(2)
@@ -722,7 +730,7 @@ def step(ours: Ours, theirs: Theirs, chip: Chip, T: int) -> list[tuple[float, fl
 
 def decoding_table(ours: Ours, theirs: Theirs, contexts: list[int]) -> None:
     """Attention of one token, and a whole step."""
-    model = MODELS[ours.D]
+    model = MODELS[ours.heads]
     print(f"\n**{model.name}, {ours.Hq} / {ours.Hkv} heads of {ours.D}, weights in 4 bits**\n")
     print(
         "| chip | tokens | attention, µs: fp16 | int4 | fp16 / int4 | a step, ms: fp16 | int4 "
@@ -769,7 +777,7 @@ def prompt_table(ours: Ours, theirs: Theirs) -> None:
         "token and layer: nearest | feedback | of reading it, % |"
     )
     print("|---" * 7 + "|")
-    L, model = 32768, MODELS[ours.D]
+    L, model = 32768, MODELS[ours.heads]
     nearest, fed = ours.prompt(L), ours.prompt(L, feedback=True)
     for chip in CHIPS:
         one = written_fed(ours, chip, L)
@@ -856,7 +864,7 @@ def main() -> None:
             return check()
         if args.json:
             return write_figures(spec, args.json)
-        for Hq, Hkv, D in ((12, 2, 128), (4, 1, 256)):
+        for Hq, Hkv, D in MODELS:
             ours = Ours(calibrated(spec, D, Hkv), Hq, Hkv)
             if args.sweep:
                 print(f"\n{Hq} q / {Hkv} kv heads, D = {D}, microseconds by number of splits")

@@ -329,16 +329,17 @@ def test_what_cuda_holds_in_registers(emulator, launches, spec, Dk, Dv, what):
     tables = "hold_tables", "hold_queries", "prefetch"
 
     def results(hold):
-        launches(single=0, slice_values=not hold, **dict.fromkeys(tables, hold))
+        launches(single=0, slice_values=not hold, vector_rows=4, **dict.fromkeys(tables, hold))
         rows, kept = fused.quantize_pack(k, v, fmt, None, 20)
         assert rows.shape == (1, 2, 60, lay.words)
         out = calls.attend(fused, q, rows, 60, fmt, Dk**-0.5, "causal")
         with_tail = calls.attend(fused, q, rows, 60, fmt, Dk**-0.5, "causal", tail=tail)
-        return [rows, kept, out, with_tail, *calls.restore(fused, rows, 60, fmt)]
+        one = calls.attend(fused, q[:, :, :1], rows, 60, fmt, Dk**-0.5, tail=tail)
+        return [rows, kept, out, with_tail, one, *calls.restore(fused, rows, 60, fmt)]
 
     for i, (a, b) in enumerate(zip(results(True), results(False), strict=True)):
         # SIMD groups that share probabilities round them to fp16 beside another maximum.
-        near = 0 if a.dtype == mx.uint32 else TOLERANCE[mx.float16] if i in (2, 3) else 2e-6
+        near = 0 if a.dtype == mx.uint32 else TOLERANCE[mx.float16] if i in (2, 3, 4) else 2e-6
         assert mx.allclose(a, b, rtol=0, atol=near * mx.abs(b).max().item()).item()
 
 
@@ -482,13 +483,25 @@ def test_op_matrix(emulator, case):
     op_matrix.check(fused, case, seed=1, fused=True)
 
 
+@pytest.mark.parametrize("vector_rows", [0, 4])
+def test_many_tokens_that_are_read_alike(emulator, launches, vector_rows):
+    """The mean of values, of which little is left; all tokens of a head in one threadgroup."""
+    launches(vector_rows=vector_rows)
+    fmt = format_of("int4-srft", 128)
+    rows, q = packed(fmt, 1, 1, 2048), 0.05 * normal(1, 4, 1, 128, seed=3)
+    got = np.array(calls.attend(fused, q, rows, 2048, fmt, 0.1, parts=1))
+    want = np.array(calls.attend(plain, q, rows, 2048, fmt, 0.1))
+    error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() <= (2e-4 if vector_rows else 6e-4)
+
+
 # ---- what a launch costs ----------------------------------------------------------------------
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(
     "spec, gqa", [*(("int4-srft", n) for n in (1, 4, 6, 8)), ("int3-srft", 6), ("k4v3-srft", 6)]
 )
 def test_attend_reads_each_row_once(emulator, launches, spec, gqa, prefetch):
-    launches(single=0, prefetch=prefetch)
+    launches(single=0, prefetch=prefetch, vector_rows=0)
     fmt = format_of(spec, 128)
     rows = packed(fmt, 2, 2, 140)
     q = transposed(2, 2 * gqa, 1, 128)
@@ -497,6 +510,26 @@ def test_attend_reads_each_row_once(emulator, launches, spec, gqa, prefetch):
     reads = attend.reads["rows"].reshape(2, 2, -1, 4 * fmt.layout.words)
     assert (reads[:, :, :140] == 1).all()
     assert not reads[:, :, 140:].any()
+
+
+@pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int3-srft"])
+@pytest.mark.parametrize("gqa", [1, 2, 3, 4])
+def test_vectors_read_each_code_once(emulator, launches, spec, gqa):
+    """Codes by one lane, narrow ones by two that are neighbours; scales, and the last row in place
+    of rows that are not there, by the lanes that need them."""
+    fmt = format_of(spec, 128)
+    lay, length = fmt.layout, 300
+    rows = packed(fmt, 2, 2, length)
+    q = transposed(2, 2 * gqa, 1, 128)
+    out = calls.attend(fused, q, rows, length, fmt, 0.1, parts=2)
+    assert mx.allclose(out, calls.attend(plain, q, rows, length, fmt, 0.1), atol=2e-2).item()
+    attend, _ = emulator.counters[-2:]
+    assert "simdgroup_multiply_accumulate" not in attend.simd
+    reads = attend.reads["rows"].reshape(2, 2, -1, 4 * lay.words)
+    codes = 4 * (lay.k_words + lay.v_words)
+    assert (reads[:, :, : length - 1, :codes] <= (2 if "3" in spec else 1)).all()
+    assert (reads[:, :, :length] >= 1).all()
+    assert not reads[:, :, length:].any()
 
 
 @pytest.mark.parametrize(
@@ -514,6 +547,20 @@ def test_quantize_pack_reads_and_writes_once(emulator, spec, D):
     assert counters.unwritten["rows"] == 0
 
 
+def test_matrix_products_alone(emulator, monkeypatch):
+    fmt = format_of("int4-srft", 128)
+    rows, q = packed(fmt, 1, 2, 40), transposed(1, 8, 1, 128)
+    products = []
+    for asked in ("", "1", "0"):
+        monkeypatch.setenv("MLX_KVQ_VECTOR", asked)
+        assert_attends(q, rows, 40, fmt)
+        products.append(any("multiply" in name for name in emulator.counters[-1].simd))
+    assert products == [False, False, True]
+    monkeypatch.setenv("MLX_KVQ_VECTOR", "no")
+    with pytest.raises(ValueError, match="MLX_KVQ_VECTOR is 0, 1 or unset, got 'no'"):
+        assert_attends(q, rows, 40, fmt)
+
+
 def test_launches_and_threadgroups(emulator):
     """One launch for short contexts, two for long ones; at most 512 threads and 32 KB."""
     fmt = format_of("int4-srft", 128)
@@ -528,13 +575,15 @@ def test_launches_and_threadgroups(emulator):
 
 
 def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
+    """But for the number of heads of a KV head, up to four, of which attend takes one token."""
     fmt = format_of("int4-srft", 64)
     rows = packed(fmt, 1, 2, 300)
     names = set()
     for length, gqa, L, window, mask in (
-        (9, 1, 1, None, None),
-        (300, 4, 1, 20, None),
+        (9, 5, 1, None, None),
+        (300, 8, 1, 20, None),
         (170, 16, 3, None, "causal"),
+        (200, 2, 3, None, "causal"),
     ):
         for single in (0, 1000):
             launches(single=single)
@@ -543,6 +592,10 @@ def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
             )
     names = {counters.kernel for counters in emulator.counters}
     assert len(names) == 3  # attend with and without an end, combine
+    q = transposed(1, 6, 1, 64)
+    for length, window, parts in ((9, None, 1), (300, 20, 2), (170, None, 3)):
+        calls.attend(fused, q, rows, length, fmt, 0.1, window=window, parts=parts)
+    assert len({counters.kernel for counters in emulator.counters} - names) == 2
 
 
 @pytest.mark.parametrize("machine", ["metal", "cuda"])

@@ -243,7 +243,7 @@ def test_keep_exact_reads_and_writes_once(emulator):
 
 
 def test_attend_reads_each_row_and_token_once(emulator, launches):
-    launches(single=0)
+    launches(single=0, vector_rows=0)
     fmt = format_of("int4-srft:recent=16", 128)
     rows, tail = packed(fmt, 2, 2, 140), tail_of(fmt, 2, 2, 16)
     assert_attends(transposed(2, 8, 1, 128), rows, 140, fmt, tail=tail)

@@ -62,8 +62,8 @@ def attention(launches):
     rows, tail = packed(fmt, 2, 2, 150), normal(2, 2, 9, 128, seed=30)
     sinks = normal(6, dtype=mx.float16)
     seen = np.random.default_rng(3).random((2, 6, 2, 147)) < 0.5
-    for single in (0, 1023):
-        launches(single=single)
+    for single, vector_rows in ((0, 0), (1023, 4)):
+        launches(single=single, vector_rows=vector_rows)
         q = transposed(2, 6, 2, 64)
         assert_attends(q, rows, 147, fmt, mask="causal", tail=tail, sinks=sinks)
         assert_attends(q, rows, 147, fmt, mask=mx.array(seen))
@@ -90,7 +90,7 @@ def longer(launches):
 
 def attention_of_odd_sizes(launches):
     """A last word that is not full; groups that are not whole slots; large and tiny scales."""
-    launches(single=0)
+    launches(single=0, vector_rows=0)
     for spec, D in (("int4-srft:group_size=8", 72), ("int8-srft:group_size=40", 80)):
         fmt = format_of(spec, D)
         assert_attends(transposed(1, 4, 1, D), packed(fmt, 1, 1, 90), 90, fmt)
@@ -99,6 +99,37 @@ def attention_of_odd_sizes(launches):
         k, v = normal(1, 1, 80, 64, seed=1), size * normal(1, 1, 80, 64, seed=2)
         rows = plain.quantize_pack(k, v, fmt)[0]
         assert_attends(normal(1, 2, 1, 64), rows, 80, fmt)
+
+
+def vectors(launches):
+    """One token of few heads: every number of them, more than one tile of exact tokens, rings,
+    masks of heads, lanes without a part of a token, splits, a maximum that comes late."""
+    for D, heads, bits, recent in (
+        (64, 1, "int4", 40), (64, 3, "int8", 3), (80, 2, "int4", 3), (128, 4, "int4", 70),
+        (256, 2, "int4", 3), (128, 2, "int3", 3),
+    ):  # fmt: skip
+        fmt = format_of(f"{bits}-srft:recent={recent}", D, what="mu")
+        k, v = normal(2, 2, 140, D, seed=1), normal(2, 2, 140, D, seed=2)
+        # The last keys are the largest.
+        rows = plain.quantize_pack(k * mx.linspace(0.3, 3, 140)[:, None], v, fmt)[0]
+        spare = mx.full((2, 2, 5, fmt.layout.words), 0xFFFFFFFF, mx.uint32)
+        rows = mx.concatenate([rows, spare], axis=2)
+        tail = normal(2, 2, recent + 4, 2 * D, seed=30)
+        first = ops.First(normal(2, 2, 4, 2 * D, seed=31), 4)
+        seen = mx.array(np.random.default_rng(3).random((2, 2 * heads, 1, 140)) < 0.7)
+        q = transposed(2, 2 * heads, 1, D)
+        for single in (0, 1023):
+            launches(single=single)
+            assert_attends(q, rows, 140, fmt, mask=seen)
+            assert_attends(q, rows, 140, fmt, tail=tail, first=first, window=130)
+            assert_attends(q, rows, 139, fmt, tail=tail, ring=(0, 60), mask=seen[..., :139])
+            assert_attends(q, rows, 33, fmt, first=first)
+    fmt = format_of(
+        "int4-srft", 64
+    )  # several tiles of a SIMD group, the last one's keys the largest
+    k, v = normal(1, 1, 300, 64, seed=1), normal(1, 1, 300, 64, seed=2)
+    rows = plain.quantize_pack(k * mx.linspace(0.3, 3, 300)[:, None], v, fmt)[0]
+    assert_attends(transposed(1, 2, 1, 64), rows, 300, fmt)
 
 
 def slices(launches):
@@ -159,8 +190,9 @@ def restoring(launches):
             same(a, b)
 
 
-def rows_beyond_8_gigabytes(launches):
+def rows_beyond_8_gigabytes(launches, vector_rows=0):
     """The second sequence of a batch begins 2^31 words after the first: a sparse buffer."""
+    launches(vector_rows=vector_rows)
     fmt = format_of("int4-srft", 64)
     rows, q = packed(fmt, 2, 1, 16, spare=0), transposed(2, 2, 1, 64)
     words = np.array(rows)
@@ -183,6 +215,10 @@ def rows_beyond_8_gigabytes(launches):
         same(calls.attend(fused, q, rows, 16, fmt, 0.125), want)
     finally:
         standin.run = run
+
+
+def vectors_beyond_8_gigabytes(launches):
+    rows_beyond_8_gigabytes(launches, vector_rows=4)
 
 
 def first_tokens(launches):
@@ -221,7 +257,9 @@ def first_tokens(launches):
         if not isinstance(first.at, int):  # padding, which is the oldest row
             seen = seen & mx.stack([mx.arange(37) != 99, mx.arange(37) != idx])[:, None, None]
         given = {"tail": tail, "first": first, "ring": (keep, idx), "mask": seen}
-        assert_attends(q[:, :, :1], rows, 37, fmt, **given)
+        for vector_rows in (0, 4):
+            launches(single=0, vector_rows=vector_rows)
+            assert_attends(q[:, :, :1], rows, 37, fmt, **given)
 
 
 def three_bits(launches):
@@ -250,7 +288,7 @@ def five_bits(launches):
 
 def check_narrow(launches, spec: str, D: int, prefetch: bool, differ: float):
     """``differ``: part of the words of rows that need not be those of plain operations."""
-    launches(single=0, prefetch=prefetch)
+    launches(single=0, prefetch=prefetch, vector_rows=0)
     fmt = format_of(spec, D)
     k, v = (transposed(1, 2, 45, D, mx.float32, seed) for seed in (3, 4))
     got, want = (backend.quantize_pack(k, v, fmt)[0] for backend in (fused, plain))
@@ -282,20 +320,21 @@ def feedback(launches):
 
 
 CHECKS = (
-    edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, slices, packing,
-    restoring, first_tokens, rows_beyond_8_gigabytes, three_bits, five_bits, feedback,
+    edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, vectors, slices, packing,
+    restoring, first_tokens, rows_beyond_8_gigabytes, vectors_beyond_8_gigabytes, three_bits,
+    five_bits, feedback,
 )  # fmt: skip
 
 # ---- faults: what, check, file, text, instead -------------------------------------------------
 FAULTS = [
-    ("high edge + 1", edges, "attend.metal",
+    ("high edge + 1", edges, "attend_begin.metal",
      "int high_edge = causal ? offset + 1 : length;",
      "int high_edge = causal ? offset + 2 : length;"),
-    ("high edge + 1 beside a tail", edges_beside_a_tail, "attend.metal",
+    ("high edge + 1 beside a tail", edges_beside_a_tail, "attend_begin.metal",
      "is_ring ? end : offset + 1 - recent);", "is_ring ? end : offset + 2 - recent);"),
-    ("low edge of the first query", edges, "attend.metal",
+    ("low edge of the first query", edges, "attend_begin.metal",
      "window > 0 ? length - window : 0", "window > 0 ? offset - window + 1 : 0"),
-    ("low edge - 1", edges, "attend.metal",
+    ("low edge - 1", edges, "attend_begin.metal",
      "window > 0 ? length - window : 0", "window > 0 ? length - window - 1 : 0"),
     ("v's last stride", packing, "quantize_pack.metal", "v_strides[2], v_strides[3]",
      "v_strides[2], 1"),
@@ -303,52 +342,54 @@ FAULTS = [
      "    if (k == 0 && l == 0) z[0] = joined_zero(v);\n  }\n"
      "  simdgroup_barrier(mem_flags::mem_threadgroup);",
      "    if (k == 0 && l == 0) z[0] = joined_zero(v);\n  }"),
-    ("offsets of 32 bits", rows_beyond_8_gigabytes, "attend.metal",
+    ("offsets of 32 bits", rows_beyond_8_gigabytes, "attend_matrix.metal",
      "numbers[kvq::AT_BATCH] * rows_strides[0]", "int(numbers[kvq::AT_BATCH] * rows_strides[0])"),
     ("words past the last row not zeroed", attention, "whole.metal",
      "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0;",
      "UNROLL for (int j = 0; j < WIDTH; j++) s[j] = 0xffffffffu;"),
     # New ones.
-    ("tiles lost between splits", attention, "attend.metal",
+    ("tiles lost between splits", attention, "attend_begin.metal",
      "(tiles + splits - 1) / splits", "max(1, tiles / splits)"),
-    ("a split's end", attention, "attend.metal", "(split + 1) * share)",
+    ("a split's end", attention, "attend_begin.metal", "(split + 1) * share)",
      "(split + 1) * share + 1)"),
-    ("tail of the last query only", attention, "attend.metal",
+    ("tail of the last query only", attention, "attend_begin.metal",
      "TAIL ? min(recent + L - 1, length - keep)", "TAIL ? min(recent, length - keep)"),
-    ("a context's length with its padding", longer, "tile.metal",
+    ("a context's length with its padding", longer, "tokens.metal",
      "grows, position + 1 - start)", "grows, position + 1)"),
-    ("rows before the tail of the last query", longer, "attend.metal",
+    ("rows before the tail of the last query", longer, "attend_begin.metal",
      "length - recent_before;", "length - recent;"),
-    ("tail of the first query", longer, "attend.metal",
+    ("tail of the first query", longer, "attend_begin.metal",
      "recent_of(least, grows, length - start)", "recent_of(least, grows, offset + 1 - start)"),
-    ("a longer tail one token late", longer, "tile.metal", "tokens < grows ?", "tokens <= grows ?"),
-    ("first tokens' rows counted, too", first_tokens, "attend.metal",
+    ("a longer tail one token late", longer, "tokens.metal", "tokens < grows ?",
+     "tokens <= grows ?"),
+    ("first tokens' rows counted, too", first_tokens, "attend_begin.metal",
      "FIRST ? max(start, place + firsts + (wraps ? idx - length : 0)) : start", "start"),
-    ("first tokens of a ring counted, too", first_tokens, "attend.metal",
+    ("first tokens of a ring counted, too", first_tokens, "attend_begin.metal",
      "wraps ? min(length, idx + max(0, place + firsts)) : idx", "idx"),
-    ("first tokens of a ring that wraps", first_tokens, "attend.metal",
+    ("first tokens of a ring that wraps", first_tokens, "attend_begin.metal",
      "place + firsts + (wraps ? idx - length : 0)", "place + firsts + (wraps ? -length : 0)"),
-    ("a first token in the tail, too", first_tokens, "attend.metal", "token.place < range.oldest",
-     "token.place <= range.oldest"),
-    ("mask of a ring's first tokens", first_tokens, "tile.metal",
+    ("a first token in the tail, too", first_tokens, "attend_matrix.metal",
+     "token.place < range.oldest", "token.place <= range.oldest"),
+    ("mask of a ring's first tokens", first_tokens, "tokens.metal",
      "out.key = key - (key >= length ? length - keep : 0);", "out.key = key;"),
-    ("a first token that has gone", first_tokens, "tile.metal",
+    ("a first token that has gone", first_tokens, "tokens.metal",
      "out.place >= 0 && out.place < length", "out.place >= -9 && out.place < length"),
     ("first tokens at other rows", first_tokens, "restore.metal",
      "row >= place && row < place + firsts", "row < firsts"),
     ("first tokens of another place", first_tokens, "restore_rows.metal",
      "PLACES ? int(first_at[b]) :", ""),
-    ("tail into the kept rows", attention, "attend.metal", "max(keep, idx - recent) : length",
+    ("tail into the kept rows", attention, "attend_begin.metal", "max(keep, idx - recent) : length",
      "idx - recent : length"),
-    ("end of a ring", attention, "attend.metal", "length - recent + idx - keep) :",
+    ("end of a ring", attention, "attend_begin.metal", "length - recent + idx - keep) :",
      "length - recent + idx) :"),
-    ("exact values not enlarged", attention, "attend.metal",
+    ("exact values not enlarged", attention, "attend_matrix.metal",
      "float2(256.0f * p.x, 256.0f * p.y)", "float2(p.x, p.y)"),
-    ("mask of another query", attention, "attend.metal", "row % L * mask_strides[2]",
+    ("mask of another query", attention, "attend_begin.metal", "row % L * mask_strides[2]",
      "row / L * mask_strides[2]"),
-    ("starts of the first sequence", attention, "attend.metal", "int(starts[b])", "int(starts[0])"),
+    ("starts of the first sequence", attention, "attend_begin.metal", "int(starts[b])",
+     "int(starts[0])"),
     ("odd channels of exact keys", attention, "tile.metal", "16.0f * y[i]", "y[i]"),
-    ("barrier after the offsets", attention, "attend.metal",
+    ("barrier after the offsets", attention, "attend_matrix.metal",
      "    if (at.row == 0) pair_offsets[g] = x;\n  }\n"
      "  threadgroup_barrier(mem_flags::mem_threadgroup);",
      "    if (at.row == 0) pair_offsets[g] = x;\n  }"),
@@ -358,20 +399,67 @@ FAULTS = [
      "      maxima[8 * group + 2 * at.pair + 1] = top.y;\n    }\n"
      "    threadgroup_barrier(mem_flags::mem_threadgroup);",
      "      maxima[8 * group + 2 * at.pair + 1] = top.y;\n    }"),
-    ("barrier after a set's probabilities", slices, "attend.metal",
+    ("barrier after a set's probabilities", slices, "attend_matrix.metal",
      "lifts[own_group] = as_type<uint>(lift.operand);\n    kvq::slices_barrier<SLICES>();",
      "lifts[own_group] = as_type<uint>(lift.operand);"),
-    ("barrier before a set's next tiles", slices, "attend.metal",
+    ("barrier before a set's next tiles", slices, "attend_matrix.metal",
      "tile < end_of_tiles;\n  kvq::slices_barrier<SLICES>();", "tile < end_of_tiles;"),
-    ("barrier before exact tokens' next turn", slices, "attend.metal",
+    ("barrier before exact tokens' next turn", slices, "attend_matrix.metal",
      "    if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);\n", ""),
-    ("barrier after exact tokens' probabilities", slices, "attend.metal",
+    ("barrier after exact tokens' probabilities", slices, "attend_matrix.metal",
      "        float2(256.0f * p.x, 256.0f * p.y);\n    kvq::slices_barrier<SLICES>();",
      "        float2(256.0f * p.x, 256.0f * p.y);"),
-    ("a set that is not full", slices, "attend.metal",
+    ("a set that is not full", slices, "attend_matrix.metal",
      "kvq::counter(end_of_tiles - (tile - own_group))", "kvq::counter(NSG)"),
-    ("own lift for all tiles of a set", slices, "attend.metal",
+    ("own lift for all tiles of a set", slices, "attend_matrix.metal",
      "as_type<half2>(lifts[other])", "as_type<half2>(lifts[own_group])"),
+    ("vectors' offsets of 32 bits", vectors_beyond_8_gigabytes, "attend_vector.metal",
+     "(own_b * rows_strides[0] +", "(int(own_b * rows_strides[0]) +"),
+    ("a tile's last row", vectors, "attend_vector.metal",
+     "(min(TK, own_length - first_key) - 1) * (W / UNIT)", "(TK - 1) * (W / UNIT)"),
+    ("exact tiles counted as rows", vectors, "attend_vector.metal",
+     "(int(tile) - kvq::number(exact_tiles, numbers, kvq::AT_EXACT_TILES) +", "(int(tile) +"),
+    ("tiles of exact tokens left out", vectors, "attend_begin.metal",
+     "(newest + firsts + TK - 1) / TK", "(newest + firsts) / TK"),
+    ("a lane's token of another set", vectors, "attend_vector.metal",
+     "first_key + int(own.turn * K_AT_ONCE + own.set)", "first_key + int(lane)"),
+    ("an exact token of another set", vectors, "attend_vector.metal",
+     "tokens.at(first_age + int(own.turn * K_AT_ONCE + own.set))",
+     "tokens.at(first_age + int(lane))"),
+    ("mask of a KV head's first query head", vectors, "dots.metal", ": mask_rows[r];",
+     ": mask_rows[0];"),
+    ("barrier before a tile's probabilities", vectors, "attend_vector.metal",
+     "    simdgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's have been read\n"
+     "    kvq", "    kvq"),
+    ("barrier after a tile's probabilities", vectors, "attend_vector.metal",
+     "        shares, sums, own_lane);\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n",
+     "        shares, sums, own_lane);\n"),
+    ("barrier after the magic offsets", vectors, "attend_vector.metal",
+     "kvq::counter(lane));\n}\nthreadgroup_barrier(mem_flags::mem_threadgroup);",
+     "kvq::counter(lane));\n}"),
+    ("sums of the first lanes alone", vectors, "attend_vector.metal",
+     "bit = V_LANES; bit < 32; bit *= 2", "bit = V_LANES; bit < 16; bit *= 2"),
+    ("SIMD groups added up twice", vectors, "attend_vector.metal", "int g = 1; g < NSG / 2",
+     "int g = 0; g < NSG / 2"),
+    ("values' magic numbers left in", vectors, "attend_vector.metal", "fma(-excess, shares[r],",
+     "fma(0.0f, shares[r],"),
+    ("lanes past the last part", vectors, "dots.metal",
+     "query[r * CHANNELS + i] = there ? x : half(0.0f);", "query[r * CHANNELS + i] = x;"),
+    ("offsets of lanes past the last part", vectors, "dots.metal",
+     "offset[r] = there ? -sum : 0.0f;", "offset[r] = -sum;"),
+    ("the neighbour's token", vectors, "dots.metal", "(lane & 1u) != 0;", "(lane & 1u) == 0;"),
+    ("magic numbers not rescaled", vectors, "dots.metal", "      shares[r] *= f;\n", ""),
+    ("totals not rescaled", vectors, "dots.metal", "      l[r] *= f;\n", ""),
+    ("barrier after a new maximum", vectors, "dots.metal",
+     "    }\n  }\n  simdgroup_barrier(mem_flags::mem_threadgroup);\n  UNROLL",
+     "    }\n  }\n  UNROLL"),
+    ("barrier before a new maximum", vectors, "dots.metal",
+     "      simdgroup_barrier(mem_flags::mem_threadgroup);\n      if (lane == 0) m[r] = top;",
+     "      if (lane == 0) m[r] = top;"),
+    ("upper codes at the lower one's place", vectors, "dots.metal",
+     "BITS == 4 && (VALUES || i % 2 == 1) ? 64.0f : 1024.0f", "1024.0f"),
+    ("scales of another group", vectors, "attend_vector.metal",
+     "K_SCALES + own_value.part * V_CHANNELS / VG", "K_SCALES"),
     ("one slice of values for all", slices, "tile.metal",
      "const counter place = 8 * slice + at.row;", "const counter place = at.row;"),
     ("one slice of exact values for all", slices, "tile.metal",
@@ -380,7 +468,7 @@ FAULTS = [
      "top = max(top, maxima[8 * g + r]);", "top = maxima[8 * g + r];"),
     ("sink without the centre", attention, "vectors.metal", "    if (K_CENTRED) {\n",
      "    if (false && K_CENTRED) {\n"),
-    ("queries past the last word", attention_of_odd_sizes, "attend.metal",
+    ("queries past the last word", attention_of_odd_sizes, "attend_begin.metal",
      "for (int c = KD + 2 * int(lane);", "for (int c = KD + 64 + 2 * int(lane);"),
     ("large scales not taken back", attention_of_odd_sizes, "tile.metal",
      "out.back = 128.0f;", "out.back = 1.0f;"),

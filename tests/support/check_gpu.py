@@ -16,6 +16,7 @@ tests/support/op_cases.py (64x64-32-k8v4-srht-paper-fp16-...):
     python -m tests.support.check_gpu --match '^(128|192|256)x'          # the other half
     python -m tests.support.check_gpu --match 'decode steps'             # prepared steps alone
     python -m tests.support.check_gpu --match feedback                   # keys rounded with it
+    python -m tests.support.check_gpu --vector-rows 4     # attention by the kernel that Metal takes
 
 The exit status is 1 if a case failed, 2 if none did and some are left. Under compute-sanitizer
 (here format 3 of LAUNCHES, our kernels only):
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--match", default="", metavar="REGEX", help="only cases with such names")
     parser.add_argument("--processes", type=int, default=min(15, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=3600, help="seconds for the op matrix")
+    parser.add_argument("--vector-rows", type=int, metavar="N", help="of the launch sizes")
     parser.add_argument("--launches", type=int, metavar="N", help="kernels of LAUNCHES[N], once")
     parser.add_argument("--tune", action="store_true", help="search for launch sizes of attention")
     parser.add_argument("--spec", default="int4-srft")
@@ -93,6 +95,8 @@ def main() -> None:
     if machine is None:
         raise SystemExit("The default device is neither a Metal nor a CUDA GPU.")
     print(f"{machine}: {mx.device_info()['device_name']}, mlx {version('mlx')}")
+    rows = tuning.TUNING[machine].vector_rows if args.vector_rows is None else args.vector_rows
+    with_vectors(machine, rows)
     if args.launches is not None:
         launch_all(*LAUNCHES[args.launches])
     elif args.tune:
@@ -105,17 +109,23 @@ def main() -> None:
         cases = [case for case in cases if re.search(args.match, str(case))]
         if not cases:
             parser.error(f"no case has a name that matches {args.match!r}")
-        sys.exit(check_matrix(cases, args.processes, args.limit))
+        sys.exit(check_matrix(cases, args.processes, args.limit, machine, rows))
+
+
+def with_vectors(machine: str, rows: int) -> None:
+    """Choose which of the two kernels attend takes for one token, in this process."""
+    tuning.TUNING[machine] = replace(tuning.TUNING[machine], vector_rows=rows)
 
 
 # ---- the op matrix ----------------------------------------------------------------------------
-def check_matrix(cases: list, processes: int, limit: float) -> int:
+def check_matrix(cases: list, processes: int, limit: float, machine: str, rows: int) -> int:
     """Every case on fresh random data, as far as ``limit`` seconds allow; prints what failed and
     the largest errors. 1 if a case failed, 2 if none did and some are left."""
     started, finished, failures = time.time(), 0, 0
     largest: dict[str, float] = {}
     some = [cases[i : i + CHUNK] for i in range(0, len(cases), CHUNK)]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, with_vectors, (machine, rows)) as pool:
         jobs = [pool.submit(check_some, chunk, started + limit) for chunk in some]
         for job in as_completed(jobs):
             try:
@@ -295,6 +305,10 @@ def launch_all(spec: str, D: int, calibrate: bool) -> None:
             {"mask": "causal", "tail": old},
         ):
             mx.eval(calls.attend(fused, x, rows, T, fmt, 0.1, parts=parts, **options))
+        for heads, end in itertools.product((2, 4, 6, 8) if L == 1 else (), (None, tail)):
+            mask = mx.array(rng.random((heads, 1, T)) < 0.7)
+            given = {"mask": mask, "tail": end, "parts": parts}
+            mx.eval(calls.attend(fused, x[:, :heads], rows, T, fmt, 0.1, **given))
     print(f"launched every kernel of {spec}, D = {D}")
 
 

@@ -14,7 +14,7 @@ from .arguments import integers, not_small
 from .launch import Launch, like
 from .machine import machine
 from .plan import plan
-from .tuning import TUNING, Tuning, attend_shape, splits
+from .tuning import TUNING, Tuning, attend_shape, splits, vector_rows
 
 NEVER = 1 << 30  # tokens of a context whose exact tail grows; the kernel doubles it
 ARRIVALS = 8192  # query blocks of one launch that attend_join can count
@@ -39,12 +39,14 @@ class Grid:
     Args:
         blocks (int): Threadgroups of 8 query rows of a KV head.
         parallel (int): Threadgroups of one split.
+        rows (int): Query rows of ``kernels/attend_vector.metal``, 0 for matrix products.
         groups (int), keys (int): SIMD groups and keys of a tile, compile-time constants.
         tuning (Tuning): Launch sizes for so many threadgroups.
     """
 
     blocks: int
     parallel: int
+    rows: int
     groups: int
     keys: int
     tuning: Tuning
@@ -52,7 +54,7 @@ class Grid:
     def parts(self, length: int, L: int, window: int | None) -> int:
         """Splits of a context of ``length`` tokens; 1 spares a launch, or the join."""
         span = length if window is None else min(length, window + L - 1)
-        return splits(self.tuning, self.groups, self.keys, span, self.parallel)
+        return splits(self.tuning, self.groups, self.keys, span, self.parallel, self.rows)
 
 
 def grid(q: mx.array, packed: Packed) -> Grid:
@@ -60,7 +62,8 @@ def grid(q: mx.array, packed: Packed) -> Grid:
     blocks = -(-(Hq // Hkv) * L // 8)
     parallel = B * Hkv * blocks
     tuning = TUNING[machine()].when(parallel, lay)
-    return Grid(blocks, parallel, *attend_shape(lay, tuning), tuning)
+    rows = vector_rows(lay, tuning, Hq // Hkv, L)
+    return Grid(blocks, parallel, rows, *attend_shape(lay, tuning, rows), tuning)
 
 
 def _bits(x: float) -> int:
@@ -118,7 +121,7 @@ class Attend:
         return Step(first, second, info, ends, scores, arrivals, self.machine == "metal")
 
     def _info(self, packed: Packed) -> mx.array:
-        """The integers that ``kernels/attend.metal`` takes."""
+        """The integers that ``kernels/attend_begin.metal`` takes."""
         length = packed.length
         given = {"length": length, **self.given}
         if self.tail or self.first:
@@ -142,7 +145,8 @@ class Attend:
             ("MASK", self.mask), ("STARTS", self.starts), ("TAIL", self.tail),
             ("FIRST", self.first), ("PLACES", self.places),
         )  # fmt: skip
-        constants = (*plan(kind).attend, *given, ("NSG", work.groups), ("TK", work.keys))
+        shape = ("ROWS", work.rows), ("NSG", work.groups), ("TK", work.keys)
+        constants = (*plan(kind).attend, *given, *shape)
         with_sinks = ("SINKS", self.sinks)
         B, Hq, L, _ = self.q_shape
         out = (B, Hq, L, kind.layout.v_dim)

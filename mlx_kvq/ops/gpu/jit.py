@@ -31,7 +31,8 @@ OPTIONAL = {
     "new_v": "CHUNK",
 }
 # name -> files of the header ("whole" is "narrow" where codes have 3 or 5 bits, "nearest" is
-# "feedback" where keys are rounded with it), files of the body, inputs, outputs
+# "feedback" where keys are rounded with it), files of the body ("attend_matrix" is "attend_vector"
+# where the constant ROWS says so), inputs, outputs
 _ATTEND = ("q", "rows", "info", "starts", "mask", "tail", "first", "first_at", "tables")
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quantize_pack": (
@@ -47,21 +48,21 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("kept",),
     ),
     "attend_finish": (
-        ("rotate", "levels", "whole", "vectors", "tile"),
-        ("row", "attend", "attend_finish"),
+        ("rotate", "levels", "whole", "vectors", "tokens", "tile", "dots"),
+        ("row", "attend_begin", "attend_matrix", "attend_finish"),
         (*_ATTEND, "sinks"),
         ("out",),
     ),
     "attend_store": (
-        ("rotate", "levels", "whole", "vectors", "tile"),
-        ("row", "attend", "attend_store"),
+        ("rotate", "levels", "whole", "vectors", "tokens", "tile", "dots"),
+        ("row", "attend_begin", "attend_matrix", "attend_store"),
         _ATTEND,
         ("partial",),
     ),
     # CUDA only
     "attend_join": (
-        ("rotate", "levels", "whole", "vectors", "tile"),
-        ("row", "attend", "attend_store", "attend_join.cuh"),
+        ("rotate", "levels", "whole", "vectors", "tokens", "tile", "dots"),
+        ("row", "attend_begin", "attend_matrix", "attend_store", "attend_join.cuh"),
         (*_ATTEND, "sinks", "arrivals"),
         ("out", "partial"),
     ),
@@ -132,6 +133,8 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
         headers = _with("narrow", "whole", headers)
     if chosen.get("FEEDBACK"):
         headers = _with("feedback", "nearest", headers)
+    if chosen.get("ROWS"):
+        bodies = _with("attend_vector", "attend_matrix", bodies)
     absent = [n for n in (*inputs, *outputs) if not chosen.get(OPTIONAL.get(n, ""), True)]
     header, body = _choices(machine, name), _constants(constants)
     body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)

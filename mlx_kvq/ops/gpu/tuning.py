@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from ...format.layout import RowLayout
 
 THREADGROUP_MEMORY = 32 * 1024
+VECTOR_KEYS = 32  # of a tile, a lane one
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Tuning:
             in threadgroup memory.
         slice_values (bool): attend's SIMD groups share probabilities, and each adds up a slice of
             the values' channels of all their tiles; otherwise all channels of its own tiles.
+        vector_rows (int): Query heads of a KV head up to which one token is attended to without
+            matrix products (``kernels/attend_vector.metal``); 0 for never.
+        vector_few (int): Up to so many threadgroups of it, at most 16 splits, a split of two tiles
+            pays.
         prefetch (bool): attend loads its next tile, and an exact token's value, into registers
             ahead of their use.
     """
@@ -75,6 +80,8 @@ class Tuning:
     fed_at_once: int = 1
     hold_queries: bool = False
     slice_values: bool = False
+    vector_rows: int = 0
+    vector_few: int = 0
     prefetch: bool = False
 
     def when(self, parallel: int, lay: RowLayout) -> "Tuning":
@@ -104,6 +111,8 @@ TUNING = {
         combine_groups=16,
         combine_ahead=4,
         slice_values=True,
+        vector_rows=4,
+        vector_few=32,
         packs_apart=True,
     ),
     # H200, mlx 0.32.4, tests/support/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
@@ -149,7 +158,7 @@ def replays(machine: str) -> bool:
 
 
 def _memory(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int) -> int:
-    """Bytes of threadgroup memory that ``kernels/attend.metal`` declares."""
+    """Bytes of threadgroup memory that ``kernels/attend_begin.metal`` declares without ROWS."""
     lay = lay.wide  # rows as they are there
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
     sums = 64 * units * (16 // lay.v_bits)
@@ -164,8 +173,29 @@ def _memory(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int) -> int:
     return size
 
 
-def attend_shape(lay: RowLayout, tuning: Tuning) -> tuple[int, int]:
-    """SIMD groups of a threadgroup and keys of a tile that fit threadgroup memory."""
+def vector_rows(lay: RowLayout, tuning: Tuning, heads: int, L: int) -> int:
+    """Query rows of a KV head that ``kernels/attend_vector.metal`` takes, 0 for none: then it is
+    ``kernels/attend_matrix.metal``. A SIMD group's 32 lanes have to hold a token's codes.
+
+    Raises:
+        ValueError: If ``MLX_KVQ_VECTOR``, 0 for none, is not 0, 1 or unset.
+    """
+    asked = os.environ.get("MLX_KVQ_VECTOR", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"MLX_KVQ_VECTOR is 0, 1 or unset, got {asked!r}.")
+    if asked == "0":
+        return 0
+    wide = lay.wide
+    sides = ((lay.k_dim, wide.k_bits, lay.k_group), (lay.v_dim, wide.v_bits, lay.v_group))
+    fits = all(D * bits <= 1024 or group % (64 // bits) == 0 for D, bits, group in sides)
+    return heads if L == 1 and heads <= tuning.vector_rows and fits else 0
+
+
+def attend_shape(lay: RowLayout, tuning: Tuning, rows: int = 0) -> tuple[int, int]:
+    """SIMD groups of a threadgroup and keys of a tile that fit threadgroup memory; ``rows`` from
+    :func:`vector_rows`."""
+    if rows:
+        return tuning.simd_groups, VECTOR_KEYS
     keys, groups = tuning.keys, tuning.simd_groups
     while _memory(lay, tuning, keys, groups) > THREADGROUP_MEMORY:
         if keys > 16:
@@ -175,7 +205,7 @@ def attend_shape(lay: RowLayout, tuning: Tuning) -> tuple[int, int]:
     return groups, keys
 
 
-def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int) -> int:
+def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int, rows: int = 0) -> int:
     """Shares of a context of ``span`` keys.
 
     Args:
@@ -183,10 +213,13 @@ def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int) -> 
         groups (int), keys (int): From :func:`attend_shape`.
         span (int): Keys that any query may attend to.
         parallel (int): Threadgroups of one split.
+        rows (int): From :func:`vector_rows`.
     """
     tiles = -(-span // keys)
     if span <= tuning.single:
         return 1
     wanted = min(tuning.most, tuning.threadgroups // parallel)
     least = min(tuning.few, -(-tiles // groups))
+    if rows:
+        least = max(least, min(16, tuning.vector_few // parallel, -(-tiles // 2)))
     return max(1, min(wanted, max(least, -(-tiles // (tuning.least * groups)))))
