@@ -19,10 +19,10 @@ class Model:
             model = build(Repository(Path(folder), None, name))
             self.weights, _ = fit.weight_bytes(model, Path(folder), config, weight_bits)
             self.layers = fit.layers_of(model)
-        self.config, self.most = config, fit.longest(config)
+        self.most = fit.longest(config)
 
     def plan(self, cache: str) -> fit.Plan:
-        return fit.Plan(self.layers, cache, self.config)
+        return fit.Plan(self.layers, cache)
 
     def cell(self, cache: str, memory: str, sequences: int = 1) -> str:
         """Tokens of context, as ``mlx_kvq fit`` prints them; "" if the weights do not fit."""

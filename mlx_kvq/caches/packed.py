@@ -395,9 +395,11 @@ class PackedCache(_BaseCache, ABC):
             return mx.zeros((B, heads, size, lay.k_dim + lay.v_dim), ops.tail_dtype(dtype))
         return self.oldest.of(size, self._in_order(), self._begins(), dtype)
 
-    def keep_first(self, fmt: Format) -> None:
-        """Keep as many first tokens exactly as ``fmt``, another format for the same rows, says.
-        Those that were not are taken from rows."""
+    def keep_exact(self, fmt: Format) -> None:
+        """Keep as many first tokens exactly as ``fmt``, another format for the same rows, says, and
+        no more of the newest ones than it does. First ones that were not are taken from rows."""
+        if fmt.recent < self.format.recent:
+            self.format = self.newest.format = self.stored.format = self.oldest.format = fmt
         if fmt.first == self.format.first:
             return
         array = None

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     found, notes = {}, []
     for name in args.kv_cache:
         try:
-            found[name] = Plan(kept, name, config)
+            found[name] = Plan(kept, name)
         except ValueError as error:
             notes.append(f"{name}: {error}")
     columns = ["cache", "bytes/token", *map(str, SEQUENCES)]
@@ -195,15 +195,12 @@ class Plan:
         ValueError: If the model cannot have it.
     """
 
-    def __init__(self, layers: list[Layer], name: str, config: dict):
+    def __init__(self, layers: list[Layer], name: str):
         self.name = name
         # Bytes of a token, of one that is kept exactly besides, and the window, of each layer.
         self.spec = Spec.parse(name) if name not in KV_BITS else None
-        dtype = config.get("dtype") or config.get("torch_dtype")
-        twice = 2 if dtype == "float16" else 1  # what is kept exactly of fp16 models is fp32
         self.layers = [
-            (self._token(layer), twice * layer.fp16 * self._packs(layer), layer.window)
-            for layer in layers
+            (self._token(layer), layer.fp16 * self._packs(layer), layer.window) for layer in layers
         ]
         # A second copy of one layer: fp16's while it grows, a packed one's unpacked for a prompt.
         self.copy = max((layer.fp16 for layer in layers if layer.window is None), default=0)
@@ -227,15 +224,17 @@ class Plan:
             return layer.fp16
         return 4 * layer.heads * make_format(self.spec, layer.k_dim, layer.v_dim).layout.words
 
-    def _exact(self, tokens: int) -> int:
+    def _exact(self, tokens: int, window: int | None) -> int:
         """Tokens of a context that are kept exactly besides."""
-        return 0 if self.spec is None else recent_at(self.spec.recent, tokens) + self.spec.first
+        if self.spec is None:
+            return 0
+        return recent_at(self.spec.recent_in(window), tokens) + self.spec.first
 
     def bytes(self, tokens: int, sequences: int) -> float:
         held = 0.0
         for token, exact, window in self.layers:
             n = min(tokens, window or tokens)
-            held += n * token + self._exact(n) * exact
+            held += n * token + self._exact(n, window) * exact
         return sequences * held + self.copy * (tokens if tokens > STEP else 0)
 
     def context(self, left: float, sequences: int) -> int:

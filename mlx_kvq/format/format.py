@@ -62,12 +62,14 @@ def _present(side: Transform) -> tuple[bool, bool, bool]:
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """How one layer's keys and values become rows: layout, transforms, scale rule."""
+    """How one layer's keys and values become rows: layout, transforms, scale rule; ``window``:
+    tokens that a layer sees, ``None`` for all, as it was made."""
 
     spec: Spec
     layout: RowLayout
     keys: Transform
     values: Transform
+    window: int | None = None
 
     @property
     def scale(self) -> str:
@@ -77,12 +79,16 @@ class Format:
     def recent(self) -> int:
         """Tokens before a query, its own included, that it reads from the tail in a short
         context; see :meth:`recent_at`."""
-        return self.spec.recent
+        return self.spec.recent_in(self.window)
+
+    def in_window(self, window: int | None) -> "Format":
+        """The same for a layer that sees so many tokens."""
+        return self if window == self.window else replace(self, window=window)
 
     def recent_at(self, tokens: int) -> int:
         """Newest tokens that the last of ``tokens`` reads exactly: ``recent``, twice as many where
         that is a 64th of them, and four times as many."""
-        return recent_at(self.spec.recent, tokens)
+        return recent_at(self.recent, tokens)
 
     @property
     def grows(self) -> tuple[int, int]:
@@ -105,7 +111,7 @@ class Format:
         sides = _present(self.keys), _present(self.values)
         spec = self.spec
         return _kind(
-            self.layout, spec.rotation, spec.scale, spec.recent, self.heads, self._weighted, *sides
+            self.layout, spec.rotation, spec.scale, self.recent, self.heads, self._weighted, *sides
         )
 
     @cached_property
@@ -224,10 +230,12 @@ def make_format(
     v_group: int | None = None,
     keys: Calibration | None = None,
     values: Calibration | None = None,
+    window: int | None = None,
 ) -> Format:
-    """The :class:`Format` of ``spec`` for a layer with these head sizes. Groups default to the
-    spec's, calibrations are taken in fp32, and formats without one are shared. Raises ValueError if
-    this spec cannot pack the head sizes, or a calibration does not fit them or the other one."""
+    """The :class:`Format` of ``spec`` for a layer with these head sizes, that sees the last
+    ``window`` tokens or all. Groups default to the spec's, calibrations are taken in fp32, and
+    formats without one are shared. Raises ValueError if this spec cannot pack the head sizes, or a
+    calibration does not fit them or the other one."""
     if not isinstance(spec, Spec):
         raise ValueError(f"A spec is a Spec, as Spec.parse returns, got {spec!r}.")
     v_dim = k_dim if v_dim is None else v_dim
@@ -240,7 +248,7 @@ def make_format(
         for D, group, bits in ((k_dim, k_group, spec.k_bits), (v_dim, v_group, spec.v_bits))
     )
     keys, values = _fitting("keys", keys, k_dim), _fitting("values", values, v_dim)
-    heads, key = _heads(keys, values), (spec, k_dim, v_dim, k_group, v_group)
+    heads, key = _heads(keys, values), (spec, k_dim, v_dim, k_group, v_group, window)
     if not heads and key in _shared:
         return _shared[key]
     layout = RowLayout(k_dim, v_dim, spec.k_bits, spec.v_bits, k_group, v_group)
@@ -256,6 +264,7 @@ def make_format(
         layout,
         Transform(spec.rotation, spec.seed, rotation.KEYS, k_dim, keys),
         Transform(spec.rotation, spec.seed, rotation.VALUES, v_dim, values),
+        window,
     )
     if not heads:
         _shared[key] = fmt

@@ -250,7 +250,9 @@ class _Plan:
         for path, name in bits.items():
             spec = replace(self.spec, bits=name, **changes)
             c = calibrated.get(path, LayerCalibration())
-            formats[path] = make_format(spec, *self.shapes[path][1:], keys=c.keys, values=c.values)
+            window = getattr(self.own[path], "max_size", None)
+            dims = self.shapes[path][1:]
+            formats[path] = make_format(spec, *dims, keys=c.keys, values=c.values, window=window)
         return formats
 
     def spend_budget(self, tokenizer, progress: bool) -> None:

@@ -82,6 +82,33 @@ def test_a_saved_prompt_goes_on_exactly(loaded, tmp_path, spec):
         assert mx.array_equal(*logits)
 
 
+def test_a_file_from_before_windows_kept_fewer_tokens(tmp_path):
+    """Its layers with a window hold 64 exact tokens, of which today's keep the newest ones."""
+    model, tokenizer = load_float32("tiny-gemma3-8bit", WINDOW)
+    mlx_kvq.enable(model, SPEC, verbose=False)
+    own, ids = stock.make_prompt_cache(model), mx.array(prompts(tokenizer, [WINDOW + 44]))
+    before = stock.make_prompt_cache(model)
+    assert {c.format.recent for c in own} == {64, 16}
+    for cache in before:
+        cache.__init__(cache.format.in_window(None), *_window(cache))
+    for caches in (own, before):
+        model(ids, cache=caches)
+        for token in range(9):
+            model(mx.array([[token]]), cache=caches)
+    stock.save_prompt_cache(str(tmp_path / "old.safetensors"), before)
+    again = stock.load_prompt_cache(str(tmp_path / "old.safetensors"))
+    assert {c.tail.shape[2] for c in again} == {64}
+    prompt_file.check(again, model)
+    got, want = (model(mx.array([[5]]), cache=caches) for caches in (again, own))
+    assert {c.tail.shape[2] for c in again} == {c.tail.shape[2] for c in own} == {64, 16}
+    assert mx.abs(got - want).max() < 0.05 * mx.abs(want).max()
+    mlx_kvq.disable(model)
+
+
+def _window(cache):
+    return () if isinstance(cache, PackedKVCache) else (cache.max_size, cache.keep)
+
+
 def test_a_file_name_without_its_ending(qwen, tmp_path):
     saved(*qwen, tmp_path / "cache")
     assert stock.load_prompt_cache(str(tmp_path / "cache.safetensors"))[0].offset == 20

@@ -73,7 +73,7 @@ def test_the_models_limit_binds_on_64_gb(llama, capsys):
 def test_it_counts_what_real_caches_hold(name, spec):
     model, _ = load(str(MODELS / name))
     layers = fit.layers_of(model)
-    plan = fit.Plan(layers, spec, {"dtype": "bfloat16"})
+    plan = fit.Plan(layers, spec)
     made = mlx_kvq.make_prompt_cache(model, spec if spec == "fp16" else f"{spec}:calibrate=off"
                                      if ":" not in spec else f"{spec},calibrate=off")  # fmt: skip
     T = 512
@@ -88,7 +88,7 @@ def test_it_counts_what_real_caches_hold(name, spec):
         arrays = [c.keys, c.values] if spec == "fp16" else [c.rows]
         held += sum(a.nbytes * c.size() / a.shape[2] * itemsize for a in arrays)
         if spec == "int4-srft":
-            held += c.tail.nbytes * 2 / c.tail.itemsize * 64 / c.tail.shape[2]
+            held += c.tail.nbytes * 2 / c.tail.itemsize * c.format.recent / c.tail.shape[2]
             held += c.oldest.array.size * 2
     assert plan.bytes(T, 1) - plan.copy * T == held
 

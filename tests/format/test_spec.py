@@ -85,6 +85,15 @@ def test_every_name_alone_has_the_defaults(name):
 
 
 @pytest.mark.parametrize(
+    "recent, window, kept",
+    [(64, None, 64), (64, 1024, 64), (64, 512, 32), (64, 128, 16), (256, 512, 128), (16, 512, 16)]
+    + [(3, 512, 3), (0, 512, 0), (64, 1, 16)],
+)
+def test_a_layer_with_a_small_window_keeps_a_part_of_the_tail(recent, window, kept):
+    assert Spec.parse(f"int4-srft:recent={recent},seed=7").recent_in(window) == kept
+
+
+@pytest.mark.parametrize(
     "text, field, value",
     [
         ("int4-srft:group_size=8", "group_size", 8),
