@@ -40,6 +40,16 @@ def silent(line: str) -> None:
     """Say nothing, and show no progress bar."""
 
 
+def _loaded(model: nn.Module):
+    """Name and tokenizer, attached when the model was loaded; or ``None``."""
+    return vars(model).get("_mlx_kvq_loaded")
+
+
+def tokenizer_of(model: nn.Module, tokenizer=None):
+    """The tokenizer given, or the one that the model was loaded with."""
+    return getattr(_loaded(model), "tokenizer", None) if tokenizer is None else tokenizer
+
+
 def automatic(
     model: nn.Module, tokenizer=None, say: Callable[[str], None] = silent
 ) -> CalibrationSet | None:
@@ -57,9 +67,7 @@ def automatic(
     Raises:
         ValueError: If nothing of the model can be packed.
     """
-    loaded = vars(model).get("_mlx_kvq_loaded")  # attached when the model was loaded
-    if tokenizer is None and loaded is not None:
-        tokenizer = loaded.tokenizer
+    tokenizer = tokenizer_of(model, tokenizer)
     name, kept, again = identity(model), None, ""
     # A calibration from text is the first choice, also without a tokenizer.
     for kind in ("sample",) if tokenizer is not None else ("sample", "random"):
@@ -87,7 +95,7 @@ def automatic(
         ids = mx.array(tokenizer.encode(sample_text())[:SAMPLE_TOKENS])
         found, whole = _read(model, ids, "built-in sample", say)
     if found is not None and whole:
-        if loaded is not None and printable(loaded.name):
+        if (loaded := _loaded(model)) is not None and printable(loaded.name):
             found = replace(found, metadata={**found.metadata, "model": loaded.name})
         _keep(found, _file(name, "random" if tokenizer is None else "sample"), say)
     return found

@@ -4,7 +4,7 @@ With ``g`` the gradient of the log-likelihood of tokens that the model draws its
 ``e`` of a key or value cost ½ E[(g · e)²] nats (``docs/mathematics.md``).
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -134,15 +134,15 @@ def gradients(
     make_caches: Callable[[], list],
     shapes: Shapes,
     tokens: mx.array,
-    recent: int = 0,
+    recent: int | Mapping[CachePath, int] = 0,
     apart: Collection[CachePath] = (),
     seed: int = 0,
 ) -> dict[CachePath, Gradients]:
     """Of every cache in ``shapes``, over a window ``tokens`` [L].
 
     Args:
-        recent (int): Newest tokens that each query reads exactly: only what it reads otherwise
-            counts.
+        recent (int, mapping): Newest tokens that each query reads exactly, of every cache: only
+            what it reads otherwise counts.
         apart (collection): Caches whose attention is not mlx-lm's shared one: there all counts.
         seed (int): Of the tokens that are drawn.
 
@@ -150,6 +150,7 @@ def gradients(
         ValueError: If the model has no gradient.
     """
     L, key = tokens.size, mx.random.key(seed)
+    exact = dict.fromkeys(shapes, recent) if isinstance(recent, int) else recent
     zeros = {
         path: [mx.zeros((1, H, L, D)) for D in (k_dim, v_dim)]
         for path, (H, k_dim, v_dim) in shapes.items()
@@ -163,7 +164,7 @@ def gradients(
             if path not in given:
                 return cache
             window = getattr(cache, "max_size", None)
-            taps[path] = _Nudged(given[path], None if path in apart else recent, window)
+            taps[path] = _Nudged(given[path], None if path in apart else exact[path], window)
             return taps[path]
 
         logits = model(tokens[None], cache=map_leaves(tapped, make_caches()))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import ops
 from ..calibration import shards
-from ..calibration.automatic import random_tokens
+from ..calibration.automatic import random_tokens, tokenizer_of
 from ..calibration.fit import sample_text
 from ..calibration.gradients import Gradients, gradients
 from ..calibration.moments import FIRST
@@ -172,21 +172,24 @@ def costs(
     tokenizer=None,
     progress: bool = False,
 ) -> Costs:
-    """What the rows of each of the ``formats`` cost, on the built-in text; without a tokenizer on
-    random tokens. ``apart`` are the caches that the shared attention does not read. Raises
-    ValueError for a part of a distributed model, or one without gradient."""
+    """What the rows of each of the ``formats`` cost, on the built-in text; without a tokenizer,
+    given or loaded with the model, on random tokens. ``apart`` are the caches that the shared
+    attention does not read. Raises ValueError for a part of a distributed model, or one without
+    gradient."""
     if shards.is_sharded(model):
         raise ValueError("A budget is for a whole model; give a part of one a policy.")
-    if tokenizer is None:
+    if (tokenizer := tokenizer_of(model, tokenizer)) is None:
         ids = random_tokens(model)
     else:
         ids = mx.array(tokenizer.encode(sample_text())[:TOKENS])
-    recent = max(fmt.recent for steps in formats.values() for fmt in steps.values())
     seen: dict[CachePath, list[Gradients]] = {path: [] for path in formats}
     starts = range(0, ids.size, WINDOW)
     for i in tqdm(starts, "budget", unit="window", disable=not progress, leave=False):
         window = ids[i : i + WINDOW]
-        exact = min(recent, window.size // 2)
+        exact = {
+            path: min(max(fmt.recent for fmt in steps.values()), window.size // 2)
+            for path, steps in formats.items()
+        }
         by_cache = gradients(model, make_caches, shapes, window, exact, apart, seed=i)
         for path, windows in seen.items():
             windows.append(by_cache[path].after(FIRST))  # caches keep those exactly

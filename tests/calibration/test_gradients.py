@@ -12,6 +12,7 @@ import mlx_kvq
 from mlx_kvq.calibration import shards
 from mlx_kvq.calibration.exact import attended
 from mlx_kvq.calibration.gradients import _Nudged, attention_over, gradients
+from mlx_kvq.commands.plugin import Loaded
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.measure.quality import kl
@@ -116,6 +117,9 @@ def test_what_a_query_reads_exactly_costs_nothing(tiny):
         assert not mx.any(none[path].of_values != 0)
         changed = mx.any(one[path].of_values != 0, axis=(0, 1, 3)).tolist()
         assert not any(changed[1:]) and (changed[0] or path != max(shapes))
+    each = dict.fromkeys(shapes, 24) | {(path := max(shapes)): 23}
+    mixed = gradients(model, make, shapes, tokens[:24], each)
+    assert [p for p in shapes if mx.any(mixed[p].of_values != 0)] == [path]
 
 
 def test_modules_are_in_training_only_meanwhile(tiny):
@@ -194,3 +198,8 @@ def test_a_budget_spends_where_text_needs_it(monkeypatch):
         order = [seen[path, step] for step in ("int3", "k4v3", "int4", "k5v4", "int5", "int8")]
         assert order == sorted(order, reverse=True)
         assert order[-1] < 0.02 * order[0]
+    # The tokenizer that the model was loaded with does as well.
+    model._mlx_kvq_loaded = Loaded("", tokenizer)
+    monkeypatch.setattr(bits, "random_tokens", None)
+    again = mlx_kvq.enable(model, spec, verbose=False)
+    assert again.packed[2].spec.bits == report.packed[2].spec.bits
