@@ -200,7 +200,7 @@ def test_packed_caches_are_those_of_decoding(B, T):
     out = c.attend(q, held)
     ordinary = calls.attend(ops,
         q, held.cache.rows, T, held.cache.format, 64**-0.5, tail=held.cache.tail,
-        starts=None if B == 1 else held.cache.left_padding,
+        starts=None if B == 1 else held.cache.left_padding, first=held.cache._first(),
     )  # fmt: skip
     assert mx.allclose(out, ordinary, atol=2e-3)
     assert held.cache.rows.shape[2] % 256 == 0

@@ -24,7 +24,7 @@ def kernel_source(name: str) -> str:
     """The text of one kernel source.
 
     Args:
-        name (str): File name in the folder, for example ``"attend.metal"``.
+        name (str): File name in the folder, for example ``"dots.metal"``.
 
     Raises:
         FileNotFoundError: If there is no such file; the message lists what there is.
