@@ -574,6 +574,15 @@ def test_launches_and_threadgroups(emulator):
         assert counters.threadgroup_memory <= 32768
 
 
+@pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int3-srft"])
+def test_vectors_fit_threadgroup_memory(emulator, spec):
+    """At the largest heads, and the most of them."""
+    fmt = format_of(spec, 256)
+    mx.eval(calls.attend(fused, transposed(1, 8, 1, 256), packed(fmt, 1, 2, 40), 40, fmt, 0.1))
+    counters = emulator.counters[-1]
+    assert counters.threadgroup_memory <= 32768 and counters.threads == 256 * 2
+
+
 def test_lengths_heads_and_splits_compile_nothing(emulator, launches):
     """But for the number of heads of a KV head, up to four, of which attend takes one token."""
     fmt = format_of("int4-srft", 64)
