@@ -23,6 +23,6 @@ def test_exit_status_tells_failures_from_cases_left(monkeypatch, capsys, limit, 
     # Processes would not see what is patched here.
     monkeypatch.setattr(check_gpu, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(check_gpu.op_matrix, "check", check)
-    assert check_gpu.check_matrix(list(range(9)), 1, limit) == status
+    assert check_gpu.check_matrix(list(range(9)), 1, limit, "cuda", 0) == status
     out = capsys.readouterr().out
     assert said in out and ("FAIL 5: AssertionError: planted" in out) == (bad == 5)
