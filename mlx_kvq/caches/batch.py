@@ -123,7 +123,7 @@ class PackedBatch(PackedCache):
                     f"{self.format.signature!r} and {other.format.signature!r}."
                 )
             if other.format.first > self.format.first:
-                self.keep_exact(other.format)
+                self.adopt(other.format)
 
     def _append(self, other) -> None:
         """Sequences of ``other`` after ours, both right-justified at the same index."""

@@ -395,7 +395,7 @@ class PackedCache(_BaseCache, ABC):
             return mx.zeros((B, heads, size, lay.k_dim + lay.v_dim), ops.tail_dtype(dtype))
         return self.oldest.of(size, self._in_order(), self._begins(), dtype)
 
-    def keep_exact(self, fmt: Format) -> None:
+    def adopt(self, fmt: Format) -> None:
         """Keep as many first tokens exactly as ``fmt``, another format for the same rows, says, and
         no more of the newest ones than it does. First ones that were not are taken from rows."""
         if fmt.recent < self.format.recent:

@@ -218,7 +218,7 @@ def check(caches: list, model: nn.Module) -> None:
                 f"The prompt cache was packed with {own.differences(ours.format)} (layer "
                 f"{path[0]})."
             )
-        theirs.keep_exact(ours.format)
+        theirs.adopt(ours.format)
 
 
 def check_unpacked(caches: list) -> None:

@@ -75,7 +75,7 @@ class Format:
     def scale(self) -> str:
         return self.spec.scale
 
-    @property
+    @cached_property
     def recent(self) -> int:
         """Tokens before a query, its own included, that it reads from the tail in a short
         context; see :meth:`recent_at`."""
