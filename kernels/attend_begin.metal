@@ -7,7 +7,7 @@
 //
 // Layout: q [B, Hq, L, KD] with any strides; rows uint32 [B, Hkv, capacity, W] with any batch and
 //   head strides, the whole buffer; a threadgroup's 8 query rows are rows of the KV head's
-//   [Hq / Hkv * L], head first. info: length, heads per KV head, L, bits of the softmax scale,
+//   [Hq / Hkv * L], head first. info: length, bits of the softmax scale,
 //   causal, window (0: none). starts, mask, sinks, tail and first are there if their constants say
 //   so.
 //   tables: of the keys and then of the values (mlx_kvq/ops/gpu/tables.py).
@@ -37,7 +37,12 @@ constexpr int V_TILES = kvq::value_tiles(VD, V_READ) / SLICES;  // accumulators 
 constexpr bool WHOLE = ROWS == 0 && kvq::whole_slots(K_READ, KG);
 constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
-constexpr int MEMORY_TILES = ROWS > 0 ? 0 : NSG * TILE;
+// A SIMD group's next tile is on its way while it works on one: in threadgroup memory of its own if
+// rows are sent there, else in registers.
+constexpr bool PREFETCHED = ROWS == 0 && PREFETCH != 0;
+constexpr bool SENT = PREFETCHED && kvq::ROWS_ARE_SENT != 0;
+constexpr int OWN_TILES = SENT ? 2 : 1;
+constexpr int MEMORY_TILES = ROWS > 0 ? 0 : NSG * OWN_TILES * TILE;
 constexpr int MATRIX_SUMS = NSG / 2 * SUMS > 8 * VD ? NSG / 2 * SUMS : 8 * VD;
 constexpr int MEMORY_SUMS = ROWS > 0 ? NSG / 2 * ROWS * VD : MATRIX_SUMS;
 constexpr bool EXACT = TAIL || FIRST;
@@ -50,20 +55,21 @@ threadgroup float query_scale[8];
 threadgroup float maxima[8 * NSG];
 threadgroup float totals[8 * NSG];
 threadgroup float2 probabilities[SLICED ? NSG * kvq::probability_pairs(TK) : 1];
-threadgroup uint lifts[SLICED ? NSG : 1];
-// In registers if HOLD_QUERIES.
-constexpr bool HELD = HOLD_QUERIES != 0;
-threadgroup int numbers[HELD ? 1 : kvq::NUMBERS];
-threadgroup int ranges[HELD ? 1 : 3 * 8];
-threadgroup int64_t mask_rows[HELD ? 1 : 8];
+threadgroup int levels[SLICED ? NSG : 1];
+threadgroup int numbers[kvq::NUMBERS];
+threadgroup int ranges[3 * 8];  // of the query rows
+threadgroup int64_t mask_rows[MASK != 0 ? 8 : 1];
+constexpr bool HELD = HOLD_QUERIES != 0;  // in registers
 
 const uint lane = thread_index_in_simdgroup;
 const kvq::counter group = simdgroup_index_in_threadgroup;
 const int split = int(threadgroup_position_in_grid.x);
 const int splits = int(threadgroups_per_grid.x);
 const int length = info[kvq::LENGTH];
-const int heads = info[kvq::HEADS];
-const int L = info[kvq::QUERIES];
+// From shapes, which are there before `info` is: queries and tables are asked for at once.
+const int kv_heads = rows_shape[1];
+const int heads = q_shape[1] / kv_heads;
+const int L = q_shape[2];
 const float scale = as_type<float>(info[kvq::SCALE]);
 const bool causal = info[kvq::CAUSAL] != 0;
 const int window = info[kvq::WINDOW];
@@ -72,7 +78,6 @@ const int blocks = (query_rows + 7) / 8;
 const int b = int(threadgroup_position_in_grid.z);
 const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
 const device float* k_table = tables;
-const int kv_heads = int(threadgroups_per_grid.y) / blocks;
 const auto v_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, kv_heads);
 const int first_row = int(threadgroup_position_in_grid.y) % blocks * 8;
 const int start = STARTS ? int(starts[b]) : 0;
@@ -113,14 +118,29 @@ const int share = (tiles + splits - 1) / splits;
 const int before_tiles = ROWS > 0 ? 0 : first_tile;
 const int tile_end = before_tiles + min(tiles, (split + 1) * share);
 kvq::counter tile = before_tiles + split * share + group;
-constexpr bool PREFETCHED = ROWS == 0 && PREFETCH != 0;
-uint stage[PREFETCHED ? STAGE : 1];
-if (PREFETCHED && tile < tile_end) {  // in flight while the queries are rotated
+uint stage[PREFETCHED && !SENT ? STAGE : 1];
+if (SENT && tile < tile_end) {  // in flight while the queries are rotated
+  kvq::send_rows<TK, KD, KB, VD, VB, W, TILE_W>(
+      kvq::words_of(memory) + OWN_TILES * group * TILE, head_rows + int64_t(tile) * (TK * W),
+      length - int(tile) * TK, lane);
+  kvq::end_copy_group();
+} else if (PREFETCHED && tile < tile_end) {
   kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
       stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - int(tile) * TK), lane);
 }
 
-if (!HELD && group == NSG - 1) {
+if (PREFETCHED && EXACT && lane < 16u) {
+  const int age = split * NSG + group;
+  const auto y = !TAIL || age >= newest
+      ? reinterpret_cast<const device uint*>(
+            first + (b * first_strides[0] + kv_head * first_strides[1] +
+                     max(0, age - newest) * first_strides[2]))
+      : reinterpret_cast<const device uint*>(
+            tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
+                    (tail_shape[2] - 1 - age) * tail_strides[2]));
+  if (age < newest + firsts) kvq::ask_for(y + 8 * lane);
+}
+if (group == NSG - 1) {
   if (lane < 8u) {
     const int row = min(first_row + int(lane), query_rows - 1);
     const auto range = kvq::range_of<TAIL>(

@@ -1,17 +1,17 @@
 // End of attend with one split: normalise, invert the values' rotation, write the output.
-const int rows_left = kvq::number(heads, numbers, kvq::AT_HEADS) *
-        kvq::number(L, numbers, kvq::AT_QUERIES) -
-    kvq::number(first_row, numbers, kvq::AT_FIRST_ROW);
+const int rows_left = numbers[kvq::AT_HEADS] *
+        numbers[kvq::AT_QUERIES] -
+    numbers[kvq::AT_FIRST_ROW];
 for (int r = group; r < min(8, rows_left); r += NSG) {
-  const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
-  const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
-  const int own_L = kvq::number(L, numbers, kvq::AT_QUERIES);
+  const int own_b = numbers[kvq::AT_BATCH];
+  const int own_head = numbers[kvq::AT_KV_HEAD];
+  const int own_L = numbers[kvq::AT_QUERIES];
   // Or what the queries' rotation computed of the lane stays in registers until here.
   const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(own_L));
   const auto own_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(
-      tables, kvq::number(kv_heads, numbers, kvq::AT_KV_HEADS));
-  const int row = kvq::number(first_row, numbers, kvq::AT_FIRST_ROW) + r;
-  const int head = own_head * kvq::number(heads, numbers, kvq::AT_HEADS) + row / own_L;
+      tables, numbers[kvq::AT_KV_HEADS]);
+  const int row = numbers[kvq::AT_FIRST_ROW] + r;
+  const int head = own_head * numbers[kvq::AT_HEADS] + row / own_L;
   kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
       out + ((int64_t(own_b) * q_shape[1] + head) * own_L + row % own_L) * VD,
       merged + r * VD,

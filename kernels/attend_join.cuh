@@ -24,35 +24,32 @@ if (is_last) {
     const int64_t at_row = (int64_t(b) * q_shape[1] + kv_head * heads) * L + row;
     const float* row_partial = partial + at_row * (splits * (VD + 2));
     const float* row_statistics = row_partial + splits * VD;
-    float row_top = -3e38f;
-    for (int s = int(lane); s < splits; s += 32) {
-      row_top = max(row_top, __ldcg(row_statistics + 2 * s));
-    }
-    row_top = simd_max(row_top);
-    float row_total = 0.0f;
+    float row_top = -3e38f, row_total = 0.0f;
     float row_sums[CHANNELS];
     UNROLL for (int i = 0; i < CHANNELS; i++) row_sums[i] = 0.0f;
-    for (int first = 0; first < splits; first += 32) {
-      const int mine = first + int(lane);
-      float f = 0.0f;
-      if (mine < splits) {
-        f = fast::exp2(__ldcg(row_statistics + 2 * mine) - row_top);
-        row_total += f * __ldcg(row_statistics + 2 * mine + 1);
-      }
-      const int count = min(32, splits - first);
-      for (int s = 0; s < count; s += AHEAD) {
-        float ahead[AHEAD][CHANNELS];
-        UNROLL for (int j = 0; j < AHEAD; j++) {
-          UNROLL for (int i = 0; i < CHANNELS; i++) {
-            const int c = min(32 * i + int(lane), VD - 1);
-            ahead[j][i] = __ldcg(row_partial + int64_t(first + min(s + j, count - 1)) * VD + c);
-          }
-        }
-        UNROLL for (int j = 0; j < AHEAD; j++) {
-          const float g = s + j < count ? simd_shuffle(f, ushort(s + j)) : 0.0f;
-          UNROLL for (int i = 0; i < CHANNELS; i++) row_sums[i] += g * ahead[j][i];
+    ROLLED for (int first = 0; first < splits; first += AHEAD) {
+      // Maximum and total of a lane's split, and a channel of each split: asked for together.
+      const int count = min(AHEAD, splits - first);
+      const bool mine = int(lane) < count;
+      const float own_top = mine ? __ldcg(row_statistics + 2 * (first + int(lane))) : -3e38f;
+      const float own_total = mine ? __ldcg(row_statistics + 2 * (first + int(lane)) + 1) : 0.0f;
+      const float* from = row_partial + first * VD + int(lane);
+      float ahead[AHEAD][CHANNELS];
+      UNROLL for (int j = 0; j < AHEAD; j++) {
+        UNROLL for (int i = 0; i < CHANNELS; i++) {
+          ahead[j][i] = j < count && 32 * i + int(lane) < VD ? __ldcg(from + j * VD + 32 * i) : 0.0f;
         }
       }
+      const float new_top = max(row_top, simd_max(own_top));
+      const float back = fast::exp2(row_top - new_top);
+      const float f = fast::exp2(own_top - new_top);
+      row_total = row_total * back + f * own_total;
+      UNROLL for (int i = 0; i < CHANNELS; i++) row_sums[i] *= back;
+      UNROLL for (int j = 0; j < AHEAD; j++) {
+        const float g = j < count ? simd_shuffle(f, ushort(j)) : 0.0f;
+        UNROLL for (int i = 0; i < CHANNELS; i++) row_sums[i] += g * ahead[j][i];
+      }
+      row_top = new_top;
     }
     row_total = simd_sum(row_total);
     UNROLL for (int i = 0; i < CHANNELS; i++) {

@@ -37,17 +37,6 @@ if (WHOLE && HOLD_QUERIES != 0) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 const float2 held_factor = kvq::pair_of(query_scale, at);
-int position[2];
-int64_t mask_at[2];
-UNROLL for (int i = 0; i < 2; i++) {
-  const int row = min(first_row + 2 * int(at.pair) + i, query_rows - 1);
-  position[i] = offset + row % L;
-  mask_at[i] = 0;
-  if (MASK != 0) {
-    mask_at[i] = b * mask_strides[0] + (kv_head * heads + row / L) * mask_strides[1] +
-        row % L * mask_strides[2];
-  }
-}
 
 // Finite, so that exp2(-inf - m) is 0 and never exp2(-inf + inf), also where all is masked.
 const float2 lowest_logit = float2(-3e38f, -3e38f);
@@ -56,14 +45,22 @@ float2 m = lowest_logit;
 float2 l = float2(0.0f, 0.0f);
 float2 sums[V_TILES];
 UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
+// What sums are in units of (`scales_level`), and their levels in units of a half. Probabilities are
+// 2^8 times as large, so that the small ones have all bits of fp16.
+constexpr bool SCALED = kvq::one_group(VD, V_READ, VG);
+constexpr float PER_SUM = 0.00390625f * kvq::per_level(VD, V_READ, VG);
+constexpr int STEP = kvq::key_step(TILE_W, TK);
+int level = 0;
 const kvq::counter slice = group % SLICES;
 const kvq::counter zero = kvq::unknown_zero(length);
+constexpr float LARGE = 1.0f / PER_SUM;
+const float enlarge_exact = LARGE * kvq::one_in_units(0);
 
 if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of each at a time
-  const int stride = kvq::number(splits, numbers, kvq::AT_SPLITS) * NSG;
-  const int exact_tokens = kvq::number(newest, numbers, kvq::AT_NEWEST) +
-      kvq::number(firsts, numbers, kvq::AT_FIRSTS);
-  int turn = kvq::number(split, numbers, kvq::AT_SPLIT) * NSG;
+  const int stride = numbers[kvq::AT_SPLITS] * NSG;
+  const int exact_tokens = numbers[kvq::AT_NEWEST] +
+      numbers[kvq::AT_FIRSTS];
+  int turn = numbers[kvq::AT_SPLIT] * NSG;
   for (; turn < exact_tokens; turn += 8 * stride) {
     // Probabilities have been read; with slices the barrier of `top_of_slices` says so.
     if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -74,11 +71,11 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
     const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
     const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
     const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
-        kvq::number(newest, numbers, kvq::AT_NEWEST), kvq::number(firsts, numbers, kvq::AT_FIRSTS),
-        kvq::number(place, numbers, kvq::AT_PLACE), kvq::number(length, numbers, kvq::AT_LENGTH),
-        kvq::number(keep, numbers, kvq::AT_KEEP), kvq::number(idx, numbers, kvq::AT_IDX));
-    const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
-    const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
+        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS],
+        numbers[kvq::AT_PLACE], numbers[kvq::AT_LENGTH],
+        numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
+    const int own_b = numbers[kvq::AT_BATCH];
+    const int own_head = numbers[kvq::AT_KV_HEAD];
     // Where the newest token would be, and the first one.
     const auto newest_at = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
                                    (tail_shape[2] - 1) * tail_strides[2]);
@@ -102,8 +99,8 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
       s = float2(s.x * factor.x, s.y * factor.y);
       if (MASK != 0 && token.there) {
         const int64_t key_at = token.key * mask_strides[3];
-        const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, own_at) + key_at];
-        const auto z = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, own_at) + key_at];
+        const auto x = mask[mask_rows[2 * own_at.pair + 0] + key_at];
+        const auto z = mask[mask_rows[2 * own_at.pair + 1] + key_at];
         if (MASK == 1) {
           s = float2(x ? s.x : masked, z ? s.y : masked);
         } else {
@@ -112,10 +109,7 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
       }
       bool seen[2];
       UNROLL for (int i = 0; i < 2; i++) {
-        const auto range = HELD
-            ? kvq::range_of<TAIL>(
-                  position[i], start, length, window, causal, is_ring, recent, keep, least, grows)
-            : kvq::range_at(ranges, 2 * int(own_at.pair) + i);
+        const auto range = kvq::range_at(ranges, 2 * int(own_at.pair) + i);
         seen[i] = token.there && token.key >= range.low && token.key < range.high &&
             (token.is_first ? !TAIL || token.place < range.oldest
                             : tokens.is_ring() || token.key >= range.oldest);
@@ -124,11 +118,11 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
     }
     float2 top = float2(max(m.x, kvq::rows_max(s.x)), max(m.y, kvq::rows_max(s.y)));
     top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
-    kvq::raise<V_TILES>(sums, m, l, top);
+    kvq::raise<V_TILES>(sums, m, l, level, top, level);
     const float2 p = float2(fast::exp2(s.x - m.x), fast::exp2(s.y - m.y));
     l = float2(l.x + p.x, l.y + p.y);
     probabilities[own_group * kvq::probability_pairs(TK) + int(4 * own_at.row + own_at.pair)] =
-        float2(256.0f * p.x, 256.0f * p.y);
+        float2(enlarge_exact * p.x, enlarge_exact * p.y);
     kvq::slices_barrier<SLICES>();
     ROLLED for (kvq::counter i = 0; i < 8u * SLICES + zero; i++) {
       const kvq::counter other = own_group - own_slice + i % SLICES;
@@ -143,8 +137,7 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
         constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
         UNROLL for (int c = 0; c < V_TILES; c += PART) {
           float part[PART];
-          kvq::read_exact<VD, PART>(
-              part, y + KD, kvq::value_channel<VD, V_READ, SLICES>(c, own_at.row, own_slice));
+          kvq::read_value<VD, V_READ, VG, SLICES, PART>(part, y + KD, c, own_at.row, own_slice);
           kvq::add_exact<PART>(sums + c, part, p);
         }
       }
@@ -168,15 +161,15 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
         : tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
                   (tail_shape[2] - 1 - age) * tail_strides[2]);
     float exact_value[PREFETCH != 0 ? V_TILES : 1];
-    const int exact_channel = kvq::value_channel<VD, V_READ, 1>(0, at.row, 0);
     if (PREFETCH != 0) {  // key and value in flight at once
-      kvq::read_exact<VD, V_TILES>(exact_value, y + KD, exact_channel);
+      kvq::read_value<VD, V_READ, VG, 1, PREFETCH != 0 ? V_TILES : 1>(
+          exact_value, y + KD, 0, at.row, 0);
     }
     float2 s = kvq::exact_score<KD, K_READ, WHOLE>(y, pair_queries, at);
     s = float2(s.x * held_factor.x, s.y * held_factor.y);
     if (MASK != 0) {
-      const auto x = mask[mask_at[0] + key * mask_strides[3]];
-      const auto z = mask[mask_at[1] + key * mask_strides[3]];
+      const auto x = mask[mask_rows[2 * at.pair] + key * mask_strides[3]];
+      const auto z = mask[mask_rows[2 * at.pair + 1] + key * mask_strides[3]];
       if (MASK == 1) {
         s = float2(x ? s.x : masked, z ? s.y : masked);
       } else {
@@ -185,8 +178,7 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
     }
     bool seen[2];
     UNROLL for (int i = 0; i < 2; i++) {
-      const auto range = kvq::range_of<TAIL>(
-          position[i], start, length, window, causal, is_ring, recent, keep, least, grows);
+      const auto range = kvq::range_at(ranges, 2 * int(at.pair) + i);
       seen[i] = key >= range.low && key < range.high &&
           (is_first ? !TAIL || t < range.oldest : is_ring || key >= range.oldest);
     }
@@ -199,14 +191,14 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
     UNROLL for (int i = 0; i < V_TILES; i++) {
       sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
     }
-    const float2 large = float2(256.0f * p.x, 256.0f * p.y);
+    const float2 large = float2(enlarge_exact * p.x, enlarge_exact * p.y);
     if (PREFETCH != 0) {
-      kvq::add_exact<V_TILES>(sums, exact_value, large);
+      kvq::add_exact<PREFETCH != 0 ? V_TILES : 1>(sums, exact_value, large);
     } else {
       constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
       UNROLL for (int i = 0; i < V_TILES; i += PART) {
         float part[PART];
-        kvq::read_exact<VD, PART>(part, y + KD, exact_channel + i);
+        kvq::read_value<VD, V_READ, VG, 1, PART>(part, y + KD, i, at.row, 0);
         kvq::add_exact<PART>(sums + i, part, large);
       }
     }
@@ -214,12 +206,14 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
   }
 }
 // With slices all SIMD groups stay together, also those that have no tile left.
-const kvq::counter end_of_tiles = kvq::number(tile_end, numbers, kvq::AT_TILE_END);
+const kvq::counter end_of_tiles = numbers[kvq::AT_TILE_END];
 const auto split_rows = HELD ? head_rows
                              : rows + (numbers[kvq::AT_BATCH] * rows_strides[0] +
                                        numbers[kvq::AT_KV_HEAD] * rows_strides[1]);
 if (!HELD) tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
-for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
+kvq::counter turn = 0;  // which of its tiles a SIMD group works on
+for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
+     tile += NSG, turn = OWN_TILES == 1 ? 0 : 1 - turn) {
   const bool has_tile = SLICES == 1 || tile < end_of_tiles;
   kvq::slices_barrier<SLICES>();
   // Where registers are few, a turn computes its addresses again.
@@ -228,7 +222,7 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
   const auto own_at = HELD ? at : kvq::tile_position(own_lane);
   const kvq::counter own_group = group + tile_zero;
   const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
-  const auto own = kvq::words_of(memory) + own_group * TILE;
+  const auto own = kvq::words_of(memory) + (OWN_TILES * own_group + turn) * TILE;
   const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
   const auto own_offsets = shared_offsets + own_at.pair * (HELD ? 1 : OFFSETS);
   float2 s[TK / 8];
@@ -236,15 +230,23 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
   if (!has_tile) {
     UNROLL for (int i = 0; i < TK / 8; i++) s[i] = float2(masked, masked);
   } else {
-    if (PREFETCH != 0) {
+    if (SENT) {
+      if (tile + NSG < tile_end) {
+        kvq::send_rows<TK, KD, KB, VD, VB, W, TILE_W>(
+            kvq::words_of(memory) + (OWN_TILES * own_group + 1 - turn) * TILE,
+            head_rows + int64_t(tile + NSG) * (TK * W), length - int(tile + NSG) * TK, own_lane);
+      }
+      kvq::end_copy_group();
+      kvq::wait_for_copies<1>();
+    } else if (PREFETCH != 0) {
       kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, own_lane);
     } else {
       kvq::copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(
           own, split_rows + tile * kvq::counter(TK * W),
-          min(TK, kvq::number(length, numbers, kvq::AT_LENGTH) - int(tile) * TK), own_lane);
+          min(TK, numbers[kvq::AT_LENGTH] - int(tile) * TK), own_lane);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    if (PREFETCH != 0 && tile + NSG < tile_end) {
+    if (PREFETCH != 0 && !SENT && tile + NSG < tile_end) {
       kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
           stage,
           head_rows + int64_t(tile + NSG) * (TK * W),
@@ -256,62 +258,69 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
       key_lift = kvq::lift_of<TK, TILE_W, TILE_CODES, 0, K_SCALES>(own, own_lane);
     }
     UNROLL for (int i = 0; i < TK / 8; i += 2) {
-      kvq::scores<KD, K_READ, KG, HALF_STEP, TILE_W, TILE_CODES>(
-          s[i], s[i + 1], own + 8 * i * TILE_W, query, offsets, own_queries, own_offsets,
-          key_lift.operand, zero, own_at);
+      kvq::scores<KD, K_READ, KG, HALF_STEP, TILE_W, TILE_CODES, STEP>(
+          s[i], s[i + 1], own, i, query, offsets, own_queries, own_offsets, key_lift.operand, zero,
+          own_at);
     }
     const int first_key = int(tile) * TK;
-    const int own_low_edge = kvq::number(low_edge, numbers, kvq::AT_LOW_EDGE);
-    const int own_high_edge = kvq::number(high_edge, numbers, kvq::AT_HIGH_EDGE);
-    const int own_hole = kvq::number(hole, numbers, kvq::AT_HOLE);
-    const int own_hole_end = kvq::number(hole_end, numbers, kvq::AT_HOLE_END);
+    const int own_low_edge = numbers[kvq::AT_LOW_EDGE];
+    const int own_high_edge = numbers[kvq::AT_HIGH_EDGE];
+    const int own_hole = numbers[kvq::AT_HOLE];
+    const int own_hole_end = numbers[kvq::AT_HOLE_END];
     const bool edge = first_key < own_low_edge || first_key + TK > own_high_edge ||
         (EXACT && first_key < own_hole_end && first_key + TK > own_hole);
     const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, own_at);
     UNROLL for (int i = 0; i < TK / 8; i++) {
       s[i] = float2(s[i].x * (factor.x * key_lift.back), s[i].y * (factor.y * key_lift.back));
-      const int key = first_key + 8 * i + int(own_at.row);
-      if (MASK != 0) {
-        if (key < kvq::number(length, numbers, kvq::AT_LENGTH)) {
-          const int64_t key_at = key * mask_strides[3];
-          const auto x = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 0, own_at) + key_at];
-          const auto y = mask[kvq::mask_of<HELD>(mask_at, mask_rows, 1, own_at) + key_at];
-          if (MASK == 1) {
-            s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
-          } else {
-            s[i] = float2(
-                s[i].x + float(x) * kvq::log2_e(), s[i].y + float(y) * kvq::log2_e());
-          }
+      const int key = first_key + int(kvq::tile_key<STEP>(i, own_at.row));
+      if (MASK != 0 && key < numbers[kvq::AT_LENGTH]) {
+        const int64_t key_at = key * mask_strides[3];
+        const auto x = mask[mask_rows[2 * own_at.pair] + key_at];
+        const auto y = mask[mask_rows[2 * own_at.pair + 1] + key_at];
+        if (MASK == 1) {
+          s[i] = float2(x ? s[i].x : masked, y ? s[i].y : masked);
+        } else {
+          s[i] = float2(s[i].x + float(x) * kvq::log2_e(), s[i].y + float(y) * kvq::log2_e());
         }
       }
-      if (edge) {
-        bool seen[2];
-        UNROLL for (int j = 0; j < 2; j++) {
-          const auto range = HELD
-              ? kvq::range_of<TAIL>(
-                    position[j], start, length, window, causal, is_ring, recent, keep, least, grows)
-              : kvq::range_at(ranges, 2 * int(own_at.pair) + j);
-          const int low = max(kvq::number(rows_start, numbers, kvq::AT_ROWS_START), range.low);
-          int high = range.high;
-          if (TAIL) {
-            const bool own_is_ring = HELD ? is_ring : kvq::number(idx, numbers, kvq::AT_IDX) <
-                    kvq::number(length, numbers, kvq::AT_LENGTH);
-            high = min(high, own_is_ring ? kvq::number(end, numbers, kvq::AT_END) : range.oldest);
-          }
-          seen[j] = key >= low && key < high && (!EXACT || key < own_hole || key >= own_hole_end);
+    }
+    if (edge) {
+      int low[2], high[2];
+      UNROLL for (int j = 0; j < 2; j++) {
+        const auto range = kvq::range_at(ranges, 2 * int(own_at.pair) + j);
+        low[j] = max(numbers[kvq::AT_ROWS_START], range.low);
+        high[j] = range.high;
+        if (TAIL) {
+          const bool own_is_ring = numbers[kvq::AT_IDX] < numbers[kvq::AT_LENGTH];
+          high[j] = min(high[j], own_is_ring ? numbers[kvq::AT_END] : range.oldest);
         }
-        s[i] = float2(seen[0] ? s[i].x : masked, seen[1] ? s[i].y : masked);
       }
+      UNROLL for (int i = 0; i < TK / 8; i++) {
+        const int key = first_key + int(kvq::tile_key<STEP>(i, own_at.row));
+        const bool in_row = !EXACT || key < own_hole || key >= own_hole_end;
+        s[i] = float2(
+            in_row && key >= low[0] && key < high[0] ? s[i].x : masked,
+            in_row && key >= low[1] && key < high[1] ? s[i].y : masked);
+      }
+    }
+    UNROLL for (int i = 0; i < TK / 8; i++) {
       top = float2(max(top.x, s[i].x), max(top.y, s[i].y));
     }
     top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
   }
+  int own_level = 0;
+  if (has_tile) {
+    own_level = kvq::scales_level<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, own_lane);
+  }
+  if (SLICES > 1 && own_lane == 0) levels[own_group] = own_level;
   top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
-  kvq::raise<V_TILES>(sums, m, l, top);
-  // Probabilities are 2^8 times as large, so that the small ones have all bits of fp16.
-  auto lift = kvq::no_lift();
-  if (has_tile) lift = kvq::lift_of<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, own_lane);
-  const float enlarge = 256.0f * lift.back;
+  if (SLICES > 1) {
+    UNROLL for (int i = 0; i < SLICES; i++) {
+      own_level = max(own_level, levels[own_group - own_slice + i]);
+    }
+  }
+  kvq::raise<V_TILES>(sums, m, l, level, top, max(level, own_level));
+  const float enlarge = SCALED ? 256.0f * kvq::one_in_units(level) : 256.0f;
   half2 p[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i++) {
     const float x = fast::exp2(s[i].x - m.x);
@@ -321,23 +330,22 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles; tile += NSG) {
   }
   if (SLICES == 1) {
     UNROLL for (int i = 0; i < TK / 8; i += 2) {
-      kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, 1>(
-          sums, own + 8 * i * TILE_W, p[i], p[i + 1], lift.operand, 0, own_at);
+      kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, 1, STEP>(
+          sums, own, i, p[i], p[i + 1], level, 0, own_at);
     }
   } else {
     const auto shared_p = kvq::halves_of_pairs(probabilities) + int(own_lane);
     UNROLL for (int i = 0; i < TK / 8; i++) shared_p[own_group * (4 * TK) + 32 * i] = p[i];
-    if (own_lane == 0) lifts[own_group] = as_type<uint>(lift.operand);
     kvq::slices_barrier<SLICES>();
     kvq::counter other = own_group - own_slice;
     const kvq::counter others =
         min(kvq::counter(other + SLICES), kvq::counter(end_of_tiles - (tile - own_group)));
     ROLLED for (; other < others; other++) {
       UNROLL for (int i = 0; i < TK / 8; i += 2) {
-        kvq::add_values<VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, SLICES>(
-            sums, kvq::words_of(memory) + other * TILE + 8 * i * TILE_W,
-            shared_p[other * (4 * TK) + 32 * i], shared_p[other * (4 * TK) + 32 * i + 32],
-            as_type<half2>(lifts[other]), own_slice, own_at);
+        kvq::add_values<
+            VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, SLICES, STEP>(
+            sums, kvq::words_of(memory) + other * TILE, i, shared_p[other * (4 * TK) + 32 * i],
+            shared_p[other * (4 * TK) + 32 * i + 32], level, own_slice, own_at);
       }
     }
   }
@@ -358,9 +366,8 @@ UNROLL for (int g = 0; g < NSG; g++) {
   top.y = max(top.y, maxima[8 * g + 2 * int(at.pair) + 1]);
 }
 {
-  // 2^-8 takes back what the probabilities were enlarged by.
-  const float2 f = float2(
-      fast::exp2(m.x - top.x) * 0.00390625f, fast::exp2(m.y - top.y) * 0.00390625f);
+  const float unit = PER_SUM * kvq::unit_of(level);
+  const float2 f = float2(fast::exp2(m.x - top.x) * unit, fast::exp2(m.y - top.y) * unit);
   UNROLL for (int i = 0; i < V_TILES; i++) {
     sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
   }
@@ -386,7 +393,7 @@ UNROLL for (int half_way = NSG / 2; half_way >= SLICES; half_way /= 2) {
 // merged [8 query rows][VD]: unnormalised sums in the rotated domain.
 if (group < SLICES) {
   UNROLL for (int i = 0; i < V_TILES; i++) {
-    const int c = kvq::value_channel<VD, V_READ, SLICES>(i, at.row, slice);
+    const int c = kvq::value_channel<VD, V_READ, VG, SLICES>(i, at.row, slice);
     if (c < VD) {
       merged[2 * int(at.pair) * VD + c] = sums[i].x;
       merged[(2 * int(at.pair) + 1) * VD + c] = sums[i].y;

@@ -42,26 +42,24 @@ UNROLL for (int r = 0; r < ROWS; r++) {
   UNROLL for (int i = 0; i < V_CHANNELS; i++) sums[r * V_CHANNELS + i] = 0.0f;
 }
 
-const int64_t mask_start = MASK != 0 && HELD
-    ? b * mask_strides[0] + kv_head * ROWS * mask_strides[1] : 0;
 // Added to the ends of loops: compilers unroll those whose number of turns they know.
 const kvq::counter zero = kvq::unknown_zero(length);
-if (!HELD) tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
+tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
 if (EXACT) {
   const kvq::counter end_of_exact = min(
-      kvq::counter(kvq::number(tile_end, numbers, kvq::AT_TILE_END)),
-      kvq::counter(kvq::number(exact_tiles, numbers, kvq::AT_EXACT_TILES)));
+      kvq::counter(numbers[kvq::AT_TILE_END]),
+      kvq::counter(numbers[kvq::AT_EXACT_TILES]));
   for (; tile < end_of_exact; tile += NSG) {
     // Where registers are few, a turn computes its addresses again.
     const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(int(tile)));
     const auto own = kvq::part_of<K_LANES, K_PARTS>(own_lane);
     const auto own_value = kvq::part_of<V_LANES, V_PARTS>(own_lane);
     const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
-        kvq::number(newest, numbers, kvq::AT_NEWEST), kvq::number(firsts, numbers, kvq::AT_FIRSTS),
-        kvq::number(place, numbers, kvq::AT_PLACE), kvq::number(length, numbers, kvq::AT_LENGTH),
-        kvq::number(keep, numbers, kvq::AT_KEEP), kvq::number(idx, numbers, kvq::AT_IDX));
-    const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
-    const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
+        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS],
+        numbers[kvq::AT_PLACE], numbers[kvq::AT_LENGTH],
+        numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
+    const int own_b = numbers[kvq::AT_BATCH];
+    const int own_head = numbers[kvq::AT_KV_HEAD];
     // Where the newest token would be, and the first one.
     const auto newest_at = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
                                    (tail_shape[2] - 1) * tail_strides[2]);
@@ -86,10 +84,7 @@ if (EXACT) {
     // From here on a lane has one token.
     const auto own_probabilities = vector_probabilities + group * (TK * ROWS);
     {
-      const auto range = HELD
-          ? kvq::range_of<TAIL>(
-                offset, start, length, window, causal, is_ring, recent, keep, least, grows)
-          : kvq::range_at(ranges, 0);
+      const auto range = kvq::range_at(ranges, 0);
       const auto token = tokens.at(first_age + int(own.turn * K_AT_ONCE + own.set));
       const bool seen = token.there && token.key >= range.low && token.key < range.high &&
           (token.is_first ? !TAIL || token.place < range.oldest
@@ -97,7 +92,7 @@ if (EXACT) {
       UNROLL for (int r = 0; r < ROWS; r++) {
         s[r] *= query_scale[r];
         if (MASK != 0 && seen) {
-          const auto x = mask[kvq::mask_row(mask_rows, r, mask_start, mask_strides[1]) +
+          const auto x = mask[mask_rows[r] +
                               token.key * mask_strides[3]];
           s[r] = MASK == 1 ? (x ? s[r] : masked) : s[r] + float(x) * kvq::log2_e();
         }
@@ -125,12 +120,12 @@ if (EXACT) {
   }
 }
 
-for (; tile < kvq::counter(kvq::number(tile_end, numbers, kvq::AT_TILE_END)); tile += NSG) {
-  const int own_b = kvq::number(b, numbers, kvq::AT_BATCH);
-  const int own_head = kvq::number(kv_head, numbers, kvq::AT_KV_HEAD);
-  const int own_length = kvq::number(length, numbers, kvq::AT_LENGTH);
-  const int first_key = (int(tile) - kvq::number(exact_tiles, numbers, kvq::AT_EXACT_TILES) +
-                         kvq::number(first_tile, numbers, kvq::AT_FIRST_TILE)) * TK;
+for (; tile < kvq::counter(numbers[kvq::AT_TILE_END]); tile += NSG) {
+  const int own_b = numbers[kvq::AT_BATCH];
+  const int own_head = numbers[kvq::AT_KV_HEAD];
+  const int own_length = numbers[kvq::AT_LENGTH];
+  const int first_key = (int(tile) - numbers[kvq::AT_EXACT_TILES] +
+                         numbers[kvq::AT_FIRST_TILE]) * TK;
   const auto tile_rows = rows +
       (own_b * rows_strides[0] + own_head * rows_strides[1] + int64_t(first_key) * W);
   const kvq::counter last_row = kvq::counter((min(TK, own_length - first_key) - 1) * (W / UNIT));
@@ -162,24 +157,21 @@ for (; tile < kvq::counter(kvq::number(tile_end, numbers, kvq::AT_TILE_END)); ti
   const auto own = kvq::part_of<K_LANES, K_PARTS>(own_lane);
   const auto own_probabilities = vector_probabilities + group * (TK * ROWS);
   {
-    const auto range = HELD
-        ? kvq::range_of<TAIL>(
-              offset, start, length, window, causal, is_ring, recent, keep, least, grows)
-        : kvq::range_at(ranges, 0);
+    const auto range = kvq::range_at(ranges, 0);
     const int key = first_key + int(own.turn * K_AT_ONCE + own.set);
-    const int low = max(range.low, kvq::number(rows_start, numbers, kvq::AT_ROWS_START));
+    const int low = max(range.low, numbers[kvq::AT_ROWS_START]);
     int high = range.high;
     if (TAIL) {
-      const bool own_is_ring = HELD ? is_ring : kvq::number(idx, numbers, kvq::AT_IDX) < own_length;
-      high = min(high, own_is_ring ? kvq::number(end, numbers, kvq::AT_END) : range.oldest);
+      const bool own_is_ring = numbers[kvq::AT_IDX] < own_length;
+      high = min(high, own_is_ring ? numbers[kvq::AT_END] : range.oldest);
     }
     const bool seen = key >= low && key < high &&
-        (!EXACT || key < kvq::number(hole, numbers, kvq::AT_HOLE) ||
-         key >= kvq::number(hole_end, numbers, kvq::AT_HOLE_END));
+        (!EXACT || key < numbers[kvq::AT_HOLE] ||
+         key >= numbers[kvq::AT_HOLE_END]);
     UNROLL for (int r = 0; r < ROWS; r++) {
       s[r] *= query_scale[r];
       if (MASK != 0 && seen) {
-        const auto x = mask[kvq::mask_row(mask_rows, r, mask_start, mask_strides[1]) +
+        const auto x = mask[mask_rows[r] +
                             key * mask_strides[3]];
         s[r] = MASK == 1 ? (x ? s[r] : masked) : s[r] + float(x) * kvq::log2_e();
       }

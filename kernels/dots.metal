@@ -174,12 +174,6 @@ INLINE void score_exact_part(
   }
 }
 
-// Where the mask of query row r begins: read again where registers are few.
-INLINE int64_t mask_row(
-    const threadgroup int64_t* mask_rows, int r, int64_t start, int64_t stride) {
-  return HOLD_QUERIES != 0 ? start + r * stride : mask_rows[r];
-}
-
 // Adds up what neighbouring lanes have of two tokens: the even lane has the first one's sum then,
 // the odd lane the second one's.
 template <int ROWS>

@@ -125,6 +125,14 @@ inline uint masked_or(uint word, uint mask, uint bits) {
   return out;
 }
 
+// The lower halves of two words, and the upper ones.
+inline uint lower_halves(uint a, uint b) {
+  return __byte_perm(a, b, 0x5410u);
+}
+inline uint upper_halves(uint a, uint b) {
+  return __byte_perm(a, b, 0x7632u);
+}
+
 // Two neighbouring channels in one load, where the address allows it.
 template <typename T>
 inline bool reads_pairs(const T* x) {
@@ -190,6 +198,43 @@ inline __half2 right_operand(__half2 tile) {
   return as_type<__half2>(out);
 }
 
+// The row of the right operand that a lane's component i belongs to.
+inline uint operand_row(tile_lane at, int i) {
+  return 2 * at.pair + uint(i);
+}
+
+// [c0; c1] = [from0; from1] + [a00 a01; a10 a11] x [b0; b1].
+inline void multiply_onto(
+    float2& c0,
+    float2& c1,
+    float2 from0,
+    float2 from1,
+    __half2 a00,
+    __half2 a10,
+    __half2 a01,
+    __half2 a11,
+    __half2 b0,
+    __half2 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(c0.x), "=f"(c0.y), "=f"(c1.x), "=f"(c1.y)
+      : "r"(as_type<uint>(a00)), "r"(as_type<uint>(a10)), "r"(as_type<uint>(a01)),
+        "r"(as_type<uint>(a11)), "r"(as_type<uint>(b0)), "r"(as_type<uint>(b1)), "f"(from0.x),
+        "f"(from0.y), "f"(from1.x), "f"(from1.y));
+#else
+  c0 = from0;
+  c1 = from1;
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
+      : "r"(as_type<uint>(a00)), "r"(as_type<uint>(a10)), "r"(as_type<uint>(b0)));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
+      : "r"(as_type<uint>(a01)), "r"(as_type<uint>(a11)), "r"(as_type<uint>(b1)));
+#endif
+}
 inline void multiply(
     float2& c0,
     float2& c1,
@@ -199,21 +244,36 @@ inline void multiply(
     __half2 a11,
     __half2 b0,
     __half2 b1) {
+  multiply_onto(c0, c1, c0, c1, a00, a10, a01, a11, b0, b1);
+}
+
+// Asks for a line of memory that a load will need.
+template <typename T>
+inline void ask_for(const T* x) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
+}
+
+// Asynchronous copies of 16 bytes to threadgroup memory, in groups in the order of their beginning.
+enum : int { COPIES_ARE_ASYNCHRONOUS = 1 };
+inline void begin_copy(uint* to, const uint* from) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
-      : "r"(as_type<uint>(a00)), "r"(as_type<uint>(a10)), "r"(as_type<uint>(a01)),
-        "r"(as_type<uint>(a11)), "r"(as_type<uint>(b0)), "r"(as_type<uint>(b1)));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   uint(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
-      : "r"(as_type<uint>(a00)), "r"(as_type<uint>(a10)), "r"(as_type<uint>(b0)));
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
-      : "r"(as_type<uint>(a01)), "r"(as_type<uint>(a11)), "r"(as_type<uint>(b1)));
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+#endif
+}
+inline void end_copy_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int GROUPS>  // that may still be on their way
+inline void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #endif
 }
 

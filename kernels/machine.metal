@@ -36,6 +36,14 @@ INLINE uint masked_or(uint word, uint mask, uint bits) {
   return (word & mask) | bits;
 }
 
+// The lower halves of two words, and the upper ones.
+INLINE uint lower_halves(uint a, uint b) {
+  return (a & 0xffffu) | (b << 16);
+}
+INLINE uint upper_halves(uint a, uint b) {
+  return (a >> 16) | (b & 0xffff0000u);
+}
+
 // Two neighbouring channels in one load, if the address is known to be aligned: it is not here.
 template <typename T>
 INLINE bool reads_pairs(const device T*) {
@@ -109,6 +117,11 @@ INLINE void multiply_tile(thread float2& c, half2 a, half2 b) {
   c = reinterpret_cast<thread float2&>(C.thread_elements());
 }
 
+// The row of the right operand that a lane's component i belongs to.
+INLINE uint operand_row(tile_lane at, int) {
+  return at.row;
+}
+
 // [c0; c1] += [a00 a01; a10 a11] x [b0; b1]: a 16 x 16 by 16 x 8 product, fp32 accumulation.
 INLINE void multiply(
     thread float2& c0,
@@ -124,5 +137,34 @@ INLINE void multiply(
   multiply_tile(c0, a01, b1);
   multiply_tile(c1, a11, b1);
 }
+// The same, onto other sums.
+INLINE void multiply_onto(
+    thread float2& c0,
+    thread float2& c1,
+    float2 from0,
+    float2 from1,
+    half2 a00,
+    half2 a10,
+    half2 a01,
+    half2 a11,
+    half2 b0,
+    half2 b1) {
+  c0 = from0;
+  c1 = from1;
+  multiply(c0, c1, a00, a10, a01, a11, b0, b1);
+}
+
+// Asks for a line of memory that a load will need: there is no such instruction.
+template <typename T>
+INLINE void ask_for(const device T*) {}
+
+// Copies to threadgroup memory are done when they begin: there is nothing to wait for.
+enum : int { COPIES_ARE_ASYNCHRONOUS = 0 };
+INLINE void begin_copy(threadgroup uint* to, const device uint* from) {
+  *reinterpret_cast<threadgroup uint4*>(to) = *reinterpret_cast<const device uint4*>(from);
+}
+INLINE void end_copy_group() {}
+template <int GROUPS>
+INLINE void wait_for_copies() {}
 
 }  // namespace kvq

@@ -367,4 +367,11 @@ INLINE void copy_rows(threadgroup uint* tile, const device uint* rows, int valid
   copy_words<TK, W, P::FROM, P::SCALES, TILE_W, P::TO>(tile, rows, valid, lane);
 }
 
+// Narrow codes become wide ones on their way to a tile, through registers.
+enum : int { ROWS_ARE_SENT = 0 };
+template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
+INLINE void send_rows(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
+  copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(tile, rows, valid, lane);
+}
+
 }  // namespace kvq

@@ -10,7 +10,11 @@
 // A group that is not whole slots (128 / bits channels) is dequantized before the product.
 //
 // Values: [channels x 16 keys] x [16 keys x 8 queries]. A lane reads 16-bit units of four keys,
-// pairs two keys in a word, and dequantizes to fp16; sums are fp32.
+// pairs two keys in a word, and takes the middle off; the scale multiplies the probability, where all
+// channels of a product share a group (`value_units_are`), else the level. Sums are fp32.
+//
+// Which keys meet which rows of a product, and which channels which rows of the sums, is free as
+// well. Both are chosen so that the 32 lanes of a load are on 32 banks of threadgroup memory.
 namespace kvq {
 
 constexpr int per_word(int BITS) {
@@ -27,6 +31,34 @@ constexpr int value_units(int D, int BITS) {
 }
 constexpr int value_tiles(int D, int BITS) {
   return value_units(D, BITS) * per_word(BITS);
+}
+
+// A tile's keys in blocks of eight, as products take them. Rows of W words: keys STEP apart are 4
+// banks apart, or 12, 20, 28, so that eight rows of four words are on different banks.
+constexpr int key_step(int W, int TK) {
+  return W % 8 == 4 ? 1 : W * 2 % 8 == 4 ? 2 : W * 4 % 8 == 4 && TK >= 32 ? 4 : 1;
+}
+template <int STEP>
+INLINE counter tile_key(int block, counter row) {
+  return counter(8 * STEP * (block / STEP) + block % STEP) + counter(STEP) * row;
+}
+
+// How the values' channels are shared out: a product's eight rows take eight neighbouring words, or
+// 16-bit units where a group ends within these.
+constexpr bool by_words(int D, int BITS, int GROUP) {
+  return D * BITS / 16 % 16 == 0 && (GROUP % (256 / BITS) == 0 || GROUP == D);
+}
+// Whether these are of one group, so that its scale multiplies a probability.
+constexpr bool one_group(int D, int BITS, int GROUP) {
+  return by_words(D, BITS, GROUP) || GROUP % (128 / BITS) == 0 || GROUP == D;
+}
+// What sums of levels are to be multiplied by.
+constexpr float per_level(int D, int BITS, int GROUP) {
+  return one_group(D, BITS, GROUP) ? 0.5f : 1.0f;
+}
+// Accumulators of a lane that are neighbouring channels.
+constexpr int value_run(int D, int BITS, int GROUP) {
+  return by_words(D, BITS, GROUP) ? 32 / BITS : 16 / BITS;
 }
 
 // Slices of the values' channels (SLICE_VALUES of mlx_kvq/ops/gpu/tuning.py): as many SIMD groups
@@ -77,14 +109,29 @@ INLINE float2 top_of_slices(threadgroup float* maxima, float2 top, counter group
   return top;
 }
 
-// Makes `top` the maximum that sums and totals refer to.
+// Sums of values are in units of a level, which only rises: 2^-7 while no scale is above 1, then 1
+// up to 2^7, then 2^9. Probabilities are 2^8 / unit times as large where the scale multiplies them,
+// and levels 1 / unit times where it multiplies these: neither overflows, and both keep their bits.
+INLINE float unit_of(int level) {
+  return level == 0 ? 0.0078125f : level == 1 ? 1.0f : 512.0f;
+}
+INLINE float one_in_units(int level) {
+  return level == 0 ? 128.0f : level == 1 ? 1.0f : 0.001953125f;
+}
+// Makes `top` the maximum that sums and totals refer to, and `to_level` the level of sums.
 template <int TILES>
-INLINE void raise(thread float2* sums, thread float2& m, thread float2& l, float2 top) {
-  if (simd_any(top.x > m.x || top.y > m.y)) {
+INLINE void raise(
+    thread float2* sums, thread float2& m, thread float2& l, thread int& level, float2 top,
+    int to_level) {
+  if (simd_any(top.x > m.x || top.y > m.y || to_level > level)) {
     const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
+    const float unit = unit_of(level) * one_in_units(to_level);
     l = float2(l.x * f.x, l.y * f.y);
-    UNROLL for (int i = 0; i < TILES; i++) sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
+    UNROLL for (int i = 0; i < TILES; i++) {
+      sums[i] = float2(sums[i].x * (f.x * unit), sums[i].y * (f.y * unit));
+    }
     m = top;
+    level = to_level;
   }
 }
 
@@ -118,6 +165,23 @@ INLINE half2 centred_codes(uint word, int i) {
   return raw + constant_pair(0xe408u);  // -1032
 }
 
+// Twice the levels of codes i and i + per_word, exactly: from one bit further up, so that the middle,
+// also of half-step levels, is a whole number.
+template <int BITS, bool HALF_STEP>
+INLINE half2 doubled_levels(uint word, int i) {
+  const uint from = i < per_word(BITS) / 2 ? word << 1 : word >> 7;
+  if (BITS == 8) {
+    const half2 raw = as_type<half2>(masked_or(from, 0x01fe01feu, 0x64006400u));
+    return raw + constant_pair(HALF_STEP ? 0xe4ffu : 0xe500u);  // -1279, -1280
+  }
+  const uint mask = is_upper(BITS, i) ? 0x01e001e0u : 0x001e001eu;
+  const half2 raw = as_type<half2>(masked_or(from, mask, 0x64006400u));
+  if (is_upper(BITS, i)) {
+    return fma(raw, constant_pair(0x2c00u), constant_pair(HALF_STEP ? 0xd4f0u : 0xd500u));
+  }
+  return raw + constant_pair(HALF_STEP ? 0xe40fu : 0xe410u);  // -1039, -1040
+}
+
 // What `raw_codes` adds to a level, in two exact summands: the magic number ...
 INLINE half2 raw_magic() {
   return constant_pair(0x6400u);
@@ -145,8 +209,8 @@ INLINE half scale_at(const threadgroup uint* scales, counter index) {
   return reinterpret_cast<const threadgroup half*>(scales)[index];
 }
 
-// Dequantized fp16 operands would overflow where a scale is above 2^8, and lose bits where all
-// are below 2^-10; such a tile's operands are made 2^-7 or 2^10 times as large, and the other
+// Dequantized fp16 operands of keys would overflow where a scale is above 2^8, and lose bits where
+// all are below 2^-10; such a tile's operands are made 2^-7 or 2^10 times as large, and the other
 // factor takes it back. COUNT scales from number FIRST on, of KEYS keys, are looked at.
 struct tile_lift {
   half2 operand;
@@ -160,16 +224,33 @@ INLINE tile_lift no_lift() {
   return out;
 }
 
+// The largest of COUNT scales from number FIRST on that a lane looks at, in its bits: positive
+// halves are in the order of these.
 template <int KEYS, int W, int CODES, int FIRST, int COUNT>
-INLINE tile_lift lift_of(const threadgroup uint* tile, uint lane) {
+INLINE uint largest_scale(const threadgroup uint* tile, uint lane) {
   constexpr int LANES = 32 / KEYS;  // of one key
   const threadgroup uint* row = tile + int(lane) / LANES * W;
   uint largest = 0;
   UNROLL for (int i = 0; i < (COUNT + LANES - 1) / LANES; i++) {
     const int index = min(i * LANES + int(lane) % LANES, COUNT - 1);
-    // Positive halves are in the order of their bits.
     largest = max(largest, uint(as_type<ushort>(scale_at(row + CODES, FIRST + index))));
   }
+  return largest;
+}
+
+// The level that a tile's values need (`unit_of`).
+template <int KEYS, int W, int CODES, int FIRST, int COUNT>
+INLINE int scales_level(const threadgroup uint* tile, uint lane) {
+  const uint largest = largest_scale<KEYS, W, CODES, FIRST, COUNT>(tile, lane);
+  return simd_any(largest > 0x5800u) ? 2 : simd_any(largest > 0x3c00u) ? 1 : 0;
+}
+INLINE half2 halves_in_units(int level) {
+  return constant_pair(level == 0 ? 0x5800u : level == 1 ? 0x3c00u : 0x1800u);
+}
+
+template <int KEYS, int W, int CODES, int FIRST, int COUNT>
+INLINE tile_lift lift_of(const threadgroup uint* tile, uint lane) {
+  const uint largest = largest_scale<KEYS, W, CODES, FIRST, COUNT>(tile, lane);
   tile_lift out = no_lift();
   if (simd_any(largest > 0x5c00u)) {
     out.operand = constant_pair(0x2000u);  // 2^-7
@@ -252,15 +333,18 @@ INLINE void add_group(
     tile_lane at) {
   constexpr int P = per_word(BITS);
   constexpr int PER_GROUP = GROUP * BITS / 128 > 0 ? GROUP * BITS / 128 : 1;
-  float2 c0 = offset, c1 = offset;
+  float2 c0, c1;
   UNROLL for (int j = 0; j < PER_GROUP; j++) {
     const counter slot = group * PER_GROUP + j;
     const uint a = upper[4 * slot + at.pair];
     const uint b = lower[4 * slot + at.pair];
     UNROLL for (int i = 0; i < P; i += 2) {
-      multiply(
+      const bool begins = j == 0 && i == 0;
+      multiply_onto(
           c0,
           c1,
+          begins ? offset : c0,
+          begins ? offset : c1,
           raw_codes<BITS>(a, i),
           raw_codes<BITS>(b, i),
           raw_codes<BITS>(a, i + 1),
@@ -275,14 +359,15 @@ INLINE void add_group(
   s1 = float2(s1.x + scale1 * c1.x, s1.y + scale1 * c1.y);
 }
 
-// Scores of keys row (s0) and row + 8 (s1) of the tile for queries 2 * pair and 2 * pair + 1.
-// W words a row; scales begin at word CODES. Operands and offsets are in registers if HOLD_QUERIES
+// Scores of the tile's keys of a block (s0) and of the next one (s1), those of a lane's row, for
+// queries 2 * pair and 2 * pair + 1. W words a row; scales begin at word CODES. Operands and offsets are in registers if HOLD_QUERIES
 // (an enumerator of mlx_kvq/ops/gpu/jit.py), else in threadgroup memory.
-template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int CODES>
+template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int CODES, int STEP>
 INLINE void scores(
     thread float2& s0,
     thread float2& s1,
     const threadgroup uint* tile,
+    int block,
     const thread half2* held_queries,
     const thread float2* held_offsets,
     const threadgroup half2* queries,
@@ -293,8 +378,8 @@ INLINE void scores(
   constexpr int P = per_word(BITS);
   constexpr int WORDS = D * BITS / 32;
   constexpr int SLOTS = key_slots(D, BITS);
-  const threadgroup uint* upper = tile + at.row * W;
-  const threadgroup uint* lower = upper + 8 * W;
+  const threadgroup uint* upper = tile + tile_key<STEP>(block, at.row) * W;
+  const threadgroup uint* lower = tile + tile_key<STEP>(block + 1, at.row) * W;
   s0 = float2(0.0f, 0.0f);
   s1 = float2(0.0f, 0.0f);
   if (whole_slots(BITS, GROUP) && HOLD_QUERIES != 0) {
@@ -335,79 +420,99 @@ INLINE void scores(
 }
 
 // Channel of a lane's accumulator `tile` of a slice (it may be past D).
-template <int D, int BITS, int SLICES>
+template <int D, int BITS, int GROUP, int SLICES>
 INLINE int value_channel(int tile, uint row, counter slice) {
-  constexpr int P = per_word(BITS);
-  constexpr int UNITS = value_units(D, BITS) / SLICES;
-  return (int(8 * slice + row) * UNITS + tile / P) * P + tile % P;
+  constexpr int RUN = value_run(D, BITS, GROUP);
+  constexpr int RUNS = value_tiles(D, BITS) / SLICES / RUN;
+  return (8 * (int(slice) * RUNS + tile / RUN) + int(row)) * RUN + tile % RUN;
 }
 
-// sums += values x probabilities of 16 keys; p0 and p1 are right operands of keys 0-7 and 8-15.
-// Value codes begin at word FIRST; the values' scales are number SCALE on, from word CODES.
+// Numbers `index` of the scales that begin at two words: of the two keys that a lane's components of
+// a right operand belong to, or of two keys of its left one.
+INLINE half2 scale_pair(const threadgroup uint* a, const threadgroup uint* b, counter index) {
+  const uint x = a[index / 2], y = b[index / 2];
+  return as_type<half2>(index % 2 == 0 ? lower_halves(x, y) : upper_halves(x, y));
+}
+
+// sums += values x probabilities of 16 keys; p0 and p1 are right operands of a block's keys and of
+// the next one's. Value codes begin at word FIRST; the values' scales are number SCALE on, from word
+// CODES.
 template <
-    int D, int BITS, int GROUP, bool HALF_STEP, int W, int FIRST, int CODES, int SCALE, int SLICES>
+    int D, int BITS, int GROUP, bool HALF_STEP, int W, int FIRST, int CODES, int SCALE, int SLICES,
+    int STEP>
 INLINE void add_values(
     thread float2* sums,
     const threadgroup uint* tile,
+    int block,
     half2 p0,
     half2 p1,
-    half2 lift,
+    int level,
     counter slice,
     tile_lane at) {
   constexpr int P = per_word(BITS);
   constexpr int ALL = D * BITS / 16;
   constexpr int UNITS = value_units(D, BITS) / SLICES;
-  const counter place = 8 * slice + at.row;
-  // A lane's channels share a scale, and its units fill whole words.
-  constexpr bool ONE_SCALE = ALL % 8 == 0 && GROUP % (UNITS * P) == 0;
-  constexpr bool WORDS = ALL % 8 == 0 && UNITS % 2 == 0;
+  constexpr bool WORDS = by_words(D, BITS, GROUP);
+  constexpr bool SCALED = one_group(D, BITS, GROUP);  // probabilities are
+  constexpr int CHANNELS = 8 * value_run(D, BITS, GROUP);  // of a product's rows
+  constexpr int TOGETHER = WORDS ? 2 : 1;  // units
   const threadgroup uint* keys[4];
   UNROLL for (int k = 0; k < 4; k++) {
-    keys[k] = tile + (2 * at.pair + k % 2 + k / 2 * 8) * W;
+    keys[k] = tile + tile_key<STEP>(block + k / 2, 2 * at.pair + uint(k % 2)) * W;
+  }
+  const threadgroup uint* operand_scales[4];
+  UNROLL for (int k = 0; k < 4; k++) {
+    operand_scales[k] =
+        tile + tile_key<STEP>(block + k / 2, operand_row(at, k % 2)) * W + CODES;
   }
   const half2 middle = constant_pair(HALF_STEP ? 0x3800u : 0u);  // 0.5
+  const half2 lift = halves_in_units(level);
+  half2 scaled[2] = {p0, p1};
   half2 step[2], shift[2];
-  uint words[4];
-  UNROLL for (int unit = 0; unit < UNITS; unit++) {
-    const counter u = min(counter(place * UNITS + unit), counter(ALL - 1));
-    if (unit == 0 || !ONE_SCALE) {
-      const counter group = u * P / GROUP;
+  UNROLL for (int unit = 0; unit < UNITS; unit += TOGETHER) {
+    const counter part = slice * (UNITS / TOGETHER) + unit / TOGETHER;
+    if (SCALED) {
+      const counter group = GROUP == D ? counter(0) : part * CHANNELS / GROUP;
+      if (unit == 0 || (GROUP != D && unit / TOGETHER * CHANNELS % GROUP == 0)) {
+        scaled[0] = p0 * scale_pair(operand_scales[0], operand_scales[1], SCALE + group);
+        scaled[1] = p1 * scale_pair(operand_scales[2], operand_scales[3], SCALE + group);
+      }
+    } else {
+      const counter u = min(counter(8 * part + at.row), counter(ALL - 1));
       UNROLL for (int k = 0; k < 2; k++) {
-        const half even = scale_at(keys[2 * k] + CODES, SCALE + group);
-        const half odd = scale_at(keys[2 * k + 1] + CODES, SCALE + group);
-        step[k] = half2(even, odd) * lift;
+        step[k] = scale_pair(
+                      keys[2 * k] + CODES, keys[2 * k + 1] + CODES, SCALE + u * P / GROUP) *
+            lift;
         shift[k] = middle * step[k];
       }
     }
-    uint pairs[2];
+    uint pairs[TOGETHER][2];
     if (WORDS) {
-      if (unit % 2 == 0) {
-        UNROLL for (int k = 0; k < 4; k++) {
-          words[k] = keys[k][FIRST + place * (UNITS / 2) + unit / 2];
-        }
-        pairs[0] = (words[0] & 0xffffu) | (words[1] << 16);
-        pairs[1] = (words[2] & 0xffffu) | (words[3] << 16);
-      } else {
-        pairs[0] = (words[0] >> 16) | (words[1] & 0xffff0000u);
-        pairs[1] = (words[2] >> 16) | (words[3] & 0xffff0000u);
+      UNROLL for (int k = 0; k < 2; k++) {
+        const uint a = keys[2 * k][FIRST + 8 * part + at.row];
+        const uint b = keys[2 * k + 1][FIRST + 8 * part + at.row];
+        pairs[0][k] = lower_halves(a, b);
+        pairs[TOGETHER - 1][k] = upper_halves(a, b);
       }
     } else {
+      const counter u = min(counter(8 * part + at.row), counter(ALL - 1));
       UNROLL for (int k = 0; k < 2; k++) {
         const uint a = reinterpret_cast<const threadgroup ushort*>(keys[2 * k] + FIRST)[u];
         const uint b = reinterpret_cast<const threadgroup ushort*>(keys[2 * k + 1] + FIRST)[u];
-        pairs[k] = a | (b << 16);
+        pairs[0][k] = a | (b << 16);
       }
     }
-    UNROLL for (int i = 0; i < P; i += 2) {
-      multiply(
-          sums[unit * P + i],
-          sums[unit * P + i + 1],
-          fma(centred_codes<BITS>(pairs[0], i), step[0], shift[0]),
-          fma(centred_codes<BITS>(pairs[0], i + 1), step[0], shift[0]),
-          fma(centred_codes<BITS>(pairs[1], i), step[1], shift[1]),
-          fma(centred_codes<BITS>(pairs[1], i + 1), step[1], shift[1]),
-          p0,
-          p1);
+    UNROLL for (int h = 0; h < TOGETHER; h++) {
+      UNROLL for (int i = 0; i < P; i += 2) {
+        half2 a[4];
+        UNROLL for (int k = 0; k < 4; k++) {
+          a[k] = SCALED ? doubled_levels<BITS, HALF_STEP>(pairs[h][k / 2], i + k % 2)
+                        : fma(centred_codes<BITS>(pairs[h][k / 2], i + k % 2), step[k / 2],
+                              shift[k / 2]);
+        }
+        const int to = (unit + h) * P + i;
+        multiply(sums[to], sums[to + 1], a[0], a[1], a[2], a[3], scaled[0], scaled[1]);
+      }
     }
   }
 }
@@ -431,7 +536,15 @@ INLINE float2 exact_score(const device T* key, const threadgroup half2* queries,
   return float2(rows_sum(s.x), rows_sum(s.y));
 }
 
-// ... and sums += its value times probabilities; a lane's accumulators are neighbouring channels.
+// ... and sums += its value times probabilities. COUNT accumulators of a lane, from `first` on.
+template <int D, int BITS, int GROUP, int SLICES, int COUNT, typename T>
+INLINE void read_value(thread float* x, const device T* value, int first, uint row, counter slice) {
+  constexpr int RUN = value_run(D, BITS, GROUP);
+  UNROLL for (int i = 0; i < COUNT; i += RUN) {
+    read_exact<D, RUN>(
+        x + i, value, value_channel<D, BITS, GROUP, SLICES>(first + i, row, slice));
+  }
+}
 template <int TILES>
 INLINE void add_exact(thread float2* sums, const thread float* y, float2 p) {
   UNROLL for (int i = 0; i < TILES; i++) {

@@ -7,24 +7,15 @@ INLINE int recent_of(int least, int grows, int tokens) {
   return tokens < grows ? least : tokens / 2 < grows ? 2 * least : 4 * least;
 }
 
-// Integers of attend's launch that its loops need: in registers if HOLD_QUERIES, else they are read
-// again from threadgroup memory, where registers are few.
+// Integers of attend's launch that its loops need, in threadgroup memory: registers are few.
 enum : int {
   AT_LENGTH, AT_LOW_EDGE, AT_HIGH_EDGE, AT_HOLE, AT_HOLE_END, AT_ROWS_START, AT_END, AT_NEWEST,
   AT_FIRSTS, AT_PLACE, AT_KEEP, AT_IDX, AT_BATCH, AT_KV_HEAD, AT_HEADS, AT_QUERIES, AT_FIRST_ROW,
   AT_SPLIT, AT_SPLITS, AT_TILE, AT_TILE_END, AT_EXACT_TILES, AT_FIRST_TILE, AT_KV_HEADS, NUMBERS
 };
-INLINE int number(int held, const threadgroup int* numbers, int at) {
-  return HOLD_QUERIES != 0 ? held : numbers[at];
-}
 // Of a lane's two query rows.
 INLINE float2 pair_of(const threadgroup float* x, tile_lane at) {
   return float2(x[2 * at.pair], x[2 * at.pair + 1]);
-}
-template <bool HELD>
-INLINE int64_t mask_of(
-    const thread int64_t* held, const threadgroup int64_t* mask_rows, int i, tile_lane at) {
-  return HELD ? held[i] : mask_rows[2 * int(at.pair) + i];
 }
 
 // Which keys the query at a position may attend to: [low, high). Its tail begins with `oldest`, a

@@ -118,4 +118,21 @@ INLINE void copy_rows(threadgroup uint* tile, const device uint* rows, int valid
   }
 }
 
+// A tile of TK rows, on its way to threadgroup memory while the SIMD group goes on
+// (`wait_for_copies`); the last one and one that is not aligned are there at once.
+enum : int { ROWS_ARE_SENT = COPIES_ARE_ASYNCHRONOUS };
+template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
+INLINE void send_rows(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
+  if (valid >= TK && reinterpret_cast<uint64_t>(rows) % 16 == 0) {
+    constexpr int COPIES = TK * W / 4;
+    UNROLL for (int i = 0; i < (COPIES + 31) / 32; i++) {
+      if (32 * i + 32 <= COPIES || 32 * i + int(lane) < COPIES) {
+        begin_copy(tile + 4 * lane + 128 * i, rows + 4 * lane + 128 * i);
+      }
+    }
+  } else {
+    copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(tile, rows, valid, lane);
+  }
+}
+
 }  // namespace kvq

@@ -11,8 +11,7 @@ from .. import memo
 # of more than RECENT tokens; NEXT is the row after the newest token's. Of
 # FIRSTS first tokens the first one is at place FIRST_AT, unless each sequence has a place.
 _ATTEND = (
-    "LENGTH", "HEADS", "QUERIES", "SCALE", "CAUSAL", "WINDOW", "RECENT", "GROWS", "KEEP", "NEXT",
-    "FIRSTS", "FIRST_AT",
+    "LENGTH", "SCALE", "CAUSAL", "WINDOW", "RECENT", "GROWS", "KEEP", "NEXT", "FIRSTS", "FIRST_AT",
 )  # fmt: skip
 _UNPACK = ("LENGTH", "FIRSTS", "FIRST_AT")
 ARGUMENTS: dict[str, tuple[str, ...]] = {

@@ -85,9 +85,8 @@ class Attend:
         self.first, self.places = first is not None, first is not None and first.has_places
         self.starts, self.sinks = mask.starts is not None, sinks is not None
         heads, L = q.shape[1] // self.Hkv, q.shape[2]
+        self.ends = {"heads": heads, "queries": L, "scale": _bits(scale)}
         self.given = {
-            "heads": heads,
-            "queries": L,
             "scale": _bits(scale),
             "causal": mask.causal,
             "window": mask.window or 0,
@@ -117,7 +116,7 @@ class Attend:
         many = (*self.like[:1], parts)
         second = launches[1].prepared(many) if len(launches) > 1 else None
         info, arrivals = self._info(packed), self._arrivals(launches[0])
-        ends = integers("combine", **{n: self.given[n] for n in ("heads", "queries", "scale")})
+        ends = integers("combine", **self.ends)
         return Step(first, second, info, ends, scores, arrivals, self.machine == "metal")
 
     def _info(self, packed: Packed) -> mx.array:

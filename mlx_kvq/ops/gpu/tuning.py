@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from ...format.layout import RowLayout
 
-THREADGROUP_MEMORY = 32 * 1024
 VECTOR_KEYS = 32  # of a tile, a lane one
 
 
@@ -53,8 +52,9 @@ class Tuning:
             matrix products (``kernels/attend_vector.metal``); 0 for never.
         vector_few (int): Up to so many threadgroups of it, at most 16 splits, a split of two tiles
             pays.
-        prefetch (bool): attend loads its next tile, and an exact token's value, into registers
-            ahead of their use.
+        prefetch (bool): attend loads its next tile, and an exact token's value, ahead of their
+            use: the tile into threadgroup memory, or, where codes have 3 or 5 bits, into registers.
+        threadgroup_memory (int): Bytes that a threadgroup may have.
     """
 
     keys: int
@@ -83,6 +83,7 @@ class Tuning:
     vector_rows: int = 0
     vector_few: int = 0
     prefetch: bool = False
+    threadgroup_memory: int = 32 * 1024
 
     def when(self, parallel: int, lay: RowLayout) -> "Tuning":
         """The launch sizes for so many threadgroups of one split."""
@@ -141,6 +142,7 @@ TUNING = {
         fed_at_once=4,
         hold_queries=True,
         prefetch=True,
+        threadgroup_memory=48 * 1024,
     ),
 }
 
@@ -159,15 +161,16 @@ def replays(machine: str) -> bool:
 
 def _memory(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int) -> int:
     """Bytes of threadgroup memory that ``kernels/attend_begin.metal`` declares without ROWS."""
+    sent = tuning.prefetch and lay.wide == lay  # narrow codes come through registers
     lay = lay.wide  # rows as they are there
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
     sums = 64 * units * (16 // lay.v_bits)
-    words = max(simd_groups * keys * lay.words, simd_groups // 2 * sums, 8 * lay.v_dim)
+    tiles = simd_groups * keys * lay.words * (2 if sent else 1)
+    words = max(tiles, simd_groups // 2 * sums, 8 * lay.v_dim)
     operands = -(-lay.k_words // 4) * (16 // lay.k_bits)
     size = 4 * (words + 3) + 16 * (8 * operands + 1) + 32 + 64 * simd_groups
     size += 32 * lay.k_dim // lay.k_group  # not there if a kernel keeps them in registers
-    if not tuning.hold_queries:
-        size += 256
+    size += 256  # integers of the launch
     if tuning.slice_values:
         size += (16 * keys + 4) * simd_groups
     return size
@@ -197,7 +200,7 @@ def attend_shape(lay: RowLayout, tuning: Tuning, rows: int = 0) -> tuple[int, in
     if rows:
         return tuning.simd_groups, VECTOR_KEYS
     keys, groups = tuning.keys, tuning.simd_groups
-    while _memory(lay, tuning, keys, groups) > THREADGROUP_MEMORY:
+    while _memory(lay, tuning, keys, groups) > tuning.threadgroup_memory:
         if keys > 16:
             keys //= 2
         else:
