@@ -45,16 +45,14 @@ float2 m = lowest_logit;
 float2 l = float2(0.0f, 0.0f);
 float2 sums[V_TILES];
 UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
-// What sums are in units of (`scales_level`), and their levels in units of a half. Probabilities are
-// 2^8 times as large, so that the small ones have all bits of fp16.
 constexpr bool SCALED = kvq::one_group(VD, V_READ, VG);
-constexpr float PER_SUM = 0.00390625f * kvq::per_level(VD, V_READ, VG);
+constexpr float PER_SUM = kvq::per_level(VD, V_READ, VG);
 constexpr int STEP = kvq::key_step(TILE_W, TK);
 int level = 0;
 const kvq::counter slice = group % SLICES;
 const kvq::counter zero = kvq::unknown_zero(length);
-constexpr float LARGE = 1.0f / PER_SUM;
-const float enlarge_exact = LARGE * kvq::one_in_units(0);
+// Exact values are added as levels are.
+const float as_levels = kvq::levels_lift<SCALED>(0) / PER_SUM;
 
 if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of each at a time
   const int stride = numbers[kvq::AT_SPLITS] * NSG;
@@ -116,13 +114,15 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
       }
       s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
     }
-    float2 top = float2(max(m.x, kvq::rows_max(s.x)), max(m.y, kvq::rows_max(s.y)));
+    float2 top = float2(kvq::rows_max(s.x), kvq::rows_max(s.y));
     top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
-    kvq::raise<V_TILES>(sums, m, l, level, top, level);
+    if (simd_any(kvq::exceeds<SCALED>(top, m, level))) {
+      kvq::raise<SCALED, V_TILES>(sums, m, l, level, top, level);
+    }
     const float2 p = float2(fast::exp2(s.x - m.x), fast::exp2(s.y - m.y));
     l = float2(l.x + p.x, l.y + p.y);
     probabilities[own_group * kvq::probability_pairs(TK) + int(4 * own_at.row + own_at.pair)] =
-        float2(enlarge_exact * p.x, enlarge_exact * p.y);
+        float2(as_levels * p.x, as_levels * p.y);
     kvq::slices_barrier<SLICES>();
     ROLLED for (kvq::counter i = 0; i < 8u * SLICES + zero; i++) {
       const kvq::counter other = own_group - own_slice + i % SLICES;
@@ -183,15 +183,13 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
           (is_first ? !TAIL || t < range.oldest : is_ring || key >= range.oldest);
     }
     s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
-    const float2 top = float2(max(m.x, s.x), max(m.y, s.y));
-    const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
-    const float2 p = float2(fast::exp2(s.x - top.x), fast::exp2(s.y - top.y));
-    // Totals are added up over the eight rows of a column pair at the end.
-    l = float2(l.x * f.x + (at.row == 0 ? p.x : 0.0f), l.y * f.y + (at.row == 0 ? p.y : 0.0f));
-    UNROLL for (int i = 0; i < V_TILES; i++) {
-      sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
+    if (simd_any(kvq::exceeds<SCALED>(s, m, level))) {
+      kvq::raise<SCALED, V_TILES>(sums, m, l, level, s, level);
     }
-    const float2 large = float2(enlarge_exact * p.x, enlarge_exact * p.y);
+    const float2 p = float2(fast::exp2(s.x - m.x), fast::exp2(s.y - m.y));
+    // Totals are added up over the eight rows of a column pair at the end.
+    l = float2(l.x + (at.row == 0 ? p.x : 0.0f), l.y + (at.row == 0 ? p.y : 0.0f));
+    const float2 large = float2(as_levels * p.x, as_levels * p.y);
     if (PREFETCH != 0) {
       kvq::add_exact<PREFETCH != 0 ? V_TILES : 1>(sums, exact_value, large);
     } else {
@@ -202,7 +200,6 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
         kvq::add_exact<PART>(sums + i, part, large);
       }
     }
-    m = top;
   }
 }
 // With slices all SIMD groups stay together, also those that have no tile left.
@@ -226,7 +223,7 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
   const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
   const auto own_offsets = shared_offsets + own_at.pair * (HELD ? 1 : OFFSETS);
   float2 s[TK / 8];
-  float2 top = m;
+  float2 top = lowest_logit;
   if (!has_tile) {
     UNROLL for (int i = 0; i < TK / 8; i++) s[i] = float2(masked, masked);
   } else {
@@ -306,27 +303,29 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
     UNROLL for (int i = 0; i < TK / 8; i++) {
       top = float2(max(top.x, s[i].x), max(top.y, s[i].y));
     }
-    top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
   }
   int own_level = 0;
   if (has_tile) {
     own_level = kvq::scales_level<TK, TILE_W, TILE_CODES, K_SCALES, VD / VG>(own, own_lane);
   }
-  if (SLICES > 1 && own_lane == 0) levels[own_group] = own_level;
-  top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
   if (SLICES > 1) {
+    if (own_lane == 0) levels[own_group] = own_level;
+    top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
+    top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
     UNROLL for (int i = 0; i < SLICES; i++) {
       own_level = max(own_level, levels[own_group - own_slice + i]);
     }
   }
-  kvq::raise<V_TILES>(sums, m, l, level, top, max(level, own_level));
-  const float enlarge = SCALED ? 256.0f * kvq::one_in_units(level) : 256.0f;
+  if (simd_any(own_level > level || kvq::exceeds<SCALED>(top, m, level))) {
+    if (SLICES == 1) top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
+    kvq::raise<SCALED, V_TILES>(sums, m, l, level, top, max(level, own_level));
+  }
   half2 p[TK / 8];
   UNROLL for (int i = 0; i < TK / 8; i++) {
     const float x = fast::exp2(s[i].x - m.x);
     const float y = fast::exp2(s[i].y - m.y);
     l = float2(l.x + x, l.y + y);
-    p[i] = kvq::right_operand(half2(half(x * enlarge), half(y * enlarge)));
+    p[i] = kvq::right_operand(half2(half(x), half(y)));
   }
   if (SLICES == 1) {
     UNROLL for (int i = 0; i < TK / 8; i += 2) {
@@ -352,7 +351,10 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
 }
 
 // Merge the SIMD groups: common maximum, then sums added in a tree through the tiles' memory.
-l = float2(kvq::rows_sum(l.x), kvq::rows_sum(l.y));
+const float exponent = kvq::exponent_of<SCALED>(level);
+const float smaller = fast::exp2(-exponent);
+m = float2(m.x + exponent, m.y + exponent);
+l = float2(smaller * kvq::rows_sum(l.x), smaller * kvq::rows_sum(l.y));
 if (at.row == 0) {
   UNROLL for (int i = 0; i < 2; i++) {
     maxima[8 * group + 2 * int(at.pair) + i] = i == 0 ? m.x : m.y;
@@ -366,7 +368,7 @@ UNROLL for (int g = 0; g < NSG; g++) {
   top.y = max(top.y, maxima[8 * g + 2 * int(at.pair) + 1]);
 }
 {
-  const float unit = PER_SUM * kvq::unit_of(level);
+  const float unit = PER_SUM * smaller / kvq::levels_lift<SCALED>(level);
   const float2 f = float2(fast::exp2(m.x - top.x) * unit, fast::exp2(m.y - top.y) * unit);
   UNROLL for (int i = 0; i < V_TILES; i++) {
     sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);

@@ -109,30 +109,43 @@ INLINE float2 top_of_slices(threadgroup float* maxima, float2 top, counter group
   return top;
 }
 
-// Sums of values are in units of a level, which only rises: 2^-7 while no scale is above 1, then 1
-// up to 2^7, then 2^9. Probabilities are 2^8 / unit times as large where the scale multiplies them,
-// and levels 1 / unit times where it multiplies these: neither overflows, and both keep their bits.
-INLINE float unit_of(int level) {
-  return level == 0 ? 0.0078125f : level == 1 ? 1.0f : 512.0f;
+// How large a tile's value scales are says how probabilities and values become fp16 operands that
+// neither overflow nor lose bits. The level of a SIMD group's sums only rises: 0 while no scale is
+// above 1, 1 up to 2^7, 2. If SCALED, probabilities are multiplied by scales: they are made 2^11, 2^4
+// or 2^-5 times as large. Else levels are: these are made 2^7, 1 or 2^-9 times as large, and
+// probabilities 2^4 times.
+template <bool SCALED>
+INLINE float exponent_of(int level) {
+  return !SCALED || level == 1 ? 4.0f : level == 0 ? 11.0f : -5.0f;
 }
-INLINE float one_in_units(int level) {
-  return level == 0 ? 128.0f : level == 1 ? 1.0f : 0.001953125f;
+template <bool SCALED>
+INLINE float levels_lift(int level) {
+  return SCALED || level == 1 ? 1.0f : level == 0 ? 128.0f : 0.001953125f;
 }
-// Makes `top` the maximum that sums and totals refer to, and `to_level` the level of sums.
-template <int TILES>
+
+// A probability is 2^(logit - m) with the enlargement in m. It may exceed that by 2^SLACK: sums are
+// rescaled only where a logit is larger, as few are after the first tiles.
+enum : int { SLACK = 4 };
+template <bool SCALED>
+INLINE bool exceeds(float2 top, float2 m, int level) {
+  const float most = exponent_of<SCALED>(level) + float(SLACK);
+  return top.x > m.x + most || top.y > m.y + most;
+}
+// Makes the logit `top`, or the one so far, what probabilities refer to, and `to_level` the level.
+template <bool SCALED, int TILES>
 INLINE void raise(
     thread float2* sums, thread float2& m, thread float2& l, thread int& level, float2 top,
     int to_level) {
-  if (simd_any(top.x > m.x || top.y > m.y || to_level > level)) {
-    const float2 f = float2(fast::exp2(m.x - top.x), fast::exp2(m.y - top.y));
-    const float unit = unit_of(level) * one_in_units(to_level);
-    l = float2(l.x * f.x, l.y * f.y);
-    UNROLL for (int i = 0; i < TILES; i++) {
-      sums[i] = float2(sums[i].x * (f.x * unit), sums[i].y * (f.y * unit));
-    }
-    m = top;
-    level = to_level;
+  const float was = exponent_of<SCALED>(level), is = exponent_of<SCALED>(to_level);
+  const float2 to = float2(max(m.x + was, top.x) - is, max(m.y + was, top.y) - is);
+  const float2 f = float2(fast::exp2(m.x - to.x), fast::exp2(m.y - to.y));
+  const float lift = SCALED ? 1.0f : levels_lift<SCALED>(to_level) / levels_lift<SCALED>(level);
+  l = float2(l.x * f.x, l.y * f.y);
+  UNROLL for (int i = 0; i < TILES; i++) {
+    sums[i] = float2(sums[i].x * (f.x * lift), sums[i].y * (f.y * lift));
   }
+  m = to;
+  level = to_level;
 }
 
 INLINE half2 constant_pair(uint bits) {
@@ -182,20 +195,20 @@ INLINE half2 doubled_levels(uint word, int i) {
   return raw + constant_pair(HALF_STEP ? 0xe40fu : 0xe410u);  // -1039, -1040
 }
 
-// What `raw_codes` adds to a level, in two exact summands: the magic number ...
-INLINE half2 raw_magic() {
-  return constant_pair(0x6400u);
+// Minus what `raw_codes` adds to a level, in two exact summands: the magic number ...
+INLINE half2 minus_magic() {
+  return constant_pair(0xe400u);
 }
 // ... and the middle: 7.5 and 16 * 7.5 (half-step levels), or 8 and 16 * 8; 127.5 or 128.
 template <int BITS, bool HALF_STEP>
-INLINE half2 raw_middle(int i) {
+INLINE half2 minus_middle(int i) {
   if (BITS == 8) {
-    return constant_pair(HALF_STEP ? 0x57f8u : 0x5800u);
+    return constant_pair(HALF_STEP ? 0xd7f8u : 0xd800u);
   }
   if (is_upper(BITS, i)) {
-    return constant_pair(HALF_STEP ? 0x5780u : 0x5800u);
+    return constant_pair(HALF_STEP ? 0xd780u : 0xd800u);
   }
-  return constant_pair(HALF_STEP ? 0x4780u : 0x4800u);
+  return constant_pair(HALF_STEP ? 0xc780u : 0xc800u);
 }
 
 // Row `k` of the queries' operand number `i` of a slot holds this channel (it may be past D).
@@ -238,16 +251,12 @@ INLINE uint largest_scale(const threadgroup uint* tile, uint lane) {
   return largest;
 }
 
-// The level that a tile's values need (`unit_of`).
+// The level that a tile's values need.
 template <int KEYS, int W, int CODES, int FIRST, int COUNT>
 INLINE int scales_level(const threadgroup uint* tile, uint lane) {
   const uint largest = largest_scale<KEYS, W, CODES, FIRST, COUNT>(tile, lane);
   return simd_any(largest > 0x5800u) ? 2 : simd_any(largest > 0x3c00u) ? 1 : 0;
 }
-INLINE half2 halves_in_units(int level) {
-  return constant_pair(level == 0 ? 0x5800u : level == 1 ? 0x3c00u : 0x1800u);
-}
-
 template <int KEYS, int W, int CODES, int FIRST, int COUNT>
 INLINE tile_lift lift_of(const threadgroup uint* tile, uint lane) {
   const uint largest = largest_scale<KEYS, W, CODES, FIRST, COUNT>(tile, lane);
@@ -302,12 +311,13 @@ INLINE float2 score_offset(const thread half2* operands, int group) {
   UNROLL for (int i = 0; i < TILES; i += 2) {
     const half2 b0 = operands[group * TILES + i];
     const half2 b1 = operands[group * TILES + i + 1];
-    const half2 a0 = raw_middle<BITS, HALF_STEP>(i % P);
-    const half2 a1 = raw_middle<BITS, HALF_STEP>((i + 1) % P);
-    multiply(c, unused, raw_magic(), raw_magic(), raw_magic(), raw_magic(), b0, b1);
+    const half2 a0 = minus_middle<BITS, HALF_STEP>(i % P);
+    const half2 a1 = minus_middle<BITS, HALF_STEP>((i + 1) % P);
+    const half2 magic = minus_magic();
+    multiply(c, unused, magic, magic, magic, magic, b0, b1);
     multiply(c, unused, a0, a0, a1, a1, b0, b1);
   }
-  return float2(-c.x, -c.y);
+  return c;
 }
 
 template <int BITS>
@@ -466,7 +476,8 @@ INLINE void add_values(
         tile + tile_key<STEP>(block + k / 2, operand_row(at, k % 2)) * W + CODES;
   }
   const half2 middle = constant_pair(HALF_STEP ? 0x3800u : 0u);  // 0.5
-  const half2 lift = halves_in_units(level);
+  const half lifted = half(levels_lift<SCALED>(level));
+  const half2 lift = half2(lifted, lifted);
   half2 scaled[2] = {p0, p1};
   half2 step[2], shift[2];
   UNROLL for (int unit = 0; unit < UNITS; unit += TOGETHER) {
