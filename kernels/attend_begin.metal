@@ -43,8 +43,9 @@ constexpr bool PREFETCHED = ROWS == 0 && PREFETCH != 0;
 constexpr bool SENT = PREFETCHED && kvq::ROWS_ARE_SENT != 0;
 constexpr int OWN_TILES = SENT ? 2 : 1;
 constexpr int MEMORY_TILES = ROWS > 0 ? 0 : NSG * OWN_TILES * TILE;
-constexpr int MATRIX_SUMS = NSG / 2 * SUMS > 8 * VD ? NSG / 2 * SUMS : 8 * VD;
-constexpr int MEMORY_SUMS = ROWS > 0 ? NSG / 2 * ROWS * VD : MATRIX_SUMS;
+// SIMD groups whose sums are in memory at once at the end, and beside them all rows' sums.
+constexpr int MERGED = kvq::merged_at_once(NSG, SLICES, SUMS, MEMORY_TILES);
+constexpr int MEMORY_SUMS = ROWS > 0 ? NSG / 2 * ROWS * VD : MERGED * SUMS + 8 * VD;
 constexpr bool EXACT = TAIL || FIRST;
 constexpr int MEMORY = MEMORY_TILES > MEMORY_SUMS ? MEMORY_TILES : MEMORY_SUMS;
 
@@ -76,10 +77,10 @@ const int window = info[kvq::WINDOW];
 const int query_rows = heads * L;
 const int blocks = (query_rows + 7) / 8;
 const int b = int(threadgroup_position_in_grid.z);
-const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
+const int kv_head = kvq::quotient(int(threadgroup_position_in_grid.y), blocks);
 const device float* k_table = tables;
 const auto v_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, kv_heads);
-const int first_row = int(threadgroup_position_in_grid.y) % blocks * 8;
+const int first_row = (int(threadgroup_position_in_grid.y) - kv_head * blocks) * 8;
 const int start = STARTS ? int(starts[b]) : 0;
 const auto at = kvq::tile_position(lane);
 
@@ -143,14 +144,15 @@ if (PREFETCHED && EXACT && lane < 16u) {
 if (group == NSG - 1) {
   if (lane < 8u) {
     const int row = min(first_row + int(lane), query_rows - 1);
+    const int head = kvq::quotient(row, L), at_token = row - head * L;
     const auto range = kvq::range_of<TAIL>(
-        offset + row % L, start, length, window, causal, is_ring, recent, keep, least, grows);
+        offset + at_token, start, length, window, causal, is_ring, recent, keep, least, grows);
     ranges[3 * lane] = range.low;
     ranges[3 * lane + 1] = range.high;
     ranges[3 * lane + 2] = range.oldest;
     if (MASK != 0) {
-      mask_rows[lane] = b * mask_strides[0] + (kv_head * heads + row / L) * mask_strides[1] +
-          row % L * mask_strides[2];
+      mask_rows[lane] = b * mask_strides[0] + (kv_head * heads + head) * mask_strides[1] +
+          at_token * mask_strides[2];
     }
   }
   if (lane == 0) {
@@ -185,8 +187,9 @@ for (int r = group; r < (ROWS > 0 ? ROWS : 8); r += NSG) {
   float2 z[kvq::points_of(KD)];
   float peak = 0.0f;
   if (row < query_rows) {
-    const auto x = q +
-        (b * q_strides[0] + (kv_head * heads + row / L) * q_strides[1] + row % L * q_strides[2]);
+    const int head = kvq::quotient(row, L);
+    const auto x = q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
+                        (row - head * L) * q_strides[2]);
     kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
         z, x, q_strides[3], true, k_table, kv_head, lane);
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {

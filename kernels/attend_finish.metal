@@ -11,13 +11,14 @@ for (int r = group; r < min(8, rows_left); r += NSG) {
   const auto own_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(
       tables, numbers[kvq::AT_KV_HEADS]);
   const int row = numbers[kvq::AT_FIRST_ROW] + r;
-  const int head = own_head * numbers[kvq::AT_HEADS] + row / own_L;
+  const int head = own_head * numbers[kvq::AT_HEADS] + kvq::quotient(row, own_L);
+  const int token = row - kvq::quotient(row, own_L) * own_L;
   kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
-      out + ((int64_t(own_b) * q_shape[1] + head) * own_L + row % own_L) * VD,
+      out + ((int64_t(own_b) * q_shape[1] + head) * own_L + token) * VD,
       merged + r * VD,
       kvq::join_statistics<NSG>(maxima, totals, r),
       SINKS ? float(sinks[head]) : 0.0f,
-      q + (own_b * q_strides[0] + head * q_strides[1] + row % own_L * q_strides[2]),
+      q + (own_b * q_strides[0] + head * q_strides[1] + token * q_strides[2]),
       q_strides[3],
       k_table,
       own_table,

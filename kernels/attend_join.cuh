@@ -6,21 +6,22 @@
 // fence for device memory between threadgroups on all systems that MLX supports: Apple GPUs take
 // the second launch (combine.metal).
 threadgroup bool is_last;
-__threadfence();
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (threadIdx.x == 0) {
+  __threadfence();  // of what all have written: the barrier puts it before this
   uint* arrived = const_cast<uint*>(arrivals) + blockIdx.z * gridDim.y + blockIdx.y;
   is_last = atomicInc(arrived, gridDim.x - 1) == gridDim.x - 1;
+  __threadfence();
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (is_last) {
-  __threadfence();
   constexpr int CHANNELS = (VD + 31) / 32;
   // Loads in flight: each has the latency of L2.
   constexpr int AHEAD = CHANNELS > 4 ? 8 : 16;
   for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
     const int row = first_row + r;
-    const int head = kv_head * heads + row / L;
+    const int head = kv_head * heads + kvq::quotient(row, L);
+    const int token = row - kvq::quotient(row, L) * L;
     const int64_t at_row = (int64_t(b) * q_shape[1] + kv_head * heads) * L + row;
     const float* row_partial = partial + at_row * (splits * (VD + 2));
     const float* row_statistics = row_partial + splits * VD;
@@ -58,11 +59,11 @@ if (is_last) {
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
-        out + ((int64_t(b) * q_shape[1] + head) * L + row % L) * VD,
+        out + ((int64_t(b) * q_shape[1] + head) * L + token) * VD,
         merged + r * VD,
         float2(row_top, row_total),
         SINKS ? float(sinks[head]) : 0.0f,
-        q + (b * q_strides[0] + head * q_strides[1] + row % L * q_strides[2]),
+        q + (b * q_strides[0] + head * q_strides[1] + token * q_strides[2]),
         q_strides[3],
         k_table,
         v_table,

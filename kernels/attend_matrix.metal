@@ -350,7 +350,7 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
   }
 }
 
-// Merge the SIMD groups: common maximum, then sums added in a tree through the tiles' memory.
+// Merge the SIMD groups: common maximum, then sums added through the tiles' memory.
 const float exponent = kvq::exponent_of<SCALED>(level);
 const float smaller = fast::exp2(-exponent);
 m = float2(m.x + exponent, m.y + exponent);
@@ -374,31 +374,48 @@ UNROLL for (int g = 0; g < NSG; g++) {
     sums[i] = float2(sums[i].x * f.x, sums[i].y * f.y);
   }
 }
-auto merged = kvq::floats_of(memory);
-UNROLL for (int half_way = NSG / 2; half_way >= SLICES; half_way /= 2) {
-  if (group >= half_way && group < 2 * half_way) {
-    UNROLL for (int i = 0; i < V_TILES; i++) {
-      const int to = ((group - half_way) * V_TILES + i) * 64 + int(lane);
-      merged[to] = sums[i].x;
-      merged[to + 32] = sums[i].y;
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (group < half_way) {
-    UNROLL for (int i = 0; i < V_TILES; i++) {
-      const int from = (group * V_TILES + i) * 64 + int(lane);
-      sums[i] = float2(sums[i].x + merged[from], sums[i].y + merged[from + 32]);
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-}
 // merged [8 query rows][VD]: unnormalised sums in the rotated domain.
-if (group < SLICES) {
-  UNROLL for (int i = 0; i < V_TILES; i++) {
-    const int c = kvq::value_channel<VD, V_READ, VG, SLICES>(i, at.row, slice);
+const auto merged = kvq::floats_of(memory) + MERGED * SUMS;
+{
+  const auto all = kvq::floats_of(memory) + int(lane);
+  if (MERGED < NSG) {  // to the first half of the SIMD groups what the second half has
+    if (group >= MERGED) {
+      UNROLL for (int i = 0; i < V_TILES; i++) {
+        all[((group - MERGED) * V_TILES + i) * 64] = sums[i].x;
+        all[((group - MERGED) * V_TILES + i) * 64 + 32] = sums[i].y;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (group < MERGED) {
+      UNROLL for (int i = 0; i < V_TILES; i++) {
+        sums[i].x += all[(group * V_TILES + i) * 64];
+        sums[i].y += all[(group * V_TILES + i) * 64 + 32];
+      }
+    }
+  }
+  if (group < MERGED) {
+    UNROLL for (int i = 0; i < V_TILES; i++) {
+      all[(group * V_TILES + i) * 64] = sums[i].x;
+      all[(group * V_TILES + i) * 64 + 32] = sums[i].y;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // A thread adds up a few neighbouring channels of a row.
+  constexpr int RUN = kvq::value_run(VD, V_READ, VG);
+  constexpr int FEW = RUN < 4 ? RUN : 4;
+  constexpr int PARTS = V_TILES / FEW;
+  for (int part = group; part < 2 * PARTS * SLICES; part += NSG) {
+    const int row = part % 2, i = part / 2 % PARTS * FEW, of = part / 2 / PARTS;
+    float x[FEW];
+    UNROLL for (int e = 0; e < FEW; e++) x[e] = 0.0f;
+    UNROLL for (int g = 0; g < MERGED / SLICES; g++) {
+      UNROLL for (int e = 0; e < FEW; e++) {
+        x[e] += all[((g * SLICES + of) * V_TILES + i + e) * 64 + 32 * row];
+      }
+    }
+    const int c = kvq::value_channel<VD, V_READ, VG, SLICES>(i, at.row, of);
     if (c < VD) {
-      merged[2 * int(at.pair) * VD + c] = sums[i].x;
-      merged[(2 * int(at.pair) + 1) * VD + c] = sums[i].y;
+      UNROLL for (int e = 0; e < FEW; e++) merged[(2 * int(at.pair) + row) * VD + c + e] = x[e];
     }
   }
 }

@@ -148,6 +148,12 @@ INLINE void raise(
   level = to_level;
 }
 
+// Of NSG SIMD groups with `sums` words each, how many can have them in memory at once that holds
+// `tiles` words anyway: all, or half.
+constexpr int merged_at_once(int NSG, int SLICES, int sums, int tiles) {
+  return NSG * sums <= (tiles > 6144 ? tiles : 6144) || NSG / 2 < SLICES ? NSG : NSG / 2;
+}
+
 INLINE half2 constant_pair(uint bits) {
   return as_type<half2>(bits | (bits << 16));
 }

@@ -7,6 +7,11 @@ INLINE int recent_of(int least, int grows, int tokens) {
   return tokens < grows ? least : tokens / 2 < grows ? 2 * least : 4 * least;
 }
 
+// a / b, which takes no time for one token and one block of query rows.
+INLINE int quotient(int a, int b) {
+  return b == 1 ? a : a / b;
+}
+
 // Integers of attend's launch that its loops need, in threadgroup memory: registers are few.
 enum : int {
   AT_LENGTH, AT_LOW_EDGE, AT_HIGH_EDGE, AT_HOLE, AT_HOLE_END, AT_ROWS_START, AT_END, AT_NEWEST,

@@ -159,14 +159,31 @@ def replays(machine: str) -> bool:
     return asked == "1" if asked else TUNING[machine].replay
 
 
+def _slices(lay: RowLayout, simd_groups: int) -> int:
+    """``value_slices`` of ``kernels/tile.metal``."""
+    units, slices = -(-lay.v_dim * lay.v_bits // 128), 1
+    while (
+        2 * slices <= simd_groups
+        and lay.v_dim * lay.v_bits % 128 == 0
+        and units % (4 * slices) == 0
+        and units * (16 // lay.v_bits) >= 16 * slices
+    ):
+        slices *= 2
+    return slices
+
+
 def _memory(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int) -> int:
     """Bytes of threadgroup memory that ``kernels/attend_begin.metal`` declares without ROWS."""
     sent = tuning.prefetch and lay.wide == lay  # narrow codes come through registers
     lay = lay.wide  # rows as they are there
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
-    sums = 64 * units * (16 // lay.v_bits)
+    slices = _slices(lay, simd_groups) if tuning.slice_values else 1
+    sums = 64 * units * (16 // lay.v_bits) // slices
     tiles = simd_groups * keys * lay.words * (2 if sent else 1)
-    words = max(tiles, simd_groups // 2 * sums, 8 * lay.v_dim)
+    merged = simd_groups
+    if simd_groups * sums > max(tiles, 6144) and simd_groups // 2 >= slices:
+        merged //= 2
+    words = max(tiles, merged * sums + 8 * lay.v_dim)
     operands = -(-lay.k_words // 4) * (16 // lay.k_bits)
     size = 4 * (words + 3) + 16 * (8 * operands + 1) + 32 + 64 * simd_groups
     size += 32 * lay.k_dim // lay.k_group  # not there if a kernel keeps them in registers
