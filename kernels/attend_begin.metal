@@ -37,11 +37,10 @@ constexpr int V_TILES = kvq::value_tiles(VD, V_READ) / SLICES;  // accumulators 
 constexpr bool WHOLE = ROWS == 0 && kvq::whole_slots(K_READ, KG);
 constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
-// A SIMD group's next tile is on its way while it works on one: in threadgroup memory of its own if
-// rows are sent there, else in registers.
+// A SIMD group's next tiles are on their way while it works on one: OWN_TILES - 1 of them to
+// threadgroup memory if rows are sent there, else one to registers.
 constexpr bool PREFETCHED = ROWS == 0 && PREFETCH != 0;
 constexpr bool SENT = PREFETCHED && kvq::ROWS_ARE_SENT != 0;
-constexpr int OWN_TILES = SENT ? 2 : 1;
 constexpr int MEMORY_TILES = ROWS > 0 ? 0 : NSG * OWN_TILES * TILE;
 // SIMD groups whose sums are in memory at once at the end, and beside them all rows' sums.
 constexpr int MERGED = kvq::merged_at_once(NSG, SLICES, SUMS, MEMORY_TILES);
@@ -49,7 +48,7 @@ constexpr int MEMORY_SUMS = ROWS > 0 ? NSG / 2 * ROWS * VD : MERGED * SUMS + 8 *
 constexpr bool EXACT = TAIL || FIRST;
 constexpr int MEMORY = MEMORY_TILES > MEMORY_SUMS ? MEMORY_TILES : MEMORY_SUMS;
 
-threadgroup uint4 memory[(MEMORY + 3) / 4];
+tile_memory(memory, (MEMORY + 3) / 4);
 threadgroup half2 queries[4 * QUERY_PAIRS];  // in a word a channel of rows 2 * pair and + 1
 threadgroup float2 shared_offsets[4 * (ROWS == 0 && HOLD_QUERIES == 0 ? OFFSETS : 1)];
 threadgroup float query_scale[8];
@@ -120,11 +119,16 @@ const int before_tiles = ROWS > 0 ? 0 : first_tile;
 const int tile_end = before_tiles + min(tiles, (split + 1) * share);
 kvq::counter tile = before_tiles + split * share + group;
 uint stage[PREFETCHED && !SENT ? STAGE : 1];
-if (SENT && tile < tile_end) {  // in flight while the queries are rotated
-  kvq::send_rows<TK, KD, KB, VD, VB, W, TILE_W>(
-      kvq::words_of(memory) + OWN_TILES * group * TILE, head_rows + int64_t(tile) * (TK * W),
-      length - int(tile) * TK, lane);
-  kvq::end_copy_group();
+if (SENT) {  // in flight while the queries are rotated
+  UNROLL for (int i = 0; i < OWN_TILES - 1; i++) {
+    const int ahead = int(tile) + i * NSG;
+    if (ahead < tile_end) {
+      kvq::send_rows<TK, KD, KB, VD, VB, W, TILE_W>(
+          kvq::words_of(memory) + (OWN_TILES * group + i) * TILE,
+          head_rows + int64_t(ahead) * (TK * W), length - ahead * TK, lane);
+    }
+    kvq::end_copy_group();
+  }
 } else if (PREFETCHED && tile < tile_end) {
   kvq::load_rows<TK, KD, KB, VD, VB, W, TILE_W>(
       stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - int(tile) * TK), lane);

@@ -210,7 +210,7 @@ const auto split_rows = HELD ? head_rows
 if (!HELD) tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
 kvq::counter turn = 0;  // which of its tiles a SIMD group works on
 for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
-     tile += NSG, turn = OWN_TILES == 1 ? 0 : 1 - turn) {
+     tile += NSG, turn = turn + 1 < OWN_TILES ? turn + 1 : 0) {
   const bool has_tile = SLICES == 1 || tile < end_of_tiles;
   kvq::slices_barrier<SLICES>();
   // Where registers are few, a turn computes its addresses again.
@@ -228,13 +228,15 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
     UNROLL for (int i = 0; i < TK / 8; i++) s[i] = float2(masked, masked);
   } else {
     if (SENT) {
-      if (tile + NSG < tile_end) {
+      const int ahead = int(tile) + (OWN_TILES - 1) * NSG;
+      if (ahead < int(end_of_tiles)) {
+        const kvq::counter free = turn == 0 ? OWN_TILES - 1 : turn - 1;
         kvq::send_rows<TK, KD, KB, VD, VB, W, TILE_W>(
-            kvq::words_of(memory) + (OWN_TILES * own_group + 1 - turn) * TILE,
-            head_rows + int64_t(tile + NSG) * (TK * W), length - int(tile + NSG) * TK, own_lane);
+            kvq::words_of(memory) + (OWN_TILES * own_group + free) * TILE,
+            head_rows + int64_t(ahead) * (TK * W), length - ahead * TK, own_lane);
       }
       kvq::end_copy_group();
-      kvq::wait_for_copies<1>();
+      kvq::wait_for_copies<OWN_TILES - 1>();
     } else if (PREFETCH != 0) {
       kvq::store_rows<TK, KD, KB, VD, VB, W, TILE_W>(own, stage, own_lane);
     } else {

@@ -7,6 +7,7 @@
 #define constant const
 #define thread
 #define threadgroup
+#define tile_memory(name, size) extern __shared__ uint4 name[]  // the launch gives it its size
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
 #define INLINE inline  // nvcc inlines all of it by itself

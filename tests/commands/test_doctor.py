@@ -365,7 +365,7 @@ def test_what_compiles_for_a_token_is_tried_again_for_a_prompt(capsys, monkeypat
             raise RuntimeError("too much threadgroup memory")
         return attend(q, *args)
 
-    sizes = replace(tuning.TUNING["metal"], busy=32, busy_narrow=(32, 4, 0))
+    sizes = replace(tuning.TUNING["metal"], busy=32)
     monkeypatch.setitem(tuning.TUNING, "metal", sizes)
     with emulated("fast"):
         monkeypatch.setattr(fused, "quantize_pack", only_few)

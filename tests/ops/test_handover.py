@@ -32,7 +32,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX c
 class CudaKernel:
     """As what ``mx.fast.cuda_kernel`` returns; outputs are zeros."""
 
-    def __init__(self, name, input_names, output_names, header, source, ensure_row_contiguous):
+    def __init__(
+        self, name, input_names, output_names, header, source, ensure_row_contiguous,
+        shared_memory,
+    ):  # fmt: skip
         self.name, self.inputs, self.outputs = f"custom_kernel_{name}", input_names, output_names
         self.header, self.body = header, source
 

@@ -341,7 +341,7 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
 
     for keys, groups, total in itertools.product((16, 32), (2, 4, 8), (132, 264, 396, 528, 1056)):
         sizes = replace(normal, keys=keys, simd_groups=groups, threadgroups=total, busy=1 << 30)
-        if tuning.attend_shape(fmt.layout, sizes) == (groups, keys):
+        if tuning.attend_shape(fmt.layout, sizes)[:2] == (groups, keys):
             chains[f"keys={keys} simd_groups={groups} threadgroups={total}"] = chain(sizes)
     times = {name: statistics.median(t) for name, t in interleave(chains).items()}
     tuning.TUNING[machine] = normal

@@ -13,8 +13,9 @@ from . import tables
 from .arguments import integers, not_small
 from .launch import Launch, like
 from .machine import machine
+from .machine import tuning as sizes
 from .plan import plan
-from .tuning import TUNING, Tuning, attend_shape, splits, vector_rows
+from .tuning import Tuning, attend_shape, splits, tile_bytes, vector_rows
 
 NEVER = 1 << 30  # tokens of a context whose exact tail grows; the kernel doubles it
 ARRIVALS = 8192  # query blocks of one launch that attend_join can count
@@ -40,7 +41,8 @@ class Grid:
         blocks (int): Threadgroups of 8 query rows of a KV head.
         parallel (int): Threadgroups of one split.
         rows (int): Query rows of ``kernels/attend_vector.metal``, 0 for matrix products.
-        groups (int), keys (int): SIMD groups and keys of a tile, compile-time constants.
+        groups (int), keys (int), tiles (int): SIMD groups, keys of a tile and tiles of a SIMD
+            group, compile-time constants.
         tuning (Tuning): Launch sizes for so many threadgroups.
     """
 
@@ -49,6 +51,7 @@ class Grid:
     rows: int
     groups: int
     keys: int
+    tiles: int
     tuning: Tuning
 
     def parts(self, length: int, L: int, window: int | None) -> int:
@@ -61,7 +64,7 @@ def grid(q: mx.array, packed: Packed) -> Grid:
     (B, Hq, L, _), Hkv, lay = q.shape, packed.rows.shape[1], packed.format.layout
     blocks = -(-(Hq // Hkv) * L // 8)
     parallel = B * Hkv * blocks
-    tuning = TUNING[machine()].when(parallel, lay)
+    tuning = sizes().when(parallel, lay)
     rows = vector_rows(lay, tuning, Hq // Hkv, L)
     return Grid(blocks, parallel, rows, *attend_shape(lay, tuning, rows), tuning)
 
@@ -144,8 +147,14 @@ class Attend:
             ("MASK", self.mask), ("STARTS", self.starts), ("TAIL", self.tail),
             ("FIRST", self.first), ("PLACES", self.places),
         )  # fmt: skip
-        shape = ("ROWS", work.rows), ("NSG", work.groups), ("TK", work.keys)
+        shape = (
+            ("ROWS", work.rows), ("NSG", work.groups), ("TK", work.keys), ("OWN_TILES", work.tiles),
+        )  # fmt: skip
         constants = (*plan(kind).attend, *given, *shape)
+        if self.machine == "cuda":
+            tiled = work.groups, work.keys, work.tiles
+            size = tile_bytes(kind.layout, work.tuning, tiled, work.rows)
+            constants += (("TILE_BYTES", size),)
         with_sinks = ("SINKS", self.sinks)
         B, Hq, L, _ = self.q_shape
         out = (B, Hq, L, kind.layout.v_dim)

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -141,6 +141,7 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
     body += "".join(_absent(n, n in outputs, [*inputs, *outputs], absent) for n in absent)
     if machine == "metal":
         body += "".join(_source(b) for b in bodies)
+        body = re.sub(r"tile_memory\((\w+), (.+)\);", r"threadgroup uint4 \1[\2];", body)
         header += needed("".join(_source(h) for h in ("machine", *headers)), body)
     else:
         # Bodies declare threadgroup memory, the header's functions only point to it.
@@ -152,6 +153,8 @@ def _text(machine: str, name: str, constants: Constants) -> Text:
         # MLX looks for these words to pass shapes and strides.
         words = sorted(set(re.findall(r"\b\w+_(?:shape|strides|ndim)\b", code)))
         body += f"// {' '.join(words)}\n" + _include(*bodies)
+        if "TILE_BYTES" in chosen:
+            body += "static_assert((MEMORY + 3) / 4 * 16 <= TILE_BYTES);\n"
     whole = (header + body).replace(kernels_path().as_posix(), "")  # one name in every folder
     if machine == "cuda":
         whole += handover.mark()
@@ -171,7 +174,9 @@ def _with(name: str, other: str, files: Sequence[str]) -> tuple[str, ...]:
 
 def _kernel(machine: str, name: str, constants: Constants):
     made = text(machine, name, constants)
-    make: Any = mx.fast.metal_kernel if machine == "metal" else mx.fast.cuda_kernel
+    make: Any = mx.fast.metal_kernel
+    if machine == "cuda":
+        make = partial(mx.fast.cuda_kernel, shared_memory=dict(constants).get("TILE_BYTES", 0))
 
     def named(name: str):
         return make(
@@ -236,7 +241,7 @@ def _registers(chosen: dict[str, Any]) -> str:
     compiler takes a quarter more of them than the loop over tiles needs. MLX writes the line that
     declares a kernel, so its first word says it."""
     threads = 32 * chosen["NSG"]
-    groups = REGISTERS // (threads * (128 if chosen["VD"] <= 128 else 192))
+    groups = REGISTERS // (threads * (128 if chosen["VD"] <= 128 else 168))
     return (
         "#undef __global__\n#define __global__ "
         f"__attribute__((global)) __launch_bounds__({threads}, {groups})\n"

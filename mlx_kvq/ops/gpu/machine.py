@@ -1,5 +1,7 @@
 """Which GPU there is."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from ...format.format import Format
@@ -27,7 +29,12 @@ def machine() -> str:
 
 def tuning() -> Tuning:
     """Launch sizes of this machine."""
-    return TUNING[machine()]
+    name = machine()
+    sizes = TUNING[name]
+    if name == "cuda" and int(mx.device_info().get("compute_capability_major", 8)) < 8:
+        memory = min(sizes.threadgroup_memory, 60 * 1024)  # Turing has 64 KB
+        sizes = replace(sizes, threadgroup_memory=memory)
+    return sizes
 
 
 def ahead() -> int:

@@ -18,11 +18,11 @@ class Tuning:
         threadgroups (int): Attention threadgroups that fill the GPU.
         single (int): Up to this many keys one split does, and spares a launch on Metal.
         least (int): Tiles per SIMD group below which more splits do not pay.
-        few (int): Up to so many splits, one tile per SIMD group is enough.
+        few (int): Up to so many splits, one tile a split is enough.
         most (int): Splits beyond which merging them costs more than they save.
-        busy (int): From so many threadgroups of one split on (batch times KV heads, about), the
-            GPU is busy anyway and ``busy_sizes`` hold: keys, SIMD groups and threadgroups; where
-            values have more than 128 channels, ``busy_wide``, and up to 64, ``busy_narrow``.
+        busy (int): From so many threadgroups of one split on (batch times KV heads, about), or an
+            eighth of that where values have more than 128 channels, they have half the SIMD groups:
+            there are enough of them.
         combine_groups (int): SIMD groups of a combine threadgroup, at most 16.
         combine_ahead (int): Splits that each of them loads at once.
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
@@ -52,8 +52,10 @@ class Tuning:
             matrix products (``kernels/attend_vector.metal``); 0 for never.
         vector_few (int): Up to so many threadgroups of it, at most 16 splits, a split of two tiles
             pays.
-        prefetch (bool): attend loads its next tile, and an exact token's value, ahead of their
-            use: the tile into threadgroup memory, or, where codes have 3 or 5 bits, into registers.
+        prefetch (bool): attend loads its next tile, and an exact token's value, into registers
+            ahead of their use.
+        own_tiles (int): Tiles of a SIMD group in threadgroup memory at once: the next ones are sent
+            there ahead of their use, not into registers. One where codes have 3 or 5 bits.
         threadgroup_memory (int): Bytes that a threadgroup may have.
     """
 
@@ -65,9 +67,6 @@ class Tuning:
     few: int = 1
     most: int = 256
     busy: int = 1 << 30
-    busy_sizes: tuple[int, int, int] = (16, 8, 0)
-    busy_wide: tuple[int, int, int] = (16, 8, 0)
-    busy_narrow: tuple[int, int, int] = (16, 8, 0)
     combine_groups: int = 4
     combine_ahead: int = 1
     pack_pairs: int = 4
@@ -83,19 +82,16 @@ class Tuning:
     vector_rows: int = 0
     vector_few: int = 0
     prefetch: bool = False
+    own_tiles: int = 1
     threadgroup_memory: int = 32 * 1024
 
     def when(self, parallel: int, lay: RowLayout) -> "Tuning":
         """The launch sizes for so many threadgroups of one split."""
-        if parallel < self.busy:
+        wide = lay.v_dim > 128
+        if parallel < (self.busy // 8 if wide else self.busy):
             return self
-        sizes = self.busy_sizes
-        if lay.v_dim > 128:
-            sizes = self.busy_wide
-        elif lay.v_dim <= 64:
-            sizes = self.busy_narrow
-        keys, groups, threadgroups = sizes
-        return replace(self, keys=keys, simd_groups=groups, threadgroups=threadgroups)
+        more = self.threadgroups if wide else 2 * self.threadgroups
+        return replace(self, simd_groups=self.simd_groups // 2, threadgroups=more)
 
 
 TUNING = {
@@ -116,25 +112,17 @@ TUNING = {
         vector_few=32,
         packs_apart=True,
     ),
-    # H200, mlx 0.32.4, tests/support/check_gpu.py --tune, 12 q / 2 kv heads, D = 128: at B = 32 and
-    # 32K tokens tiles of 32 keys and 4 SIMD groups took 0.141 ms, 16 and 8 0.150 ms; at B = 1
-    # and 32K tokens 0.076 and 0.066 ms. H100, 4 q / 1 kv, D = 256, B = 32: 2 SIMD groups and 528
-    # threadgroups 0.253 ms, 4 and 264 (all that fits of the sizes for D = 128) 0.280 ms. The kernel
-    # alone (ncu), B = 1 and 512 tokens: 4 to 8 splits 11.0 us, one 12.0 (D = 256: 14.6 and 20.9).
-    # D = 64, 14 q / 2 kv, B = 32 and 32K: 32 keys, 8 SIMD groups, 264 threadgroups 58.2 us, 4 and
-    # 264 69.4.
+    # H200, mlx 0.32.4, the kernel alone (ncu): sweeps over keys, SIMD groups, tiles and splits at D =
+    # 64, 128 and 256, one sequence of 512 to 128K tokens, 16 of 8K, 32 of 32K (docs/performance.md).
     "cuda": Tuning(
-        keys=16,
+        keys=32,
         simd_groups=8,
-        threadgroups=132,
+        threadgroups=264,
         single=128,
-        least=2,
-        few=8,
+        least=4,
+        few=16,
         most=64,
-        busy=32,
-        busy_sizes=(32, 4, 264),
-        busy_wide=(16, 2, 528),
-        busy_narrow=(32, 8, 264),
+        busy=128,
         pack_threadgroups=528,
         ahead=9,
         replay=True,
@@ -142,7 +130,8 @@ TUNING = {
         fed_at_once=4,
         hold_queries=True,
         prefetch=True,
-        threadgroup_memory=48 * 1024,
+        own_tiles=2,
+        threadgroup_memory=96 * 1024,
     ),
 }
 
@@ -172,18 +161,32 @@ def _slices(lay: RowLayout, simd_groups: int) -> int:
     return slices
 
 
-def _memory(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int) -> int:
-    """Bytes of threadgroup memory that ``kernels/attend_begin.metal`` declares without ROWS."""
-    sent = tuning.prefetch and lay.wide == lay  # narrow codes come through registers
+def _tile_words(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int, tiles: int) -> int:
+    """Words of ``memory`` in ``kernels/attend_begin.metal``, without ROWS."""
     lay = lay.wide  # rows as they are there
     units = -(-lay.v_dim * lay.v_bits // 128)  # 16-bit units of one lane
     slices = _slices(lay, simd_groups) if tuning.slice_values else 1
     sums = 64 * units * (16 // lay.v_bits) // slices
-    tiles = simd_groups * keys * lay.words * (2 if sent else 1)
+    all_tiles = simd_groups * tiles * keys * lay.words
     merged = simd_groups
-    if simd_groups * sums > max(tiles, 6144) and simd_groups // 2 >= slices:
+    if simd_groups * sums > max(all_tiles, 6144) and simd_groups // 2 >= slices:
         merged //= 2
-    words = max(tiles, merged * sums + 8 * lay.v_dim)
+    return max(all_tiles, merged * sums + 8 * lay.v_dim)
+
+
+def tile_bytes(lay: RowLayout, tuning: Tuning, shape: tuple[int, int, int], rows: int = 0) -> int:
+    """Bytes of it that a launch on CUDA gives the kernel; ``shape`` from :func:`attend_shape`. Beyond
+    48 KB in all, MLX asks the driver for them only if these alone are more than 48,000."""
+    groups, keys, tiles = shape
+    words = _tile_words(lay, tuning, keys, groups, tiles)
+    size = 16 * -(-(groups // 2 * rows * lay.v_dim if rows else words) // 4)
+    beyond = not rows and _memory(lay, tuning, keys, groups, tiles) > 48 * 1024
+    return max(size, 48016) if beyond else size
+
+
+def _memory(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int, tiles: int) -> int:
+    """Bytes of threadgroup memory that it declares."""
+    lay, words = lay.wide, _tile_words(lay, tuning, keys, simd_groups, tiles)
     operands = -(-lay.k_words // 4) * (16 // lay.k_bits)
     size = 4 * (words + 3) + 16 * (8 * operands + 1) + 32 + 64 * simd_groups
     size += 32 * lay.k_dim // lay.k_group  # not there if a kernel keeps them in registers
@@ -211,18 +214,21 @@ def vector_rows(lay: RowLayout, tuning: Tuning, heads: int, L: int) -> int:
     return heads if L == 1 and heads <= tuning.vector_rows and fits else 0
 
 
-def attend_shape(lay: RowLayout, tuning: Tuning, rows: int = 0) -> tuple[int, int]:
-    """SIMD groups of a threadgroup and keys of a tile that fit threadgroup memory; ``rows`` from
-    :func:`vector_rows`."""
+def attend_shape(lay: RowLayout, tuning: Tuning, rows: int = 0) -> tuple[int, int, int]:
+    """SIMD groups of a threadgroup, keys of a tile and tiles of a SIMD group that fit threadgroup
+    memory; ``rows`` from :func:`vector_rows`."""
     if rows:
-        return tuning.simd_groups, VECTOR_KEYS
+        return tuning.simd_groups, VECTOR_KEYS, 1
     keys, groups = tuning.keys, tuning.simd_groups
-    while _memory(lay, tuning, keys, groups) > tuning.threadgroup_memory:
-        if keys > 16:
+    tiles = tuning.own_tiles if lay.wide == lay else 1  # narrow codes come through registers
+    while _memory(lay, tuning, keys, groups, tiles) > tuning.threadgroup_memory:
+        if tiles > 2:
+            tiles -= 1
+        elif keys > 16:
             keys //= 2
         else:
             groups //= 2
-    return groups, keys
+    return groups, keys, tiles
 
 
 def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int, rows: int = 0) -> int:
@@ -239,7 +245,7 @@ def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int, row
     if span <= tuning.single:
         return 1
     wanted = min(tuning.most, tuning.threadgroups // parallel)
-    least = min(tuning.few, -(-tiles // groups))
+    least = min(tuning.few, tiles)
     if rows:
         least = max(least, min(16, tuning.vector_few // parallel, -(-tiles // 2)))
     return max(1, min(wanted, max(least, -(-tiles // (tuning.least * groups)))))
