@@ -38,9 +38,9 @@ constexpr bool WHOLE = ROWS == 0 && kvq::whole_slots(K_READ, KG);
 constexpr int OFFSETS = WHOLE ? K_SCALES : 1;
 constexpr int SUMS = 64 * V_TILES;  // floats of one SIMD group's accumulators
 // A SIMD group's next tiles are on their way while it works on one: OWN_TILES - 1 of them to
-// threadgroup memory if rows are sent there, else one to registers.
+// threadgroup memory, or if that is none, one to registers.
 constexpr bool PREFETCHED = ROWS == 0 && PREFETCH != 0;
-constexpr bool SENT = PREFETCHED && kvq::ROWS_ARE_SENT != 0;
+constexpr bool SENT = PREFETCHED && OWN_TILES > 1;
 constexpr int MEMORY_TILES = ROWS > 0 ? 0 : NSG * OWN_TILES * TILE;
 // SIMD groups whose sums are in memory at once at the end, and beside them all rows' sums.
 constexpr int MERGED = kvq::merged_at_once(NSG, SLICES, SUMS, MEMORY_TILES);

@@ -345,8 +345,9 @@ for (; tile - (SLICES > 1 ? group : 0) < end_of_tiles;
       UNROLL for (int i = 0; i < TK / 8; i += 2) {
         kvq::add_values<
             VD, V_READ, VG, HALF_STEP, TILE_W, TILE_V, TILE_CODES, K_SCALES, SLICES, STEP>(
-            sums, kvq::words_of(memory) + other * TILE, i, shared_p[other * (4 * TK) + 32 * i],
-            shared_p[other * (4 * TK) + 32 * i + 32], level, own_slice, own_at);
+            sums, kvq::words_of(memory) + (OWN_TILES * other + turn) * TILE, i,
+            shared_p[other * (4 * TK) + 32 * i], shared_p[other * (4 * TK) + 32 * i + 32], level,
+            own_slice, own_at);
       }
     }
   }
@@ -395,29 +396,41 @@ const auto merged = kvq::floats_of(memory) + MERGED * SUMS;
       }
     }
   }
-  if (group < MERGED) {
-    UNROLL for (int i = 0; i < V_TILES; i++) {
-      all[(group * V_TILES + i) * 64] = sums[i].x;
-      all[(group * V_TILES + i) * 64 + 32] = sums[i].y;
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  // A thread adds up a few neighbouring channels of a row.
-  constexpr int RUN = kvq::value_run(VD, V_READ, VG);
-  constexpr int FEW = RUN < 4 ? RUN : 4;
-  constexpr int PARTS = V_TILES / FEW;
-  for (int part = group; part < 2 * PARTS * SLICES; part += NSG) {
-    const int row = part % 2, i = part / 2 % PARTS * FEW, of = part / 2 / PARTS;
-    float x[FEW];
-    UNROLL for (int e = 0; e < FEW; e++) x[e] = 0.0f;
-    UNROLL for (int g = 0; g < MERGED / SLICES; g++) {
-      UNROLL for (int e = 0; e < FEW; e++) {
-        x[e] += all[((g * SLICES + of) * V_TILES + i + e) * 64 + 32 * row];
+  if (MERGED == SLICES) {
+    if (group < SLICES) {
+      UNROLL for (int i = 0; i < V_TILES; i++) {
+        const int c = kvq::value_channel<VD, V_READ, VG, SLICES>(i, at.row, slice);
+        if (c < VD) {
+          merged[2 * int(at.pair) * VD + c] = sums[i].x;
+          merged[(2 * int(at.pair) + 1) * VD + c] = sums[i].y;
+        }
       }
     }
-    const int c = kvq::value_channel<VD, V_READ, VG, SLICES>(i, at.row, of);
-    if (c < VD) {
-      UNROLL for (int e = 0; e < FEW; e++) merged[(2 * int(at.pair) + row) * VD + c + e] = x[e];
+  } else {
+    if (group < MERGED) {
+      UNROLL for (int i = 0; i < V_TILES; i++) {
+        all[(group * V_TILES + i) * 64] = sums[i].x;
+        all[(group * V_TILES + i) * 64 + 32] = sums[i].y;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    // A thread adds up a few neighbouring channels of a row.
+    constexpr int RUN = kvq::value_run(VD, V_READ, VG);
+    constexpr int FEW = RUN < 4 ? RUN : 4;
+    constexpr int PARTS = V_TILES / FEW;
+    for (int part = group; part < 2 * PARTS * SLICES; part += NSG) {
+      const int row = part % 2, i = part / 2 % PARTS * FEW, of = part / 2 / PARTS;
+      float x[FEW];
+      UNROLL for (int e = 0; e < FEW; e++) x[e] = 0.0f;
+      UNROLL for (int g = 0; g < MERGED / SLICES; g++) {
+        UNROLL for (int e = 0; e < FEW; e++) {
+          x[e] += all[((g * SLICES + of) * V_TILES + i + e) * 64 + 32 * row];
+        }
+      }
+      const int c = kvq::value_channel<VD, V_READ, VG, SLICES>(i, at.row, of);
+      if (c < VD) {
+        UNROLL for (int e = 0; e < FEW; e++) merged[(2 * int(at.pair) + row) * VD + c + e] = x[e];
+      }
     }
   }
 }

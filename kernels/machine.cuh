@@ -255,7 +255,6 @@ inline void ask_for(const T* x) {
 }
 
 // Asynchronous copies of 16 bytes to threadgroup memory, in groups in the order of their beginning.
-enum : int { COPIES_ARE_ASYNCHRONOUS = 1 };
 inline void begin_copy(uint* to, const uint* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(

@@ -159,7 +159,6 @@ template <typename T>
 INLINE void ask_for(const device T*) {}
 
 // Copies to threadgroup memory are done when they begin: there is nothing to wait for.
-enum : int { COPIES_ARE_ASYNCHRONOUS = 0 };
 INLINE void begin_copy(threadgroup uint* to, const device uint* from) {
   *reinterpret_cast<threadgroup uint4*>(to) = *reinterpret_cast<const device uint4*>(from);
 }

@@ -367,11 +367,10 @@ INLINE void copy_rows(threadgroup uint* tile, const device uint* rows, int valid
   copy_words<TK, W, P::FROM, P::SCALES, TILE_W, P::TO>(tile, rows, valid, lane);
 }
 
-// Narrow codes become wide ones on their way to a tile, through registers.
-enum : int { ROWS_ARE_SENT = 0 };
+// Narrow codes become wide ones in registers, so none are sent: such a SIMD group has one tile.
 template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
 INLINE void send_rows(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
-  copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(tile, rows, valid, lane);
+  copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(tile, rows, min(TK, valid), lane);
 }
 
 }  // namespace kvq

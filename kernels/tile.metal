@@ -148,10 +148,12 @@ INLINE void raise(
   level = to_level;
 }
 
-// Of NSG SIMD groups with `sums` words each, how many can have them in memory at once that holds
-// `tiles` words anyway: all, or half.
+// Of NSG SIMD groups with `sums` words each, how many have them in memory at once at the end, which
+// holds `tiles` words anyway: all, or half where they do not fit or one set is left then.
 constexpr int merged_at_once(int NSG, int SLICES, int sums, int tiles) {
-  return NSG * sums <= (tiles > 6144 ? tiles : 6144) || NSG / 2 < SLICES ? NSG : NSG / 2;
+  return NSG / 2 < SLICES || (NSG / 2 > SLICES && NSG * sums <= (tiles > 6144 ? tiles : 6144))
+      ? NSG
+      : NSG / 2;
 }
 
 INLINE half2 constant_pair(uint bits) {

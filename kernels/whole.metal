@@ -120,7 +120,6 @@ INLINE void copy_rows(threadgroup uint* tile, const device uint* rows, int valid
 
 // A tile of TK rows, on its way to threadgroup memory while the SIMD group goes on
 // (`wait_for_copies`); the last one and one that is not aligned are there at once.
-enum : int { ROWS_ARE_SENT = COPIES_ARE_ASYNCHRONOUS };
 template <int TK, int KD, int KB, int VD, int VB, int W, int TILE_W>
 INLINE void send_rows(threadgroup uint* tile, const device uint* rows, int valid, uint lane) {
   if (valid >= TK && reinterpret_cast<uint64_t>(rows) % 16 == 0) {
@@ -131,7 +130,7 @@ INLINE void send_rows(threadgroup uint* tile, const device uint* rows, int valid
       }
     }
   } else {
-    copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(tile, rows, valid, lane);
+    copy_rows<TK, KD, KB, VD, VB, W, TILE_W>(tile, rows, min(TK, valid), lane);
   }
 }
 

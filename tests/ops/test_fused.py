@@ -483,6 +483,49 @@ def test_op_matrix(emulator, case):
     op_matrix.check(fused, case, seed=1, fused=True)
 
 
+@pytest.mark.parametrize("own_tiles", [2, 3])
+@pytest.mark.parametrize(
+    "spec, D, spare",
+    [
+        ("int4-srft", 64, 5), ("int4-srft", 128, 5), ("int4-srft", 128, 22), ("int4-srft", 80, 3),
+        ("int4-srft", 256, 5), ("int8-srft", 128, 1), ("k8v4-srft:group_size=32", 64, 5),
+        ("int4-srft:group_size=16", 96, 2), ("int3-srft", 128, 5),
+    ],
+)  # fmt: skip
+def test_attend_as_on_cuda(emulator, launches, spec, D, spare, own_tiles):
+    """Tiles are sent ahead, full ones and a last one, of heads that are aligned to 16 bytes and of
+    others; fewer and more tiles than a SIMD group has in memory; queries are in registers."""
+    launches(
+        single=0, keys=32, simd_groups=2, threadgroups=2, prefetch=True, own_tiles=own_tiles,
+        hold_queries=True, hold_tables=True, slice_values=False, vector_rows=0,
+    )  # fmt: skip
+    fmt = format_of(f"{spec}{',' if ':' in spec else ':'}recent=3", D, what="mu")
+    for length in (31, 130, 300):
+        rows, q = packed(fmt, 1, 2, length, spare), transposed(1, 12, 1, D)
+        tail, first = normal(1, 2, 12, 2 * D, seed=30), ops.First(normal(1, 2, 2, 2 * D), 2)
+        assert_attends(q, rows, length, fmt)
+        assert_attends(q, rows, length, fmt, tail=tail, first=first, window=length - 7)
+
+
+@pytest.mark.parametrize("late", [3.0, 2e3, 3e4])
+@pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16"])
+def test_values_whose_size_changes_late(emulator, launches, spec, late):
+    """Scales of values that are larger from tile to tile, and far larger in the last ones: sums are
+    kept in other units then. A maximum that comes late, and one that grows little by little."""
+    fmt = format_of(spec, 64)
+    for growth in (0.1, 3.0):
+        k, v = normal(1, 1, 300, 64, seed=1), normal(1, 1, 300, 64, seed=2)
+        size = mx.where(mx.arange(300) < 260, mx.linspace(1e-3, 1, 300), late)[:, None]
+        rows = plain.quantize_pack(k * mx.linspace(0.1, growth, 300)[:, None], v * size, fmt)[0]
+        for own_tiles in (1, 2):
+            launches(vector_rows=0, prefetch=own_tiles > 1, own_tiles=own_tiles, simd_groups=2)
+            q, tail = transposed(1, 8, 1, 64), late * normal(1, 1, 80, 128, seed=3)
+            assert_attends(q, rows, 300, fmt)
+            assert_attends(
+                q, rows, 300, fmt, tail=mx.concatenate([tail[..., :64] / late, tail[..., 64:]], -1)
+            )
+
+
 @pytest.mark.parametrize("vector_rows", [0, 4])
 def test_many_tokens_that_are_read_alike(emulator, launches, vector_rows):
     """The mean of values, of which little is left; all tokens of a head in one threadgroup."""
@@ -496,12 +539,12 @@ def test_many_tokens_that_are_read_alike(emulator, launches, vector_rows):
 
 
 # ---- what a launch costs ----------------------------------------------------------------------
-@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("prefetch, own_tiles", [(False, 1), (True, 1), (True, 2), (True, 3)])
 @pytest.mark.parametrize(
     "spec, gqa", [*(("int4-srft", n) for n in (1, 4, 6, 8)), ("int3-srft", 6), ("k4v3-srft", 6)]
 )
-def test_attend_reads_each_row_once(emulator, launches, spec, gqa, prefetch):
-    launches(single=0, prefetch=prefetch, vector_rows=0)
+def test_attend_reads_each_row_once(emulator, launches, spec, gqa, prefetch, own_tiles):
+    launches(single=0, prefetch=prefetch, own_tiles=own_tiles, vector_rows=0)
     fmt = format_of(spec, 128)
     rows = packed(fmt, 2, 2, 140)
     q = transposed(2, 2 * gqa, 1, 128)

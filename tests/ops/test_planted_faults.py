@@ -147,6 +147,32 @@ def slices(launches):
         assert_attends(q, rows, 170, fmt, mask="causal", tail=tail)
 
 
+def sizes_of_values(launches):
+    """Scales of values that grow, and far larger last ones; a maximum that comes late."""
+    for spec in ("int4-srft", "int4-srft:group_size=16"):
+        fmt = format_of(spec, 64)
+        for late, growth in ((3e4, 0.1), (300.0, 40.0), (3.0, 0.1)):
+            launches(single=1023, vector_rows=0, simd_groups=2)
+            k, v = normal(1, 1, 300, 64, seed=1), normal(1, 1, 300, 64, seed=2)
+            size = mx.where(mx.arange(300) < 260, mx.linspace(1e-3, 1, 300), late)[:, None]
+            rows = plain.quantize_pack(k * mx.linspace(0.1, growth, 300)[:, None], v * size, fmt)[0]
+            assert_attends(transposed(1, 8, 1, 64), rows, 300, fmt)
+
+
+def sent(launches):
+    """Tiles sent ahead of their use: a last one that is not full, heads that are not aligned, more
+    tiles than a SIMD group has in memory."""
+    for D, spare in ((128, 5), (128, 22), (64, 5)):
+        launches(
+            single=1023, keys=16, simd_groups=4, prefetch=True, own_tiles=2, hold_queries=True,
+            slice_values=False, vector_rows=0,
+        )  # fmt: skip
+        fmt = format_of("int4-srft", D)
+        rows = packed(fmt, 1, 2, 330, spare)
+        for length in (325, 330):
+            assert_attends(transposed(1, 12, 1, D), rows, length, fmt)
+
+
 def packing(launches):
     """Any strides of both sides, several sets of a SIMD group, a tail, odd scales."""
     launches(pack_pairs=1, pack_threadgroups=1)
@@ -321,7 +347,7 @@ def feedback(launches):
 
 CHECKS = (
     edges, edges_beside_a_tail, attention, longer, attention_of_odd_sizes, vectors, slices, packing,
-    restoring, first_tokens, rows_beyond_8_gigabytes, vectors_beyond_8_gigabytes, three_bits,
+    restoring, first_tokens, sizes_of_values, sent, rows_beyond_8_gigabytes, vectors_beyond_8_gigabytes, three_bits,
     five_bits, feedback,
 )  # fmt: skip
 
@@ -383,9 +409,9 @@ FAULTS = [
     ("end of a ring", attention, "attend_begin.metal", "length - recent + idx - keep) :",
      "length - recent + idx) :"),
     ("exact values not enlarged", attention, "attend_matrix.metal",
-     "float2(256.0f * p.x, 256.0f * p.y)", "float2(p.x, p.y)"),
-    ("mask of another query", attention, "attend_begin.metal", "row % L * mask_strides[2]",
-     "row / L * mask_strides[2]"),
+     "float2(as_levels * p.x, as_levels * p.y)", "float2(p.x, p.y)"),
+    ("mask of another query", attention, "attend_begin.metal", "at_token * mask_strides[2]",
+     "head * mask_strides[2]"),
     ("starts of the first sequence", attention, "attend_begin.metal", "int(starts[b])",
      "int(starts[0])"),
     ("odd channels of exact keys", attention, "tile.metal", "16.0f * y[i]", "y[i]"),
@@ -394,7 +420,32 @@ FAULTS = [
      "  threadgroup_barrier(mem_flags::mem_threadgroup);",
      "    if (at.row == 0) pair_offsets[g] = x;\n  }"),
     ("rescaled sums", attention, "tile.metal",
-     "l = float2(l.x * f.x, l.y * f.y);\n    UNROLL", "UNROLL"),
+     "  l = float2(l.x * f.x, l.y * f.y);\n", ""),
+    ("values' scales of another level", sizes_of_values, "tile.metal",
+     "simd_any(largest > 0x5800u) ? 2", "simd_any(largest > 0x7bffu) ? 2"),
+    ("values' scales of the first level", sizes_of_values, "tile.metal",
+     "simd_any(largest > 0x3c00u) ? 1 : 0", "simd_any(largest > 0x5c00u) ? 1 : 0"),
+    ("sums left in the units of a lower level", sizes_of_values, "tile.metal",
+     "levels_lift<SCALED>(to_level) / levels_lift<SCALED>(level);", "1.0f;"),
+    ("a maximum that grows little by little", sizes_of_values, "tile.metal", "SLACK = 4",
+     "SLACK = 40"),
+    ("totals still enlarged", sizes_of_values, "attend_matrix.metal",
+     "smaller * kvq::rows_sum(l.x)", "kvq::rows_sum(l.x)"),
+    ("scale of a key's neighbour", attention, "machine.metal",
+     "operand_row(tile_lane at, int) {\n  return at.row;",
+     "operand_row(tile_lane at, int) {\n  return at.row ^ 1u;"),
+    ("scale of the group before", sent, "tile.metal", "SCALE + group);\n        scaled[1]",
+     "SCALE);\n        scaled[1]"),
+    ("keys of another step", attention, "tile.metal", "counter(STEP) * row;", "row;"),
+    ("a tile over the one in use", sent, "attend_matrix.metal",
+     "turn == 0 ? OWN_TILES - 1 : turn - 1", "turn"),
+    ("the tile before", sent, "attend_matrix.metal", "turn + 1 < OWN_TILES ? turn + 1 : 0", "0"),
+    ("a last tile sent as a full one", sent, "whole.metal", "valid >= TK && ", ""),
+    ("rows that are not aligned", sent, "whole.metal",
+     "reinterpret_cast<uint64_t>(rows) % 16 == 0", "true"),
+    ("sums of one SIMD group", sent, "attend_matrix.metal", "g < MERGED / SLICES", "g < 1"),
+    ("sums that are not there yet", sent, "attend_matrix.metal",
+     "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    // A thread adds up", "    // A"),
     ("barrier before a set's maximum", slices, "tile.metal",
      "      maxima[8 * group + 2 * at.pair + 1] = top.y;\n    }\n"
      "    threadgroup_barrier(mem_flags::mem_threadgroup);",
@@ -407,8 +458,8 @@ FAULTS = [
     ("barrier before exact tokens' next turn", slices, "attend_matrix.metal",
      "    if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);\n", ""),
     ("barrier after exact tokens' probabilities", slices, "attend_matrix.metal",
-     "        float2(enlarge_exact * p.x, enlarge_exact * p.y);\n    kvq::slices_barrier<SLICES>();",
-     "        float2(enlarge_exact * p.x, enlarge_exact * p.y);"),
+     "float2(as_levels * p.x, as_levels * p.y);\n    kvq::slices_barrier<SLICES>();",
+     "float2(as_levels * p.x, as_levels * p.y);"),
     ("a set that is not full", slices, "attend_matrix.metal",
      "kvq::counter(end_of_tiles - (tile - own_group))", "kvq::counter(NSG)"),
     ("own level for all tiles of a set", slices, "attend_matrix.metal",
@@ -418,7 +469,7 @@ FAULTS = [
     ("a tile's last row", vectors, "attend_vector.metal",
      "(min(TK, own_length - first_key) - 1) * (W / UNIT)", "(TK - 1) * (W / UNIT)"),
     ("exact tiles counted as rows", vectors, "attend_vector.metal",
-     "(int(tile) - kvq::number(exact_tiles, numbers, kvq::AT_EXACT_TILES) +", "(int(tile) +"),
+     "(int(tile) - numbers[kvq::AT_EXACT_TILES] +", "(int(tile) +"),
     ("tiles of exact tokens left out", vectors, "attend_begin.metal",
      "(newest + firsts + TK - 1) / TK", "(newest + firsts) / TK"),
     ("a lane's token of another set", vectors, "attend_vector.metal",
@@ -426,8 +477,8 @@ FAULTS = [
     ("an exact token of another set", vectors, "attend_vector.metal",
      "tokens.at(first_age + int(own.turn * K_AT_ONCE + own.set))",
      "tokens.at(first_age + int(lane))"),
-    ("mask of a KV head's first query head", vectors, "dots.metal", ": mask_rows[r];",
-     ": mask_rows[0];"),
+    ("mask of a KV head's first query head", vectors, "attend_vector.metal", "mask[mask_rows[r] +",
+     "mask[mask_rows[0] +"),
     ("barrier before a tile's probabilities", vectors, "attend_vector.metal",
      "    simdgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's have been read\n"
      "    kvq", "    kvq"),
@@ -461,9 +512,9 @@ FAULTS = [
     ("scales of another group", vectors, "attend_vector.metal",
      "K_SCALES + own_value.part * V_CHANNELS / VG", "K_SCALES"),
     ("one slice of values for all", slices, "tile.metal",
-     "const counter place = 8 * slice + at.row;", "const counter place = at.row;"),
+     "slice * (UNITS / TOGETHER) + unit / TOGETHER", "unit / TOGETHER"),
     ("one slice of exact values for all", slices, "tile.metal",
-     "(int(8 * slice + row) * UNITS", "(int(row) * UNITS"),
+     "int(slice) * RUNS + tile / RUN", "tile / RUN"),
     ("maximum of one SIMD group", attention, "vectors.metal",
      "top = max(top, maxima[8 * g + r]);", "top = maxima[8 * g + r];"),
     ("sink without the centre", attention, "vectors.metal", "    if (K_CENTRED) {\n",

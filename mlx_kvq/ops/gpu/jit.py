@@ -241,7 +241,7 @@ def _registers(chosen: dict[str, Any]) -> str:
     compiler takes a quarter more of them than the loop over tiles needs. MLX writes the line that
     declares a kernel, so its first word says it."""
     threads = 32 * chosen["NSG"]
-    groups = REGISTERS // (threads * (128 if chosen["VD"] <= 128 else 168))
+    groups = REGISTERS // (threads * (128 if chosen["VD"] <= 128 else 256))
     return (
         "#undef __global__\n#define __global__ "
         f"__attribute__((global)) __launch_bounds__({threads}, {groups})\n"

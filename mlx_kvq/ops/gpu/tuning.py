@@ -22,7 +22,7 @@ class Tuning:
         most (int): Splits beyond which merging them costs more than they save.
         busy (int): From so many threadgroups of one split on (batch times KV heads, about), or an
             eighth of that where values have more than 128 channels, they have half the SIMD groups:
-            there are enough of them.
+            there are enough of them, and up to 128 channels twice as many fit.
         combine_groups (int): SIMD groups of a combine threadgroup, at most 16.
         combine_ahead (int): Splits that each of them loads at once.
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
@@ -90,8 +90,11 @@ class Tuning:
         wide = lay.v_dim > 128
         if parallel < (self.busy // 8 if wide else self.busy):
             return self
-        more = self.threadgroups if wide else 2 * self.threadgroups
-        return replace(self, simd_groups=self.simd_groups // 2, threadgroups=more)
+        half = replace(self, simd_groups=self.simd_groups // 2)
+        if wide:  # by registers: no more of them fit
+            return half
+        memory = self.threadgroup_memory * 9 // 16
+        return replace(half, threadgroups=2 * self.threadgroups, threadgroup_memory=memory)
 
 
 TUNING = {
@@ -112,8 +115,9 @@ TUNING = {
         vector_few=32,
         packs_apart=True,
     ),
-    # H200, mlx 0.32.4, the kernel alone (ncu): sweeps over keys, SIMD groups, tiles and splits at D =
-    # 64, 128 and 256, one sequence of 512 to 128K tokens, 16 of 8K, 32 of 32K (docs/performance.md).
+    # H200, mlx 0.32.4, the kernel alone (ncu): sweeps over keys, SIMD groups, tiles and splits at
+    # D = 64, 128 and 256, a sequence of 512 to 128K tokens, 16 of 8K, 32 of 32K
+    # (docs/performance.md).
     "cuda": Tuning(
         keys=32,
         simd_groups=8,
@@ -169,14 +173,15 @@ def _tile_words(lay: RowLayout, tuning: Tuning, keys: int, simd_groups: int, til
     sums = 64 * units * (16 // lay.v_bits) // slices
     all_tiles = simd_groups * tiles * keys * lay.words
     merged = simd_groups
-    if simd_groups * sums > max(all_tiles, 6144) and simd_groups // 2 >= slices:
-        merged //= 2
+    half = simd_groups // 2
+    if half == slices or (half > slices and simd_groups * sums > max(all_tiles, 6144)):
+        merged = half
     return max(all_tiles, merged * sums + 8 * lay.v_dim)
 
 
 def tile_bytes(lay: RowLayout, tuning: Tuning, shape: tuple[int, int, int], rows: int = 0) -> int:
-    """Bytes of it that a launch on CUDA gives the kernel; ``shape`` from :func:`attend_shape`. Beyond
-    48 KB in all, MLX asks the driver for them only if these alone are more than 48,000."""
+    """Bytes of it that a launch on CUDA gives the kernel; ``shape`` from :func:`attend_shape`. Of
+    more than 48 KB in all MLX tells the driver only if these alone are more than 48,000."""
     groups, keys, tiles = shape
     words = _tile_words(lay, tuning, keys, groups, tiles)
     size = 16 * -(-(groups // 2 * rows * lay.v_dim if rows else words) // 4)
@@ -219,8 +224,9 @@ def attend_shape(lay: RowLayout, tuning: Tuning, rows: int = 0) -> tuple[int, in
     memory; ``rows`` from :func:`vector_rows`."""
     if rows:
         return tuning.simd_groups, VECTOR_KEYS, 1
-    keys, groups = tuning.keys, tuning.simd_groups
-    tiles = tuning.own_tiles if lay.wide == lay else 1  # narrow codes come through registers
+    keys, groups, tiles = tuning.keys, tuning.simd_groups, tuning.own_tiles
+    if lay.wide != lay:  # narrow codes come through registers, not more than they have
+        keys, tiles = 16, 1
     while _memory(lay, tuning, keys, groups, tiles) > tuning.threadgroup_memory:
         if tiles > 2:
             tiles -= 1
