@@ -134,16 +134,18 @@ if (SENT) {  // in flight while the queries are rotated
       stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - int(tile) * TK), lane);
 }
 
-if (PREFETCHED && EXACT && lane < 16u) {
-  const int age = split * NSG + group;
-  const auto y = !TAIL || age >= newest
-      ? reinterpret_cast<const device uint*>(
-            first + (b * first_strides[0] + kv_head * first_strides[1] +
-                     max(0, age - newest) * first_strides[2]))
-      : reinterpret_cast<const device uint*>(
-            tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
-                    (tail_shape[2] - 1 - age) * tail_strides[2]));
-  if (age < newest + firsts) kvq::ask_for(y + 8 * lane);
+// Of exact tokens: where the newest one would be, and the first one.
+const auto newest_at = tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
+                               (tail_shape[2] - 1) * tail_strides[2]);
+const auto firsts_at = first + (b * first_strides[0] + kv_head * first_strides[1]);
+if (PREFETCHED && EXACT && split * NSG + int(group) < newest + firsts) {
+  const int age = split * NSG + int(group);
+  const auto token =
+      kvq::exact_tokens_of<TAIL, FIRST>(newest, firsts, place, length, keep, idx).at(age);
+  kvq::ask_for_vectors<KD + VD>(
+      kvq::exact_vectors(
+          token, age, newest, newest_at, firsts_at, tail_strides[2], first_strides[2]),
+      lane);
 }
 if (group == NSG - 1) {
   if (lane < 8u) {

@@ -8,9 +8,11 @@
 //   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's. Where it does
 //   not, a turn of a loop reads again what it needs of the launch, and computes its addresses again
 //   (kvq::unknown_zero): what compilers keep for all turns was half of the registers.
-// Limits: NSG * TK * TILE_W words < 32 KB.
+// OWN_TILES: tiles of a SIMD group in threadgroup memory. With more than one the next ones are sent
+//   there while it works on one (whole.metal), which takes no registers.
+// Limits: NSG * OWN_TILES * TK * TILE_W words < 32 KB on Apple GPUs.
 // Reasons: 8 query rows at the price of one, because at 4 bits the arithmetic per byte, not the
-//   bytes, limits. Probabilities and dequantized values are fp16.
+//   bytes, limits. Probabilities, with a value's scale, are fp16 (`exponent_of` in tile.metal).
 // From here on a lane has two query rows: columns 2 * pair and 2 * pair + 1 of every product.
 const auto pair_queries = queries + int(at.pair) * QUERY_PAIRS;
 const auto pair_offsets = shared_offsets + int(at.pair) * (HOLD_QUERIES == 0 ? OFFSETS : 1);
@@ -56,8 +58,7 @@ const float as_levels = kvq::levels_lift<SCALED>(0) / PER_SUM;
 
 if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of each at a time
   const int stride = numbers[kvq::AT_SPLITS] * NSG;
-  const int exact_tokens = numbers[kvq::AT_NEWEST] +
-      numbers[kvq::AT_FIRSTS];
+  const int exact_tokens = numbers[kvq::AT_NEWEST] + numbers[kvq::AT_FIRSTS];
   int turn = numbers[kvq::AT_SPLIT] * NSG;
   for (; turn < exact_tokens; turn += 8 * stride) {
     // Probabilities have been read; with slices the barrier of `top_of_slices` says so.
@@ -69,23 +70,21 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
     const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
     const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
     const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
-        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS],
-        numbers[kvq::AT_PLACE], numbers[kvq::AT_LENGTH],
-        numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
+        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS], numbers[kvq::AT_PLACE],
+        numbers[kvq::AT_LENGTH], numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
     const int own_b = numbers[kvq::AT_BATCH];
     const int own_head = numbers[kvq::AT_KV_HEAD];
     // Where the newest token would be, and the first one.
-    const auto newest_at = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
-                                   (tail_shape[2] - 1) * tail_strides[2]);
-    const auto firsts_at = first + (own_b * first_strides[0] + own_head * first_strides[1]);
+    const auto own_newest = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
+                                    (tail_shape[2] - 1) * tail_strides[2]);
+    const auto own_firsts = first + (own_b * first_strides[0] + own_head * first_strides[1]);
     float2 s = float2(masked, masked);
     ROLLED for (kvq::counter i = 0; i < 8u + zero; i++) {
       const int age = turn + int(i) * stride + int(own_group);
       const auto token = tokens.at(age);
       if (token.there) {
-        const auto y = (token.is_first ? firsts_at : newest_at) +
-            (token.is_first ? age - tokens.newest : -age) *
-                (token.is_first ? first_strides[2] : tail_strides[2]);
+        const auto y = kvq::exact_vectors(
+            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
         const float2 x = kvq::exact_score<KD, K_READ, WHOLE>(y, own_queries, own_at);
         s = own_at.row == uint(i) ? x : s;
       }
@@ -97,7 +96,7 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
       s = float2(s.x * factor.x, s.y * factor.y);
       if (MASK != 0 && token.there) {
         const int64_t key_at = token.key * mask_strides[3];
-        const auto x = mask[mask_rows[2 * own_at.pair + 0] + key_at];
+        const auto x = mask[mask_rows[2 * own_at.pair] + key_at];
         const auto z = mask[mask_rows[2 * own_at.pair + 1] + key_at];
         if (MASK == 1) {
           s = float2(x ? s.x : masked, z ? s.y : masked);
@@ -129,9 +128,8 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
       const int age = turn + int(i) / SLICES * stride + int(other);
       const auto token = tokens.at(age);
       if (token.there) {
-        const auto y = (token.is_first ? firsts_at : newest_at) +
-            (token.is_first ? age - tokens.newest : -age) *
-                (token.is_first ? first_strides[2] : tail_strides[2]);
+        const auto y = kvq::exact_vectors(
+            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
         const float2 p =
             probabilities[other * kvq::probability_pairs(TK) + 4 * (i / SLICES) + own_at.pair];
         constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
@@ -145,21 +143,22 @@ if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of 
   }
 }
 if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles are
-  for (int age = split * NSG + group; age < newest + firsts; age += splits * NSG) {
-    const bool is_first = FIRST && (!TAIL || age >= newest);
-    const int t = place + age - newest;  // of a first token
-    if (is_first && (t < 0 || t >= length)) continue;
-    int key = is_first ? t + (is_ring && t >= keep ? idx - keep : 0) : idx - 1 - age;
-    if (is_first) {
-      key -= key >= length ? length - keep : 0;
-    } else {
-      key += key < keep ? length - keep : 0;
+  const auto tokens =
+      kvq::exact_tokens_of<TAIL, FIRST>(newest, firsts, place, length, keep, idx);
+  const int stride = splits * NSG;
+  for (int age = split * NSG + int(group); age < tokens.count; age += stride) {
+    const auto token = tokens.at(age);
+    if (PREFETCHED && age + stride < tokens.count) {
+      kvq::ask_for_vectors<KD + VD>(
+          kvq::exact_vectors(
+              tokens.at(age + stride), age + stride, newest, newest_at, firsts_at, tail_strides[2],
+              first_strides[2]),
+          lane);
     }
-    const auto y = is_first
-        ? first + (b * first_strides[0] + kv_head * first_strides[1] +
-                   (age - newest) * first_strides[2])
-        : tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
-                  (tail_shape[2] - 1 - age) * tail_strides[2]);
+    if (!token.there) continue;
+    const int key = token.key;
+    const auto y = kvq::exact_vectors(
+        token, age, newest, newest_at, firsts_at, tail_strides[2], first_strides[2]);
     float exact_value[PREFETCH != 0 ? V_TILES : 1];
     if (PREFETCH != 0) {  // key and value in flight at once
       kvq::read_value<VD, V_READ, VG, 1, PREFETCH != 0 ? V_TILES : 1>(
@@ -180,7 +179,8 @@ if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles
     UNROLL for (int i = 0; i < 2; i++) {
       const auto range = kvq::range_at(ranges, 2 * int(at.pair) + i);
       seen[i] = key >= range.low && key < range.high &&
-          (is_first ? !TAIL || t < range.oldest : is_ring || key >= range.oldest);
+          (token.is_first ? !TAIL || token.place < range.oldest
+                          : is_ring || key >= range.oldest);
     }
     s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
     if (simd_any(kvq::exceeds<SCALED>(s, m, level))) {

@@ -55,15 +55,14 @@ if (EXACT) {
     const auto own = kvq::part_of<K_LANES, K_PARTS>(own_lane);
     const auto own_value = kvq::part_of<V_LANES, V_PARTS>(own_lane);
     const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
-        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS],
-        numbers[kvq::AT_PLACE], numbers[kvq::AT_LENGTH],
-        numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
+        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS], numbers[kvq::AT_PLACE],
+        numbers[kvq::AT_LENGTH], numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
     const int own_b = numbers[kvq::AT_BATCH];
     const int own_head = numbers[kvq::AT_KV_HEAD];
     // Where the newest token would be, and the first one.
-    const auto newest_at = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
-                                   (tail_shape[2] - 1) * tail_strides[2]);
-    const auto firsts_at = first + (own_b * first_strides[0] + own_head * first_strides[1]);
+    const auto own_newest = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
+                                    (tail_shape[2] - 1) * tail_strides[2]);
+    const auto own_firsts = first + (own_b * first_strides[0] + own_head * first_strides[1]);
     const int first_age = int(tile) * TK;
     float s[ROWS];
     UNROLL for (int r = 0; r < ROWS; r++) s[r] = 0.0f;
@@ -73,9 +72,8 @@ if (EXACT) {
       float score[ROWS];
       UNROLL for (int r = 0; r < ROWS; r++) score[r] = 0.0f;
       if (token.there) {
-        const auto at_token = (token.is_first ? firsts_at : newest_at) +
-            (token.is_first ? age - tokens.newest : -age) *
-                (token.is_first ? first_strides[2] : tail_strides[2]);
+        const auto at_token = kvq::exact_vectors(
+            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
         kvq::score_exact_part<ROWS, K_CHANNELS, KD>(
             score, at_token, queries, QUERY_PAIRS, own.turn);
       }
@@ -109,9 +107,8 @@ if (EXACT) {
       const int age = first_age + int(of_tile);
       const auto token = tokens.at(age);
       if (token.there) {
-        const auto at_token = (token.is_first ? firsts_at : newest_at) +
-            (token.is_first ? age - tokens.newest : -age) *
-                (token.is_first ? first_strides[2] : tail_strides[2]);
+        const auto at_token = kvq::exact_vectors(
+            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
         float y[V_CHANNELS];
         kvq::read_exact<VD, V_CHANNELS>(y, at_token + KD, int(own_value.part * V_CHANNELS));
         kvq::add_exact_value<ROWS, V_CHANNELS>(sums, y, own_probabilities + of_tile * ROWS);

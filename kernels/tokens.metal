@@ -96,6 +96,21 @@ INLINE exact_tokens<TAIL, FIRST> exact_tokens_of(
   return out;
 }
 
+// Where its key and value are; `newest_at` is the place of the newest token's, `firsts_at` of the
+// first one's, and strides are those of the arrays.
+template <typename T>
+INLINE const device T* exact_vectors(
+    exact_token token, int age, int newest, const device T* newest_at, const device T* firsts_at,
+    int64_t tail_stride, int64_t first_stride) {
+  return token.is_first ? firsts_at + (age - newest) * first_stride : newest_at - age * tail_stride;
+}
+// Asks for them: 32 bytes a lane.
+template <int CHANNELS, typename T>
+INLINE void ask_for_vectors(const device T* x, uint lane) {
+  constexpr int EACH = 32 / int(sizeof(T));
+  if (int(lane) < CHANNELS / EACH) ask_for(x + EACH * lane);
+}
+
 // A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.
 template <int D, int COUNT, typename T>
 INLINE void read_exact(thread float* x, const device T* in, int first) {
