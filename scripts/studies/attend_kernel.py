@@ -1,0 +1,166 @@
+"""Attention of one token on an NVIDIA GPU, kernels alone: ours, PyTorch's in fp16, launch sizes.
+
+    N="ncu --clock-control none --cache-control none --csv --metrics gpu__time_duration.sum"
+    $N -k regex:kvq_attend python scripts/studies/attend_kernel.py ours > ours.csv
+    $N -k regex:kvq_attend python scripts/studies/attend_kernel.py ours --sweep > sweep.csv
+    $N --nvtx --nvtx-include "call/" python scripts/studies/attend_kernel.py torch > torch.csv
+    python scripts/studies/attend_kernel.py table before.csv ours.csv torch.csv
+
+Each call is preceded by 256 MB written, so that nothing it reads is in the GPU's cache; the first
+one of each shape is left out, and the median of the others counts. ``ours`` runs whatever mlx_kvq
+PYTHONPATH finds. PyTorch's time is that of all kernels of a call; one backend after the other.
+"""
+
+import argparse
+import csv
+import itertools
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+HEADS = [(12, 2, 128), (32, 8, 128), (4, 1, 256), (14, 2, 64)]
+SHAPES = [(1, 512), (1, 4096), (1, 32768), (1, 131072), (16, 8192), (32, 32768)]
+CALLS = 5
+FLUSH = 64 << 20  # floats
+SECOND = ("reduction", "combine")  # kernels of PyTorch's that end a call
+
+
+def ours(spec: str, sweep: bool) -> None:
+    import mlx.core as mx
+
+    from mlx_kvq import ops
+    from mlx_kvq.format.format import make_format
+    from mlx_kvq.format.spec import Spec
+    from mlx_kvq.ops import gpu
+    from mlx_kvq.ops.gpu import tuning
+    from mlx_kvq.ops.packed import First, Packed
+
+    normal, flush = tuning.TUNING["cuda"], mx.zeros((FLUSH,))
+    for (Hq, Hkv, D), (B, T) in itertools.product(HEADS, SHAPES):
+        fmt = make_format(Spec.parse(spec), D)
+        half = [mx.random.normal((1, Hkv, 2048, D)).astype(mx.float16) for _ in range(2)]
+        one = ops.quantize_pack(*half, fmt)[0]
+        room = -(-T // 256) * 256 + 256
+        rows = mx.contiguous(mx.tile(one, (B, 1, -(-room // 2048), 1))[:, :, :room])
+        tail, first = (
+            mx.random.normal((B, Hkv, n, 2 * D)).astype(mx.bfloat16) for n in (fmt.recent_at(T), 4)
+        )
+        q = mx.random.normal((B, Hq, 1, D)).astype(mx.float16)
+        mx.eval(rows, tail, first, q)
+        packed = Packed(rows, T, fmt, tail, None, First(first, 4))
+        for name, sizes, parts in _sizes(normal, sweep, B * Hkv):
+            tuning.TUNING["cuda"] = sizes
+            ops.forget()
+            for _ in range(CALLS):
+                mx.eval(flush + 1.0)
+                mx.eval(gpu.attend(q, packed, D**-0.5, parts=parts))
+            size = rows.nbytes / room * T
+            print(f"MARK {name} {Hq}/{Hkv} {D} {B} {T} {size:.0f}", flush=True)
+        tuning.TUNING["cuda"] = normal
+        mx.clear_cache()
+
+
+def _sizes(normal, sweep: bool, parallel: int):
+    """Name, launch sizes and number of splits."""
+    yield "ours", normal, None
+    if sweep:
+        for keys, groups, tiles, total in itertools.product(
+            (16, 32), (4, 8), (2, 3), (132, 264, 528)
+        ):
+            sizes = replace(normal, keys=keys, simd_groups=groups, own_tiles=tiles, busy=1 << 30)
+            yield f"{keys},{groups},{tiles},{total}", sizes, max(1, total // parallel)
+
+
+def torch() -> None:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    flush = torch.zeros(FLUSH, device="cuda")
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    for (Hq, Hkv, D), (B, T) in itertools.product(HEADS, SHAPES):
+        q, k, v = (
+            torch.randn(B, H, L, D, device="cuda", dtype=torch.float16)
+            for H, L in ((Hq, 1), (Hkv, T), (Hkv, T))
+        )
+        for name, backend in backends.items():
+            with sdpa_kernel(backend):
+                attend(q, k, v, enable_gqa=True)
+                for _ in range(CALLS):
+                    flush.add_(1.0)
+                    torch.cuda.synchronize()
+                    torch.cuda.nvtx.range_push("call")
+                    attend(q, k, v, enable_gqa=True)
+                    torch.cuda.nvtx.range_pop()
+                    torch.cuda.synchronize()
+            print(f"MARK {name} {Hq}/{Hkv} {D} {B} {T} {2 * k.nbytes}", flush=True)
+        del q, k, v
+        torch.cuda.empty_cache()
+
+
+def read(text: str) -> dict[tuple[str, ...], tuple[float, float]]:
+    """(name, heads, D, batch, tokens) -> µs and bytes, from what ncu and this script printed."""
+    marks, calls, head = [], [], []
+    for line in text.splitlines():
+        if line.startswith("MARK "):
+            marks.append(line.split()[1:])
+        elif line.startswith('"'):
+            row = next(csv.reader([line]))
+            if row[0] == "ID":
+                head = row
+                continue
+            kernel = dict(zip(head, row, strict=True))
+            time = float(kernel["Metric Value"].replace(",", ""))
+            time *= {"ns": 1e-3, "us": 1.0, "ms": 1e3}[kernel["Metric Unit"]]
+            if any(word in kernel["Kernel Name"] for word in SECOND):
+                calls[-1] += time
+            else:
+                calls.append(time)
+    if len(calls) != CALLS * len(marks):
+        raise ValueError(f"{len(calls)} calls for {len(marks)} shapes, not {CALLS} each")
+    found = {}
+    for i, (*key, size) in enumerate(marks):
+        found[tuple(key)] = statistics.median(calls[CALLS * i + 1 : CALLS * (i + 1)]), float(size)
+    return found
+
+
+def table(files: list[Path]) -> str:
+    """The shapes of all files beside one another, with TB/s of ours, and × the best fp16."""
+    columns: dict[str, dict] = {}
+    for file in files:
+        for (name, *shape), value in read(file.read_text(encoding="utf-8")).items():
+            column = file.stem if name == "ours" else name
+            columns.setdefault(column, {})[tuple(shape)] = value
+    others = [name for name in columns if name in ("cudnn", "flash")]
+    mine = [name for name in columns if name not in others]
+    head = ["heads q/kv, D", "batch", "tokens", *mine, "TB/s", *others, "× best fp16"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for shape in columns[mine[-1]]:
+        heads, D, B, T = shape
+        time, size = columns[mine[-1]][shape]
+        best = min((columns[o][shape][0] for o in others), default=float("nan"))
+        cells = [f"{heads}, {D}", B, T, *(f"{columns[m][shape][0]:.1f}" for m in mine)]
+        cells += [f"{size / time / 1e6:.2f}", *(f"{columns[o][shape][0]:.1f}" for o in others)]
+        lines.append("| " + " | ".join([*cells, f"{best / time:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["ours", "torch", "table"])
+    parser.add_argument("files", nargs="*", type=Path, help="of table: ncu's output")
+    parser.add_argument("--kv-cache", default="int4-srft", help="of ours")
+    parser.add_argument("--sweep", action="store_true", help="of ours: many launch sizes")
+    args = parser.parse_args()
+    if args.what == "ours":
+        ours(args.kv_cache, args.sweep)
+    elif args.what == "torch":
+        torch()
+    else:
+        print(table(args.files))
+
+
+if __name__ == "__main__":
+    main()
