@@ -1,15 +1,14 @@
 // End of attend with one split: normalise, invert the values' rotation, write the output.
-const int rows_left = numbers[kvq::AT_HEADS] *
-        numbers[kvq::AT_QUERIES] -
-    numbers[kvq::AT_FIRST_ROW];
+const int rows_left =
+    numbers[kvq::AT_HEADS] * numbers[kvq::AT_QUERIES] - numbers[kvq::AT_FIRST_ROW];
 for (int r = group; r < min(8, rows_left); r += NSG) {
   const int own_b = numbers[kvq::AT_BATCH];
   const int own_head = numbers[kvq::AT_KV_HEAD];
   const int own_L = numbers[kvq::AT_QUERIES];
   // Or what the queries' rotation computed of the lane stays in registers until here.
   const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(own_L));
-  const auto own_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(
-      tables, numbers[kvq::AT_KV_HEADS]);
+  const auto own_table =
+      kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, numbers[kvq::AT_KV_HEADS]);
   const int row = numbers[kvq::AT_FIRST_ROW] + r;
   const int head = own_head * numbers[kvq::AT_HEADS] + kvq::quotient(row, own_L);
   const int token = row - kvq::quotient(row, own_L) * own_L;

@@ -46,9 +46,8 @@ UNROLL for (int r = 0; r < ROWS; r++) {
 const kvq::counter zero = kvq::unknown_zero(length);
 tile = kvq::counter(numbers[kvq::AT_TILE]) + group;
 if (EXACT) {
-  const kvq::counter end_of_exact = min(
-      kvq::counter(numbers[kvq::AT_TILE_END]),
-      kvq::counter(numbers[kvq::AT_EXACT_TILES]));
+  const kvq::counter end_of_exact =
+      kvq::counter(min(numbers[kvq::AT_TILE_END], numbers[kvq::AT_EXACT_TILES]));
   for (; tile < end_of_exact; tile += NSG) {
     // Where registers are few, a turn computes its addresses again.
     const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(int(tile)));
@@ -121,8 +120,8 @@ for (; tile < kvq::counter(numbers[kvq::AT_TILE_END]); tile += NSG) {
   const int own_b = numbers[kvq::AT_BATCH];
   const int own_head = numbers[kvq::AT_KV_HEAD];
   const int own_length = numbers[kvq::AT_LENGTH];
-  const int first_key = (int(tile) - numbers[kvq::AT_EXACT_TILES] +
-                         numbers[kvq::AT_FIRST_TILE]) * TK;
+  const int first_key =
+      (int(tile) - numbers[kvq::AT_EXACT_TILES] + numbers[kvq::AT_FIRST_TILE]) * TK;
   const auto tile_rows = rows +
       (own_b * rows_strides[0] + own_head * rows_strides[1] + int64_t(first_key) * W);
   const kvq::counter last_row = kvq::counter((min(TK, own_length - first_key) - 1) * (W / UNIT));

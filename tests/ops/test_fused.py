@@ -18,7 +18,7 @@ from mlx_kvq.format.spec import BITS, Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import gpu as fused
 from mlx_kvq.ops import plain
-from mlx_kvq.ops.gpu import arguments, attention, jit, tables, tuning
+from mlx_kvq.ops.gpu import arguments, attention, jit, machine, tables, tuning
 from mlx_kvq.ops.gpu.sources import kernel_source, kernels_path
 from tests.emulator import emulated
 from tests.support import calls, op_matrix
@@ -665,6 +665,20 @@ def test_threadgroup_memory_fits_for_every_format(machine):
                 assert keys in (16, 32)
                 assert 32 * groups <= 512
                 assert tuning._memory(lay, sizes, keys, groups, tiles) <= limit
+
+
+@pytest.mark.parametrize(
+    "capability, kilobytes", [((7, 5), 48), ((8, 0), 96), ((8, 9), 48), ((9, 0), 96), ((12, 0), 48)]
+)
+def test_gpus_with_less_threadgroup_memory(monkeypatch, capability, kilobytes):
+    info = dict(zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True))
+    monkeypatch.setattr(machine, "language", lambda: "cuda")
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    sizes = machine.tuning()
+    assert sizes.threadgroup_memory == kilobytes * 1024
+    lay = make_format(Spec("int4", "srft"), 128).layout
+    keys = 32 if kilobytes == 96 else 16
+    assert tuning.attend_shape(lay, sizes) == (8, keys, 2)
 
 
 # ---- refusals and sources ---------------------------------------------------------------------

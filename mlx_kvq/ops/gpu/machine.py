@@ -31,10 +31,18 @@ def tuning() -> Tuning:
     """Launch sizes of this machine."""
     name = machine()
     sizes = TUNING[name]
-    if name == "cuda" and int(mx.device_info().get("compute_capability_major", 8)) < 8:
-        memory = min(sizes.threadgroup_memory, 60 * 1024)  # Turing has 64 KB
+    if name == "cuda" and not _is_large():
+        memory = min(sizes.threadgroup_memory, 48 * 1024)
         sizes = replace(sizes, threadgroup_memory=memory)
     return sizes
+
+
+def _is_large() -> bool:
+    """Whether a processor of this NVIDIA GPU has room for two large threadgroups: 164 KB or more,
+    as in data centers (compute capability 8.0, 9.0 and 10.x), where others have 64 to 128."""
+    info = mx.device_info()
+    major, minor = (int(info.get(f"compute_capability_{p}", 0)) for p in ("major", "minor"))
+    return (major, minor) in ((8, 0), (9, 0)) or major == 10
 
 
 def ahead() -> int:
