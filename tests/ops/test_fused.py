@@ -671,7 +671,8 @@ def test_threadgroup_memory_fits_for_every_format(machine):
     "capability, kilobytes", [((7, 5), 48), ((8, 0), 96), ((8, 9), 48), ((9, 0), 96), ((12, 0), 48)]
 )
 def test_gpus_with_less_threadgroup_memory(monkeypatch, capability, kilobytes):
-    info = dict(zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True))
+    major, minor = capability
+    info = {"compute_capability_major": major, "compute_capability_minor": minor}
     monkeypatch.setattr(machine, "language", lambda: "cuda")
     monkeypatch.setattr(mx, "device_info", lambda: info)
     sizes = machine.tuning()
