@@ -507,7 +507,7 @@ def test_attend_as_on_cuda(emulator, launches, spec, D, spare, own_tiles):
         assert_attends(q, rows, length, fmt, tail=tail, first=first, window=length - 7)
 
 
-@pytest.mark.parametrize("late", [3.0, 2e3, 3e4])
+@pytest.mark.parametrize("late", [3.0, 2e3, 1.2e4])
 @pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16"])
 def test_values_whose_size_changes_late(emulator, launches, spec, late):
     """Scales of values that are larger from tile to tile, and far larger in the last ones: sums are
