@@ -664,7 +664,12 @@ def test_threadgroup_memory_fits_for_every_format(machine):
                 assert groups >= 1
                 assert keys in (16, 32)
                 assert 32 * groups <= 512
-                assert tuning._memory(lay, sizes, keys, groups, tiles) <= limit
+                all_of_it = tuning._memory(lay, sizes, keys, groups, tiles)
+                assert all_of_it <= limit
+                # Or MLX would not tell the driver, which allows 48 KB unasked.
+                given = tuning.tile_bytes(lay, sizes, (groups, keys, tiles))
+                others = all_of_it - 4 * tuning._tile_words(lay, sizes, keys, groups, tiles)
+                assert given > 48000 or given + others <= 48 * 1024
 
 
 @pytest.mark.parametrize(
