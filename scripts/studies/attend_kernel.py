@@ -35,11 +35,14 @@ def ours(spec: str, sweep: bool) -> None:
     from mlx_kvq.ops.gpu import tuning
     from mlx_kvq.ops.packed import First, Packed
 
+    asked = Spec.parse(spec)
+    if asked is None:
+        raise SystemExit("fp16 has no kernel here: 'torch' times PyTorch's")
     normal, flush = tuning.TUNING["cuda"], mx.zeros((FLUSH,))
     for (Hq, Hkv, D), (B, T) in itertools.product(HEADS, SHAPES):
-        fmt = make_format(Spec.parse(spec), D)
-        half = [mx.random.normal((1, Hkv, 2048, D)).astype(mx.float16) for _ in range(2)]
-        one = ops.quantize_pack(*half, fmt)[0]
+        fmt = make_format(asked, D)
+        k, v = (mx.random.normal((1, Hkv, 2048, D)).astype(mx.float16) for _ in range(2))
+        one = ops.quantize_pack(k, v, fmt)[0]
         room = -(-T // 256) * 256 + 256
         rows = mx.contiguous(mx.tile(one, (B, 1, -(-room // 2048), 1))[:, :, :room])
         tail, first = (
@@ -100,7 +103,9 @@ def torch() -> None:
 
 def read(text: str) -> dict[tuple[str, ...], tuple[float, float]]:
     """(name, heads, D, batch, tokens) -> µs and bytes, from what ncu and this script printed."""
-    marks, calls, head = [], [], []
+    marks: list[list[str]] = []
+    calls: list[float] = []
+    head: list[str] = []
     for line in text.splitlines():
         if line.startswith("MARK "):
             marks.append(line.split()[1:])
