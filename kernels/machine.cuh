@@ -204,6 +204,14 @@ inline uint operand_row(tile_lane at, int i) {
   return 2 * at.pair + uint(i);
 }
 
+// [c0; c1] += [a0; a1] x b, before Ampere.
+inline void multiply_half(float2& c0, float2& c1, __half2 a0, __half2 a1, __half2 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
+      : "r"(as_type<uint>(a0)), "r"(as_type<uint>(a1)), "r"(as_type<uint>(b)));
+}
+
 // [c0; c1] = [from0; from1] + [a00 a01; a10 a11] x [b0; b1].
 inline void multiply_onto(
     float2& c0,
@@ -226,14 +234,8 @@ inline void multiply_onto(
 #else
   c0 = from0;
   c1 = from1;
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
-      : "r"(as_type<uint>(a00)), "r"(as_type<uint>(a10)), "r"(as_type<uint>(b0)));
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)
-      : "r"(as_type<uint>(a01)), "r"(as_type<uint>(a11)), "r"(as_type<uint>(b1)));
+  multiply_half(c0, c1, a00, a10, b0);
+  multiply_half(c0, c1, a01, a11, b1);
 #endif
 }
 inline void multiply(

@@ -378,8 +378,9 @@ INLINE void add_group(
 }
 
 // Scores of the tile's keys of a block (s0) and of the next one (s1), those of a lane's row, for
-// queries 2 * pair and 2 * pair + 1. W words a row; scales begin at word CODES. Operands and offsets are in registers if HOLD_QUERIES
-// (an enumerator of mlx_kvq/ops/gpu/jit.py), else in threadgroup memory.
+// queries 2 * pair and 2 * pair + 1. W words a row; scales begin at word CODES. Operands and offsets
+// are in registers if HOLD_QUERIES (an enumerator of mlx_kvq/ops/gpu/jit.py), else in threadgroup
+// memory.
 template <int D, int BITS, int GROUP, bool HALF_STEP, int W, int CODES, int STEP>
 INLINE void scores(
     thread float2& s0,
