@@ -54,7 +54,7 @@ threadgroup float2 shared_offsets[4 * (ROWS == 0 && HOLD_QUERIES == 0 ? OFFSETS 
 threadgroup float query_scale[8];
 threadgroup float maxima[8 * NSG];
 threadgroup float totals[8 * NSG];
-threadgroup float2 probabilities[SLICED ? NSG * kvq::probability_pairs(TK) : 1];
+threadgroup float2 probabilities[SLICES > 1 ? NSG * kvq::probability_pairs(TK) : 1];
 threadgroup int levels[SLICED ? NSG : 1];
 threadgroup int numbers[kvq::NUMBERS];
 threadgroup int ranges[3 * 8];  // of the query rows
@@ -111,8 +111,9 @@ if (TAIL) high_edge = min(high_edge, is_ring ? end : offset + 1 - recent);
 const auto head_rows = rows + (b * rows_strides[0] + kv_head * rows_strides[1]);
 const int newest = TAIL ? min(recent + L - 1, length - keep) : 0;
 const int first_tile = lowest / TK;
+const auto exact = kvq::exact_tokens_of<TAIL, FIRST>(newest, firsts, place, length, keep, idx);
 // With ROWS exact tokens are tiles as well, the first ones; `first_tile` comes after them.
-const int exact_tiles = ROWS > 0 ? (newest + firsts + TK - 1) / TK : 0;
+const int exact_tiles = ROWS > 0 ? (exact.end + TK - 1) / TK : 0;
 const int tiles = exact_tiles + max(0, (end + TK - 1) / TK - first_tile);
 const int share = (tiles + splits - 1) / splits;
 const int before_tiles = ROWS > 0 ? 0 : first_tile;
@@ -134,18 +135,20 @@ if (SENT) {  // in flight while the queries are rotated
       stage, head_rows + int64_t(tile) * (TK * W), min(TK, length - int(tile) * TK), lane);
 }
 
-// Of exact tokens: where the newest one would be, and the first one.
-const auto newest_at = tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
-                               (tail_shape[2] - 1) * tail_strides[2]);
-const auto firsts_at = first + (b * first_strides[0] + kv_head * first_strides[1]);
-if (PREFETCHED && EXACT && split * NSG + int(group) < newest + firsts) {
-  const int age = split * NSG + int(group);
-  const auto token =
-      kvq::exact_tokens_of<TAIL, FIRST>(newest, firsts, place, length, keep, idx).at(age);
-  kvq::ask_for_vectors<KD + VD>(
-      kvq::exact_vectors(
-          token, age, newest, newest_at, firsts_at, tail_strides[2], first_strides[2]),
-      lane);
+// Exact tokens are shared out in sets over splits, and over SIMD groups from the last one on, which
+// has the fewest tiles.
+constexpr int SET = kvq::EXACT_KEYS;
+if (PREFETCHED && EXACT) {
+  const int set = split + (NSG - 1 - int(group)) * splits;
+  if (set * SET < exact.end) {
+    const auto vectors = kvq::exact_vectors_of(
+        exact,
+        tail + (b * tail_strides[0] + kv_head * tail_strides[1] +
+                (tail_shape[2] - 1) * tail_strides[2]),
+        first + (b * first_strides[0] + kv_head * first_strides[1]),
+        int(tail_strides[2]), int(first_strides[2]));
+    kvq::ask_for_exact<KD + VD, SET>(vectors, set * SET, lane);
+  }
 }
 if (group == NSG - 1) {
   if (lane < 8u) {
@@ -170,7 +173,8 @@ if (group == NSG - 1) {
     numbers[kvq::AT_ROWS_START] = rows_start;
     numbers[kvq::AT_END] = end;
     numbers[kvq::AT_NEWEST] = newest;
-    numbers[kvq::AT_FIRSTS] = firsts;
+    numbers[kvq::AT_FIRST_BEGIN] = exact.begin;
+    numbers[kvq::AT_EXACT_END] = exact.end;
     numbers[kvq::AT_PLACE] = place;
     numbers[kvq::AT_KEEP] = keep;
     numbers[kvq::AT_IDX] = idx;

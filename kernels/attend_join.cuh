@@ -16,8 +16,9 @@ if (threadIdx.x == 0) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (is_last) {
   constexpr int CHANNELS = (VD + 31) / 32;
-  // Loads in flight: each has the latency of L2.
-  constexpr int AHEAD = CHANNELS > 4 ? 8 : 16;
+  // Loads in flight: each has the latency of L2. Up to 19 splits are usual (`splits` of
+  // mlx_kvq/ops/gpu/tuning.py).
+  constexpr int AHEAD = CHANNELS > 2 ? 20 : 32;
   for (int r = group; r < min(8, query_rows - first_row); r += NSG) {
     const int row = first_row + r;
     const int head = kv_head * heads + kvq::quotient(row, L);

@@ -16,6 +16,115 @@
 // From here on a lane has two query rows: columns 2 * pair and 2 * pair + 1 of every product.
 const auto pair_queries = queries + int(at.pair) * QUERY_PAIRS;
 const auto pair_offsets = shared_offsets + int(at.pair) * (HOLD_QUERIES == 0 ? OFFSETS : 1);
+const float2 held_factor = kvq::pair_of(query_scale, at);
+
+// Finite, so that exp2(-inf - m) is 0 and never exp2(-inf + inf), also where all is masked.
+const float2 lowest_logit = float2(-3e38f, -3e38f);
+const float masked = as_type<float>(0xff800000u);
+float2 m = lowest_logit;
+float2 l = float2(0.0f, 0.0f);
+float2 sums[V_TILES];
+UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
+constexpr bool SCALED = kvq::one_group(VD, V_READ, VG);
+constexpr float PER_SUM = kvq::per_level(VD, V_READ, VG);
+constexpr int STEP = kvq::key_step(TILE_W, TK);
+int level = 0;
+const kvq::counter slice = group % SLICES;
+const kvq::counter zero = kvq::unknown_zero(length);
+// Exact values are added as levels are.
+const float as_levels = kvq::levels_lift<SCALED>(0) / PER_SUM;
+
+if (EXACT) {
+  const int exact_end = numbers[kvq::AT_EXACT_END];
+  const int all_splits = numbers[kvq::AT_SPLITS];
+  // With slices all SIMD groups stay together, also those that have no token.
+  const int own = (NSG - 1 - int(group)) * all_splits;
+  for (int set = numbers[kvq::AT_SPLIT] + (SLICES > 1 ? 0 : own); set * SET < exact_end;
+       set += NSG * all_splits) {
+    // Where registers are few, a turn computes its addresses again.
+    const uint set_zero = HELD ? 0u : uint(kvq::unknown_zero(set));
+    const auto own_at = HELD ? at : kvq::tile_position(lane + set_zero);
+    const kvq::counter own_group = group + set_zero;
+    const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
+    const int own_b = numbers[kvq::AT_BATCH];
+    const int own_head = numbers[kvq::AT_KV_HEAD];
+    const auto vectors = kvq::exact_vectors_of(
+        kvq::exact_tokens_at<TAIL, FIRST>(numbers),
+        tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
+                (tail_shape[2] - 1) * tail_strides[2]),
+        first + (own_b * first_strides[0] + own_head * first_strides[1]),
+        int(tail_strides[2]), int(first_strides[2]));
+    const int age = SET * (set + (SLICES > 1 ? own : 0));
+    const int own_age = age + int(lane + set_zero) % SET;  // of the token that a lane tells of
+    const auto own_token = vectors.tokens.at(own_age);
+    const int offset = vectors.offset_of(own_age);
+    float2 s[SET / 8];
+    UNROLL for (int k = 0; k < SET / 8; k++) s[k] = float2(0.0f, 0.0f);
+    if (SLICES == 1 || age < exact_end) {
+      kvq::exact_scores<KD, K_READ, WHOLE, !SENT>(s, vectors, offset, queries, QUERY_PAIRS, own_at);
+    }
+    const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, own_at);
+    float2 top = lowest_logit;
+    UNROLL for (int k = 0; k < SET / 8; k++) {
+      kvq::exact_token token;
+      token.key = simd_shuffle(own_token.key, ushort(8 * k + int(own_at.row)));
+      token.order = simd_shuffle(own_token.order, ushort(8 * k + int(own_at.row)));
+      s[k] = float2(s[k].x * factor.x, s[k].y * factor.y);
+      if (MASK != 0 && token.key >= 0) {
+        const int64_t key_at = token.key * mask_strides[3];
+        const auto x = mask[mask_rows[2 * own_at.pair] + key_at];
+        const auto z = mask[mask_rows[2 * own_at.pair + 1] + key_at];
+        if (MASK == 1) {
+          s[k] = float2(x ? s[k].x : masked, z ? s[k].y : masked);
+        } else {
+          s[k] = float2(s[k].x + float(x) * kvq::log2_e(), s[k].y + float(z) * kvq::log2_e());
+        }
+      }
+      bool seen[2];
+      UNROLL for (int i = 0; i < 2; i++) {
+        seen[i] = token.is_read<TAIL>(kvq::range_at(ranges, 2 * int(own_at.pair) + i));
+      }
+      s[k] = float2(seen[0] ? s[k].x : masked, seen[1] ? s[k].y : masked);
+      top = float2(max(top.x, s[k].x), max(top.y, s[k].y));
+    }
+    top = float2(kvq::rows_max(top.x), kvq::rows_max(top.y));
+    top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
+    if (simd_any(kvq::exceeds<SCALED>(top, m, level))) {
+      kvq::raise<SCALED, V_TILES>(sums, m, l, level, top, level);
+    }
+    UNROLL for (int k = 0; k < SET / 8; k++) {
+      const float2 p = float2(
+          kvq::exact_probability(fast::exp2(s[k].x - m.x)),
+          kvq::exact_probability(fast::exp2(s[k].y - m.y)));
+      l = float2(l.x + p.x, l.y + p.y);
+      s[k] = kvq::exact_operand(float2(as_levels * p.x, as_levels * p.y), own_at);
+    }
+    if (SLICES == 1) {
+      UNROLL for (int k = 0; k < SET / 8; k++) {
+        kvq::add_exact_values<KD, VD, V_READ, VG, SLICES, V_TILES>(
+            sums, vectors, offset, 8 * k, s[k], own_at, 0);
+      }
+    } else {
+      const auto shared_p = probabilities + int(lane + set_zero);
+      UNROLL for (int k = 0; k < SET / 8; k++) {
+        shared_p[own_group * kvq::probability_pairs(TK) + 32 * k] = s[k];
+      }
+      kvq::slices_barrier<SLICES>();
+      ROLLED for (kvq::counter i = 0; i < SLICES + zero; i++) {
+        const kvq::counter other = own_group - own_slice + i;
+        const int its_age = SET * (set + (NSG - 1 - int(other)) * all_splits);
+        if (its_age < exact_end) {
+          const int its_offset = vectors.offset_of(its_age + int(lane + set_zero) % SET);
+          UNROLL for (int k = 0; k < SET / 8; k++) {
+            kvq::add_exact_values<KD, VD, V_READ, VG, SLICES, V_TILES>(
+                sums, vectors, its_offset, 8 * k,
+                shared_p[other * kvq::probability_pairs(TK) + 32 * k], own_at, own_slice);
+          }
+        }
+      }
+    }
+  }
+}
 half2 query[HOLD_QUERIES != 0 ? Q_TILES : 1];
 float2 offsets[HOLD_QUERIES != 0 ? OFFSETS : 1];
 if (HOLD_QUERIES != 0) {
@@ -37,170 +146,6 @@ if (WHOLE && HOLD_QUERIES != 0) {
     if (at.row == 0) pair_offsets[g] = x;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-}
-const float2 held_factor = kvq::pair_of(query_scale, at);
-
-// Finite, so that exp2(-inf - m) is 0 and never exp2(-inf + inf), also where all is masked.
-const float2 lowest_logit = float2(-3e38f, -3e38f);
-const float masked = as_type<float>(0xff800000u);
-float2 m = lowest_logit;
-float2 l = float2(0.0f, 0.0f);
-float2 sums[V_TILES];
-UNROLL for (int i = 0; i < V_TILES; i++) sums[i] = float2(0.0f, 0.0f);
-constexpr bool SCALED = kvq::one_group(VD, V_READ, VG);
-constexpr float PER_SUM = kvq::per_level(VD, V_READ, VG);
-constexpr int STEP = kvq::key_step(TILE_W, TK);
-int level = 0;
-const kvq::counter slice = group % SLICES;
-const kvq::counter zero = kvq::unknown_zero(length);
-// Exact values are added as levels are.
-const float as_levels = kvq::levels_lift<SCALED>(0) / PER_SUM;
-
-if (EXACT && SLICED) {  // tokens in turn over SIMD groups and splits, eight of each at a time
-  const int stride = numbers[kvq::AT_SPLITS] * NSG;
-  const int exact_tokens = numbers[kvq::AT_NEWEST] + numbers[kvq::AT_FIRSTS];
-  int turn = numbers[kvq::AT_SPLIT] * NSG;
-  for (; turn < exact_tokens; turn += 8 * stride) {
-    // Probabilities have been read; with slices the barrier of `top_of_slices` says so.
-    if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);
-    // Where registers are few, a turn computes its addresses again.
-    const uint turn_zero = HELD ? 0u : uint(kvq::unknown_zero(turn));
-    const auto own_at = HELD ? at : kvq::tile_position(lane + turn_zero);
-    const kvq::counter own_group = group + turn_zero;
-    const kvq::counter own_slice = HELD ? slice : own_group % SLICES;
-    const auto own_queries = queries + own_at.pair * QUERY_PAIRS;
-    const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
-        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS], numbers[kvq::AT_PLACE],
-        numbers[kvq::AT_LENGTH], numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
-    const int own_b = numbers[kvq::AT_BATCH];
-    const int own_head = numbers[kvq::AT_KV_HEAD];
-    // Where the newest token would be, and the first one.
-    const auto own_newest = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
-                                    (tail_shape[2] - 1) * tail_strides[2]);
-    const auto own_firsts = first + (own_b * first_strides[0] + own_head * first_strides[1]);
-    float2 s = float2(masked, masked);
-    ROLLED for (kvq::counter i = 0; i < 8u + zero; i++) {
-      const int age = turn + int(i) * stride + int(own_group);
-      const auto token = tokens.at(age);
-      if (token.there) {
-        const auto y = kvq::exact_vectors(
-            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
-        const float2 x = kvq::exact_score<KD, K_READ, WHOLE>(y, own_queries, own_at);
-        s = own_at.row == uint(i) ? x : s;
-      }
-    }
-    // From here on a lane has the token of its row.
-    {
-      const auto token = tokens.at(turn + int(own_at.row) * stride + int(own_group));
-      const float2 factor = HELD ? held_factor : kvq::pair_of(query_scale, own_at);
-      s = float2(s.x * factor.x, s.y * factor.y);
-      if (MASK != 0 && token.there) {
-        const int64_t key_at = token.key * mask_strides[3];
-        const auto x = mask[mask_rows[2 * own_at.pair] + key_at];
-        const auto z = mask[mask_rows[2 * own_at.pair + 1] + key_at];
-        if (MASK == 1) {
-          s = float2(x ? s.x : masked, z ? s.y : masked);
-        } else {
-          s = float2(s.x + float(x) * kvq::log2_e(), s.y + float(z) * kvq::log2_e());
-        }
-      }
-      bool seen[2];
-      UNROLL for (int i = 0; i < 2; i++) {
-        const auto range = kvq::range_at(ranges, 2 * int(own_at.pair) + i);
-        seen[i] = token.there && token.key >= range.low && token.key < range.high &&
-            (token.is_first ? !TAIL || token.place < range.oldest
-                            : tokens.is_ring() || token.key >= range.oldest);
-      }
-      s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
-    }
-    float2 top = float2(kvq::rows_max(s.x), kvq::rows_max(s.y));
-    top = kvq::top_of_slices<SLICES>(maxima, top, own_group, own_at);
-    if (simd_any(kvq::exceeds<SCALED>(top, m, level))) {
-      kvq::raise<SCALED, V_TILES>(sums, m, l, level, top, level);
-    }
-    const float2 p = float2(fast::exp2(s.x - m.x), fast::exp2(s.y - m.y));
-    l = float2(l.x + p.x, l.y + p.y);
-    probabilities[own_group * kvq::probability_pairs(TK) + int(4 * own_at.row + own_at.pair)] =
-        float2(as_levels * p.x, as_levels * p.y);
-    kvq::slices_barrier<SLICES>();
-    ROLLED for (kvq::counter i = 0; i < 8u * SLICES + zero; i++) {
-      const kvq::counter other = own_group - own_slice + i % SLICES;
-      const int age = turn + int(i) / SLICES * stride + int(other);
-      const auto token = tokens.at(age);
-      if (token.there) {
-        const auto y = kvq::exact_vectors(
-            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
-        const float2 p =
-            probabilities[other * kvq::probability_pairs(TK) + 4 * (i / SLICES) + own_at.pair];
-        constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
-        UNROLL for (int c = 0; c < V_TILES; c += PART) {
-          float part[PART];
-          kvq::read_value<VD, V_READ, VG, SLICES, PART>(part, y + KD, c, own_at.row, own_slice);
-          kvq::add_exact<PART>(sums + c, part, p);
-        }
-      }
-    }
-  }
-}
-if (EXACT && !SLICED) {  // tokens in turn over SIMD groups and splits, as tiles are
-  const auto tokens =
-      kvq::exact_tokens_of<TAIL, FIRST>(newest, firsts, place, length, keep, idx);
-  const int stride = splits * NSG;
-  for (int age = split * NSG + int(group); age < tokens.count; age += stride) {
-    const auto token = tokens.at(age);
-    if (PREFETCHED && age + stride < tokens.count) {
-      kvq::ask_for_vectors<KD + VD>(
-          kvq::exact_vectors(
-              tokens.at(age + stride), age + stride, newest, newest_at, firsts_at, tail_strides[2],
-              first_strides[2]),
-          lane);
-    }
-    if (!token.there) continue;
-    const int key = token.key;
-    const auto y = kvq::exact_vectors(
-        token, age, newest, newest_at, firsts_at, tail_strides[2], first_strides[2]);
-    float exact_value[PREFETCH != 0 ? V_TILES : 1];
-    if (PREFETCH != 0) {  // key and value in flight at once
-      kvq::read_value<VD, V_READ, VG, 1, PREFETCH != 0 ? V_TILES : 1>(
-          exact_value, y + KD, 0, at.row, 0);
-    }
-    float2 s = kvq::exact_score<KD, K_READ, WHOLE>(y, pair_queries, at);
-    s = float2(s.x * held_factor.x, s.y * held_factor.y);
-    if (MASK != 0) {
-      const auto x = mask[mask_rows[2 * at.pair] + key * mask_strides[3]];
-      const auto z = mask[mask_rows[2 * at.pair + 1] + key * mask_strides[3]];
-      if (MASK == 1) {
-        s = float2(x ? s.x : masked, z ? s.y : masked);
-      } else {
-        s = float2(s.x + float(x) * kvq::log2_e(), s.y + float(z) * kvq::log2_e());
-      }
-    }
-    bool seen[2];
-    UNROLL for (int i = 0; i < 2; i++) {
-      const auto range = kvq::range_at(ranges, 2 * int(at.pair) + i);
-      seen[i] = key >= range.low && key < range.high &&
-          (token.is_first ? !TAIL || token.place < range.oldest
-                          : is_ring || key >= range.oldest);
-    }
-    s = float2(seen[0] ? s.x : masked, seen[1] ? s.y : masked);
-    if (simd_any(kvq::exceeds<SCALED>(s, m, level))) {
-      kvq::raise<SCALED, V_TILES>(sums, m, l, level, s, level);
-    }
-    const float2 p = float2(fast::exp2(s.x - m.x), fast::exp2(s.y - m.y));
-    // Totals are added up over the eight rows of a column pair at the end.
-    l = float2(l.x + (at.row == 0 ? p.x : 0.0f), l.y + (at.row == 0 ? p.y : 0.0f));
-    const float2 large = float2(as_levels * p.x, as_levels * p.y);
-    if (PREFETCH != 0) {
-      kvq::add_exact<PREFETCH != 0 ? V_TILES : 1>(sums, exact_value, large);
-    } else {
-      constexpr int PART = V_TILES % 8 == 0 ? 8 : V_TILES;
-      UNROLL for (int i = 0; i < V_TILES; i += PART) {
-        float part[PART];
-        kvq::read_value<VD, V_READ, VG, 1, PART>(part, y + KD, i, at.row, 0);
-        kvq::add_exact<PART>(sums + i, part, large);
-      }
-    }
-  }
 }
 // With slices all SIMD groups stay together, also those that have no tile left.
 const kvq::counter end_of_tiles = numbers[kvq::AT_TILE_END];

@@ -53,44 +53,34 @@ if (EXACT) {
     const uint own_lane = HELD ? lane : lane + uint(kvq::unknown_zero(int(tile)));
     const auto own = kvq::part_of<K_LANES, K_PARTS>(own_lane);
     const auto own_value = kvq::part_of<V_LANES, V_PARTS>(own_lane);
-    const auto tokens = kvq::exact_tokens_of<TAIL, FIRST>(
-        numbers[kvq::AT_NEWEST], numbers[kvq::AT_FIRSTS], numbers[kvq::AT_PLACE],
-        numbers[kvq::AT_LENGTH], numbers[kvq::AT_KEEP], numbers[kvq::AT_IDX]);
     const int own_b = numbers[kvq::AT_BATCH];
     const int own_head = numbers[kvq::AT_KV_HEAD];
-    // Where the newest token would be, and the first one.
-    const auto own_newest = tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
-                                    (tail_shape[2] - 1) * tail_strides[2]);
-    const auto own_firsts = first + (own_b * first_strides[0] + own_head * first_strides[1]);
+    const auto vectors = kvq::exact_vectors_of(
+        kvq::exact_tokens_at<TAIL, FIRST>(numbers),
+        tail + (own_b * tail_strides[0] + own_head * tail_strides[1] +
+                (tail_shape[2] - 1) * tail_strides[2]),
+        first + (own_b * first_strides[0] + own_head * first_strides[1]),
+        int(tail_strides[2]), int(first_strides[2]));
     const int first_age = int(tile) * TK;
     float s[ROWS];
     UNROLL for (int r = 0; r < ROWS; r++) s[r] = 0.0f;
     ROLLED for (kvq::counter step = 0; step < K_LANES + zero; step++) {
-      const int age = first_age + int(step * K_AT_ONCE + own.set);
-      const auto token = tokens.at(age);
+      const auto of = vectors.at(first_age + int(step * K_AT_ONCE + own.set));
       float score[ROWS];
       UNROLL for (int r = 0; r < ROWS; r++) score[r] = 0.0f;
-      if (token.there) {
-        const auto at_token = kvq::exact_vectors(
-            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
-        kvq::score_exact_part<ROWS, K_CHANNELS, KD>(
-            score, at_token, queries, QUERY_PAIRS, own.turn);
-      }
+      kvq::score_exact_part<ROWS, K_CHANNELS, KD>(score, of, queries, QUERY_PAIRS, own.turn);
       kvq::take_turn<ROWS, 1, K_LANES>(s, score, own.turn == step);
     }
     // From here on a lane has one token.
     const auto own_probabilities = vector_probabilities + group * (TK * ROWS);
     {
       const auto range = kvq::range_at(ranges, 0);
-      const auto token = tokens.at(first_age + int(own.turn * K_AT_ONCE + own.set));
-      const bool seen = token.there && token.key >= range.low && token.key < range.high &&
-          (token.is_first ? !TAIL || token.place < range.oldest
-                          : tokens.is_ring() || token.key >= range.oldest);
+      const auto token = vectors.tokens.at(first_age + int(own.turn * K_AT_ONCE + own.set));
+      const bool seen = token.is_read<TAIL>(range);
       UNROLL for (int r = 0; r < ROWS; r++) {
         s[r] *= query_scale[r];
         if (MASK != 0 && seen) {
-          const auto x = mask[mask_rows[r] +
-                              token.key * mask_strides[3]];
+          const auto x = mask[mask_rows[r] + token.key * mask_strides[3]];
           s[r] = MASK == 1 ? (x ? s[r] : masked) : s[r] + float(x) * kvq::log2_e();
         }
         s[r] = seen ? s[r] : masked;
@@ -103,15 +93,10 @@ if (EXACT) {
     }
     ROLLED for (kvq::counter step = 0; step < V_LANES + zero; step++) {
       const kvq::counter of_tile = step * V_AT_ONCE + own_value.set;
-      const int age = first_age + int(of_tile);
-      const auto token = tokens.at(age);
-      if (token.there) {
-        const auto at_token = kvq::exact_vectors(
-            token, age, tokens.newest, own_newest, own_firsts, tail_strides[2], first_strides[2]);
-        float y[V_CHANNELS];
-        kvq::read_exact<VD, V_CHANNELS>(y, at_token + KD, int(own_value.part * V_CHANNELS));
-        kvq::add_exact_value<ROWS, V_CHANNELS>(sums, y, own_probabilities + of_tile * ROWS);
-      }
+      const auto of = vectors.at(first_age + int(of_tile));
+      float y[V_CHANNELS];
+      kvq::read_exact<VD, V_CHANNELS>(y, of + KD, int(own_value.part * V_CHANNELS));
+      kvq::add_exact_value<ROWS, V_CHANNELS>(sums, y, own_probabilities + of_tile * ROWS);
     }
   }
 }
@@ -167,8 +152,7 @@ for (; tile < kvq::counter(numbers[kvq::AT_TILE_END]); tile += NSG) {
     UNROLL for (int r = 0; r < ROWS; r++) {
       s[r] *= query_scale[r];
       if (MASK != 0 && seen) {
-        const auto x = mask[mask_rows[r] +
-                            key * mask_strides[3]];
+        const auto x = mask[mask_rows[r] + key * mask_strides[3]];
         s[r] = MASK == 1 ? (x ? s[r] : masked) : s[r] + float(x) * kvq::log2_e();
       }
       s[r] = seen ? s[r] : masked;

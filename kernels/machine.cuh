@@ -279,4 +279,76 @@ inline void wait_for_copies() {
 #endif
 }
 
+// Exact tokens of one turn, and which of eight a lane's component i of a left operand belongs to.
+enum : int { EXACT_KEYS = 16 };
+inline uint exact_key(tile_lane at, int i) {
+  return at.pair + 4 * uint(i);
+}
+// Rotated queries as a right operand, where a lane's left one is channels `channel` + 8 * pair and two
+// after that.
+template <int D>
+inline float2 exact_query(const __half2* queries, int pairs, int channel, tile_lane at) {
+  const int c = channel + 8 * int(at.pair);
+  const __half* x = reinterpret_cast<const __half*>(
+      queries + int(at.row / 2) * pairs + (D % 32 == 0 ? c : min(c, D - 3)));
+  return float2(__half2float(x[at.row % 2]), __half2float(x[4 + at.row % 2]));
+}
+// A probability as its product has it, in tf32, and two of each key as a right operand.
+inline float exact_probability(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return as_type<float>(y);
+#else
+  return x;
+#endif
+}
+inline float2 exact_operand(float2 p, tile_lane at) {
+  float x[2];
+  UNROLL for (int i = 0; i < 2; i++) {
+    const ushort from = 4 * (at.pair + 4 * uint(i)) + at.row / 2;
+    const float even = simd_shuffle(p.x, from), odd = simd_shuffle(p.y, from);
+    x[i] = at.row % 2 == 0 ? even : odd;
+  }
+  return float2(x[0], x[1]);
+}
+// [c0; c1] += [a0; a1] x b, 16 x 8 by 8 x 8.
+inline void multiply_tf32(float2* c, const float2* a, float2 b) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0].x), "+f"(c[0].y), "+f"(c[1].x), "+f"(c[1].y)
+      : "r"(as_type<uint>(a[0].x)), "r"(as_type<uint>(a[1].x)), "r"(as_type<uint>(a[0].y)),
+        "r"(as_type<uint>(a[1].y)), "r"(as_type<uint>(b.x)), "r"(as_type<uint>(b.y)));
+#else
+  const uint lane = thread_index_in_simdgroup;
+  UNROLL for (int k = 0; k < 8; k++) {
+    const ushort of_a = (lane & 28u) + uint(k) % 4, of_b = 8 * (lane & 3u) + uint(k) % 4;
+    const float y = k < 4 ? b.x : b.y;
+    const float even = simd_shuffle(y, of_b), odd = simd_shuffle(y, ushort(of_b + 4));
+    UNROLL for (int i = 0; i < 2; i++) {
+      const float x = simd_shuffle(k < 4 ? a[i].x : a[i].y, of_a);
+      c[i] = float2(c[i].x + x * even, c[i].y + x * odd);
+    }
+  }
+#endif
+}
+// c += a x b. TWICE: what tf32 loses of an fp32 number is added as well.
+template <int TILES, bool TWICE>
+inline void multiply_exact(float2* c, const float2* a, float2 b) {
+  static_assert(TILES == 2, "a product has 16 rows");
+  if (TWICE) {
+    float2 high[2], low[2];
+    UNROLL for (int i = 0; i < 2; i++) {
+      high[i] = float2(as_type<float>(as_type<uint>(a[i].x) & 0xffffe000u),
+                       as_type<float>(as_type<uint>(a[i].y) & 0xffffe000u));
+      low[i] = float2(a[i].x - high[i].x, a[i].y - high[i].y);
+    }
+    multiply_tf32(c, high, b);
+    multiply_tf32(c, low, b);
+  } else {
+    multiply_tf32(c, a, b);
+  }
+}
+
 }  // namespace kvq

@@ -166,4 +166,37 @@ INLINE void end_copy_group() {}
 template <int GROUPS>
 INLINE void wait_for_copies() {}
 
+// Exact tokens of one turn, and which of eight a lane's component i of a left operand belongs to.
+enum : int { EXACT_KEYS = 8 };
+INLINE uint exact_key(tile_lane at, int i) {
+  return 2 * at.pair + uint(i);
+}
+// Rotated queries as a right operand, where a lane's left one is channels `channel` + 8 * pair and two
+// after that.
+template <int D>
+INLINE float2 exact_query(const threadgroup half2* queries, int pairs, int channel, tile_lane at) {
+  const int c = channel + int(8 * (at.row >> 1) + 2 * (at.row & 1u));
+  const half2 x = queries[int(at.pair) * pairs + (D % 32 == 0 ? c : min(c, D - 1))];
+  return float2(float(x.x), float(x.y));
+}
+// A probability as its product has it, and two of each key as a right operand.
+INLINE float exact_probability(float x) {
+  return x;
+}
+INLINE float2 exact_operand(float2 p, tile_lane) {
+  return p;
+}
+// c += a x b in fp32, 8 x 8 each.
+template <int TILES, bool>
+INLINE void multiply_exact(thread float2* c, const thread float2* a, float2 b) {
+  UNROLL for (int i = 0; i < TILES; i++) {
+    simdgroup_matrix<float, 8, 8> A, B, C;
+    reinterpret_cast<thread float2&>(A.thread_elements()) = a[i];
+    reinterpret_cast<thread float2&>(B.thread_elements()) = b;
+    reinterpret_cast<thread float2&>(C.thread_elements()) = c[i];
+    simdgroup_multiply_accumulate(C, A, B, C);
+    c[i] = reinterpret_cast<thread float2&>(C.thread_elements());
+  }
+}
+
 }  // namespace kvq

@@ -72,8 +72,8 @@ constexpr int value_slices(int D, int BITS, int NSG) {
   }
   return n;
 }
-// Probabilities of a SIMD group in threadgroup memory: fp16 ones of a tile, or fp32 ones of eight
-// exact tokens.
+// Probabilities of a SIMD group in threadgroup memory: fp16 ones of a tile, or fp32 ones of exact
+// tokens.
 constexpr int probability_pairs(int TK) {
   return 2 * TK;
 }
@@ -537,38 +537,65 @@ INLINE void add_values(
   }
 }
 
-// Score of an exact key for queries 2 * pair and 2 * pair + 1. A lane takes D / 8 channels, and the
-// eight rows of a column pair add up ...
-template <int D, int BITS, bool WHOLE, typename T>
-INLINE float2 exact_score(const device T* key, const threadgroup half2* queries, tile_lane at) {
-  constexpr int PART = D % 64 == 0 && PREFETCH == 0 ? 8 : D / 8;  // channels in registers at once
-  const int first = int(at.row) * (D / 8);
-  float2 s = float2(0.0f, 0.0f);
-  ROLLED for (int part = 0; part < D / 8; part += PART) {
-    float y[PART];
-    read_exact<D, PART>(y, key, first + part);
-    UNROLL for (int i = 0; i < PART; i++) {
-      const half2 x = queries[first + part + i];
-      const float k = WHOLE && BITS == 4 && (first + part + i) % 2 == 1 ? 16.0f * y[i] : y[i];
-      s = float2(fma(float(x.x), k, s.x), fma(float(x.y), k, s.y));
+// Exact tokens, EXACT_KEYS at a time: products of fp32, since vectors may be of any magnitude (on
+// NVIDIA GPUs of tf32, which holds bf16 and queries exactly). A lane has eight neighbouring channels
+// of 32 of keys `row` and `row + 8`, two in each product; FEW: no more than that in flight. `offset`
+// is that of the token whose number is the lane's (`exact_vectors`) ...
+template <int D, int BITS, bool WHOLE, bool FEW, typename V>
+INLINE void exact_scores(
+    thread float2* s, const thread V& vectors, int offset, const threadgroup half2* queries,
+    int pairs, tile_lane at) {
+  constexpr float ODD = WHOLE && BITS == 4 ? 16.0f : 1.0f;  // which `store_query` took off
+  constexpr int KEYS = EXACT_KEYS / 8;
+  constexpr int BLOCKS = (D + 31) / 32;
+  constexpr int AT_ONCE = !FEW && BLOCKS % 2 == 0 ? 2 : 1;
+  typename V::pointer keys[KEYS];
+  UNROLL for (int k = 0; k < KEYS; k++) {
+    keys[k] = vectors.at_offset(simd_shuffle(offset, ushort(8 * k + int(at.row))));
+  }
+  float2 odd[KEYS];
+  UNROLL for (int k = 0; k < KEYS; k++) s[k] = odd[k] = float2(0.0f, 0.0f);
+  ROLLED for (int block = 0; block < BLOCKS; block += AT_ONCE) {
+    UNROLL for (int i = 0; i < AT_ONCE; i++) {
+      const int of_block = 32 * (block + i);
+      float y[KEYS][8];
+      UNROLL for (int k = 0; k < KEYS; k++) {
+        read_exact<D, 8>(y[k], keys[k], of_block + 8 * int(at.pair));
+      }
+      UNROLL for (int j = 0; j < 8; j++) {
+        if (j % 4 < 2) {
+          float2 a[KEYS];
+          UNROLL for (int k = 0; k < KEYS; k++) a[k] = float2(y[k][j], y[k][j + 2]);
+          const float2 b = exact_query<D>(queries, pairs, of_block + j, at);
+          multiply_exact<KEYS, V::IS_FLOAT>(j % 2 == 0 ? s : odd, a, b);
+        }
+      }
     }
   }
-  return float2(rows_sum(s.x), rows_sum(s.y));
-}
-
-// ... and sums += its value times probabilities. COUNT accumulators of a lane, from `first` on.
-template <int D, int BITS, int GROUP, int SLICES, int COUNT, typename T>
-INLINE void read_value(thread float* x, const device T* value, int first, uint row, counter slice) {
-  constexpr int RUN = value_run(D, BITS, GROUP);
-  UNROLL for (int i = 0; i < COUNT; i += RUN) {
-    read_exact<D, RUN>(
-        x + i, value, value_channel<D, BITS, GROUP, SLICES>(first + i, row, slice));
+  UNROLL for (int k = 0; k < KEYS; k++) {
+    s[k] = float2(fma(ODD, odd[k].x, s[k].x), fma(ODD, odd[k].y, s[k].y));
   }
 }
-template <int TILES>
-INLINE void add_exact(thread float2* sums, const thread float* y, float2 p) {
-  UNROLL for (int i = 0; i < TILES; i++) {
-    sums[i] = float2(fma(p.x, y[i], sums[i].x), fma(p.y, y[i], sums[i].y));
+// ... and then its channels of keys `exact_key` of eight, times probabilities, a right operand. Values
+// begin at channel BEGIN of a token's vector.
+template <int BEGIN, int D, int BITS, int GROUP, int SLICES, int TILES, typename V>
+INLINE void add_exact_values(
+    thread float2* sums, const thread V& vectors, int offset, int first_key, float2 p, tile_lane at,
+    counter slice) {
+  constexpr int RUN = value_run(D, BITS, GROUP);
+  typename V::pointer tokens[2];
+  UNROLL for (int k = 0; k < 2; k++) {
+    tokens[k] = vectors.at_offset(simd_shuffle(offset, ushort(first_key + int(exact_key(at, k)))));
+  }
+  UNROLL for (int i = 0; i < TILES; i += RUN) {
+    const int first = value_channel<D, BITS, GROUP, SLICES>(i, at.row, slice);
+    float y[2][RUN];
+    UNROLL for (int k = 0; k < 2; k++) read_exact<D, RUN>(y[k], tokens[k] + BEGIN, first);
+    UNROLL for (int j = 0; j < RUN; j += 2) {
+      float2 a[2];
+      UNROLL for (int k = 0; k < 2; k++) a[k] = float2(y[0][j + k], y[1][j + k]);
+      multiply_exact<2, V::IS_FLOAT>(sums + i + j, a, p);
+    }
   }
 }
 

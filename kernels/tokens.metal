@@ -15,8 +15,9 @@ INLINE int quotient(int a, int b) {
 // Integers of attend's launch that its loops need, in threadgroup memory: registers are few.
 enum : int {
   AT_LENGTH, AT_LOW_EDGE, AT_HIGH_EDGE, AT_HOLE, AT_HOLE_END, AT_ROWS_START, AT_END, AT_NEWEST,
-  AT_FIRSTS, AT_PLACE, AT_KEEP, AT_IDX, AT_BATCH, AT_KV_HEAD, AT_HEADS, AT_QUERIES, AT_FIRST_ROW,
-  AT_SPLIT, AT_SPLITS, AT_TILE, AT_TILE_END, AT_EXACT_TILES, AT_FIRST_TILE, AT_KV_HEADS, NUMBERS
+  AT_FIRST_BEGIN, AT_EXACT_END, AT_PLACE, AT_KEEP, AT_IDX, AT_BATCH, AT_KV_HEAD, AT_HEADS,
+  AT_QUERIES, AT_FIRST_ROW, AT_SPLIT, AT_SPLITS, AT_TILE, AT_TILE_END, AT_EXACT_TILES,
+  AT_FIRST_TILE, AT_KV_HEADS, NUMBERS
 };
 // Of a lane's two query rows.
 INLINE float2 pair_of(const threadgroup float* x, tile_lane at) {
@@ -50,75 +51,136 @@ INLINE query_range range_at(const threadgroup int* ranges, int query) {
   return out;
 }
 
-// Exact tokens by age: of the tail, how many tokens are newer; then the first tokens.
+// Exact tokens by age: of the tail, how many tokens are newer; then the first tokens, as many as are
+// there. Ages beyond these, and between both, have no token.
 struct exact_token {
-  bool there;
-  bool is_first;
-  int place;  // of a first token, in the order of the tokens
-  int key;
+  int key;    // -1: none
+  int order;  // what its query's `oldest` is compared with: a first token's is negative
+  // Whether a query reads it from here, and may attend to it.
+  template <bool TAIL>
+  INLINE bool is_read(query_range range) const thread {
+    const bool in_tail = order >= range.oldest, before_it = !TAIL || ~order < range.oldest;
+    return key >= range.low && key < range.high && (order < 0 ? before_it : in_tail);
+  }
 };
 template <bool TAIL, bool FIRST>
 struct exact_tokens {
   int newest;  // of the tail
-  int count;
-  int first_place;
+  int begin;   // ages of the first tokens
+  int end;
+  int first_place;  // of the one of age `newest`, in the order of the tokens
   int length;
   int keep;
   int idx;
-  INLINE bool is_ring() const thread {
-    return idx < length;
+  INLINE bool is_first(int age) const thread {
+    return FIRST && (!TAIL || age >= newest);
+  }
+  INLINE bool is_there(int age) const thread {
+    return age < end && (!is_first(age) || age >= begin);
   }
   INLINE exact_token at(int age) const thread {
+    const bool first = is_first(age), is_ring = idx < length;
+    const int place = first_place + age - newest;
+    const int of_first = place + (is_ring && place >= keep ? idx - keep : 0);
+    const int of_tail = idx - 1 - age;
+    const int key = first ? of_first - (of_first >= length ? length - keep : 0)
+                          : of_tail + (of_tail < keep ? length - keep : 0);
     exact_token out;
-    out.is_first = FIRST && (!TAIL || age >= newest);
-    out.place = first_place + age - newest;
-    out.there = age < count && (!out.is_first || (out.place >= 0 && out.place < length));
-    if (out.is_first) {
-      const int key = out.place + (is_ring() && out.place >= keep ? idx - keep : 0);
-      out.key = key - (key >= length ? length - keep : 0);
-    } else {
-      const int key = idx - 1 - age;
-      out.key = key + (key < keep ? length - keep : 0);
-    }
+    out.key = is_there(age) ? key : -1;
+    out.order = first ? ~place : is_ring ? 0x7fffffff : key;
     return out;
   }
 };
+// `firsts` of them from place `place` on, of which some may be in padding, or still to come.
 template <bool TAIL, bool FIRST>
 INLINE exact_tokens<TAIL, FIRST> exact_tokens_of(
     int newest, int firsts, int place, int length, int keep, int idx) {
   exact_tokens<TAIL, FIRST> out;
   out.newest = newest;
-  out.count = newest + firsts;
+  out.begin = newest + (FIRST ? max(0, -place) : 0);
+  const int end = newest + (FIRST ? min(firsts, length - place) : 0);
+  out.end = end > out.begin ? end : newest;
   out.first_place = place;
   out.length = length;
   out.keep = keep;
   out.idx = idx;
   return out;
 }
-
-// Where its key and value are; `newest_at` is the place of the newest token's, `firsts_at` of the
-// first one's, and strides are those of the arrays.
-template <typename T>
-INLINE const device T* exact_vectors(
-    exact_token token, int age, int newest, const device T* newest_at, const device T* firsts_at,
-    int64_t tail_stride, int64_t first_stride) {
-  return token.is_first ? firsts_at + (age - newest) * first_stride : newest_at - age * tail_stride;
-}
-// Asks for them: 32 bytes a lane.
-template <int CHANNELS, typename T>
-INLINE void ask_for_vectors(const device T* x, uint lane) {
-  constexpr int EACH = 32 / int(sizeof(T));
-  if (int(lane) < CHANNELS / EACH) ask_for(x + EACH * lane);
+// The same in a loop, from the launch's integers.
+template <bool TAIL, bool FIRST>
+INLINE exact_tokens<TAIL, FIRST> exact_tokens_at(const threadgroup int* numbers) {
+  exact_tokens<TAIL, FIRST> out;
+  out.newest = numbers[AT_NEWEST];
+  out.begin = numbers[AT_FIRST_BEGIN];
+  out.end = numbers[AT_EXACT_END];
+  out.first_place = numbers[AT_PLACE];
+  out.length = numbers[AT_LENGTH];
+  out.keep = numbers[AT_KEEP];
+  out.idx = numbers[AT_IDX];
+  return out;
 }
 
 // A lane's COUNT neighbouring channels of a vector of D, from number `first` on; zeros past D.
 template <int D, int COUNT, typename T>
 INLINE void read_exact(thread float* x, const device T* in, int first) {
-  if (COUNT % 8 == 0 && D % 64 == 0) {
-    UNROLL for (int i = 0; i < COUNT / 8; i++) read_eight(x + 8 * i, in + first + 8 * i);
+  if (COUNT % 8 == 0 && D % 8 == 0) {
+    UNROLL for (int i = 0; i < COUNT; i += 8) {
+      if (D % 64 == 0 || first + i < D) {
+        read_eight(x + i, in + first + i);
+      } else {
+        UNROLL for (int j = 0; j < 8; j++) x[i + j] = 0.0f;
+      }
+    }
   } else {
     UNROLL for (int i = 0; i < COUNT; i++) x[i] = first + i < D ? float(in[first + i]) : 0.0f;
   }
+}
+
+// Where their vectors are, a key and then a value each: `newest_at` is the place of the newest
+// token's, `firsts_at` of the first one's, and strides are those of the arrays.
+template <bool TAIL, bool FIRST, typename T>
+struct exact_vectors {
+  typedef const device T* pointer;
+  enum : bool { IS_FLOAT = sizeof(T) == 4 };
+  exact_tokens<TAIL, FIRST> tokens;
+  const device T* newest_at;
+  const device T* firsts_at;
+  int tail_stride;
+  int first_stride;
+  // Where one is, in one integer that lanes can hand on. For an age without a token, that of another
+  // one: there is one, and nothing else is sure to be finite.
+  INLINE int offset_of(int age) const thread {
+    const int other = TAIL && tokens.newest > 0 ? 0 : tokens.begin;
+    const int own = tokens.is_there(age) ? age : other;
+    const int of_first = 2 * (own - tokens.newest) * first_stride + 1;
+    return tokens.is_first(own) ? of_first : -2 * own * tail_stride;
+  }
+  INLINE pointer at_offset(int offset) const thread {
+    return (!TAIL || (FIRST && (offset & 1) != 0) ? firsts_at : newest_at) + (offset >> 1);
+  }
+  INLINE pointer at(int age) const thread {
+    return at_offset(offset_of(age));
+  }
+};
+template <bool TAIL, bool FIRST, typename T>
+INLINE exact_vectors<TAIL, FIRST, T> exact_vectors_of(
+    exact_tokens<TAIL, FIRST> tokens, const device T* newest_at, const device T* firsts_at,
+    int tail_stride, int first_stride) {
+  exact_vectors<TAIL, FIRST, T> out;
+  out.tokens = tokens;
+  out.newest_at = newest_at;
+  out.firsts_at = firsts_at;
+  out.tail_stride = tail_stride;
+  out.first_stride = first_stride;
+  return out;
+}
+// Asks a SIMD group for those of KEYS tokens, from one of `age` on: a lane for a part of one.
+template <int CHANNELS, int KEYS, typename V>
+INLINE void ask_for_exact(const thread V& vectors, int age, uint lane) {
+  constexpr int LANES = 32 / KEYS;  // of one token
+  constexpr int EACH = 32 / (V::IS_FLOAT ? 4 : 2);  // channels
+  const auto of = vectors.at(age + int(lane) / LANES);
+  for (int c = int(lane) % LANES * EACH; c < CHANNELS; c += LANES * EACH) ask_for(of + c);
 }
 
 // The same threadgroup memory holds tiles, then the sums that SIMD groups add up.

@@ -131,14 +131,17 @@ def _blocks(q, keys: PackedView, values: PackedView, place, scale: float, mask, 
     # A mask that a model made itself may let a token see later ones: the chunk is then one block.
     for a, end in _pieces(L, into) if exact and causal else [(0, L)]:
         low = 0 if window is None else max(0, past + a - window + 1)
-        new = None
+        new, queries = None, q
         if keys.chunk is not None and values.chunk is not None:
-            new = keys.chunk[:, :, a:end], values.chunk[:, :, a:end]
+            new = keys.chunk, values.chunk
+        if end - a < L:  # each slice takes the host some microseconds
+            queries = q[:, :, a:end]
+            new = None if new is None else (new[0][:, :, a:end], new[1][:, :, a:end])
         before = past + a - low if exact else past + end - low
         own = min(known, past - low) if a == 0 else 0
         k, v = _restored(keys, low, before, own, dtype, new)
         out = mx.fast.scaled_dot_product_attention(
-            q[:, :, a:end].astype(dtype),
+            queries.astype(dtype),
             k.astype(dtype),
             v.astype(dtype),
             scale=scale,

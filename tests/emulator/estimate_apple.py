@@ -391,7 +391,7 @@ class Ours:
         with emulated():  # the launch sizes of Metal
             q = mx.zeros((B, self.Hq, 1, self.D))
             rows = mx.zeros((B, self.Hkv, T, self.fmt.layout.words), mx.uint32)
-            return attention.grid(q, ops.Packed(rows, T, self.fmt)).parts(T, 1, None)
+            return attention.grid(q, ops.Packed(rows, T, self.fmt)).parts(T, 1, None, True)
 
     def _of_pack(self, c: Counters, n: int, variant: str) -> Work:
         token = self.Hkv * (4 * self.D + 4 * self.fmt.layout.words)

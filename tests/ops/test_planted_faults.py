@@ -92,8 +92,14 @@ def attention_of_odd_sizes(launches):
     """A last word that is not full; groups that are not whole slots; large and tiny scales."""
     launches(single=0, vector_rows=0)
     for spec, D in (("int4-srft:group_size=8", 72), ("int8-srft:group_size=40", 80)):
-        fmt = format_of(spec, D)
-        assert_attends(transposed(1, 4, 1, D), packed(fmt, 1, 1, 90), 90, fmt)
+        fmt = format_of(f"{spec},recent=5", D)
+        q, rows, tail = (
+            transposed(1, 4, 1, D),
+            packed(fmt, 1, 1, 90),
+            normal(1, 1, 5, 2 * D, seed=3),
+        )
+        assert_attends(q, rows, 90, fmt)
+        assert_attends(q, rows, 90, fmt, tail=tail)
     for size in (1e-5, 3e4):
         fmt = format_of("int4-srft", 64)
         k, v = normal(1, 1, 80, 64, seed=1), size * normal(1, 1, 80, 64, seed=2)
@@ -166,7 +172,7 @@ def sizes_of_values(launches):
 
 def sent(launches):
     """Tiles sent ahead of their use: a last one that is not full, heads that are not aligned, more
-    tiles than a SIMD group has in memory."""
+    tiles than a SIMD group has in memory, exact tokens before them."""
     for D, spare in ((128, 5), (128, 22), (64, 5)):
         launches(
             single=1023, keys=16, simd_groups=4, prefetch=True, own_tiles=2, hold_queries=True,
@@ -176,6 +182,10 @@ def sent(launches):
         rows = packed(fmt, 1, 2, 330, spare)
         for length in (325, 330):
             assert_attends(transposed(1, 12, 1, D), rows, length, fmt)
+        # SIMD groups that begin with exact tokens, some of them only.
+        tailed = format_of("int4-srft:recent=12", D)
+        tail = normal(1, 2, 12, 2 * D, seed=30)
+        assert_attends(transposed(1, 12, 1, D), rows, 325, tailed, tail=tail)
 
 
 def packing(launches):
@@ -255,10 +265,16 @@ def vectors_beyond_8_gigabytes(launches):
 def first_tokens(launches):
     """At the beginning, after padding, gone in part, to come in part; in rings, around their end;
     beside a tail that has some of them."""
-    launches(single=0, restore_threadgroups=1)
     fmt = format_of("int4-srft:recent=5", 64, what="mu")
     rows, tail = packed(fmt, 2, 2, 40), normal(2, 2, 7, 128, seed=30)
     array, q = normal(2, 2, 6, 128, seed=31), transposed(2, 4, 2, 64)
+    for numbers, place, length in ((mx.arange(6) < 2, -2, 33), (mx.arange(6) >= 3, 0, 3)):
+        unread = mx.where(numbers[:, None], mx.nan, array)  # gone, and to come
+        first = ops.First(unread, 6, place)
+        for vector_rows in (0, 4):
+            launches(single=0, restore_threadgroups=1, vector_rows=vector_rows)
+            assert_attends(q[:, :, :1], rows, length, fmt, tail=tail, first=first)
+    launches(single=0, restore_threadgroups=1)
     at = mx.array([3, 30], mx.int32)
     for first, more in (
         (ops.First(array, 6), {}),
@@ -399,12 +415,13 @@ FAULTS = [
      "wraps ? min(length, idx + max(0, place + firsts)) : idx", "idx"),
     ("first tokens of a ring that wraps", first_tokens, "attend_begin.metal",
      "place + firsts + (wraps ? idx - length : 0)", "place + firsts + (wraps ? -length : 0)"),
-    ("a first token in the tail, too", first_tokens, "attend_matrix.metal",
-     "token.place < range.oldest", "token.place <= range.oldest"),
+    ("a first token in the tail, too", first_tokens, "tokens.metal",
+     "~order < range.oldest", "~order <= range.oldest"),
     ("mask of a ring's first tokens", first_tokens, "tokens.metal",
-     "out.key = key - (key >= length ? length - keep : 0);", "out.key = key;"),
-    ("a first token that has gone", first_tokens, "tokens.metal",
-     "out.place >= 0 && out.place < length", "out.place >= -9 && out.place < length"),
+     "of_first - (of_first >= length ? length - keep : 0)", "of_first"),
+    ("a first token that is still to come", first_tokens, "tokens.metal",
+     "min(firsts, length - place)", "firsts"),
+    ("a first token that has gone", first_tokens, "tokens.metal", "max(0, -place)", "0"),
     ("first tokens at other rows", first_tokens, "restore.metal",
      "row >= place && row < place + firsts", "row < firsts"),
     ("first tokens of another place", first_tokens, "restore_rows.metal",
@@ -419,7 +436,20 @@ FAULTS = [
      "head * mask_strides[2]"),
     ("starts of the first sequence", attention, "attend_begin.metal", "int(starts[b])",
      "int(starts[0])"),
-    ("odd channels of exact keys", attention, "tile.metal", "16.0f * y[i]", "y[i]"),
+    ("odd channels of exact keys", attention, "tile.metal", "WHOLE && BITS == 4 ? 16.0f :", ""),
+    ("keys of an exact value", attention, "machine.metal", "2 * at.pair + uint(i)", "2 * at.pair"),
+    ("exact tokens that are not there", slices, "tokens.metal",
+     "tokens.is_there(age) ? age : other", "age"),
+    ("exact tokens of one SIMD group", attention, "attend_matrix.metal",
+     "(NSG - 1 - int(group)) * all_splits;", "0;"),
+    ("exact tokens of one turn", slices, "attend_matrix.metal", "set += NSG * all_splits",
+     "set += 9 * NSG * all_splits"),
+    ("the next exact tokens' values", slices, "attend_matrix.metal",
+     "(set + (NSG - 1 - int(other)) * all_splits)", "(set + (NSG - int(other)) * all_splits)"),
+    ("exact channels past the end", attention_of_odd_sizes, "tokens.metal",
+     "D % 64 == 0 || first + i < D", "true"),
+    ("queries past the end", attention_of_odd_sizes, "machine.metal",
+     "D % 32 == 0 ? c : min(c, D - 1)", "c"),
     ("barrier after the offsets", attention, "attend_matrix.metal",
      "    if (at.row == 0) pair_offsets[g] = x;\n  }\n"
      "  threadgroup_barrier(mem_flags::mem_threadgroup);",
@@ -460,11 +490,9 @@ FAULTS = [
      "shared_p[own_group * (4 * TK) + 32 * i] = p[i];"),
     ("barrier before a set's next tiles", slices, "attend_matrix.metal",
      "tile < end_of_tiles;\n  kvq::slices_barrier<SLICES>();", "tile < end_of_tiles;"),
-    ("barrier before exact tokens' next turn", slices, "attend_matrix.metal",
-     "    if (SLICES == 1) simdgroup_barrier(mem_flags::mem_threadgroup);\n", ""),
     ("barrier after exact tokens' probabilities", slices, "attend_matrix.metal",
-     "float2(as_levels * p.x, as_levels * p.y);\n    kvq::slices_barrier<SLICES>();",
-     "float2(as_levels * p.x, as_levels * p.y);"),
+     "+ 32 * k] = s[k];\n      }\n      kvq::slices_barrier<SLICES>();",
+     "+ 32 * k] = s[k];\n      }"),
     ("a set that is not full", slices, "attend_matrix.metal",
      "kvq::counter(end_of_tiles - (tile - own_group))", "kvq::counter(NSG)"),
     ("own level for all tiles of a set", slices, "attend_matrix.metal",
@@ -476,12 +504,12 @@ FAULTS = [
     ("exact tiles counted as rows", vectors, "attend_vector.metal",
      "(int(tile) - numbers[kvq::AT_EXACT_TILES] +", "(int(tile) +"),
     ("tiles of exact tokens left out", vectors, "attend_begin.metal",
-     "(newest + firsts + TK - 1) / TK", "(newest + firsts) / TK"),
+     "(exact.end + TK - 1) / TK", "exact.end / TK"),
     ("a lane's token of another set", vectors, "attend_vector.metal",
      "first_key + int(own.turn * K_AT_ONCE + own.set)", "first_key + int(lane)"),
     ("an exact token of another set", vectors, "attend_vector.metal",
-     "tokens.at(first_age + int(own.turn * K_AT_ONCE + own.set))",
-     "tokens.at(first_age + int(lane))"),
+     "vectors.tokens.at(first_age + int(own.turn * K_AT_ONCE + own.set))",
+     "vectors.tokens.at(first_age + int(lane))"),
     ("mask of a KV head's first query head", vectors, "attend_vector.metal", "mask[mask_rows[r] +",
      "mask[mask_rows[0] +"),
     ("barrier before a tile's probabilities", vectors, "attend_vector.metal",

@@ -54,10 +54,11 @@ class Grid:
     tiles: int
     tuning: Tuning
 
-    def parts(self, length: int, L: int, window: int | None) -> int:
-        """Splits of a context of ``length`` tokens; 1 spares a launch, or the join."""
+    def parts(self, length: int, L: int, window: int | None, exact: bool) -> int:
+        """Splits of a context of ``length`` tokens, some of them exact or none; 1 spares a launch,
+        or the join."""
         span = length if window is None else min(length, window + L - 1)
-        return splits(self.tuning, self.groups, self.keys, span, self.parallel, self.rows)
+        return splits(self.tuning, self.groups, self.keys, span, self.parallel, self.rows, exact)
 
 
 def grid(q: mx.array, packed: Packed) -> Grid:
@@ -102,7 +103,7 @@ class Attend:
         self.tried: dict[int, bool] = {}
 
     def parts(self, length: int) -> int:
-        return self.grid.parts(length, self.q_shape[2], self.window)
+        return self.grid.parts(length, self.q_shape[2], self.window, self.tail or self.first)
 
     def launches(self, parts: int) -> tuple[Launch, ...]:
         """One launch, or two where the context is split on Metal."""

@@ -237,7 +237,15 @@ def attend_shape(lay: RowLayout, tuning: Tuning, rows: int = 0) -> tuple[int, in
     return groups, keys, tiles
 
 
-def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int, rows: int = 0) -> int:
+def splits(
+    tuning: Tuning,
+    groups: int,
+    keys: int,
+    span: int,
+    parallel: int,
+    rows: int = 0,
+    exact: bool = False,
+) -> int:
     """Shares of a context of ``span`` keys.
 
     Args:
@@ -246,6 +254,7 @@ def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int, row
         span (int): Keys that any query may attend to.
         parallel (int): Threadgroups of one split.
         rows (int): From :func:`vector_rows`.
+        exact (bool): Whether there are exact tokens besides.
     """
     tiles = -(-span // keys)
     if span <= tuning.single:
@@ -254,4 +263,12 @@ def splits(tuning: Tuning, groups: int, keys: int, span: int, parallel: int, row
     least = min(tuning.few, tiles)
     if rows:
         least = max(least, min(16, tuning.vector_few // parallel, -(-tiles // 2)))
-    return max(1, min(wanted, max(least, -(-tiles // (tuning.least * groups)))))
+    parts = max(1, min(wanted, max(least, -(-tiles // (tuning.least * groups)))))
+    share = -(-tiles // parts)
+    if exact and parts > 1 < share and share % groups == 0 and not tuning.slice_values:
+        # The last SIMD group, which takes exact tokens first, has a tile less than others.
+        more = -(-tiles // (share - 1))
+        alone = tuning.threadgroups // 2  # one to a processor
+        fits = alone if parts * parallel <= alone else tuning.threadgroups
+        parts = more if more * parallel <= fits else parts
+    return parts
