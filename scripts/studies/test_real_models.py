@@ -15,6 +15,7 @@ import real_models
 import tables
 from codes import codes_of, facts_of
 from mlx_lm import load, stream_generate
+from mlx_lm.models import base
 from texts import documents_of
 
 from mlx_kvq.measure import baselines
@@ -81,6 +82,27 @@ def test_figures_are_those_of_measure(made, loaded):
     for start, end in [(0, 96), *((i, i + 1) for i in range(96, 100))]:
         model(windows[:, start:end], cache=caches)
     assert rows[2]["bytes_per_token"] == pytest.approx(baselines.bytes_per_token(caches))
+
+
+def test_kv4_where_mlx_lms_attention_has_no_kernel(monkeypatch, tmp_path):
+    """As on CUDA: the row says that kv4 is read as arrays, and its figures are those of kv4."""
+    given = [*SMALL[:4], "--contexts", 96, *SMALL[7:15], "--only", "kv4", "kv8"]
+
+    def rows(name):
+        run(monkeypatch, "real_models", *given, "--json", tmp_path / name)
+        return json.loads((tmp_path / name).read_text())["rows"]
+
+    def attention(*args, **kwargs):
+        raise RuntimeError("[quantized_matmul] No implementation for problem shape: 3x3x64x2")
+
+    real = rows("real.json")
+    monkeypatch.setattr(base, "quantized_scaled_dot_product_attention", attention)
+    for mine, its in zip(rows("arrays.json"), real, strict=True):
+        assert "read as arrays" in mine["note"] and not its["note"]
+        assert mine["bytes_per_token"] == its["bytes_per_token"]
+        for leg in real_models.LEGS:
+            kl = its[leg]["kl"]["mean"]
+            assert mine[leg]["kl"]["mean"] == pytest.approx(kl, rel=1e-3, abs=1e-6)
 
 
 def test_it_goes_on_where_it_stopped(made, monkeypatch, capsys, tmp_path):
