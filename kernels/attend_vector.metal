@@ -62,9 +62,11 @@ if (EXACT) {
         first + (own_b * first_strides[0] + own_head * first_strides[1]),
         int(tail_strides[2]), int(first_strides[2]));
     const int first_age = int(tile) * TK;
+    const kvq::counter left = kvq::counter(vectors.tokens.end - first_age);  // tokens
     float s[ROWS];
     UNROLL for (int r = 0; r < ROWS; r++) s[r] = 0.0f;
-    ROLLED for (kvq::counter step = 0; step < K_LANES + zero; step++) {
+    const kvq::counter k_steps = min(kvq::counter(K_LANES), (left + K_AT_ONCE - 1) / K_AT_ONCE);
+    ROLLED for (kvq::counter step = 0; step < k_steps; step++) {
       const auto of = vectors.at(first_age + int(step * K_AT_ONCE + own.set));
       float score[ROWS];
       UNROLL for (int r = 0; r < ROWS; r++) score[r] = 0.0f;
@@ -91,7 +93,8 @@ if (EXACT) {
           shares, sums, own_lane);
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
-    ROLLED for (kvq::counter step = 0; step < V_LANES + zero; step++) {
+    const kvq::counter v_steps = min(kvq::counter(V_LANES), (left + V_AT_ONCE - 1) / V_AT_ONCE);
+    ROLLED for (kvq::counter step = 0; step < v_steps; step++) {
       const kvq::counter of_tile = step * V_AT_ONCE + own_value.set;
       const auto of = vectors.at(first_age + int(of_tile));
       float y[V_CHANNELS];

@@ -80,7 +80,8 @@ def test_a_power_of_two_moves_to_the_scale(rule, y, exponent):
     codes, scales, _ = quantized(y, *rule)
     moved, moved_scales, _ = quantized(y * np.float32(2.0**exponent), *rule)
     a, b = np.array(scales.astype(mx.float32)) * 2.0**exponent, np.array(moved_scales)
-    same = (a == b)[..., 0]
+    a = np.minimum(a, np.finfo(np.float16).max)  # the largest scale that there is
+    same = ((a == b) & (a < np.finfo(np.float16).max))[..., 0]
     assert np.array_equal(np.array(codes)[same], np.array(moved)[same])
     # A scale that covers is a multiple of 2^-24 before it is one of fp16: its neighbour, seldom.
     covers = rule[1] != "search" or rule[0] == 8
