@@ -179,7 +179,9 @@ def _build(kernel: Kernel, counted: bool, folder: Path, out: str) -> None:
     _must(["clang", *options, *extra, "checked.ll", *emit, "optimized.ll"], folder)
     ir = (folder / "optimized.ll").read_text()
     (folder / "final.ll").write_text(count_blocks(ir) if counted else name_traps(ir))
-    done = _call(["clang", *options, _FRAME, "-c", "final.ll", "-o", "kernel.o"], folder)
+    # Optimized already: machine code alone.
+    coded = [*options, "-Xclang", "-disable-llvm-passes", _FRAME]
+    done = _call(["clang", *coded, "-c", "final.ll", "-o", "kernel.o"], folder)
     if "stack frame size" in done.stderr:
         detail = "a thread's variables take more than 64 KB"
         raise KernelError("too much thread memory", detail, 0, kernel.text, done.stderr.strip())
