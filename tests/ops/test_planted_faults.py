@@ -115,6 +115,12 @@ def attention_of_odd_sizes(launches):
 def vectors(launches):
     """One token of few heads: every number of them, more than one tile of exact tokens, rings,
     masks of heads, lanes without a part of a token, splits, a maximum that comes late."""
+    # Several tiles of a SIMD group, the last one's keys the largest.
+    fmt = format_of("int4-srft", 64)
+    k, v = normal(1, 1, 300, 64, seed=1), normal(1, 1, 300, 64, seed=2)
+    rows = plain.quantize_pack(k * mx.linspace(0.3, 3, 300)[:, None], v, fmt)[0]
+    launches(single=1023)
+    assert_attends(transposed(1, 2, 1, 64), rows, 300, fmt)
     for D, heads, bits, recent in (
         (64, 1, "int4", 40), (64, 3, "int8", 3), (80, 2, "int4", 3), (128, 4, "int4", 70),
         (256, 2, "int4", 3), (128, 2, "int3", 3),
@@ -135,12 +141,6 @@ def vectors(launches):
             assert_attends(q, rows, 140, fmt, tail=tail, first=first, window=130)
             assert_attends(q, rows, 139, fmt, tail=tail, ring=(0, 60), mask=seen[..., :139])
             assert_attends(q, rows, 33, fmt, first=first)
-    fmt = format_of(
-        "int4-srft", 64
-    )  # several tiles of a SIMD group, the last one's keys the largest
-    k, v = normal(1, 1, 300, 64, seed=1), normal(1, 1, 300, 64, seed=2)
-    rows = plain.quantize_pack(k * mx.linspace(0.3, 3, 300)[:, None], v, fmt)[0]
-    assert_attends(transposed(1, 2, 1, 64), rows, 300, fmt)
 
 
 def slices(launches):
