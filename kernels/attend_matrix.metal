@@ -8,6 +8,8 @@
 //   44 of them beside 32 for sums; a thread has 128 on Apple GPUs, 255 on NVIDIA's. Where it does
 //   not, a turn of a loop reads again what it needs of the launch, and computes its addresses again
 //   (kvq::unknown_zero): what compilers keep for all turns was half of the registers.
+// Exact tokens come first, EXACT_KEYS (machine.*) of a SIMD group at a time, read from device memory
+//   straight into operands: each is read once, so a copy in threadgroup memory would serve nobody.
 // OWN_TILES: tiles of a SIMD group in threadgroup memory. With more than one the next ones are sent
 //   there while it works on one (whole.metal), which takes no registers.
 // Limits: NSG * OWN_TILES * TK * TILE_W words < 32 KB on Apple GPUs.
