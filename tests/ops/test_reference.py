@@ -1,5 +1,7 @@
 """Properties of the reference backend that hold for any data."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from mlx_kvq.format.layout import is_narrow, read_bits
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.ops import plain as reference
-from tests.support import calls, oracle
+from tests.support import calls, op_matrix, oracle
 
 RULES = [(bits, rule) for bits in (3, 4, 5, 8) for rule in ("search", "absmax", "paper")]
 any_rule = st.sampled_from(RULES)
@@ -86,6 +88,30 @@ def test_a_power_of_two_moves_to_the_scale(rule, y, exponent):
     # A scale that covers is a multiple of 2^-24 before it is one of fp16: its neighbour, seldom.
     covers = rule[1] != "search" or rule[0] == 8
     assert (np.abs(a - b) <= (2.0**-10 * b if covers else 0)).all()
+
+
+def test_the_op_matrix_allows_for_channels_on_boundaries():
+    """Of a scale that is tried many channels lie between two levels. Which codes they get, and so
+    which scale has the smaller angle, is a matter of the last bit."""
+    rng, n = np.random.default_rng(), 3000
+    step = 280 * 2.0**-24
+    y = rng.integers(-3, 4, (n, 96)) * step
+    y[:, 48:] = np.clip(rng.normal(size=(n, 48)) * 1.2 * step, -4.9 * step, 4.9 * step)
+    y[:, 0] = 3.5 * step / oracle.tried(96, 3)[1]
+    y = y.astype(np.float32)
+    codes, scales, _ = quantized(y, 3, "search")
+    case = SimpleNamespace(rule="search", data="boundaries")
+    data = SimpleNamespace(case=case, spec=SimpleNamespace(rotation="none", seed=0))
+    op_matrix._check_side(
+        data,
+        oracle.KEYS,
+        y.astype(np.float64).reshape(1, 1, n, 96),
+        (None, None, None),
+        np.array(codes).reshape(1, 1, n, 96),
+        np.array(scales.astype(mx.float32)).astype(np.float64).reshape(1, 1, n, 1),
+        3,
+        None,
+    )
 
 
 @some

@@ -9,6 +9,7 @@ a slow backend may take a slice from the front. ``product()`` is every format an
 ``MLX_KVQ_FULL=1``.
 """
 
+import itertools
 import os
 import secrets
 from dataclasses import replace
@@ -371,9 +372,14 @@ def _check_side(data, stream, x, params, codes, scales, bits, made_of) -> dict[s
             tied = (low != high).sum(axis=1, keepdims=True) > (1 if made_of is not None else n.size)
             tried.append((end, ((n >= low) & (n <= high)).all(axis=1, keepdims=True), tied))
         if searched:
-            # Channels on a boundary of the very scale turn on either side of it.
+            # Channels on a boundary of the very scale turn on either side, upwards or outwards.
             around = (ends[0], np.where(ends[0] == 0, 0, ends[1]), ends[2])
-            found = [oracle._cosine(y, oracle._encode(y, e, bits, rule), bits) for e in around]
+            outwards = slack * np.sign(y)
+            turned = (y, y + slack, y - slack, y + outwards, y - outwards)
+            found = [
+                oracle._cosine(y, oracle._encode(x, e, bits, rule), bits)
+                for e, x in itertools.product(around, turned)
+            ]
             best = np.maximum(best, np.min(found, axis=0))
     length, off = (np.linalg.norm(a, axis=1, keepdims=True) for a in (y, noise))
     relative = off / np.where(length == 0, 1, length)
