@@ -118,6 +118,11 @@ def _pieces(L: int, into: int) -> Iterator[tuple[int, int]]:
         first, end = end, min(L, end + BLOCK)
 
 
+def _of_piece(x: mx.array, first: int, end: int) -> mx.array:
+    """Tokens [first, end) of x [B, H, L, D]; a slice of all would cost the host microseconds."""
+    return x if end - first == x.shape[2] else x[:, :, first:end]
+
+
 def _blocks(q, keys: PackedView, values: PackedView, place, scale: float, mask, sinks) -> mx.array:
     (into, known), given = place, q.dtype
     dtype, L, past = _compute_dtype(given), q.shape[2], keys.length - q.shape[2]
@@ -131,17 +136,14 @@ def _blocks(q, keys: PackedView, values: PackedView, place, scale: float, mask, 
     # A mask that a model made itself may let a token see later ones: the chunk is then one block.
     for a, end in _pieces(L, into) if exact and causal else [(0, L)]:
         low = 0 if window is None else max(0, past + a - window + 1)
-        new, queries = None, q
+        new = None
         if keys.chunk is not None and values.chunk is not None:
-            new = keys.chunk, values.chunk
-        if end - a < L:  # each slice takes the host some microseconds
-            queries = q[:, :, a:end]
-            new = None if new is None else (new[0][:, :, a:end], new[1][:, :, a:end])
+            new = _of_piece(keys.chunk, a, end), _of_piece(values.chunk, a, end)
         before = past + a - low if exact else past + end - low
         own = min(known, past - low) if a == 0 else 0
         k, v = _restored(keys, low, before, own, dtype, new)
         out = mx.fast.scaled_dot_product_attention(
-            queries.astype(dtype),
+            _of_piece(q, a, end).astype(dtype),
             k.astype(dtype),
             v.astype(dtype),
             scale=scale,
