@@ -4,7 +4,8 @@
     python scripts/pictures.py --check    # say which are not current; CI runs the same as a test
 
 - ``configs.json``: configs of real models and the memory they are to fit into; ``memory.png``.
-- ``real_models.json``: written by ``scripts/studies/real_models.py --slim``; ``real_models.png``.
+- ``real_models.json``: rows of several runs of ``scripts/studies/real_models.py``, those of
+  docs/quality.md; without options a cache is rounded as on a GPU; ``real_models.png``.
 - ``scale.json``: see ``scripts/scale.py``; ``scale.png``.
 
 A picture carries a hash of its JSON, of this file, of scale.py and of the colors in its metadata.
@@ -34,6 +35,13 @@ DATA, IMAGES = ROOT / "docs" / "pictures", ROOT / "docs" / "images"
 KEY = "mlx_kvq"  # of the hash in a picture's metadata
 SIZES = ("16GB", "24GB", "32GB", "64GB")
 BESIDE = 1.02  # factor between caches of the same size in a panel
+CALLED = {  # a name for caches whose options a reader need not know
+    "kv8": "kv8 of mlx-lm",
+    "kv4": "kv4 of mlx-lm",
+    "kivi:first=4": "KIVI-like, 4 bits (fake-quantized)",
+    "kvarn:first=4": "KVarN-like, 4 bits (fake-quantized)",
+    "int4-srft:group_size=64,scale=paper,calibrate=off,recent=0,first=0": "the paper's rule",
+}
 BEGIN, END = "<!-- fits -->\n", "<!-- /fits -->"
 
 
@@ -167,13 +175,13 @@ def draw_real_models(data: dict, path: Path) -> None:
     }
     most = max(map(len, models.values()))
     wide = max(8, 1 + 4 * most)
-    columns = max(1, int(wide // (0.6 + 0.07 * max(len(label(n)) for n in names))))
+    columns = max(1, int(wide // (0.6 + 0.07 * max(len(_called(n)) for n in names))))
     deep = 0.6 + 3.6 * len(models) + 0.17 * -(-len(names) // columns)
     figure = Figure(figsize=(wide, deep), layout="constrained")
-    grid = figure.subplots(len(models), most, squeeze=False)
+    grid = figure.subplots(len(models), most, squeeze=False, sharey="row")
     shown: dict = {}
     for (model, contexts), line in zip(models.items(), grid, strict=True):
-        line[0].set_ylabel("KL from its own cache, nats per token", fontsize=9)
+        line[0].set_ylabel("KL from the model's own cache, nats per token", fontsize=9)
         for axes in line[len(contexts) :]:
             axes.set_visible(False)
         for context, axes in zip(contexts, line, strict=False):
@@ -189,6 +197,10 @@ def draw_real_models(data: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _called(cache: str) -> str:
+    return CALLED.get(cache, label(cache).replace("-srft", ""))
+
+
 def _panel(axes, rows: list[dict], names: list[str]) -> dict:
     """Draw the rows of one model and context; label -> what stands for it in the legend."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -200,7 +212,7 @@ def _panel(axes, rows: list[dict], names: list[str]) -> dict:
         x = sizes[i] * BESIDE ** (sizes[:i].count(sizes[i]) - (sizes.count(sizes[i]) - 1) / 2)
         axes.plot([x, x], [low, high], color=style["color"], lw=1.2, alpha=0.6)
         under = {"marker": "v"} if middle == FLOOR else {}
-        (shown[label(r["cache"])],) = axes.plot(x, middle, ls="", ms=6, **style | under)
+        (shown[_called(r["cache"])],) = axes.plot(x, middle, ls="", ms=6, **style | under)
     axes.set_yscale("log")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

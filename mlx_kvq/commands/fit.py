@@ -222,7 +222,8 @@ class Plan:
             return layer.fp16 / 16 * (KV_BITS[self.name] + 32 / KV_GROUP)
         if self.spec is None or not layer.packable:
             return layer.fp16
-        return 4 * layer.heads * make_format(self.spec, layer.k_dim, layer.v_dim).layout.words
+        made = make_format(self.spec, layer.k_dim, layer.v_dim, window=layer.window)
+        return 4 * layer.heads * made.layout.words
 
     def _exact(self, tokens: int, window: int | None) -> int:
         """Tokens of a context that are kept exactly besides."""

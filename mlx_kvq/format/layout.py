@@ -164,15 +164,13 @@ def check_dim(D: int, bits: int = 4) -> None:
         )
 
 
-def choose_group(D: int, group_size: int | None, bits: int = 4, least: int = 0) -> int:
-    """The group size for head size D and codes of so many bits: as asked, or ``least``, by default
-    64 (of 3-bit codes 32: they lose two thirds of what 64 do), or the next divisor above; a
-    multiple of 8, of narrow codes of 16. Raises ValueError if D cannot be packed, or the asked
-    group size does not divide it so."""
+def choose_group(D: int, group_size: int | None, bits: int = 4, least: int = 64) -> int:
+    """The group size for head size D and codes of so many bits: as asked, or ``least`` or the next
+    divisor above; a multiple of 8, of narrow codes of 16. Raises ValueError if D cannot be packed,
+    or the asked group size does not divide it so."""
     check_dim(D, bits)
     unit = _unit(bits)
     if group_size is None:
-        least = least or (32 if bits == 3 else 64)
         return next((g for g in range(least, D, unit) if D % g == 0), D)
     fits = [g for g in range(unit, D + 1, unit) if D % g == 0]
     if type(group_size) is not int or group_size not in fits:

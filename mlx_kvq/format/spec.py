@@ -7,6 +7,7 @@ or ``fp16`` for the model's own cache.
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 # name -> (bits of a key, bits of a value)
 BITS = {
@@ -25,7 +26,7 @@ OPTIONS = (
 )  # fmt: skip
 MAX_RECENT = 1024
 MAX_FIRST = 64
-WHOLE_WINDOW = 1024  # tokens of a window whose layer keeps all of ``recent``
+SHORT_WINDOW = 1024  # tokens; of less than that, exact ones are too large a part
 OFF = "fp16"
 
 
@@ -39,8 +40,9 @@ class Spec:
         rotation (str): Random signs and a real FFT, ``"srft"``, for even head sizes, or a Hadamard
             transform, ``"srht"``, for powers of two; ``"none"``; or one of ``DENSE``.
         group_size (int, optional): Channels that share one scale; a multiple of 8 that divides
-            the head size; of 3- and 5-bit codes, of 16. ``None``: 64, of 3-bit codes without a
-            budget 32, or the next such divisor.
+            the head size; of 3- and 5-bit codes, of 16. ``None``: 64, or the next such divisor;
+            without a budget 32 of 3-bit codes, and of ``int4`` in layers with a window of less than
+            1024 tokens.
         seed (int): Seed of the random signs, 0 to 2**32 - 1.
         scale (str): ``"search"``: the better of two by angle; ``"absmax"``: the largest magnitude
             maps to the outermost level; ``"paper"``: an odd number of levels around zero.
@@ -124,14 +126,25 @@ class Spec:
 
     def recent_in(self, window: int | None) -> int:
         """Newest tokens that a layer keeps exactly which sees the last ``window`` tokens, ``None``
-        for all: of a window of less than 1024 tokens that part of ``recent``, but 16 if it can.
-
-        64 exact tokens are an eighth of a window of 512. With 32 of them Gemma 3 270M's cache takes
-        15 % fewer bytes and loses 12 % more, at 1K and at 8K (docs/quality.md).
+        for all: of a window of less than 1024 tokens that part of ``recent``, but 16 if it can, and
+        half of it with smaller groups (:meth:`has_smaller_groups`).
         """
-        if window is None or window >= WHOLE_WINDOW:
+        if not _is_short(window):
             return self.recent
-        return min(self.recent, max(16, self.recent * window // WHOLE_WINDOW))
+        part = self.recent * window // SHORT_WINDOW
+        return min(self.recent, max(16, part // 2 if self.has_smaller_groups(window) else part))
+
+    def has_smaller_groups(self, window: int | None) -> bool:
+        """Whether a layer with this window has groups of 32 channels where others have 64: ``int4``
+        in a window of less than 1024 tokens, if nothing else is asked for.
+
+        64 exact tokens are an eighth of a window of 512. With 16 of them and groups of 32 channels
+        Gemma 3 270M's cache takes 17 % fewer bytes a token than with 64 and groups of 64, and loses
+        about as much; with 32 and groups of 64 it takes 4 % more, and loses more
+        (docs/quality.md). Other bits were not measured so.
+        """
+        asked = self.group_size is not None or self.budget is not None
+        return self.bits == "int4" and not asked and _is_short(window)
 
     @property
     def exact(self) -> str:
@@ -188,6 +201,10 @@ class Spec:
         if colon and not options:
             raise ValueError("nothing follows the colon.")
         return cls(bits, rotation, **{key: _typed(key, options[key]) for key in options})
+
+
+def _is_short(window: int | None) -> TypeGuard[int]:
+    return window is not None and window < SHORT_WINDOW
 
 
 def names() -> list[str]:

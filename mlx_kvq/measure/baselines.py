@@ -188,10 +188,12 @@ def _as_arrays(make: Callable[[], list]) -> list:
 
 
 def _try(model: nn.Module, make: Callable[[], list]) -> None:
-    """Run a prompt of an odd length and a token, for real: what MLX lacks only shows then."""
-    caches = make()
-    for tokens in ([[0, 0, 0]], [[0]]):
-        mx.eval(model(mx.array(tokens), cache=caches))
+    """Run a prompt of an odd length and a token, of one sequence and of two, for real: what MLX
+    lacks only shows then."""
+    for B in (1, 2):
+        caches = make()
+        for L in (3, 1):
+            mx.eval(model(mx.zeros((B, L), mx.int32), cache=caches))
 
 
 class AsArrays(stock.KVCache):

@@ -123,7 +123,7 @@ class _Peak:
         return mx.get_peak_memory() - self.before
 
 
-class _Run:
+class Run:
     """One generation. The prompts of a batch have several lengths, the longest that of
     ``tokens``."""
 
@@ -201,10 +201,10 @@ def _compare(label: str, entries: dict[str, Contender], B: int, T: int, args) ->
     """Rows of all contenders; one that fails gets a row that says why."""
     tokens = mx.random.randint(0, 1000, (B, T))
     mx.eval(tokens)
-    runs: dict[str, _Run] = {}
+    runs: dict[str, Run] = {}
     rows = {n: {"model": label, "cache": n, "batch": B, "context": T} for n in entries}
     for name, contender in entries.items():
-        run = _Run(contender, tokens)
+        run = Run(contender, tokens)
         try:
             run.warm_up(args)
             runs[name] = run

@@ -142,7 +142,7 @@ class _Plan:
             reason = self._why_not(path, cache)
             if not reason:
                 try:
-                    self.packing.formats[path] = make_format(self.spec, *self.shapes[path][1:])
+                    self.packing.formats[path] = self._format(path, self.spec)
                 except ValueError as error:
                     reason = str(error)
             if reason:
@@ -250,10 +250,12 @@ class _Plan:
         for path, name in bits.items():
             spec = replace(self.spec, bits=name, **changes)
             c = calibrated.get(path, LayerCalibration())
-            window = getattr(self.own[path], "max_size", None)
-            dims = self.shapes[path][1:]
-            formats[path] = make_format(spec, *dims, keys=c.keys, values=c.values, window=window)
+            formats[path] = self._format(path, spec, keys=c.keys, values=c.values)
         return formats
+
+    def _format(self, path: CachePath, spec: Spec, **calibrations) -> Format:
+        window = getattr(self.own[path], "max_size", None)
+        return make_format(spec, *self.shapes[path][1:], window=window, **calibrations)
 
     def spend_budget(self, tokenizer, progress: bool) -> None:
         """More bits where they lower the error most."""

@@ -22,7 +22,7 @@ from mlx_kvq.measure.shapes import SHAPES
 SECONDS = 0.8  # of a round
 
 
-class Filled(model_speed._Run):
+class Filled(model_speed.Run):
     """A generation whose prompt is random vectors."""
 
     def prefill(self) -> float:

@@ -175,9 +175,8 @@ def test_choose_group(D, bits):
     if narrow and D not in NARROW:
         return
     default, possible = (NARROW if narrow else GROUPS)[D]
-    if bits == 3:
-        default = next(g for g in possible if g >= min(32, D))
     assert choose_group(D, None, bits) == default
+    assert choose_group(D, None, bits, 32) == next(g for g in possible if g >= min(32, D))
     for g in range(8, D + 9, 8):
         if g in possible:
             assert choose_group(D, g, bits) == g

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import (
     BITS,
     CALIBRATE,
@@ -85,12 +86,26 @@ def test_every_name_alone_has_the_defaults(name):
 
 
 @pytest.mark.parametrize(
-    "recent, window, kept",
-    [(64, None, 64), (64, 1024, 64), (64, 512, 32), (64, 128, 16), (256, 512, 128), (16, 512, 16)]
-    + [(3, 512, 3), (0, 512, 0), (64, 1, 16)],
-)
-def test_a_layer_with_a_small_window_keeps_a_part_of_the_tail(recent, window, kept):
+    "recent, window, kept, others",
+    [
+        (64, None, 64, 64), (64, 1024, 64, 64), (64, 1023, 31, 63), (64, 512, 16, 32),
+        (64, 128, 16, 16), (256, 512, 64, 128), (16, 512, 16, 16), (3, 512, 3, 3), (0, 512, 0, 0),
+        (64, 1, 16, 16),
+    ],
+)  # fmt: skip
+def test_a_layer_with_a_small_window_keeps_a_part_of_the_tail(recent, window, kept, others):
+    """Of ``int4``, whose groups are smaller there, and of other caches."""
     assert Spec.parse(f"int4-srft:recent={recent},seed=7").recent_in(window) == kept
+    for other in ("int8-srft:", "int3-srft:", "int4:group_size=32,", "int4:budget=5,"):
+        assert Spec.parse(f"{other}recent={recent}").recent_in(window) == others, other
+
+
+@pytest.mark.parametrize("window, group", [(None, 64), (1024, 64), (1023, 32), (128, 32)])
+def test_int4_in_a_small_window_has_smaller_groups(window, group):
+    assert make_format(Spec.parse("int4"), 128, window=window).layout.k_group == group
+    for other in ("int4:group_size=64", "int4:budget=4.25", "int8", "k8v4", "k5v4", "int5"):
+        layout = make_format(Spec.parse(other), 128, window=window).layout
+        assert (layout.k_group, layout.v_group) == (64, 64), other
 
 
 @pytest.mark.parametrize(

@@ -354,21 +354,21 @@ def test_a_run_goes_back_to_where_it_was(monkeypatch):
     model, tokenizer = model_speed._model(args, mx.float32)
     entry = model_speed._contender("fp16", model, tokenizer)
     tokens = mx.array([[3, 5, 7, 11, 13, 17, 19]])
-    run_ = model_speed._Run(entry, tokens)
+    run_ = model_speed.Run(entry, tokens)
     run_.prefill()
     from mlx_lm.generate import generate_step
 
     expected = [y for (y, _), _ in zip(generate_step(tokens[0], model), range(4), strict=False)]
     assert run_.y.item() == expected[0]
     seen = []
-    original = model_speed._Run._next
+    original = model_speed.Run._next
 
     def noted(self, y):
         y = original(self, y)
         seen.append(y)
         return y
 
-    monkeypatch.setattr(model_speed._Run, "_next", noted)
+    monkeypatch.setattr(model_speed.Run, "_next", noted)
     for _ in range(2):
         run_.decode(3)
         assert [y.item() for y in seen] == expected[1:]
@@ -383,15 +383,15 @@ def test_a_batch_runs_as_in_mlx_lms_batch_generator(name):
     model, tokenizer = model_speed._model(args, mx.float32)
     entry = model_speed._contender(name, model, tokenizer)
     tokens = mx.array([[3, 5, 7, 11, 13, 17], [19, 23, 29, 31, 37, 41]])
-    run_ = model_speed._Run(entry, tokens)
+    run_ = model_speed.Run(entry, tokens)
     run_.prefill()
     cls = BatchKVCache if name == "fp16" else PackedBatchKVCache
     assert all(type(c) is cls and c.left_padding.tolist() == [0, 1] for c in run_.cache)
-    alone = model_speed._Run(entry, tokens[:1])
+    alone = model_speed.Run(entry, tokens[:1])
     alone.prefill()
     assert run_.y[0].item() == alone.y[0].item()
     # The second is one shorter: its last token follows the first four.
-    alone = model_speed._Run(entry, tokens[1:, [0, 1, 2, 3, 5]])
+    alone = model_speed.Run(entry, tokens[1:, [0, 1, 2, 3, 5]])
     alone.prefill()
     assert run_.y[1].item() == alone.y[0].item()
     run_.decode(2)
@@ -404,13 +404,13 @@ def test_compiling_takes_no_prefill_rounds(monkeypatch):
     model, tokenizer = model_speed._model(args, mx.float32)
     entries = {"fp16": model_speed._contender("fp16", model, tokenizer)}
     seconds = [29.0, 0.05, 0.04, 0.05, 0.06]
-    original = model_speed._Run.prefill
+    original = model_speed.Run.prefill
 
     def prefill(self):
         original(self)
         return seconds.pop(0)
 
-    monkeypatch.setattr(model_speed._Run, "prefill", prefill)
+    monkeypatch.setattr(model_speed.Run, "prefill", prefill)
     (row,) = model_speed._compare("tiny", entries, 1, 5, args)
     assert not seconds
     assert (row["prefill_low"], row["prefill_s"], row["prefill_high"]) == pytest.approx(
@@ -439,7 +439,7 @@ def test_an_item_that_does_not_fit_is_left_out(monkeypatch, capsys):
 def test_mlx_lms_quantized_cache_is_what_it_makes():
     args = _arguments("--model", MODEL)
     model, tokenizer = model_speed._model(args, mx.float32)
-    run_ = model_speed._Run(
+    run_ = model_speed.Run(
         model_speed._contender("kv8", model, tokenizer), mx.zeros((1, 5), mx.int32)
     )
     run_.prefill()

@@ -217,11 +217,12 @@ def check_steps() -> None:
 
 def check_feedback(spec: str, D: int) -> None:
     """Rows of keys rounded with feedback, of a prompt and of one token, against plain operations
-    on the CPU: MLX on CUDA multiplies fp32 in TF32."""
+    on the CPU: MLX on CUDA multiplies fp32 in TF32. Each with hundreds of groups: of a few, one
+    that falls on the other side is a large part."""
     fmt = feedback.weighted(spec, D)
-    for dtype, L in ((mx.float16, 77), (mx.bfloat16, 1), (mx.float32, 300)):
-        k, v = (mx.random.normal((2, L, 2, D)).astype(dtype).swapaxes(1, 2) for _ in "kv")
-        tail = mx.random.normal((2, 2, 40, 2 * D)).astype(ops.tail_dtype(dtype))
+    for dtype, B, L in ((mx.float16, 2, 77), (mx.bfloat16, 128, 1), (mx.float32, 2, 300)):
+        k, v = (mx.random.normal((B, L, 2, D)).astype(dtype).swapaxes(1, 2) for _ in "kv")
+        tail = mx.random.normal((B, 2, 40, 2 * D)).astype(ops.tail_dtype(dtype))
         got, kept = fused.quantize_pack(k, v, fmt, tail, 30)
         made_of = fused.quantize_pack(k, v, fmt, None, L)[1]  # in bf16, what falls on either side
         with mx.stream(mx.cpu):
