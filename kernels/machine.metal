@@ -16,7 +16,7 @@ namespace kvq {
 typedef uint counter;
 
 // Whether a matrix product costs little more than a scalar one: here it is 20 cycles, and 128 of
-// them before the first key were half of attend's time at 1K (tests/emulator/estimate_apple.py).
+// them before the first key were half of attend's time at 1K (tests/emulator/estimate_apple).
 enum : int { PRODUCTS_ARE_CHEAP = 0 };
 
 struct tile_lane {

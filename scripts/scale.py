@@ -4,7 +4,7 @@
 
 Bytes are counted by the package, as ``mlx_kvq fit`` does: weights in 4 bits, rows, exact tokens, a
 reserve. Times of attention are docs/pictures/scale.json's: of Apple GPUs an estimate
-(tests/emulator/estimate_apple.py), of an H200 from measured rates. Nothing was measured end to end.
+(tests/emulator/estimate_apple), of an H200 from measured rates. Nothing was measured end to end.
 
 A step of B sequences takes its weights, read once or, where products of B rows take longer, by
 operations; attention of B sequences; and on Apple GPUs each layer's fixed part and the tokens

@@ -98,7 +98,7 @@ class Tuning:
 
 
 TUNING = {
-    # Not measured: no Mac at hand; by tests/emulator/estimate_apple.py. One split of 512 keys would
+    # Not measured: no Mac at hand; by tests/emulator/estimate_apple. One split of 512 keys would
     # leave all but one core per KV head idle and take twice the time of several and a second one.
     # replay: right by its trace (tests/ops/test_replay.py), but no Mac has confirmed it; with
     # MLX_KVQ_REPLAY=1 one can, and 'mlx_kvq doctor' compares both.
