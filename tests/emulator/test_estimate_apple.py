@@ -108,6 +108,15 @@ def test_a_prompt_with_feedback_waits_for_its_chains():
     assert prompt_seconds(kernels, busy, CHIP, 2400)[0] == busy.best(CHIP)
 
 
+def test_layers_with_a_short_window_have_kernels_of_their_own(monkeypatch):
+    monkeypatch.setattr(KvqKernels, "_attention_work", lambda *_: lambda *_: Work(1, 0, 1, 96, 8))
+    monkeypatch.setattr(KvqKernels, "_combine_work", lambda *_: Work(1, 0, 1, 96, 8))
+    kernels = KvqKernels(Spec.parse("int4-srft"), 4, 1, 256)
+    assert kernels.within(None) is kernels.within(1024) is kernels
+    short = kernels.within(512)
+    assert short is kernels.within(512) and (short.fmt.layout.k_group, short.fmt.recent) == (32, 16)
+
+
 def test_feedback_is_counted():
     fmt = calibrated(Spec.parse("int4-srft"), 2, 128)
     fed = with_feedback(fmt)

@@ -205,7 +205,7 @@ SIZES: dict = {
              "int4-srft": 544, "int4-srft:group_size=32,recent=0,first=0": 576, "k8v4-none": 800,
              # Of 6 tokens; in fp16, as the others.
              "int4-srft:recent=3,first=2": 544 + (3 + 2) * 2048 / 6},
-    # 6 layers with D = 256; mlx-lm quantizes the only one that is not sliding, and sliding ones have
+    # 6 layers with D = 256; mlx-lm quantizes the only one that is not sliding, sliding ones have
     # smaller groups.
     "gemma": {"own": 4 * 3072, "fp16": 2 * 3072, "kv4": 5 * 1024 + 288, "int8-srft": 3168,
               "int4-srft": 5 * 288 + 272, "int4-srft:group_size=64,recent=0,first=0": 6 * 272},

@@ -23,10 +23,10 @@ TILE = 16  # keys
 CHUNK = 512  # tokens of a counted prompt
 
 
-def calibrated(spec: Spec, Hkv: int, D: int) -> Format:
+def calibrated(spec: Spec, Hkv: int, D: int, window: int | None = None) -> Format:
     """As of a model: with a centre and scales of channels."""
     given = Calibration(mx.zeros((Hkv, D)), mx.ones((Hkv, D)))
-    return make_format(spec, D, keys=given, values=given)
+    return make_format(spec, D, keys=given, values=given, window=window)
 
 
 def with_feedback(fmt: Format) -> Format:
@@ -35,19 +35,30 @@ def with_feedback(fmt: Format) -> Format:
     given = fmt.keys.calibration
     keys = replace(given, metric=mx.broadcast_to(mx.eye(D), (heads, D, D)))
     spec = replace(fmt.spec, rounding="feedback")
-    return make_format(spec, D, keys=keys, values=fmt.values.calibration)
+    return make_format(spec, D, keys=keys, values=fmt.values.calibration, window=fmt.window)
 
 
 class KvqKernels:
     """Our kernels for one format and its heads, as models launch them: calibrated, with exact
-    newest and first tokens."""
+    newest and first tokens; in layers that see all tokens, or ``window``."""
 
-    def __init__(self, spec: Spec, Hq: int, Hkv: int, D: int):
-        self.fmt, self.Hq, self.Hkv, self.D = calibrated(spec, Hkv, D), Hq, Hkv, D
+    def __init__(self, spec: Spec, Hq: int, Hkv: int, D: int, window: int | None = None):
+        self.fmt, self.Hq, self.Hkv, self.D = calibrated(spec, Hkv, D, window), Hq, Hkv, D
+        self._windows: dict[int | None, KvqKernels] = {}
         exact = (64, 256)
         self.finish = Linear.fit(self._attention_work("attend_finish"), 512, 1024, 1, exact)
         self.store = Linear.fit(self._attention_work("attend_store"), 1024, 2048, 2, exact)
         self.combine = {parts: self._combine_work(parts) for parts in (2, 16)}
+
+    def within(self, window: int | None) -> "KvqKernels":
+        """Those of layers with this window; the same where rows and exact tokens are."""
+        fmt, D = self.fmt, self.D
+        other = make_format(fmt.spec, D, window=window)
+        if (other.layout, other.recent) == (fmt.layout, fmt.recent):
+            return self
+        if window not in self._windows:
+            self._windows[window] = KvqKernels(fmt.spec, self.Hq, self.Hkv, D, window)
+        return self._windows[window]
 
     def attend(self, T: int, B: int = 1, parts: int | None = None) -> list[Work]:
         """The launches of one token's attention over T keys, of B sequences; in as many parts (the

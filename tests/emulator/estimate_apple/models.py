@@ -36,10 +36,12 @@ class Model:
         """Of reading the weights, 4.5 bits each, at the bandwidth that is reached."""
         return self.parameters * 4.5 / 8 / chip.bytes_per_second
 
-    def over_layers(self, T: int, time: Callable[[int], tuple[float, float]]) -> np.ndarray:
-        """Sum of ``time(keys)``, best and worst, over the layers at a context of T."""
-        layers = ((self.full, T), (self.windowed, min(T, self.window)))
-        return np.sum([n * np.array(time(keys)) for n, keys in layers if n], axis=0)
+    def over_layers(
+        self, T: int, time: Callable[[int, int | None], tuple[float, float]]
+    ) -> np.ndarray:
+        """Sum of ``time(keys, window)``, best and worst, over the layers at a context of T."""
+        layers = ((self.full, T, None), (self.windowed, min(T, self.window), self.window))
+        return np.sum([n * np.array(time(*keys)) for n, *keys in layers if n], axis=0)
 
 
 QWEN_1_5B = Model("Qwen2.5-1.5B", (12, 2, 128), 1.54e9, 28)
@@ -55,12 +57,13 @@ def step(
     """Milliseconds of a token's step at best and at worst, fp16 and int4: weights in 4 bits at the
     bandwidth that is reached, attention, the token stored, and ``LAYER``."""
 
-    def fp16(keys: int) -> tuple[float, float]:
+    def fp16(keys: int, _) -> tuple[float, float]:
         return estimate(mlx.attend(keys, chip), chip)
 
-    def int4(keys: int) -> tuple[float, float]:
-        attention = estimate(kvq.attend(keys), chip)
-        return tuple(np.add(attention, token_feedback(kvq, chip, keys)))
+    def int4(keys: int, window: int | None) -> tuple[float, float]:
+        kernels = kvq.within(window)
+        attention = estimate(kernels.attend(keys), chip)
+        return tuple(np.add(attention, token_feedback(kernels, chip, keys)))
 
     before = 1e3 * (model.weights_seconds(chip) + model.layers * LAYER)
     return [tuple(before + model.over_layers(T, time) / 1e3) for time in (fp16, int4)]

@@ -106,7 +106,7 @@ def context_table() -> None:
     for chip, model, short, long in CONTEXT:
         mlx = MlxAttention(*model.heads)
 
-        def attention(T: int, chip=chip, mlx=mlx) -> tuple[float, float]:
+        def attention(T: int, _, chip=chip, mlx=mlx) -> tuple[float, float]:
             return estimate(mlx.attend(T, chip), chip)
 
         added = (model.over_layers(17000, attention) - model.over_layers(64, attention)) / 1e3
