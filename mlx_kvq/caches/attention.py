@@ -11,7 +11,6 @@ What a query reads exactly, and what it reads from packed rows, depends on its p
 """
 
 import itertools
-from collections.abc import Iterator
 
 import mlx.core as mx
 
@@ -48,7 +47,7 @@ def packed_attention(
         return _decode(queries, keys, scale, mask, sinks)
     if L == 0:
         return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
-    out = _prompt(queries, keys, values, scale, mask, sinks)
+    out = _prompt(queries, keys, scale, mask, sinks)
     if L > BLOCK and keys.length > SHORT and (every := ops.ahead()) and next(_prompts) % every == 0:
         mx.async_eval(out)
     return out
@@ -91,13 +90,13 @@ def _in_token_order(q, keys: PackedView, scale: float, seen: ops.Mask, sinks) ->
     return found[0] if L == 1 else mx.concatenate(found, axis=2)
 
 
-def _prompt(q, keys: PackedView, values: PackedView, scale: float, mask, sinks) -> mx.array:
+def _prompt(q, keys: PackedView, scale: float, mask, sinks) -> mx.array:
     """A chunk of a prompt; sequences whose blocks begin at different rows are worked on apart."""
+    if len(set(keys.places)) == 1:
+        return _blocks(q, keys, keys.places[0], scale, mask, sinks)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, place in enumerate(keys.places):
         groups.setdefault(place, []).append(i)
-    if len(groups) == 1:
-        return _blocks(q, keys, values, keys.places[0], scale, mask, sinks)
     parts = []
     for place, which in groups.items():
         at, some = mx.array(which), mask
@@ -105,52 +104,41 @@ def _prompt(q, keys: PackedView, values: PackedView, scale: float, mask, sinks) 
             some = mask[at]
             if isinstance(mask, StepMask):
                 some = StepMask(some, mask.seen)
-        parts.append(_blocks(q[at], keys.of(at), values.of(at), place, scale, some, sinks))
+        parts.append(_blocks(q[at], keys.of(at), place, scale, some, sinks))
     order = mx.argsort(mx.array([i for which in groups.values() for i in which]))
     return mx.concatenate(parts)[order]
 
 
-def _pieces(L: int, into: int) -> Iterator[tuple[int, int]]:
-    """A chunk of L tokens, of which the first is ``into`` its block, block by block."""
-    first, end = 0, min(L, BLOCK - into)
-    while first < L:
-        yield first, end
-        first, end = end, min(L, end + BLOCK)
-
-
-def _of_piece(x: mx.array, first: int, end: int) -> mx.array:
-    """Tokens [first, end) of x [B, H, L, D]; a slice of all would cost the host microseconds."""
-    return x if end - first == x.shape[2] else x[:, :, first:end]
-
-
-def _blocks(q, keys: PackedView, values: PackedView, place, scale: float, mask, sinks) -> mx.array:
-    (into, known), given = place, q.dtype
-    dtype, L, past = _compute_dtype(given), q.shape[2], keys.length - q.shape[2]
+def _blocks(q, keys: PackedView, place, scale: float, mask, sinks) -> mx.array:
+    (into, known), given, L, chunk = place, q.dtype, q.shape[2], keys.chunk
+    dtype, past = _compute_dtype(given), keys.length - L
     sinks = None if sinks is None else sinks.astype(dtype)
-    exact, window, causal = keys.chunk is not None, None, isinstance(mask, str)
+    window, causal = None, isinstance(mask, str)
     if isinstance(mask, StepMask) and mask.seen.array is None and mask.shape[-1] == keys.length:
         causal, window = True, mask.seen.window
     # Between the first tokens that a ring keeps and the others some are missing.
     known = min(known, past - (0 if keys.ring is None else keys.ring[0]))
-    found = []
     # A mask that a model made itself may let a token see later ones: the chunk is then one block.
-    for a, end in _pieces(L, into) if exact and causal else [(0, L)]:
-        low = 0 if window is None else max(0, past + a - window + 1)
-        new = None
-        if keys.chunk is not None and values.chunk is not None:
-            new = _of_piece(keys.chunk, a, end), _of_piece(values.chunk, a, end)
-        before = past + a - low if exact else past + end - low
-        own = min(known, past - low) if a == 0 else 0
+    cuts = [*range(BLOCK - into, L, BLOCK)] if chunk is not None and causal else []
+    pieces, first, found = [(q, chunk)], 0, []
+    if chunk is not None and cuts:
+        parts, *both = (mx.split(x, cuts, axis=2) for x in (q, *chunk))
+        pieces = list(zip(parts, zip(*both, strict=True), strict=True))
+    for end, (piece, new) in zip([*cuts, L], pieces, strict=True):
+        low = 0 if window is None else max(0, past + first - window + 1)
+        before = past + (end if new is None else first) - low
+        own = min(known, past - low) if first == 0 else 0
         k, v = _restored(keys, low, before, own, dtype, new)
         out = mx.fast.scaled_dot_product_attention(
-            _of_piece(q, a, end).astype(dtype),
+            piece.astype(dtype),
             k.astype(dtype),
             v.astype(dtype),
             scale=scale,
-            mask=_part(mask, L, a, end, low, past + end, dtype),
+            mask=_part(mask, L, first, end, low, past + end, dtype),
             sinks=sinks,
         )
         found.append(out.astype(given))
+        first = end
     return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
 
 

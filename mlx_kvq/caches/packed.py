@@ -265,15 +265,21 @@ class PackedCache(_BaseCache, ABC):
         """The end of an update: with what attention reads, everything is evaluated that a step may
         leave unread, ``more`` too."""
         self.reading = max(0, self.reading - L)
-        decodes = view.get("tail") is self.tail
+        tail, chunk = self.tail, view.get("chunk", ())
+        decodes = view.get("tail") is tail
         if self.oldest.changed and self.oldest.array is not None:
             more = (*more, self.oldest.array)
             self.oldest.changed = False
-        if self.tail is not None:
-            (self.newest.array,) = mx.depends([self.tail], [self.stored.filled(), *more])
+        if tail is not None:
+            # Attention on a chunk reads neither its rows nor the new tail.
+            self.newest.array, *chunk = mx.depends([tail, *chunk], [self.stored.filled(), *more])
         elif more:
             (self.stored.array,) = mx.depends([self.stored.filled()], [*more])
-        return self._fetch(**(view | {"tail": self.tail} if decodes else view))
+        if chunk:
+            view["chunk"] = tuple(chunk)
+        elif decodes:
+            view["tail"] = self.tail
+        return self._fetch(**view)
 
     def _fetch(
         self,
@@ -287,18 +293,14 @@ class PackedCache(_BaseCache, ABC):
         rows, lay, ring = self.stored.filled(), self.format.layout, self._ring()
         shared = rows, self._length(), self.format, tail, ring, self._first(), self._dtype
         first = second = PackedView(*shared, lay.k_dim)
+        if lay.k_dim != lay.v_dim:
+            second = PackedView(*shared, lay.v_dim)
+        if chunk is not None:
+            first.chunk, first.places = chunk, places
         if limit := self._limit():
             first.recent = self.format.recent_at(limit)
             if ring is not None:
                 first.max_size = limit
-        if chunk is None and lay.k_dim == lay.v_dim:  # nothing tells them apart
-            return first, second
-        second = PackedView(*shared, lay.v_dim)
-        second.max_size, second.recent = first.max_size, first.recent
-        if chunk is not None and self.tail is not None:
-            # Attention on the chunk reads neither its rows nor the new tail.
-            first.chunk, second.chunk = mx.depends([*chunk], [rows, self.tail])
-            first.places = second.places = places
         return first, second
 
     def _arrays(self, tail: mx.array | None) -> tuple[mx.array, mx.array]:

@@ -18,15 +18,16 @@ class PackedView(ops.Packed):
         dtype (str): Of the model's keys and values, a name.
         dim (int): Head size.
         max_size (int): Tokens that a rotating cache keeps, where rows are a ring.
-        chunk (mx.array, optional): The keys or values of a chunk of a prompt, which are the last
-            rows; ``None`` while decoding, and for layers that read another layer's cache.
+        chunk (tuple, optional): Of the view of keys: keys and values of a chunk of a prompt, which
+            are the last rows; ``None`` while decoding, and for layers that read another layer's
+            cache.
         places (tuple): Of a chunk, for each sequence, or once for all: the position of its first
             token in its block, and how many of the tokens before it, in the block, the tail has.
     """
 
     ndim = 4
     max_size = 0
-    chunk: mx.array | None = None
+    chunk: tuple[mx.array, mx.array] | None = None
     places: tuple[tuple[int, int], ...] = ((0, 0),)
 
     def __init__(
@@ -60,7 +61,8 @@ class PackedView(ops.Packed):
         shared = self.ring, first, self._dtype, self._dim
         view = PackedView(self.rows[which], self.length, self.format, tail, *shared)
         view.max_size, view.recent = self.max_size, self.recent
-        view.chunk = None if self.chunk is None else self.chunk[which]
+        if self.chunk is not None:
+            view.chunk = self.chunk[0][which], self.chunk[1][which]
         return view
 
 
