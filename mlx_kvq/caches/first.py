@@ -29,29 +29,23 @@ class FirstTokens:
     def __getstate__(self) -> dict:
         return vars(self) | {"_seen": None}  # an mx.Dtype is in it, which cannot be copied
 
-    def read(
-        self,
-        keys: mx.array,
-        values: mx.array,
-        at: list[int],
-        ends: list[int] | None,
-        tail: mx.array | None = None,
-    ) -> None:
+    def begins(self, L: int, at: list[int], ends: list[int] | None) -> bool:
+        """Whether each sequence begins with L new tokens that have all of them (``ops.pack_start``
+        then makes them); the numbers are those of :meth:`read`."""
+        return self.filling and ends is None and self.format.first <= L and not any(at)
+
+    def got(self, array: mx.array) -> None:
+        """Become these, of all sequences."""
+        self.array, self.filling, self.changed = array, False, True
+
+    def read(self, keys: mx.array, values: mx.array, at: list[int], ends: list[int] | None) -> None:
         """Take those of new keys [B, Hkv, L, Dk] and values [B, Hkv, L, Dv] that are among them.
 
         Args:
             at (list): Position of the first of the L tokens in each sequence, below 0 in padding.
             ends (list, optional): Position at which padding on the right begins.
-            tail (mx.array, optional): The tail after these tokens.
         """
         L, F = keys.shape[2], self.format.first
-        if tail is not None and ends is None and F <= L and not any(at):  # as prompts begin
-            if (n := tail.shape[2] - L) >= 0:  # not a view, which would keep all of the tail
-                self.array = mx.contiguous(tail[:, :, n : n + F])
-            else:
-                self.array = self._rotated(keys[:, :, :F], values[:, :, :F], tail)
-            self.filling, self.changed = False, True
-            return
         ends = [n + L for n in at] if ends is None else ends
         self.filling = any(min(n + L, end) < F for n, end in zip(at, ends, strict=True))
         wanted = [

@@ -211,8 +211,12 @@ class PackedCache(_BaseCache, ABC):
             rows = all_new = ops.keep_exact(keys, values, fmt, old, made)
         else:
             capacity = None if tokens is None else self.stored.growth(tokens, L, self.step)
-            rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, capacity)
-        self._read_first(keys, values, all_new)
+            if old is None and self.oldest.begins(L, *self._next_positions()):
+                rows, all_new, first = ops.pack_start(keys, values, fmt, made, capacity)
+                self.oldest.got(first)
+            else:
+                rows, all_new = ops.quantize_pack(keys, values, fmt, old, made, capacity)
+        self._read_first(keys, values)
         tail.array = all_new
         if self._lengths is not None:
             tail.without_padding(L, size, new)
@@ -223,9 +227,9 @@ class PackedCache(_BaseCache, ABC):
         tail.got(size, new)
         return rows, {"tail": old, "chunk": (keys, values), "places": places}
 
-    def _read_first(self, keys: mx.array, values: mx.array, tail: mx.array | None = None) -> None:
+    def _read_first(self, keys: mx.array, values: mx.array) -> None:
         if self.oldest.filling:
-            self.oldest.read(keys, values, *self._next_positions(), tail)
+            self.oldest.read(keys, values, *self._next_positions())
 
     def _waits(self, L: int) -> bool:
         """Whether L tokens after others may wait to be packed: attention reads them from the tail
@@ -235,13 +239,15 @@ class PackedCache(_BaseCache, ABC):
     def _places(self, new: list[int]) -> tuple[tuple[int, int], ...]:
         """Where a chunk with ``new`` tokens of each sequence begins (:class:`PackedView`); notes
         which sequences it goes on with as with all of a prompt."""
-        places, tail = [], self.newest
+        places, tail, reach = [], self.newest, self._reach()
         for i, at in enumerate(self._positions()):
             into = at % attention.BLOCK
             known = min(into, tail.exact[i])
-            if tail.prompt[i] == max(at, 0) and (at < 0 or known >= min(into, self._reach())):
+            if tail.prompt[i] == max(at, 0) and (at < 0 or known >= min(into, reach)):
                 tail.prompt[i] += new[i]
             places.append((into, known))
+        if all(new):
+            return tuple(places)
         # Nobody reads what comes out of padding: it need not be worked on apart.
         real = next((p for p, n in zip(places, new, strict=True) if n), places[0])
         return tuple(p if n else real for p, n in zip(places, new, strict=True))

@@ -42,6 +42,7 @@ __all__ = [
     "kernels_path",
     "language",
     "pack_rotated",
+    "pack_start",
     "quantize_pack",
     "reference",
     "restore",
@@ -144,6 +145,35 @@ def quantize_pack(
         check.check_pack(k, v, fmt, tail, size, capacity)
         run = memo.remember(key, _pack(k, v, fmt, tail, size, capacity))
     return run(k, v, fmt, tail)
+
+
+def pack_start(
+    k: mx.array, v: mx.array, fmt: Format, size: int, capacity: int | None = None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """:func:`quantize_pack` where sequences begin, and their first tokens exactly.
+
+    Args:
+        k, v, fmt, size, capacity: As for :func:`quantize_pack`, ``size`` at least 1; L is at least
+            ``fmt.first``, and that 1.
+
+    Returns:
+        Rows and the tail of :func:`quantize_pack`; and the first tokens [B, Hkv, fmt.first, Dk +
+        Dv], as :func:`keep_exact` makes them.
+
+    Raises:
+        ValueError: As :func:`quantize_pack`.
+    """
+    kind, first = (fmt.kind, fmt.first) if isinstance(fmt, Format) else (None, 0)
+    key = (
+        "start", kind, first, mx.default_device() == _CPU, k.shape, v.shape, k.dtype, v.dtype,
+        size, capacity,
+    )  # fmt: skip
+    whole = type(size) is int and (capacity is None or type(capacity) is int)
+    run = memo.launches.get(key) if whole else None
+    if run is None:
+        check.check_start(k, v, fmt, size, capacity)
+        run = memo.remember(key, _pack_start(k, v, fmt, size, capacity))
+    return run(k, v, fmt)
 
 
 def keep_exact(k: mx.array, v: mx.array, fmt: Format, tail: mx.array, size: int) -> mx.array:
@@ -285,6 +315,27 @@ def _pack(k, v, fmt, tail, size, capacity) -> Callable:
         if trial.pack(run.launch, k, v, fmt, tail, size):
             return run
     return lambda k, v, fmt, tail: plain.quantize_pack(k, v, fmt, tail, size, capacity)
+
+
+def _pack_start(k, v, fmt, size, capacity) -> Callable:
+    pack, F, older = _pack(k, v, fmt, None, size, capacity), fmt.first, size - k.shape[2]
+
+    def from_tail(k, v, fmt):
+        rows, tail = pack(k, v, fmt, None)
+        # Not a view, which would keep all of the tail in memory.
+        return rows, tail, mx.contiguous(tail[:, :, older : older + F])
+
+    def apart(k, v, fmt):
+        rows, tail = pack(k, v, fmt, None)
+        return rows, tail, kept(k[:, :, :F], v[:, :, :F], fmt, tail)
+
+    if older >= 0:
+        return from_tail
+    tail = mx.zeros((*k.shape[:2], size, sum(x.shape[3] for x in (k, v))), tail_dtype(k.dtype))
+    kept = _keep(k[:, :, :F], v[:, :, :F], fmt, tail, F)
+    if isinstance(pack, quantize.Pack) and isinstance(kept, keep.Keep):
+        return keep.after(pack, kept, F)
+    return apart
 
 
 def _keep(k, v, fmt, tail, size) -> Callable:

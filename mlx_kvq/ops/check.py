@@ -157,6 +157,13 @@ def check_pack(k, v, fmt, tail, size, capacity) -> None:
         _check_whole("A capacity", capacity, L)
 
 
+def check_start(k, v, fmt, size, capacity) -> None:
+    """Arguments of ``pack_start``."""
+    check_pack(k, v, fmt, None, size, capacity)
+    _check_whole("A tail's number of tokens to keep", size, 1)
+    _check_whole("A format's number of first tokens", fmt.first, 1, k.shape[2])
+
+
 def check_keep(k, v, fmt, tail, size) -> None:
     """Arguments of ``keep_exact``."""
     check_vectors(k, v, fmt)

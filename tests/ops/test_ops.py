@@ -208,6 +208,7 @@ def test_centring_the_keys_helps_where_they_share_a_bias():
 
 
 FMT = make_format(Spec.parse("int4-srft:group_size=32,recent=16"), 64, 128)
+BARE = make_format(Spec.parse("int4-srft:first=0"), 64, 128)
 ROWS = mx.zeros((2, 2, 16, FMT.layout.words), mx.uint32)
 
 
@@ -402,6 +403,34 @@ def test_what_keeping_a_token_is_told(arguments, message):
     with pytest.raises(ValueError) as info:
         ops.keep_exact(**({"k": K, "v": V, "fmt": FMT, "tail": TAIL, "size": 6} | arguments))
     assert message in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"size": 0}, "A tail's number of tokens to keep is at least 1, got 0."),
+        ({"capacity": 3}, "A capacity is at least 4, got 3."),
+        ({"k": K[:, :, :3], "v": V[:, :, :3]}, "number of first tokens is at most 3, got 4."),
+        ({"fmt": BARE}, "A format's number of first tokens is at least 1, got 0."),
+        ({"fmt": None}, "A format is what mlx_kvq.format.format.make_format returns, got None."),
+    ],
+)
+def test_what_packing_a_start_is_told(arguments, message):
+    with pytest.raises(ValueError) as info:
+        ops.pack_start(**({"k": K, "v": V, "fmt": FMT, "size": 6} | arguments))
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("size, capacity", [(1, None), (3, 16), (9, None), (20, 10)])
+def test_a_start_is_packed_like_any_tokens(size, capacity, dtype):
+    fmt, n = FMT, FMT.first
+    k, v = normal(2, 2, 9, 64).astype(dtype), normal(2, 2, 9, 128).astype(dtype)
+    rows, tail, first = ops.pack_start(k, v, fmt, size, capacity)
+    wanted = ops.quantize_pack(k, v, fmt, None, size, capacity)
+    assert mx.array_equal(rows, wanted[0]) and mx.array_equal(tail, wanted[1])
+    assert mx.array_equal(first, ops.keep_exact(k[:, :, :n], v[:, :, :n], fmt, tail, n))
+    assert first.dtype == tail.dtype
 
 
 @pytest.mark.parametrize("wrong", [TAIL[0], TAIL[..., :-8], TAIL.astype(mx.uint32)])

@@ -158,6 +158,22 @@ def test_prefill_gets_every_output(gpu):
         )
 
 
+@pytest.mark.parametrize("size", [3, 20])
+def test_starts_launch_what_plain_launches_do(gpu, size):
+    """With and without the first tokens in the tail."""
+    k = mx.random.normal((2, 2, 9, 64))
+    for fmt in formats():
+        for _ in range(2):
+            rows, tail, first = ops.pack_start(k, 2 * k, fmt, size, 16)
+        want = fused.quantize_pack(k, 2 * k, fmt, None, size, 16)
+        assert mx.array_equal(rows, want[0]) and mx.array_equal(tail, want[1])
+        if size > 9:
+            assert mx.array_equal(first, tail[:, :, 11 : 11 + fmt.first])
+        else:
+            begin = k[:, :, : fmt.first]
+            assert mx.array_equal(first, fused.keep_exact(begin, 2 * begin, fmt, tail, fmt.first))
+
+
 def test_a_launch_is_not_taken_on_another_device(gpu, monkeypatch):
     fmt = formats()[0]
     rows = mx.zeros((1, 2, 256, fmt.layout.words), mx.uint32)
