@@ -319,22 +319,24 @@ def _pack(k, v, fmt, tail, size, capacity) -> Callable:
 
 def _pack_start(k, v, fmt, size, capacity) -> Callable:
     pack, F, older = _pack(k, v, fmt, None, size, capacity), fmt.first, size - k.shape[2]
+    keeps: Callable | None = None
+    if older < 0:  # the tail lacks some of them
+        tail = mx.zeros((*k.shape[:2], size, k.shape[3] + v.shape[3]), tail_dtype(k.dtype))
+        keeps = _keep(k[:, :, :F], v[:, :, :F], fmt, tail, F)
 
-    def from_tail(k, v, fmt):
-        rows, tail = pack(k, v, fmt, None)
-        # Not a view, which would keep all of the tail in memory.
-        return rows, tail, mx.contiguous(tail[:, :, older : older + F])
+    def first(k, v, given, tail):
+        if keeps is None:  # not a view, which would keep all of the tail in memory
+            return mx.contiguous(tail[:, :, older : older + F])
+        return keeps(k[:, :, :F], v[:, :, :F], given, tail)
+
+    if isinstance(pack, quantize.Pack) and isinstance(keeps, keep.Keep | None):
+        keeps = None if keeps is None else keeps.with_table
+        return pack.then(first)
 
     def apart(k, v, fmt):
         rows, tail = pack(k, v, fmt, None)
-        return rows, tail, kept(k[:, :, :F], v[:, :, :F], fmt, tail)
+        return rows, tail, first(k, v, fmt, tail)
 
-    if older >= 0:
-        return from_tail
-    tail = mx.zeros((*k.shape[:2], size, sum(x.shape[3] for x in (k, v))), tail_dtype(k.dtype))
-    kept = _keep(k[:, :, :F], v[:, :, :F], fmt, tail, F)
-    if isinstance(pack, quantize.Pack) and isinstance(kept, keep.Keep):
-        return keep.after(pack, kept, F)
     return apart
 
 

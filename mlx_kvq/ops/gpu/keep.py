@@ -12,8 +12,8 @@ from .arguments import integers
 from .launch import Launch, like
 from .machine import machine
 from .plan import plan
-from .quantize import Pack, grid
-from .tuning import TUNING, replays
+from .quantize import grid
+from .tuning import TUNING
 
 
 @dataclass(eq=False)
@@ -25,7 +25,10 @@ class Keep:
     sizes: mx.array
 
     def __call__(self, k, v, fmt: Format, tail):
-        return self.run(k, v, tables.of(fmt).packs[0], self.sizes, tail)
+        return self.with_table(k, v, tables.of(fmt).packs[0], tail)
+
+    def with_table(self, k, v, table: mx.array, tail):
+        return self.run(k, v, table, self.sizes, tail)
 
 
 def prepare(k: mx.array, v: mx.array, kind: Kind, tail: mx.array, size: int) -> Keep:
@@ -42,18 +45,6 @@ def prepare(k: mx.array, v: mx.array, kind: Kind, tail: mx.array, size: int) -> 
         (tail_dtype(k.dtype),),
     )
     return Keep(launch, launch.prepared(like(k, v, tail)), integers("keep_exact", kept=size))
-
-
-def after(pack: Pack, keep: Keep, first: int) -> Callable:
-    """The launch of :func:`quantize_pack`, and that of :func:`keep_exact` for its ``first`` tokens:
-    replayed as one, they and two slices cost the host little more than the former alone."""
-
-    def launch(k, v, table, *feedback):
-        rows, tail = pack.run(k, v, table, *feedback, pack.sizes)
-        return rows, tail, keep.run(k[:, :, :first], v[:, :, :first], table, keep.sizes, tail)
-
-    run = mx.compile(launch) if replays(pack.launch.machine) else launch
-    return lambda k, v, fmt: run(k, v, *tables.of(fmt).packs)
 
 
 def keep_exact(k: mx.array, v: mx.array, fmt: Format, tail: mx.array, size: int) -> mx.array:
