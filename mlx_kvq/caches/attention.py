@@ -156,9 +156,11 @@ def _part(mask, L: int, a: int, end: int, low: int, high: int, dtype):
     """The mask of queries [a, end) of L over keys [low, high)."""
     if not isinstance(mask, mx.array):
         return mask
-    mask = mask[..., low:high] if mask.shape[-1] > 1 else mask
+    keys = slice(low, high) if mask.shape[-1] > 1 else slice(None)
     if mask.ndim > 1 and mask.shape[-2] == L and L > 1:
-        mask = mask[..., a:end, :]
+        mask = mask[..., a:end, keys]
+    else:
+        mask = mask[..., keys]
     return mask if mask.dtype == mx.bool_ else mask.astype(dtype)
 
 
