@@ -43,7 +43,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvq import ops
-from mlx_kvq.format.format import make_format
+from mlx_kvq.format.format import Format, make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.measure.timing import interleave
@@ -213,6 +213,23 @@ def check_steps() -> None:
                 same &= mx.array_equal(ops.keep_exact(*arguments), want)
                 same &= mx.array_equal(ops.pack_rotated(want[:, :, -1:], f), packed)
                 assert same, f"token {length} with a tail"
+    check_starts(formats[1:])
+
+
+def check_starts(formats: list[Format]) -> None:
+    """Replayed launches where sequences begin give what plain ones give, with the first tokens in
+    the tail and without."""
+    x = mx.random.normal((2, 2, 70, 128)).astype(mx.float16)
+    for f, size in itertools.product(formats, (6, 90)):
+        for _ in range(2):
+            got = ops.pack_start(x, -x, f, size, 256)
+        begin = x[:, :, : f.first]
+        rows, tail = fused.quantize_pack(x, -x, f, None, size, 256)
+        first = tail[:, :, 20 : 20 + f.first]
+        if size < 70:
+            first = fused.keep_exact(begin, -begin, f, tail, f.first)
+        pairs = zip(got, (rows, tail, first), strict=True)
+        assert all(mx.array_equal(a, b) for a, b in pairs), f"a start, {size} tokens kept"
 
 
 def check_feedback(spec: str, D: int) -> None:
