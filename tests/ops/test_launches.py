@@ -1,5 +1,7 @@
 """Kernels of a decode step on Metal, counted in the traced graph."""
 
+from collections import Counter
+
 import pytest
 
 from tests.support import launches as count
@@ -69,6 +71,19 @@ def test_a_chunk_of_a_prompt(title, T, L, blocks):
     assert int4["restore"] == int4["sdpa"] == blocks
     # For each block after the first besides, at most two casts and a copy of its part of a mask.
     assert int4.total() < fp16.total() + 5 * (blocks - 1)
+
+
+def test_a_chunk_of_many_blocks_is_not_sliced_block_by_block():
+    """Each node costs the host microseconds, one that runs no kernel as well."""
+
+    def views(layers: int, L: int) -> Counter:
+        graph = count.traced(count.MODELS[QWEN], layers, "int4-srft", 512, L)
+        names = (node["name"] for node in graph if node["type"] == "primitive")
+        return Counter(name for name in names if name in count.VIEWS)
+
+    two, four = (views(3, L) - views(2, L) for L in (1024, 2048))
+    assert two == four
+    assert (four["Split"], four["Depends"]) == (3, 1)
 
 
 def test_what_mlx_lm_quantized_takes():
