@@ -139,6 +139,16 @@ def own_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
     return [cache_module(model).KVCache() for _ in model.layers]
 
 
+def longest_context(model: nn.Module) -> int | None:
+    """Tokens that the model's config says it takes; ``None`` if it does not say."""
+    for part in (model, *same_layers(model)):
+        for name in ("args", "config"):
+            most = getattr(getattr(part, name, None), "max_position_embeddings", None)
+            if type(most) is int and most > 0:
+                return most
+    return None
+
+
 def factory_of(model: Any) -> CacheFactory | None:
     """The factory of an enabled model; None if neither it nor its language model is enabled."""
     for part in (model, *same_layers(model)):

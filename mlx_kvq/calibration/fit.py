@@ -18,13 +18,15 @@ from ..format import rotation
 from ..format.spec import Spec
 from ..format.transform import Calibration
 from ..host import language_model
-from ..stock import packable
+from ..stock import longest_context, packable
 from .moments import FIRST, LayerMoments, collect
 from .set import CalibrationSet, LayerCalibration
 
 TOKENS = 32768  # of text, at most
 LENGTH = 1024  # tokens of a window
-POSITIONS = 8192  # of the longest context that a calibration is for (docs/calibration.md)
+# Tokens of the longest context that a calibration is for, at least and at most, where the model's
+# own limit says no other (docs/calibration.md).
+LEAST_POSITIONS, MOST_POSITIONS = 8192, 32768
 FLOOR = 1e-6  # of the mean power; a channel below it counts as this strong
 
 
@@ -40,7 +42,7 @@ def calibrate(
     *,
     tokens: int = TOKENS,
     length: int = LENGTH,
-    positions: int = POSITIONS,
+    positions: int | None = None,
     spec: Spec | str | None = None,
     progress: bool = True,
 ) -> CalibrationSet:
@@ -53,9 +55,10 @@ def calibrate(
             the built-in sample text.
         tokens (int): Tokens used at most.
         length (int): Tokens in a window, at least 5; the first 4 of each are not counted.
-        positions (int): Tokens of the longest context that is read later. Keys are taken after
-            RoPE, so their mean and spread depend on where they are: what the windows say is
-            carried over to contexts of this length, its half, and so on down to 512.
+        positions (int, optional): Tokens of the longest context that is read later; by default as
+            many as the model takes, but 8,192 to 32,768 (:func:`default_positions`). Keys are
+            taken after RoPE, so their mean and spread depend on where they are: what the windows
+            say is carried over to contexts of this length, its half, and so on down to 512.
         spec (Spec or str, optional): Also find λ of the keys for this spec's rotation and seed;
             the calibration then serves no other. About 2 % less KL (scripts/studies).
         progress (bool): Show a progress bar.
@@ -67,7 +70,7 @@ def calibrate(
     arguments.model(model)
     arguments.integer("tokens", tokens)
     arguments.integer("length", length, FIRST + 1)
-    arguments.integer("positions", positions)
+    arguments.integer("positions", positions, optional=True)
     spec = Spec.parse(spec) if spec is not None else None
     text = "given"
     if texts is None:
@@ -88,7 +91,7 @@ def calibrate_tokens(
     windows: list[mx.array],
     *,
     text: str = "given",
-    positions: int = POSITIONS,
+    positions: int | None = None,
     spec: Spec | None = None,
     progress: bool = True,
 ) -> CalibrationSet:
@@ -100,6 +103,7 @@ def calibrate_tokens(
             f"windows are arrays [n] of tokens, at least one of them of more than {FIRST}, got "
             f"{[w.size for w in windows] or 'none'}."
         )
+    positions = default_positions(model) if positions is None else positions
     caches, shapes = packable(model)
     bar = tqdm(windows, desc="calibrating", unit="window", disable=not progress, leave=False)
     moments = collect(model, caches, shapes, bar)
@@ -119,6 +123,17 @@ def calibrate_tokens(
     if spec is not None:
         made["lambda"] = lambda_of(spec)
     return CalibrationSet(layers, made)
+
+
+def default_positions(model: nn.Module) -> int:
+    """Tokens of the longest context that a calibration of ``model`` is for if none is asked for:
+    its ``max_position_embeddings``, but 8,192 at least, also where it does not say, and 32,768 at
+    most.
+
+    At 32K a calibration for 8K costs Gemma 3 270M a third of the quality, and at one token all of
+    it (docs/calibration.md).
+    """
+    return min(MOST_POSITIONS, max(LEAST_POSITIONS, longest_context(model) or 0))
 
 
 def _windows(tokenizer, texts: Iterable[str], tokens: int, length: int) -> Iterator[mx.array]:

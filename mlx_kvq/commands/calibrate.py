@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from ..caches import seams
-from ..calibration.fit import LENGTH, POSITIONS, TOKENS, calibrate
+from ..calibration.fit import LENGTH, TOKENS, calibrate
 from ..model.loading import load
 from .options import cache, length
 
@@ -28,10 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions",
         type=length,
-        default=POSITIONS,
         metavar="TOKENS",
-        help="The longest context that is read later, such as 8K (default %(default)s); shorter "
-        "ones count as well.",
+        help="The longest context that is read later, such as 8K (default: as many as the model "
+        "takes, but 8K to 32K); shorter ones count as well.",
     )
     parser.add_argument(
         "--lambda",
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     found.save(args.output)
     print(
         f"{args.output}: {len(found.layers)} layers from {found.metadata['tokens']} tokens, for "
-        f"contexts of up to {args.positions}",
+        f"contexts of up to {found.metadata['positions']}",
         file=sys.stderr,
     )
 

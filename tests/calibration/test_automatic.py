@@ -26,7 +26,7 @@ def test_the_tokenizer_that_a_model_was_loaded_with_is_known(kept):
     report = mlx_kvq.enable(model, "int4-srft", verbose=False)
     assert report.calibration.metadata["text"] == "built-in sample"
     assert report.calibration.metadata["model"] == name
-    assert [p.name for p in kept.iterdir()] == [f"{identity(model)}-2-sample.safetensors"]
+    assert [p.name for p in kept.iterdir()] == [f"{identity(model)}-3-sample.safetensors"]
 
 
 def test_text_is_found_before_random_tokens(kept):
@@ -41,7 +41,7 @@ def test_files_that_cannot_be_used_are_told_once(kept):
     model, lines = Model(Attention()), []
     kept.mkdir()
     for kind in ("sample", "random"):
-        (kept / f"{identity(model)}-2-{kind}.safetensors").write_bytes(b"no")
+        (kept / f"{identity(model)}-{automatic.VERSION}-{kind}.safetensors").write_bytes(b"no")
     automatic.automatic(model, say=lines.append)
     (line,) = lines
     assert line.startswith("calibrating again, the kept calibration cannot be used: ")

@@ -411,7 +411,7 @@ def test_automatic_calibration_is_made_once_and_kept(kept, capsys):
     assert "calibrating on the built-in sample text, once" in lines
     assert "calibrated (built-in sample)" in lines
     (file,) = kept.iterdir()
-    assert file.name == f"{identity(model)}-2-sample.safetensors"
+    assert file.name == f"{identity(model)}-3-sample.safetensors"
     mlx_kvq.enable(model, "int8-srht", tokenizer=Words())
     again = mlx_kvq.enable(model, "int4-srft")  # text serves a call without a tokenizer
     lines = capsys.readouterr().err

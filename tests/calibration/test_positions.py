@@ -1,6 +1,7 @@
 """Moments of keys and queries at positions that were not read."""
 
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +11,7 @@ from mlx_lm import load
 from mlx_lm.models import rope_utils
 
 import mlx_kvq
-from mlx_kvq.calibration.fit import balanced_scale, calibrate_tokens
+from mlx_kvq.calibration.fit import balanced_scale, calibrate_tokens, default_positions
 from mlx_kvq.calibration.moments import FIRST, collect
 from mlx_kvq.calibration.positions import LEAST, RopeWatch, contexts, mean_turn, spread
 from mlx_kvq.calibration.set import CalibrationSet
@@ -205,6 +206,22 @@ def test_windows_that_are_all_first_tokens_are_an_error():
 def test_positions_are_a_number(given):
     with pytest.raises(ValueError, match="^positions is an integer, at least 1, got"):
         mlx_kvq.calibrate(Model(Attention()), Words(), "text", positions=given)
+
+
+@pytest.mark.parametrize(
+    "takes, made_for",
+    [
+        (None, 8192), (2048, 8192), (8192, 8192), (20000, 20000), (32768, 32768), (131072, 32768),
+        (0, 8192), ("many", 8192),
+    ],
+)  # fmt: skip
+def test_by_default_for_as_many_as_the_model_takes(takes, made_for):
+    model = Model(Turned(nn.RoPE(D)))
+    assert default_positions(model) == 8192  # which has no config
+    model.args = SimpleNamespace(max_position_embeddings=takes)
+    assert default_positions(model) == made_for
+    made = calibrate_tokens(model, [some_tokens(40)], progress=False)
+    assert made.metadata["positions"] == made_for
 
 
 def test_a_file_without_positions_still_loads(tmp_path):
