@@ -48,6 +48,8 @@ class Tuning:
             in threadgroup memory.
         slice_values (bool): attend's SIMD groups share probabilities, and each adds up a slice of
             the values' channels of all their tiles; otherwise all channels of its own tiles.
+        room_for_exact (bool): Where there are exact tokens, splits whose SIMD groups would all have
+            as many tiles have one tile less, if the GPU has room for more splits.
         vector_rows (int): Query heads of a KV head up to which one token is attended to without
             matrix products (``kernels/attend_vector.metal``); 0 for never.
         vector_few (int): Up to so many threadgroups of it, at most 16 splits, a split of two tiles
@@ -79,6 +81,7 @@ class Tuning:
     fed_at_once: int = 1
     hold_queries: bool = False
     slice_values: bool = False
+    room_for_exact: bool = False
     vector_rows: int = 0
     vector_few: int = 0
     prefetch: bool = False
@@ -133,6 +136,7 @@ TUNING = {
         hold_tables=True,
         fed_at_once=4,
         hold_queries=True,
+        room_for_exact=True,
         prefetch=True,
         own_tiles=2,
         threadgroup_memory=96 * 1024,
@@ -265,7 +269,7 @@ def splits(
         least = max(least, min(16, tuning.vector_few // parallel, -(-tiles // 2)))
     parts = max(1, min(wanted, max(least, -(-tiles // (tuning.least * groups)))))
     share = -(-tiles // parts)
-    if exact and parts > 1 < share and share % groups == 0 and not tuning.slice_values:
+    if exact and tuning.room_for_exact and parts > 1 < share and share % groups == 0:
         # The last SIMD group, which takes exact tokens first, has a tile less than others.
         more = -(-tiles // (share - 1))
         alone = tuning.threadgroups // 2  # one to a processor
