@@ -249,15 +249,19 @@ def test_the_command_says_that_they_are_fake(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_mlx_lms_cache_where_its_attention_has_no_kernel(qwen, monkeypatch):
+@pytest.mark.parametrize("least", [1, 2])  # sequences from which on there is none
+def test_mlx_lms_cache_where_its_attention_has_no_kernel(qwen, monkeypatch, least):
     """As MLX on CUDA does: it is read as arrays, which gives the same to rounding, and says so."""
-    model, tokenizer = qwen
     text = NOVEL.read_text(encoding="utf-8")
     given = {"windows": 1, "tokens": 90, "decode": 6, "chunk": 32, "progress": False}
     real = evaluate(*qwen, ["kv4"], [text], **given)["kv4"]
 
-    def attention(*args, **kwargs):
-        raise RuntimeError("[quantized_matmul] No implementation for problem shape: 1x3x64x2")
+    quantized = base.quantized_scaled_dot_product_attention
+
+    def attention(queries, *args, **kwargs):
+        if queries.shape[0] >= least:
+            raise RuntimeError("[quantized_matmul] No implementation for problem shape: 1x3x64x2")
+        return quantized(queries, *args, **kwargs)
 
     monkeypatch.setattr(base, "quantized_scaled_dot_product_attention", attention)
     read = evaluate(*qwen, ["kv4"], [text], **given)["kv4"]
