@@ -45,6 +45,7 @@ from mlx_kvq.measure.baselines import Contender, bytes_per_token, candidate, che
 from mlx_kvq.measure.evaluate import load_model, writes
 from mlx_kvq.measure.quality import Piece, compare, read
 from mlx_kvq.model.report import log
+from mlx_kvq.stock import longest_context
 
 PLAIN = "recent=0,first=0"
 PAPER = f"int4-srft:group_size=64,scale=paper,calibrate=off,{PLAIN}"
@@ -432,7 +433,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args.model)
     model.set_dtype(getattr(mx, args.dtype))
     calibration = given or automatic.automatic(model, tokenizer, log)
-    most = getattr(model.args, "max_position_embeddings", None)
+    most = longest_context(model)
     contexts = capped(args.contexts, most, args.decode)
     recalled = capped(args.recall_contexts, most, 64) if facts else []
     ids = {n: tokenizer.encode(t, add_special_tokens=False) for n, t in texts.items()}
