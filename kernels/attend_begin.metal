@@ -82,6 +82,16 @@ const auto v_table = kvq::values_table<KD, ROTATION, K_CALIBRATED>(tables, kv_he
 const int first_row = (int(threadgroup_position_in_grid.y) - kv_head * blocks) * 8;
 const int start = STARTS ? int(starts[b]) : 0;
 const auto at = kvq::tile_position(lane);
+// Asked for before `info` is there: a SIMD group's first query, and what will turn the outputs.
+kvq::query_vector<KD> own_query;
+if (PREFETCHED) {
+  const int row = min(first_row + int(group), query_rows - 1), head = kvq::quotient(row, L);
+  kvq::read_query_vector<KD, ROTATION, K_CALIBRATED>(
+      own_query, q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
+                  (row - head * L) * q_strides[2]),
+      q_strides[3], k_table, kv_head, lane);
+  if (group == 0) kvq::ask_for_output_factors<VD, ROTATION, V_CALIBRATED>(v_table, kv_head, lane);
+}
 
 // Which keys each position may attend to: [low, high), checked only in tiles at an edge.
 const int offset = length - L;
@@ -194,26 +204,28 @@ if (group == NSG - 1) {
 }
 for (int r = group; r < (ROWS > 0 ? ROWS : 8); r += NSG) {
   const int row = first_row + r;
-  float2 z[kvq::points_of(KD)];
   float peak = 0.0f;
   if (row < query_rows) {
-    const int head = kvq::quotient(row, L);
-    const auto x = q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
-                        (row - head * L) * q_strides[2]);
-    kvq::rotate_vector<KD, ROTATION, K_CALIBRATED>(
-        z, x, q_strides[3], true, k_table, kv_head, lane);
+    if (!PREFETCHED || (NSG < 8 && r >= NSG)) {
+      const int head = kvq::quotient(row, L);
+      kvq::read_query_vector<KD, ROTATION, K_CALIBRATED>(
+          own_query, q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
+                      (row - head * L) * q_strides[2]),
+          q_strides[3], k_table, kv_head, lane);
+    }
+    kvq::rotate_query<KD, ROTATION, K_CALIBRATED>(own_query, k_table, kv_head, lane);
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
-      peak = max(peak, max(fabs(z[a].x), fabs(z[a].y)));
+      peak = max(peak, max(fabs(own_query.z[a].x), fabs(own_query.z[a].y)));
     }
     peak = simd_max(peak);
   } else {
-    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) z[a] = float2(0.0f, 0.0f);
+    UNROLL for (int a = 0; a < kvq::points_of(KD); a++) own_query.z[a] = float2(0.0f, 0.0f);
   }
   const float inverse = peak > 1e-30f ? 1.0f / peak : 0.0f;
   if (lane < uint(kvq::lanes_of(KD))) {
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
       const int c = 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
-      kvq::store_query<K_READ, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, z[a], inverse);
+      kvq::store_query<K_READ, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, own_query.z[a], inverse);
     }
   }
   for (int c = KD + 2 * int(lane); c < 8 * Q_TILES; c += 64) {  // of the last word's channels

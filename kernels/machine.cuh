@@ -256,6 +256,19 @@ inline void ask_for(const T* x) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
 }
 
+// Whether `count` threadgroups, this one the last, have called this; `arrived` is 0 before the first
+// and after the last. What any of them wrote before a barrier before this is there for the last one
+// after a barrier. One acquire-release operation: __threadfence() before and after an atomicInc are
+// two sequentially consistent fences, and took longer.
+inline bool is_last_to_arrive(const uint* arrived, uint count) {
+  uint before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(arrived), "r"(count - 1)
+               : "memory");
+  return before == count - 1;
+}
+
 // Asynchronous copies of 16 bytes to threadgroup memory, in groups in the order of their beginning.
 inline void begin_copy(uint* to, const uint* from) {
 #if __CUDA_ARCH__ >= 800

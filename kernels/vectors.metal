@@ -118,26 +118,33 @@ INLINE void rotate_points(
   }
 }
 
-// Reads a query and rotates it; zeros if not `valid`.
+// A query and what rotates it, in registers.
+template <int D>
+struct query_vector {
+  float2 z[points_of(D)];
+  lane_table<D> table;
+  lane_factors<D> factors;
+};
+
 template <int D, int ROTATION, bool CALIBRATED, typename T>
-INLINE void rotate_vector(
-    thread float2* z,
+INLINE void read_query_vector(
+    thread query_vector<D>& query,
     const device T* x,
     int64_t stride,
-    bool valid,
     const device float* table,
     int head,
     uint lane) {
-  lane_table<D> w;
-  lane_factors<D> f;
-  UNROLL for (int a = 0; a < points_of(D); a++) z[a] = float2(0.0f, 0.0f);
-  if (valid) {
-    read_points<D, ROTATION>(z, x, stride, 0, lane);
-  }
-  read_table<D, ROTATION>(w, table, lane);
-  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
-  read_factors<D, ROTATION, false, CALIBRATED>(f, factors, lane);
-  rotate_points<D, ROTATION, false, CALIBRATED, false>(z, f, w, table, factors, nullptr, lane);
+  read_points<D, ROTATION>(query.z, x, stride, 0, lane);
+  read_table<D, ROTATION>(query.table, table, lane);
+  read_factors<D, ROTATION, false, CALIBRATED>(
+      query.factors, factors_of<D, ROTATION, CALIBRATED>(table, head), lane);
+}
+template <int D, int ROTATION, bool CALIBRATED>
+INLINE void rotate_query(
+    thread query_vector<D>& query, const device float* table, int head, uint lane) {
+  rotate_points<D, ROTATION, false, CALIBRATED, false>(
+      query.z, query.factors, query.table, table,
+      factors_of<D, ROTATION, CALIBRATED>(table, head), nullptr, lane);
 }
 
 constexpr float log2_e() {
@@ -180,6 +187,40 @@ INLINE float centre_logit(const device T* q, int64_t stride, const device float*
   return simd_sum(dot);
 }
 
+// What turns a KV head's sums into outputs, in registers.
+template <int D>
+struct output_factors {
+  lane_table<D> table;
+  float2 before[points_of(D)];  // of the rotation: 1 / lambda
+  float2 after[points_of(D)];   // sigma
+  float2 mu[points_of(D)];
+};
+
+// Asks for what the next function reads.
+template <int D, int ROTATION, bool CALIBRATED>
+INLINE void ask_for_output_factors(const device float* table, int head, uint lane) {
+  constexpr int LINE = 32;  // floats
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  for (int i = LINE * int(lane); i < channel_factors(D, ROTATION); i += 32 * LINE) ask_for(table + i);
+  for (int i = LINE * int(lane); i < (CALIBRATED ? 3 * D : D); i += 32 * LINE) ask_for(factors + i);
+}
+template <int D, int ROTATION, bool CALIBRATED>
+INLINE void read_output_factors(
+    thread output_factors<D>& f, const device float* table, int head, uint lane) {
+  constexpr int STEP = point_step(D, ROTATION);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
+  const int first = first_channel<D, ROTATION>(lane);
+  read_table<D, ROTATION>(f.table, table, lane);
+  UNROLL for (int a = 0; a < points_of(D); a++) {
+    f.after[a] = factor_pair(factors + (CALIBRATED ? D : 0), first + a * STEP);
+    if (CALIBRATED) {
+      f.before[a] = factor_pair(factors, rotated + 2 * a);
+      f.mu[a] = factor_pair(factors + 2 * D, first + a * STEP);
+    }
+  }
+}
+
 // One row of attention's output: out = R^T(sums * normal.x / lambda) * sigma + mu * normal.y.
 // All lanes of a SIMD group call it; lanes that repeat another lane's work do not `write`.
 template <int D, int ROTATION, bool CALIBRATED, typename T, typename P>
@@ -187,35 +228,25 @@ INLINE void finish_row(
     device T* out,
     P sums,
     float2 normal,
+    const thread output_factors<D>& f,
     const device float* table,
-    int head,
     bool write,
     uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
-  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
-  const device float* after = factors + (CALIBRATED ? D : 0);
   float2 z[points_of(D)];
   const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
     const int c = rotated + 2 * a;
     z[a] = float2(sums[c] * normal.x, sums[c + 1] * normal.x);
-    if (CALIBRATED) {
-      const float2 f = factor_pair(factors, c);
-      z[a] = float2(z[a].x * f.x, z[a].y * f.y);
-    }
+    if (CALIBRATED) z[a] = float2(z[a].x * f.before[a].x, z[a].y * f.before[a].y);
   }
-  lane_table<D> w;
-  read_table<D, ROTATION>(w, table, lane);
-  rotate_back<D, ROTATION>(z, w, table, lane);
+  rotate_back<D, ROTATION>(z, f.table, table, lane);
   if (write) {
     const int first = first_channel<D, ROTATION>(lane);
     UNROLL for (int a = 0; a < points_of(D); a++) {
-      const int c = first + a * STEP;
-      const float2 f = factor_pair(after, c);
-      z[a] = float2(z[a].x * f.x, z[a].y * f.y);
+      z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
       if (CALIBRATED) {
-        const float2 mu = factor_pair(factors + 2 * D, c);
-        z[a] = float2(z[a].x + mu.x * normal.y, z[a].y + mu.y * normal.y);
+        z[a] = float2(z[a].x + f.mu[a].x * normal.y, z[a].y + f.mu[a].y * normal.y);
       }
     }
     keep_finite<points_of(D)>(out, z);
@@ -237,6 +268,7 @@ INLINE void finish_query(
     int64_t q_stride,
     const device float* k_table,
     const device float* v_table,
+    const thread output_factors<VD>& output,
     int kv_head,
     float scale,
     uint lane) {
@@ -251,7 +283,7 @@ INLINE void finish_query(
     normal = normalise(statistics.x, statistics.y);
   }
   finish_row<VD, ROTATION, V_CALIBRATED>(
-      out, sums, normal, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
+      out, sums, normal, output, v_table, lane < uint(lanes_of(VD)), lane);
 }
 
 // What a rotated channel is in the tail, beside keys like these, and codes are made of.
