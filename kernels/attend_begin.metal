@@ -87,8 +87,9 @@ kvq::query_vector<KD> own_query;
 if (PREFETCHED) {
   const int row = min(first_row + int(group), query_rows - 1), head = kvq::quotient(row, L);
   kvq::read_query_vector<KD, ROTATION, K_CALIBRATED>(
-      own_query, q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
-                  (row - head * L) * q_strides[2]),
+      own_query,
+      q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
+           (row - head * L) * q_strides[2]),
       q_strides[3], k_table, kv_head, lane);
   if (group == 0) kvq::ask_for_output_factors<VD, ROTATION, V_CALIBRATED>(v_table, kv_head, lane);
 }
@@ -209,8 +210,9 @@ for (int r = group; r < (ROWS > 0 ? ROWS : 8); r += NSG) {
     if (!PREFETCHED || (NSG < 8 && r >= NSG)) {
       const int head = kvq::quotient(row, L);
       kvq::read_query_vector<KD, ROTATION, K_CALIBRATED>(
-          own_query, q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
-                      (row - head * L) * q_strides[2]),
+          own_query,
+          q + (b * q_strides[0] + (kv_head * heads + head) * q_strides[1] +
+               (row - head * L) * q_strides[2]),
           q_strides[3], k_table, kv_head, lane);
     }
     kvq::rotate_query<KD, ROTATION, K_CALIBRATED>(own_query, k_table, kv_head, lane);
@@ -225,7 +227,8 @@ for (int r = group; r < (ROWS > 0 ? ROWS : 8); r += NSG) {
   if (lane < uint(kvq::lanes_of(KD))) {
     UNROLL for (int a = 0; a < kvq::points_of(KD); a++) {
       const int c = 2 * (kvq::rotated_block<KD, ROTATION>(lane) * kvq::points_of(KD) + a);
-      kvq::store_query<K_READ, WHOLE>(queries + r / 2 * QUERY_PAIRS + c, r % 2, own_query.z[a], inverse);
+      kvq::store_query<K_READ, WHOLE>(
+          queries + r / 2 * QUERY_PAIRS + c, r % 2, own_query.z[a], inverse);
     }
   }
   for (int c = KD + 2 * int(lane); c < 8 * Q_TILES; c += 64) {  // of the last word's channels

@@ -12,9 +12,7 @@ for (int r = group; r < min(8, rows_left); r += NSG) {
   const int row = numbers[kvq::AT_FIRST_ROW] + r;
   const int head = own_head * numbers[kvq::AT_HEADS] + kvq::quotient(row, own_L);
   const int token = row - kvq::quotient(row, own_L) * own_L;
-  kvq::output_factors<VD> output;
-  kvq::read_output_factors<VD, ROTATION, V_CALIBRATED>(output, own_table, own_head, own_lane);
-  kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
+  kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS, false>(
       out + ((int64_t(own_b) * q_shape[1] + head) * own_L + token) * VD,
       merged + r * VD,
       kvq::join_statistics<NSG>(maxima, totals, r),
@@ -23,7 +21,7 @@ for (int r = group; r < min(8, rows_left); r += NSG) {
       q_strides[3],
       k_table,
       own_table,
-      output,
+      nullptr,
       own_head,
       scale,
       own_lane);

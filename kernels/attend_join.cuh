@@ -66,7 +66,7 @@ if (is_last) {
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
+    kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS, true>(
         out + ((int64_t(b) * q_shape[1] + head) * L + token) * VD,
         merged + r * VD,
         float2(row_top, row_total),
@@ -75,7 +75,7 @@ if (is_last) {
         q_strides[3],
         k_table,
         v_table,
-        output,
+        &output,
         kv_head,
         scale,
         lane);

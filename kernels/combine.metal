@@ -68,9 +68,7 @@ for (int c = int(thread_position_in_threadgroup.x); c < VD; c += 32 * NSG) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (group == 0) {
-  kvq::output_factors<VD> output;
-  kvq::read_output_factors<VD, ROTATION, V_CALIBRATED>(output, v_table, kv_head, lane);
-  kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS>(
+  kvq::finish_query<KD, VD, ROTATION, K_CALIBRATED, K_CENTRED, V_CALIBRATED, SINKS, false>(
       out + int64_t(row) * VD,
       merged,
       float2(top, total),
@@ -79,7 +77,7 @@ if (group == 0) {
       q_strides[3],
       k_table,
       v_table,
-      output,
+      nullptr,
       kv_head,
       scale,
       lane);

@@ -222,31 +222,47 @@ INLINE void read_output_factors(
 }
 
 // One row of attention's output: out = R^T(sums * normal.x / lambda) * sigma + mu * normal.y.
-// All lanes of a SIMD group call it; lanes that repeat another lane's work do not `write`.
-template <int D, int ROTATION, bool CALIBRATED, typename T, typename P>
+// All lanes of a SIMD group call it; lanes that repeat another lane's work do not `write`. Factors
+// are `held`, or read where they are used.
+template <int D, int ROTATION, bool CALIBRATED, bool HELD, typename T, typename P>
 INLINE void finish_row(
     device T* out,
     P sums,
     float2 normal,
-    const thread output_factors<D>& f,
+    const thread output_factors<D>* held,
     const device float* table,
+    int head,
     bool write,
     uint lane) {
   constexpr int STEP = point_step(D, ROTATION);
+  const device float* factors = factors_of<D, ROTATION, CALIBRATED>(table, head);
+  const device float* after = factors + (CALIBRATED ? D : 0);
   float2 z[points_of(D)];
   const int rotated = 2 * points_of(D) * rotated_block<D, ROTATION>(lane);
   UNROLL for (int a = 0; a < points_of(D); a++) {
     const int c = rotated + 2 * a;
     z[a] = float2(sums[c] * normal.x, sums[c + 1] * normal.x);
-    if (CALIBRATED) z[a] = float2(z[a].x * f.before[a].x, z[a].y * f.before[a].y);
+    if (CALIBRATED) {
+      const float2 f = HELD ? held->before[a] : factor_pair(factors, c);
+      z[a] = float2(z[a].x * f.x, z[a].y * f.y);
+    }
   }
-  rotate_back<D, ROTATION>(z, f.table, table, lane);
+  if (HELD) {
+    rotate_back<D, ROTATION>(z, held->table, table, lane);
+  } else {
+    lane_table<D> w;
+    read_table<D, ROTATION>(w, table, lane);
+    rotate_back<D, ROTATION>(z, w, table, lane);
+  }
   if (write) {
     const int first = first_channel<D, ROTATION>(lane);
     UNROLL for (int a = 0; a < points_of(D); a++) {
-      z[a] = float2(z[a].x * f.after[a].x, z[a].y * f.after[a].y);
+      const int c = first + a * STEP;
+      const float2 f = HELD ? held->after[a] : factor_pair(after, c);
+      z[a] = float2(z[a].x * f.x, z[a].y * f.y);
       if (CALIBRATED) {
-        z[a] = float2(z[a].x + f.mu[a].x * normal.y, z[a].y + f.mu[a].y * normal.y);
+        const float2 mu = HELD ? held->mu[a] : factor_pair(factors + 2 * D, c);
+        z[a] = float2(z[a].x + mu.x * normal.y, z[a].y + mu.y * normal.y);
       }
     }
     keep_finite<points_of(D)>(out, z);
@@ -258,7 +274,7 @@ INLINE void finish_row(
 // head's logit, used if SINKS.
 template <
     int KD, int VD, int ROTATION, bool K_CALIBRATED, bool K_CENTRED, bool V_CALIBRATED, bool SINKS,
-    typename T, typename P>
+    bool HELD, typename T, typename P>
 INLINE void finish_query(
     device T* out,
     P sums,
@@ -268,7 +284,7 @@ INLINE void finish_query(
     int64_t q_stride,
     const device float* k_table,
     const device float* v_table,
-    const thread output_factors<VD>& output,
+    const thread output_factors<VD>* held,
     int kv_head,
     float scale,
     uint lane) {
@@ -282,8 +298,8 @@ INLINE void finish_query(
   } else {
     normal = normalise(statistics.x, statistics.y);
   }
-  finish_row<VD, ROTATION, V_CALIBRATED>(
-      out, sums, normal, output, v_table, lane < uint(lanes_of(VD)), lane);
+  finish_row<VD, ROTATION, V_CALIBRATED, HELD>(
+      out, sums, normal, held, v_table, kv_head, lane < uint(lanes_of(VD)), lane);
 }
 
 // What a rotated channel is in the tail, beside keys like these, and codes are made of.
