@@ -229,7 +229,7 @@ class Plan:
         """Tokens of a context that are kept exactly besides."""
         if self.spec is None:
             return 0
-        return recent_at(self.spec.recent_in(window), tokens) + self.spec.first
+        return recent_at(self.spec.recent_in(window), tokens) + self.spec.first_in(window)
 
     def bytes(self, tokens: int, sequences: int) -> float:
         held = 0.0

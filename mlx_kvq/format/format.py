@@ -95,10 +95,10 @@ class Format:
         """Tokens from which on a context reads more of them."""
         return GROWTH * self.recent, 2 * GROWTH * self.recent
 
-    @property
+    @cached_property
     def first(self) -> int:
         """First tokens of a sequence that are kept exactly."""
-        return self.spec.first
+        return self.spec.first_in(self.window)
 
     @cached_property
     def heads(self) -> int | None:

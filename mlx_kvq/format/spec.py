@@ -65,7 +65,8 @@ class Spec:
             than 1024 tokens (:meth:`recent_in`).
         first (int): First tokens of a sequence that are also kept unrounded, 0 to 64. Attention
             rests on the first one, whose key is an outlier: in Qwen2.5 and SmolLM2 it had 90 % of
-            the error of all keys (docs/quality.md).
+            the error of all keys (docs/quality.md). 1 at most in layers with a window of less than
+            1024 tokens (:meth:`first_in`).
 
     Raises:
         ValueError: If a value is unknown or out of range; the message lists what is accepted.
@@ -133,6 +134,13 @@ class Spec:
             return self.recent
         part = self.recent * window // SHORT_WINDOW
         return min(self.recent, max(16, part // 2 if self.has_smaller_groups(window) else part))
+
+    def first_in(self, window: int | None) -> int:
+        """First tokens that a layer keeps exactly which sees the last ``window`` tokens, ``None``
+        for all: 1 at most in a window of less than 1024 tokens, which they leave soon. The first
+        one is the outlier, and what is kept takes memory for as long as the cache is there.
+        """
+        return min(self.first, 1) if _is_short(window) else self.first
 
     def has_smaller_groups(self, window: int | None) -> bool:
         """Whether a layer with this window has groups of 32 channels where others have 64: ``int4``

@@ -100,6 +100,17 @@ def test_a_layer_with_a_small_window_keeps_a_part_of_the_tail(recent, window, ke
         assert Spec.parse(f"{other}recent={recent}").recent_in(window) == others, other
 
 
+@pytest.mark.parametrize(
+    "first, window, kept", [(4, None, 4), (4, 1024, 4), (4, 1023, 1), (1, 128, 1), (0, 128, 0)]
+)
+def test_a_layer_with_a_small_window_keeps_the_first_token_alone(first, window, kept):
+    for bits in ("int4", "int8", "int4:group_size=64"):
+        joint = "," if ":" in bits else ":"
+        spec = Spec.parse(f"{bits}{joint}first={first}")
+        assert spec.first_in(window) == kept
+        assert make_format(spec, 128, window=window).first == kept
+
+
 @pytest.mark.parametrize("window, group", [(None, 64), (1024, 64), (1023, 32), (128, 32)])
 def test_int4_in_a_small_window_has_smaller_groups(window, group):
     assert make_format(Spec.parse("int4"), 128, window=window).layout.k_group == group
