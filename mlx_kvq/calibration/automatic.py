@@ -21,7 +21,7 @@ from .moments import collect
 from .set import CalibrationSet
 from .shards import all_ranks, is_sharded
 
-VERSION = 3  # of how it is made: what was kept by another one is not used
+VERSION = 4  # of how it is made: what was kept by another one is not used
 RANDOM_TOKENS = 512
 SAMPLE_TOKENS = 2048
 LENGTH = 1024  # of a window

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..format.spec import Spec
 from ..stock import CachePath, map_leaves
 from .exact import ExactCache, attended
 from .positions import Rope, RopeWatch, contexts, spread
@@ -20,6 +21,7 @@ CHUNK = 256  # tokens fed at a time
 # First tokens of a window that no moment counts. Their keys are outliers in most models, and a
 # cache keeps them exactly; their queries read no other token.
 FIRST = 4
+NEAR = Spec("int4", "srft")  # whose newest tokens a query reads as they are, whatever the cache
 
 
 class Moments:
@@ -68,11 +70,12 @@ class Moments:
 
 class LayerMoments:
     """The moments of one cache, per KV head. Queries are averaged over the query heads of a KV
-    head. Keys and queries are as before ``rope``; where that is None, as they came."""
+    head; ``reads`` are queries times the square root of their :func:`sensitivity`. Keys and queries
+    are as before ``rope``; where that is None, as they came."""
 
     def __init__(self) -> None:
         self.keys, self.values = Moments(covariance=True), Moments()
-        self.queries = Moments(covariance=True)
+        self.queries, self.reads = Moments(covariance=True), Moments(covariance=True)
         self.rope: Rope | None = None
         self._skip = 0  # first tokens of the chunk that do not count
 
@@ -82,8 +85,9 @@ class LayerMoments:
         self.keys.add(self._at_zero(keys))
         self.values.add(values[:, :, self._skip :])
 
-    def add_queries(self, q: mx.array) -> None:
-        """q [B, Hq, L, D], at the positions of the keys that were added last.
+    def add_queries(self, q: mx.array, weight: mx.array) -> None:
+        """q [B, Hq, L, D], at the positions of the keys that were added last, and their weights
+        [B, Hq, L].
 
         Raises:
             ValueError: If a model attends to a cache before it gives it keys.
@@ -95,7 +99,10 @@ class LayerMoments:
             )
         if self._skip < q.shape[2]:
             q = self._at_zero(q)
-            self.queries.add(q.reshape(q.shape[0], np.shape(self.keys.mean)[0], -1, q.shape[-1]))
+            of_heads = q.shape[0], np.shape(self.keys.mean)[0], -1, q.shape[-1]
+            self.queries.add(q.reshape(of_heads))
+            q = q * mx.sqrt(weight[:, :, self._skip :, None])
+            self.reads.add(q.reshape(of_heads))
 
     def _at_zero(self, x: mx.array) -> mx.array:
         """All of x [B, H, L, D] that counts, turned back."""
@@ -111,11 +118,62 @@ class LayerMoments:
         return mean, square - mean[:, :, None] * mean[:, None]
 
     def query_square(self, positions: int) -> np.ndarray:
-        """E[q qᵀ] [Hkv, D, D] over contexts of up to ``positions``."""
-        square = self.queries.square
+        """E[q qᵀ] [Hkv, D, D] over contexts of up to ``positions``: the mean of that of all queries
+        alike and that of queries by their weights, which is as large."""
+        square, read = self.queries.square, self.reads.square
+        size, of_read = (np.einsum("hdd->h", M)[:, None, None] for M in (square, read))
+        some = of_read > 0  # a text shorter than NEAR reads nothing that is rounded
+        square = np.where(some, (square + read * size / np.where(some, of_read, 1)) / 2, square)
         if self.rope is None:
             return square
         return spread(np.zeros(square.shape[:2]), square, self.rope, contexts(positions))[1]
+
+
+def sensitivity(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    out: mx.array,
+    *,
+    scale: float,
+    near: int,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """How much an error of a query's logits moves its output: Σ_t p_t² |v_t − out|², over the keys
+    that a cache would round, hence not the first ``FIRST`` and not the newest ``near`` ones.
+
+    Independent errors δ_t of the logits move the output by Σ_t p_t δ_t (v_t − out).
+
+    Args:
+        q (mx.array): [B, Hq, L, D], the last L tokens of the keys [B, Hkv, T, D].
+        values (mx.array): [B, Hkv, T, Dv].
+        out (mx.array): Their attention, [B, Hq, L, Dv].
+        scale (float), mask, sinks: As in ``mx.fast.scaled_dot_product_attention``.
+        near (int): Tokens, the query's own included.
+
+    Returns:
+        fp32 [B, Hq, L].
+    """
+    (B, Hq, L, _), (Hkv, T) = q.shape, keys.shape[1:3]
+    q, keys, values, out = (x.astype(mx.float32) for x in (q, keys, values, out))
+    grouped = B, Hkv, Hq // Hkv, L, -1
+    s = (q.reshape(grouped) * scale) @ keys[:, :, None].swapaxes(-1, -2)
+    at, of_query = mx.arange(T), mx.arange(T - L, T)[:, None]
+    s = mx.where(at <= of_query, s, -mx.inf)
+    if isinstance(mask, mx.array):
+        if mask.ndim == 4:
+            mask = mask.reshape(mask.shape[0], -1, Hq // Hkv if mask.shape[1] == Hq else 1, L, T)
+        s = mx.where(mask, s, -mx.inf) if mask.dtype == mx.bool_ else s + mask.astype(mx.float32)
+    total = mx.logsumexp(s, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = mx.logaddexp(total, sinks.astype(mx.float32).reshape(Hkv, -1, 1, 1))
+    rounded = (at >= FIRST) & (of_query - at >= near)
+    p = mx.where(rounded, mx.exp(s - total), 0.0)
+    out, values = out.reshape(grouped), values[:, :, None]
+    away = mx.square(values).sum(axis=-1)[..., None, :] - 2 * (out @ values.swapaxes(-1, -2))
+    away = away + mx.square(out).sum(axis=-1, keepdims=True)
+    return (mx.square(p) * mx.maximum(away, 0.0)).sum(axis=-1).reshape(B, Hq, L)
 
 
 class _Recorder(ExactCache):
@@ -130,8 +188,11 @@ class _Recorder(ExactCache):
         return super().update_and_fetch(keys, values)
 
     def attention(self, queries, keys, values, **options) -> mx.array:
-        self.moments.add_queries(queries)
-        return super().attention(queries, keys, values, **options)
+        out = super().attention(queries, keys, values, **options)
+        near = NEAR.recent_in(self.window)
+        weight = sensitivity(queries, keys, values, out, near=near, **options)
+        self.moments.add_queries(queries, weight)
+        return out
 
 
 @contextmanager
