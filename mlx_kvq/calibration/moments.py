@@ -13,6 +13,7 @@ import numpy as np
 
 from ..format.spec import Spec
 from ..stock import CachePath, map_leaves
+from . import sensitivity
 from .exact import ExactCache, attended
 from .positions import Rope, RopeWatch, contexts, spread
 from .shards import is_sharded
@@ -21,7 +22,7 @@ CHUNK = 256  # tokens fed at a time
 # First tokens of a window that no moment counts. Their keys are outliers in most models, and a
 # cache keeps them exactly; their queries read no other token.
 FIRST = 4
-NEAR = Spec("int4", "srft")  # whose newest tokens a query reads as they are, whatever the cache
+USUAL = Spec("int4", "srft")  # whose newest tokens count as read exactly, whatever the cache
 
 
 class Moments:
@@ -70,8 +71,8 @@ class Moments:
 
 class LayerMoments:
     """The moments of one cache, per KV head. Queries are averaged over the query heads of a KV
-    head; ``reads`` are queries times the square root of their :func:`sensitivity`. Keys and queries
-    are as before ``rope``; where that is None, as they came."""
+    head; ``reads`` are queries times the square root of their weight (``sensitivity``). Keys and
+    queries are as before ``rope``; where that is None, as they came."""
 
     def __init__(self) -> None:
         self.keys, self.values = Moments(covariance=True), Moments()
@@ -122,58 +123,11 @@ class LayerMoments:
         alike and that of queries by their weights, which is as large."""
         square, read = self.queries.square, self.reads.square
         size, of_read = (np.einsum("hdd->h", M)[:, None, None] for M in (square, read))
-        some = of_read > 0  # a text shorter than NEAR reads nothing that is rounded
+        some = of_read > 0  # short texts read nothing that is rounded
         square = np.where(some, (square + read * size / np.where(some, of_read, 1)) / 2, square)
         if self.rope is None:
             return square
         return spread(np.zeros(square.shape[:2]), square, self.rope, contexts(positions))[1]
-
-
-def sensitivity(
-    q: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    out: mx.array,
-    *,
-    scale: float,
-    near: int,
-    mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """How much an error of a query's logits moves its output: Σ_t p_t² |v_t − out|², over the keys
-    that a cache would round, hence not the first ``FIRST`` and not the newest ``near`` ones.
-
-    Independent errors δ_t of the logits move the output by Σ_t p_t δ_t (v_t − out).
-
-    Args:
-        q (mx.array): [B, Hq, L, D], the last L tokens of the keys [B, Hkv, T, D].
-        values (mx.array): [B, Hkv, T, Dv].
-        out (mx.array): Their attention, [B, Hq, L, Dv].
-        scale (float), mask, sinks: As in ``mx.fast.scaled_dot_product_attention``.
-        near (int): Tokens, the query's own included.
-
-    Returns:
-        fp32 [B, Hq, L].
-    """
-    (B, Hq, L, _), (Hkv, T) = q.shape, keys.shape[1:3]
-    q, keys, values, out = (x.astype(mx.float32) for x in (q, keys, values, out))
-    grouped = B, Hkv, Hq // Hkv, L, -1
-    s = (q.reshape(grouped) * scale) @ keys[:, :, None].swapaxes(-1, -2)
-    at, of_query = mx.arange(T), mx.arange(T - L, T)[:, None]
-    s = mx.where(at <= of_query, s, -mx.inf)
-    if isinstance(mask, mx.array):
-        if mask.ndim == 4:
-            mask = mask.reshape(mask.shape[0], -1, Hq // Hkv if mask.shape[1] == Hq else 1, L, T)
-        s = mx.where(mask, s, -mx.inf) if mask.dtype == mx.bool_ else s + mask.astype(mx.float32)
-    total = mx.logsumexp(s, axis=-1, keepdims=True)
-    if sinks is not None:
-        total = mx.logaddexp(total, sinks.astype(mx.float32).reshape(Hkv, -1, 1, 1))
-    rounded = (at >= FIRST) & (of_query - at >= near)
-    p = mx.where(rounded, mx.exp(s - total), 0.0)
-    out, values = out.reshape(grouped), values[:, :, None]
-    away = mx.square(values).sum(axis=-1)[..., None, :] - 2 * (out @ values.swapaxes(-1, -2))
-    away = away + mx.square(out).sum(axis=-1, keepdims=True)
-    return (mx.square(p) * mx.maximum(away, 0.0)).sum(axis=-1).reshape(B, Hq, L)
 
 
 class _Recorder(ExactCache):
@@ -188,9 +142,14 @@ class _Recorder(ExactCache):
         return super().update_and_fetch(keys, values)
 
     def attention(self, queries, keys, values, **options) -> mx.array:
-        out = super().attention(queries, keys, values, **options)
-        near = NEAR.recent_in(self.window)
-        weight = sensitivity(queries, keys, values, out, near=near, **options)
+        out, weight = sensitivity.attend(
+            queries,
+            keys,
+            values,
+            rounded=slice(FIRST, None),
+            near=USUAL.recent_in(self.window),
+            **options,
+        )
         self.moments.add_queries(queries, weight)
         return out
 

@@ -17,9 +17,9 @@ from mlx_lm.models import cache as stock
 
 import mlx_kvq
 from mlx_kvq import files
-from mlx_kvq.calibration import automatic
+from mlx_kvq.calibration import automatic, sensitivity
 from mlx_kvq.calibration.fit import balanced_scale, calibrate_tokens, sample_text
-from mlx_kvq.calibration.moments import CHUNK, FIRST, NEAR, Moments, collect, sensitivity
+from mlx_kvq.calibration.moments import CHUNK, FIRST, USUAL, Moments, collect
 from mlx_kvq.calibration.set import CalibrationSet, LayerCalibration
 from mlx_kvq.format import feedback, levels
 from mlx_kvq.format.format import make_format
@@ -143,29 +143,30 @@ def test_sensitivity_is_how_far_errors_of_logits_move_an_output(case):
     elif case in ("added", "allowed"):
         mask = np.broadcast_to(np.where(rng.rand(L, T) < 0.3, -1e9, 0.0), mask.shape)
         mask = mask * (np.arange(T) != T - L)  # each query may attend to one
-    given = {"added": mask[0], "allowed": mask[0] == 0, "heads": mask[None]}.get(case)
-    f = {name: mx.array(x.astype(np.float32))[None] for name, x in {"q": q, "k": k, "v": v}.items()}
-    options = {
-        "mask": given
-        if given is None
-        else mx.array(given, mx.bool_ if case == "allowed" else None),
-        "sinks": None if sinks is None else mx.array(sinks),
-    }
-    if given is not None and case != "allowed":
-        options["mask"] = options["mask"].astype(mx.float32)
-    causal = mx.where(mx.arange(T) <= mx.arange(T - L, T)[:, None], 0.0, -mx.inf)
-    whole = causal + mx.array(mask.astype(np.float32))[None]
-    out = mx.fast.scaled_dot_product_attention(
-        f["q"], f["k"], f["v"], scale=0.7, mask=whole, sinks=options["sinks"]
-    )
-    got = sensitivity(f["q"], f["k"], f["v"], out, scale=0.7, near=near, **options)
+    q32, k32, v32 = (mx.array(x.astype(np.float32))[None] for x in (q, k, v))
+    given: Any = "causal"
+    if case != "plain":
+        below = np.arange(T) <= np.arange(T - L, T)[:, None]
+        whole = np.where(below, mask, -np.inf).astype(np.float32)
+        given = mx.array(whole[0] > -1e8) if case == "allowed" else mx.array(whole[None])
+        given = given[0, 0] if case == "added" else given
+    options = {"scale": 0.7, "mask": given, "sinks": None if sinks is None else mx.array(sinks)}
+    out, got = sensitivity.attend(q32, k32, v32, rounded=slice(FIRST, None), near=near, **options)
+    expected = mx.fast.scaled_dot_product_attention(q32, k32, v32, **options)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got[0], moved(q, k, v, 0.7, near, mask, sinks), rtol=1e-3, atol=1e-5)
 
 
 def test_a_query_that_reads_nothing_rounded_has_no_sensitivity():
     x = mx.random.normal((1, 2, 9, D))
-    assert not sensitivity(x, x, x, x, scale=1.0, near=9).any()
-    assert sensitivity(x, x, x, x, scale=1.0, near=4)[0, :, -1].all()
+    for near, some in ((9, False), (4, True)):
+        options: dict = {"scale": 1.0, "rounded": slice(FIRST, None), "near": near}
+        _, found = sensitivity.attend(x, x, x, mask="causal", **options)
+        assert found[0, :, -1].all() == some and not found[0, :, : FIRST + near].any()
+    for n in (1, FIRST, FIRST + 1):
+        few = x[:, :, :n]
+        out, found = sensitivity.attend(few, few, few, mask=None, **options)
+        assert out.shape == few.shape and not found.any()
 
 
 def query_square(parts) -> np.ndarray:
@@ -173,7 +174,7 @@ def query_square(parts) -> np.ndarray:
     by sensitivity."""
     alike, read = np.zeros((Hkv, D)), np.zeros((Hkv, D))
     for q, k, v in parts:
-        weight = moved(q, k, v, 0.1, NEAR.recent)[:, FIRST:, None]
+        weight = moved(q, k, v, 0.1, USUAL.recent)[:, FIRST:, None]
         square = np.square(q[:, FIRST:])
         alike += square.reshape(Hkv, -1, D).sum(axis=1)
         read += (weight * square).reshape(Hkv, -1, D).sum(axis=1)
@@ -207,7 +208,7 @@ def test_mu_and_sigma_are_those_of_the_keys_and_queries(windows):
 @pytest.mark.parametrize("spec", ["int4-srft:seed=3", "int4-srht", "int4-none"])
 def test_lambda_is_that_of_the_rotated_keys_and_queries(spec):
     # As many tokens as are read exactly: all queries count alike.
-    model, ids = Model(Attention(scale=3.0, shift=5.0)), some_tokens(NEAR.recent)
+    model, ids = Model(Attention(scale=3.0, shift=5.0)), some_tokens(USUAL.recent)
     spec = Spec.parse(spec)
     plain = calibrate_tokens(model, [ids], progress=False).layers[(0,)].keys
     found = calibrate_tokens(model, [ids], spec=spec, progress=False)
