@@ -2,9 +2,9 @@
 // query block to finish merges the partial sums. A second launch would cost about 17 us of host
 // time through MLX, more than this merge.
 //
-// `arrivals` holds a zero for each query block; the last threadgroup leaves it so for the next call. Metal has no
-// fence for device memory between threadgroups on all systems that MLX supports: Apple GPUs take
-// the second launch (combine.metal).
+// `arrivals` holds a zero for each query block; the last threadgroup leaves it so for the next call.
+// Metal has no fence for device memory between threadgroups on all systems that MLX supports: Apple
+// GPUs take the second launch (combine.metal).
 threadgroup bool is_last;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (threadIdx.x == 0) {
@@ -36,7 +36,9 @@ if (is_last) {
       UNROLL for (int j = 0; j < AHEAD; j++) {
         UNROLL for (int i = 0; i < PAIRS; i++) {
           ahead[j][i] = float2(0.0f, 0.0f);
-          if (j < count && 64 * i + 2 * int(lane) < VD) ahead[j][i] = __ldcg(from + j * (VD / 2) + 32 * i);
+          if (j < count && 64 * i + 2 * int(lane) < VD) {
+            ahead[j][i] = __ldcg(from + j * (VD / 2) + 32 * i);
+          }
         }
       }
       const float new_top = max(row_top, simd_max(own.x));

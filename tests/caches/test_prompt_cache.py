@@ -83,7 +83,8 @@ def test_a_saved_prompt_goes_on_exactly(loaded, tmp_path, spec):
 
 
 def test_a_file_from_before_windows_kept_fewer_tokens(tmp_path):
-    """Its layers with a window hold 64 exact tokens, of which today's keep the newest ones."""
+    """Its layers with a window hold 64 exact tokens and the first four, of which today's keep the
+    newest ones and the first one."""
     model, tokenizer = load_float32("tiny-gemma3-8bit", WINDOW)
     mlx_kvq.enable(model, SPEC, verbose=False)
     own, ids = stock.make_prompt_cache(model), mx.array(prompts(tokenizer, [WINDOW + 44]))
@@ -97,8 +98,9 @@ def test_a_file_from_before_windows_kept_fewer_tokens(tmp_path):
             model(mx.array([[token]]), cache=caches)
     stock.save_prompt_cache(str(tmp_path / "old.safetensors"), before)
     again = stock.load_prompt_cache(str(tmp_path / "old.safetensors"))
-    assert {c.tail.shape[2] for c in again} == {64}
+    assert {(c.tail.shape[2], c.oldest.array.shape[2]) for c in again} == {(64, 4)}
     prompt_file.check(again, model)
+    assert {c.oldest.array.shape[2] for c in again} == {c.format.first for c in own} == {4, 1}
     got, want = (model(mx.array([[5]]), cache=caches) for caches in (again, own))
     assert {c.tail.shape[2] for c in again} == {c.tail.shape[2] for c in own} == {64, 16}
     assert mx.abs(got - want).max() < 0.05 * mx.abs(want).max()
