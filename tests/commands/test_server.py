@@ -24,7 +24,7 @@ def folder(request, tmp_path_factory):
     return write_float32(request.param, tmp_path_factory.mktemp("models"))
 
 
-# With seed 0 and nothing exact the last bit of one hidden state, which depends on the batch, decides
+# With seed 0 and nothing exact the last bit of a hidden state, which depends on the batch, decides
 # between two scales of one key (docs/mlx_lm.md).
 @pytest.mark.parametrize("spec", ["int4-srft", "int4-srft:seed=1,recent=0,first=0"])
 def test_a_text_depends_on_its_request_alone(folder, spec):
