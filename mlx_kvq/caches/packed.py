@@ -406,10 +406,10 @@ class PackedCache(_BaseCache, ABC):
     def adopt(self, fmt: Format) -> None:
         """Keep as many first tokens exactly as ``fmt``, another format for the same rows, says, and
         no more of the newest ones than it does. First ones that were not are taken from rows."""
-        others_first = fmt.first != self.format.first
+        same_first = fmt.first == self.format.first
         if fmt.recent < self.format.recent:
             self.format = self.newest.format = self.stored.format = self.oldest.format = fmt
-        if not others_first:
+        if same_first:
             return
         array = None
         if fmt.first and not self.empty() and self._length():
