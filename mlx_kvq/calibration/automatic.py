@@ -97,7 +97,8 @@ def automatic(
     if found is not None and whole:
         if (loaded := _loaded(model)) is not None and printable(loaded.name):
             found = replace(found, metadata={**found.metadata, "model": loaded.name})
-        _keep(found, _file(name, "random" if tokenizer is None else "sample"), say)
+        kind = "random" if tokenizer is None else "sample"
+        found = _keep(found, _file(name, kind), say)
     return found
 
 
@@ -127,9 +128,7 @@ def _read(
     if n * each > 10:
         part = f"{n} of {ids.size}" if n < ids.size else str(n)
         say(f"reading {part} tokens, about {n * each:.0f} s; Ctrl-C goes on with the first {PROBE}")
-    # A bar with few steps says little of the time that is left.
-    length = LENGTH if each * LENGTH < 5 else 2 * PROBE
-    windows = [ids[i : min(n, i + length)] for i in range(0, n, length)]
+    windows = [ids[i : min(n, i + LENGTH)] for i in range(0, n, LENGTH)]
     try:
         return calibrate_tokens(model, windows, text=text, progress=say is not silent), True
     except KeyboardInterrupt:
@@ -144,24 +143,32 @@ def worst_gain(model: nn.Module, ids: mx.array) -> float:
     gains = [1.0]
     for m in collect(model, caches, shapes, [ids]).values():
         if m.queries.n:
-            mean, covariance = m.key_moments(ids.size)
-            var, q = (np.einsum("hdd->hd", M) for M in (covariance, m.query_square(ids.size)))
+            mean, covariance = m.key_moments([ids.size])
+            var, q = (np.einsum("hdd->hd", M) for M in (covariance, m.query_square([ids.size])))
             least = np.square(np.sqrt(var * q).sum(axis=-1))
             errors = (var + mean**2).sum(axis=-1) * q.sum(axis=-1)
             gains.append(float((errors / np.maximum(least, np.finfo(float).tiny)).max()))
     return max(gains)
 
 
-def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> None:
-    """Save into the folder; where that cannot be, one line says so and the command goes on."""
+def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> CalibrationSet:
+    """Save into the folder; where that cannot be, one line says so and the command goes on.
+
+    Returns what is kept there: if another process was first its calibration, which the next one
+    will have too. How many tokens are read depends on the machine's load.
+    """
     folder: Path | str = "~/.cache"
     try:
         folder = kept_folder()
-        found.save(folder / name)
+        try:
+            return CalibrationSet.load(folder / name)
+        except (FileNotFoundError, ValueError):  # none, or that which cannot be used
+            found.save(folder / name)
         prune(folder, LARGEST_FOLDER)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         say(f"warning: the calibration is used but could not be kept in '{folder}': {reason}")
+    return found
 
 
 def random_tokens(model: nn.Module) -> mx.array:

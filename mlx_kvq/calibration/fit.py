@@ -20,6 +20,7 @@ from ..format.transform import Calibration
 from ..host import language_model
 from ..stock import longest_context, packable
 from .moments import FIRST, LayerMoments, collect
+from .positions import contexts
 from .set import CalibrationSet, LayerCalibration
 
 TOKENS = 32768  # of text, at most
@@ -105,8 +106,11 @@ def calibrate_tokens(
         )
     positions = default_positions(model) if positions is None else positions
     caches, shapes = packable(model)
-    bar = tqdm(windows, desc="calibrating", unit="window", disable=not progress, leave=False)
-    moments = collect(model, caches, shapes, bar)
+    tokens = sum(w.size for w in windows)
+    with tqdm(
+        total=tokens, desc="calibrating", unit="token", disable=not progress, leave=False
+    ) as bar:
+        moments = collect(model, caches, shapes, windows, bar.update)
     # A layer without queries does not use mlx-lm's shared attention; it is not packed either.
     layers = {
         path: layer_calibration(m, positions, spec) for path, m in moments.items() if m.queries.n
@@ -116,7 +120,7 @@ def calibrate_tokens(
     made = {
         "by": f"mlx_kvq {__version__}",
         "text": text,
-        "tokens": sum(w.size for w in windows),
+        "tokens": tokens,
         "length": max(w.size for w in windows),
         "positions": positions,
     }
@@ -154,8 +158,9 @@ def layer_calibration(
 ) -> LayerCalibration:
     """μ and σ of one layer from its moments, for contexts of up to ``positions`` tokens, and λ of
     its keys for the rotation of ``spec``."""
-    mu, k = m.key_moments(positions)
-    q = m.query_square(positions)
+    lengths = contexts(positions)
+    mu, k = m.key_moments(lengths)
+    q = m.query_square(lengths)
     sigma = balanced_scale(_diagonal(k), _diagonal(q))
     lam = None
     if spec is not None:

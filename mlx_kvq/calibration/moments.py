@@ -15,7 +15,7 @@ from ..format.spec import Spec
 from ..stock import CachePath, map_leaves
 from . import sensitivity
 from .exact import ExactCache, attended
-from .positions import Rope, RopeWatch, contexts, spread
+from .positions import Rope, RopeWatch, spread
 from .shards import is_sharded
 
 CHUNK = 256  # tokens fed at a time
@@ -110,16 +110,16 @@ class LayerMoments:
         x = x if self.rope is None else self.rope.undo(x)
         return x[:, :, self._skip :]
 
-    def key_moments(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
-        """E[k] [Hkv, D] and the covariance [Hkv, D, D] over contexts of up to ``positions``."""
+    def key_moments(self, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """E[k] [Hkv, D] and the covariance [Hkv, D, D] over contexts of these lengths."""
         mean, covariance = np.asarray(self.keys.mean), self.keys.variance
         if self.rope is None:
             return mean, covariance
-        mean, square = spread(mean, self.keys.square, self.rope, contexts(positions))
+        mean, square = spread(mean, self.keys.square, self.rope, lengths)
         return mean, square - mean[:, :, None] * mean[:, None]
 
-    def query_square(self, positions: int) -> np.ndarray:
-        """E[q qᵀ] [Hkv, D, D] over contexts of up to ``positions``: the mean of that of all queries
+    def query_square(self, lengths: list[int]) -> np.ndarray:
+        """E[q qᵀ] [Hkv, D, D] over contexts of these lengths: the mean of that of all queries
         alike and that of queries by their weights, which is as large."""
         square, read = self.queries.square, self.reads.square
         size, of_read = (np.einsum("hdd->h", M)[:, None, None] for M in (square, read))
@@ -127,7 +127,7 @@ class LayerMoments:
         square = np.where(some, (square + read * size / np.where(some, of_read, 1)) / 2, square)
         if self.rope is None:
             return square
-        return spread(np.zeros(square.shape[:2]), square, self.rope, contexts(positions))[1]
+        return spread(np.zeros(square.shape[:2]), square, self.rope, lengths)[1]
 
 
 class _Recorder(ExactCache):
@@ -173,9 +173,10 @@ def collect(
     make_caches: Callable[[], list],
     paths: Iterable[CachePath],
     windows: Iterable[mx.array],
+    on_read: Callable[[int], object] = lambda tokens: None,
 ) -> dict[CachePath, LayerMoments]:
     """Run ``model`` over windows of tokens, [n] each, and gather the moments of its own caches at
-    ``paths``."""
+    ``paths``. ``on_read`` is told how many tokens each chunk had."""
     moments = {path: LayerMoments() for path in paths}
     ropes = RopeWatch()
 
@@ -187,9 +188,11 @@ def collect(
         for tokens in windows:
             caches = map_leaves(recorder, make_caches())
             for i in range(0, tokens.size, CHUNK):
-                logits = model(tokens[None, i : i + CHUNK], cache=caches)
+                chunk = tokens[None, i : i + CHUNK]
+                logits = model(chunk, cache=caches)
                 # The moments evaluate what they need; logits are a fifth to a half of the work.
                 # What one rank does not evaluate it does not send, and others wait for it.
                 if is_sharded(model):
                     mx.eval(logits)
+                on_read(chunk.size)
     return moments

@@ -17,6 +17,7 @@ document's mean.
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -56,19 +57,21 @@ class Prompt:
 
 
 class Decoding:
-    """Of one layer: row 0 exact, row i as rounded by ``formats[i - 1]``, the first and the newest
-    tokens exact in all."""
+    """Of one layer: row 0 exact, row i as ``rounders[i - 1]`` leaves keys and values, the first and
+    the newest tokens exact in all. What a window no longer sees is not rounded, and what leaves the
+    newest while it decodes only if ``late``."""
 
-    def __init__(self, prompt, length, steps, formats, first, recent):
-        self.window, self.formats, self.recent = prompt.window, formats, recent
-        self.offset, self.first = length, first
+    def __init__(self, prompt, length, steps, rounders, first, recent, late=True):
+        self.window, self.rounders, self.recent = prompt.window, rounders, recent
+        self.offset, self.first, self.late = length, first, late
         exact = [x[:, :, :length] for x in prompt.state]
-        far = max(first, length - recent + 1)  # the next query reads the tokens from here exactly
+        near = max(first, length - self.window) if self.window else first
+        far = max(near, length - recent + 1)  # the next query reads the tokens from here exactly
         rows = [[x] for x in exact]
-        for fmt in formats:
-            old = rounded([x[:, :, first:far] for x in exact], fmt)
+        for rounder in rounders:
+            old = rounder([x[:, :, near:far] for x in exact])
             for row, x, y in zip(rows, exact, old, strict=True):
-                row.append(mx.concatenate([x[:, :, :first], y, x[:, :, far:]], axis=2))
+                row.append(mx.concatenate([x[:, :, :near], y, x[:, :, far:]], axis=2))
         room = [(0, 0), (0, 0), (0, steps), (0, 0)]
         self.k, self.v = (mx.pad(mx.concatenate(row), room) for row in rows)
         mx.eval(self.k, self.v)
@@ -77,10 +80,9 @@ class Decoding:
         at, self.offset = self.offset, self.offset + 1
         self.k[:, :, at : at + 1], self.v[:, :, at : at + 1] = k, v
         old = at - self.recent
-        if old >= self.first:
-            for row, fmt in enumerate(self.formats, 1):
-                kept = [x[row : row + 1, :, old : old + 1] for x in (self.k, self.v)]
-                new = rounded(kept, fmt)
+        if self.late and old >= self.first:
+            for row, rounder in enumerate(self.rounders, 1):
+                new = rounder([x[row : row + 1, :, old : old + 1] for x in (self.k, self.v)])
                 self.k[row : row + 1, :, old : old + 1] = new[0]
                 self.v[row : row + 1, :, old : old + 1] = new[1]
         begin = max(0, self.offset - self.window) if self.window else 0
@@ -122,7 +124,7 @@ def decode(model, caches, ids):
 
 def study(model, tokenizer, named, args):
     """(length, name) -> KL of each document, [steps] each."""
-    windows, formats = layers_of(model, named, args.spec)
+    windows, rounders = layers_of(model, named, args.spec)
     ids = mx.array(tokenizer.encode(args.text.read_text(encoding="utf-8")))
     longest = max(args.lengths) + args.decoded
     if ids.size < args.documents * longest:
@@ -137,8 +139,8 @@ def study(model, tokenizer, named, args):
         print(f"document {d}: {time.perf_counter() - started:.0f} s to read", flush=True)
         for length in args.lengths:
             caches = [
-                Decoding(p, length, args.decoded, f, args.first, args.recent)
-                for p, f in zip(prompts, formats, strict=True)
+                Decoding(p, length, args.decoded, r, args.first, args.recent)
+                for p, r in zip(prompts, rounders, strict=True)
             ]
             scores = decode(model, caches, document[length : length + args.decoded])
             for name, values in zip(named, scores.T, strict=True):
@@ -148,10 +150,12 @@ def study(model, tokenizer, named, args):
 
 
 def layers_of(model, named, spec):
-    """The window of each layer, None where there is none, and its format under each calibration."""
+    """The window of each layer, or None, and what rounds under each calibration."""
     made = [mlx_kvq.make_prompt_cache(model, spec, calibration=c) for c in named.values()]
     windows = [getattr(c, "max_size", None) for c in made[0]]
-    return windows, [[c.format for c in layer] for layer in zip(*made, strict=True)]
+    return windows, [
+        [partial(rounded, fmt=c.format) for c in layer] for layer in zip(*made, strict=True)
+    ]
 
 
 def main() -> None:

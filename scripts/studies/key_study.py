@@ -1,0 +1,191 @@
+"""What else could be done to keys, at long contexts: a centre for each block of tokens, and a full
+balanced transform, each with and without feedback.
+
+    python scripts/studies/key_study.py --model M --text wikitext.txt --lengths 1024 32000
+
+Documents are read once with exact keys and values. At every length what a query does not read
+exactly is then rounded in each way, and the tokens after it are decoded one at a time, all ways as
+rows of a batch (``position_study.Decoding``; what leaves the newest tokens meanwhile stays exact).
+Everything is calibrated on the built-in text, for as many positions as by default.
+
+- *centre*: a block of 64 tokens is rounded without its own mean over tokens, which is kept in fp16
+  (an eighth of a bit more). *before*: without the mean of the block before it.
+- *full*: keys are turned by a matrix T per head, so that T E[k kᵀ] Tᵀ and T⁻ᵀ E[q qᵀ] T⁻¹ are the
+  same: dense, where μ, σ and the rotation are a sum and a fast transform.
+
+A row says the mean KL from the exact cache in nats, and the geometric mean of the tokens' KL as a
+multiple of the first row's, with the standard error of its logarithm over documents and pieces of
+eight tokens.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm import load
+from position_study import Decoding, Prompt, decode, geometric, read, rounded
+
+from mlx_kvq.calibration.fit import default_positions, layer_calibration, sample_text
+from mlx_kvq.calibration.moments import collect
+from mlx_kvq.calibration.positions import contexts
+from mlx_kvq.format.feedback import DAMPING
+from mlx_kvq.format.format import make_format
+from mlx_kvq.format.spec import Spec
+from mlx_kvq.format.transform import Calibration
+from mlx_kvq.stock import packable
+
+LENGTH, TOKENS = 1024, 2048  # of the calibration
+BLOCK = 64
+PIECE = 8  # tokens whose errors are taken for one observation
+
+
+def fp32(a):
+    return mx.array(np.asarray(a, dtype=np.float32))
+
+
+def power(M, p):
+    """Mᵖ of symmetric positive matrices [H, D, D]."""
+    w, v = np.linalg.eigh(M)
+    return (v * np.maximum(w, w.max(axis=-1, keepdims=True) * 1e-9)[:, None] ** p) @ v.swapaxes(
+        1, 2
+    )
+
+
+def damped(M):
+    D = M.shape[-1]
+    return M + DAMPING * np.trace(M, axis1=1, axis2=2)[:, None, None] / D * np.eye(D)
+
+
+class Full:
+    """Keys k - μ turned by T, so that the spread of keys and of queries is the same matrix."""
+
+    def __init__(self, m, positions, values, spec):
+        mu, K = m.key_moments(contexts(positions))
+        Q = damped(m.query_square(contexts(positions)))
+        half, back = power(damped(K), 0.5), power(damped(K), -0.5)
+        T = power(back @ power(half @ Q @ half, 0.5) @ back, 0.5)
+        inverse = np.linalg.inv(T)
+        metric = inverse.swapaxes(1, 2) @ Q @ inverse
+        D = T.shape[-1]
+        keys = Calibration(
+            mu=fp32(np.zeros_like(mu)), sigma=fp32(np.ones_like(mu)), metric=fp32(metric)
+        )
+        self.fmt = make_format(spec, D, values.mu.shape[-1], keys=keys, values=values)
+        self.mu, self.turn, self.back = fp32(mu)[None, :, None], fp32(T), fp32(inverse)
+
+    def __call__(self, sides):
+        k, v = sides
+        k, v = rounded([(k - self.mu) @ self.turn.swapaxes(1, 2), v], self.fmt)
+        return [k @ self.back.swapaxes(1, 2) + self.mu, v]
+
+
+def centred(sides, fmt, mu, before=False):
+    """Rounded without the mean of each block of keys, from the first token on."""
+    k, v = sides
+    n = k.shape[2]
+    if n == 0:
+        return sides
+    room = mx.pad(k, [(0, 0), (0, 0), (0, -n % BLOCK), (0, 0)])
+    blocks = mx.unflatten(room, 2, (-1, BLOCK))
+    counts = mx.minimum(BLOCK, n - BLOCK * mx.arange(blocks.shape[2]))[:, None, None]
+    means = (blocks.sum(axis=3, keepdims=True) / counts).astype(mx.float16).astype(mx.float32)
+    if before:
+        means = mx.concatenate([means[:, :, :1], means[:, :, :-1]], axis=2)
+    away = mx.broadcast_to(means, blocks.shape).flatten(2, 3)[:, :, :n] - mu[None, :, None]
+    k, v = rounded([k - away, v], fmt)
+    return [k + away, v]
+
+
+def ways(m, positions, window, spec):
+    """Name -> what rounds keys and values of a layer with these moments."""
+    of = layer_calibration(m, positions)
+    D = m.keys.mean.shape[-1], m.values.mean.shape[-1]
+    found: dict = {}
+    for rounding in ("feedback", "nearest"):
+        own = replace(spec, rounding=rounding)
+        fmt = make_format(own, *D, keys=of.keys, values=of.values, window=window)
+        centre = partial(centred, fmt=fmt, mu=of.keys.mu)
+        found |= {
+            rounding: partial(rounded, fmt=fmt),
+            f"{rounding}, centre": centre,
+            f"{rounding}, before": partial(centre, before=True),
+            f"{rounding}, full": Full(m, positions, of.values, own),
+        }
+    return found
+
+
+def log_ratio(values, first):
+    """Of two [documents][steps]: mean log of KL over KL, and its standard error."""
+    logs = [
+        np.log(np.maximum(v, 1e-9) / np.maximum(f, 1e-9)).reshape(-1, PIECE).mean(axis=1)
+        for v, f in zip(values, first, strict=True)
+    ]
+    each = np.concatenate(logs)
+    return each.mean(), each.std(ddof=1) / np.sqrt(each.size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="All of its layers are packed.")
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--spec", type=Spec.parse, default=Spec("int4", "srft"))
+    parser.add_argument("--first", type=int, default=4, help="tokens read exactly")
+    parser.add_argument("--recent", type=int, default=64, help="newest tokens read exactly")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192], help="of a prompt")
+    parser.add_argument("--decoded", type=int, default=64, help="tokens after a prompt")
+    parser.add_argument("--documents", type=int, default=1, help="of each text")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model, tokenizer, *_ = load(args.model)
+    model.set_dtype(mx.float32)
+    positions = default_positions(model)
+    caches, shapes = packable(model)
+    ids = mx.array(tokenizer.encode(sample_text())[:TOKENS])
+    windows = [ids[i : i + LENGTH] for i in range(0, ids.size, LENGTH)]
+    moments = collect(model, caches, shapes, windows)
+    sizes = [getattr(c, "max_size", None) for c in caches()]
+    layers = [ways(moments[(i,)], positions, size, args.spec) for i, size in enumerate(sizes)]
+    found: dict = {}
+    for text in args.text:
+        ids = mx.array(tokenizer.encode(text.read_text(encoding="utf-8")))
+        for d in range(args.documents):
+            document = ids[d * (ids.size // args.documents) :][: max(args.lengths) + args.decoded]
+            prompts = [Prompt(size) for size in sizes]
+            read(model, prompts, document[: max(args.lengths)])
+            for length in args.lengths:
+                rows = [
+                    Decoding(
+                        p, length, args.decoded, [*w.values()], args.first, args.recent, late=False
+                    )
+                    for p, w in zip(prompts, layers, strict=True)
+                ]
+                scores = decode(model, rows, document[length : length + args.decoded])
+                for name, values in zip(layers[0], scores.T, strict=True):
+                    found.setdefault(length, {}).setdefault(name, []).append(values)
+                    print(f"  {text.name} {d}, {length}, {name}: {values.mean():.5f}", flush=True)
+    for length, by_name in found.items():
+        print(f"\n| {Path(args.model).name}, {length} tokens | KL | × |\n|---|--:|--:|")
+        first = by_name["feedback"]
+        for name, values in by_name.items():
+            mean, error = log_ratio(values, first)
+            kl = np.mean(np.concatenate(values))
+            print(f"| {name} | {kl:.5f} | {np.exp(mean):.2f} ± {np.exp(mean) * error:.2f} |")
+    if args.json:
+        args.json.write_text(
+            json.dumps(
+                [
+                    {"length": n, "name": name, "kl": [v.tolist() for v in values],
+                     "geometric": geometric(values)}
+                    for n, by_name in found.items() for name, values in by_name.items()
+                ]
+            ),
+            encoding="utf-8",
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
