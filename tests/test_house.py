@@ -116,7 +116,7 @@ def test_the_house():
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTED = ("docs", "kernels", "scripts", "tests", "mlx_kvq")
-LINKED = re.compile(r"\]\((?!https?:|mailto:)([^)#]+)[^)]*\)")
+LINKED = re.compile(r"\]\((?!https?:|mailto:)([^)#]*)#?([^)]*)\)")
 QUOTED = re.compile(rf"`((?:{'|'.join(DOCUMENTED)}|examples)/[a-z0-9_./]*[a-z0-9_/])`")
 
 
@@ -144,15 +144,23 @@ def test_tests_and_scripts_leave_each_other_alone():
 
 
 def test_documents_name_what_is_there():
-    """Relative links, and `folder/file` in code quotes, of every page."""
+    """Relative links with their headings, and `folder/file` in code quotes, of every page."""
     pages = [*ROOT.glob("*.md"), *(p for d in DOCUMENTED for p in (ROOT / d).rglob("*.md"))]
     gone = []
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        named = [ROOT / path for path in QUOTED.findall(text)]
-        named += [page.parent / link for link in LINKED.findall(text)]
-        gone += [f"{page.relative_to(ROOT)}: {path}" for path in named if not path.exists()]
+        named = [(ROOT / path, "") for path in QUOTED.findall(text)]
+        named += [(page.parent / p if p else page, place) for p, place in LINKED.findall(text)]
+        for path, place in named:
+            if not path.exists() or (place and place not in places(path)):
+                gone.append(f"{page.relative_to(ROOT)}: {path} {place}".rstrip())
     assert len(pages) > 10 and gone == []
+
+
+def places(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
 def test_there_is_no_circle():

@@ -18,9 +18,9 @@ from .. import ops
 from .view import PackedView, StepMask, seen_through
 
 DECODE_QUERIES = 8  # up to this many queries attend straight from the rows
-# Tokens of a block of a prompt. Measured (docs/performance.md): with 256 a prompt's own tokens lose
-# 1.1 to 2.4 times as much (KL) and prefill on CUDA is a fifth slower; with more a server reads more
-# tokens again where prompts part, on average half a block.
+# Tokens of a block of a prompt. Measured (scripts/studies/speed.md): with 256 a prompt's own tokens
+# lose 1.1 to 2.4 times as much (KL) and prefill on CUDA is a fifth slower; with more a server reads
+# more tokens again where prompts part, on average half a block.
 BLOCK = 512
 # Tokens of a prompt up to which a GPU's memory has room for what all layers restore at once: one of
 # mlx-lm's chunks. For longer ones evaluation begins ahead (``Tuning.ahead``).

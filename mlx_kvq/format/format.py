@@ -50,7 +50,7 @@ def recent_at(least: int, tokens):
 
     They are at most a 64th of the context, or ``least``. Real models gain more by them than by
     anything else that costs as many bytes: 256 instead of 64 halve the error at 8K
-    (docs/quality.md).
+    (scripts/studies/quality.md).
     """
     return least * (1 + (tokens >= GROWTH * least) + 2 * (tokens >= 2 * GROWTH * least))
 

@@ -145,7 +145,7 @@ def read_bits(bits: int) -> int:
 def tail_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """Dtype of the exact tail for keys and values in ``dtype``. A rotated vector can be √D times as
     large as its largest channel: too large for fp16. What bf16 takes off it has 1/1000 of the power
-    that rounding to 4 bits takes, in half the bytes of fp32 (docs/quality.md)."""
+    that rounding to 4 bits takes, in half the bytes of fp32 (scripts/studies/quality.md)."""
     return mx.float32 if dtype == mx.float32 else mx.bfloat16
 
 

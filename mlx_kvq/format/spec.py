@@ -65,8 +65,8 @@ class Spec:
             than 1024 tokens (:meth:`recent_in`).
         first (int): First tokens of a sequence that are also kept unrounded, 0 to 64. Attention
             rests on the first one, whose key is an outlier: in Qwen2.5 and SmolLM2 it had 90 % of
-            the error of all keys (docs/quality.md). 1 at most in layers with a window of less than
-            1024 tokens (:meth:`first_in`).
+            the error of all keys (scripts/studies/quality.md). 1 at most in layers with a window of
+            less than 1024 tokens (:meth:`first_in`).
 
     Raises:
         ValueError: If a value is unknown or out of range; the message lists what is accepted.

@@ -5,7 +5,7 @@ CPU (``quantized_matmul`` is about 48x slower there in fp16), and a half-precisi
 costs accuracy on any device. Long inputs are worked on in blocks: what is in between then fits
 the processor's cache, and costs no memory to speak of.
 
-What the choices here were measured by is in ``docs/performance.md``.
+What the choices here were measured by is in ``scripts/studies/speed.md``.
 """
 
 import mlx.core as mx

@@ -38,8 +38,8 @@ class Launch:
     def prepared(self, like: tuple) -> Callable:
         """The launch for inputs of these shapes and dtypes: as it is, or traced once by MLX and
         replayed. Calling a kernel builds its source text and hashes it, replaying a trace does not
-        (H100: 12 to 20 µs of the host's time a launch before; docs/performance.md). A trace for
-        each set of shapes: MLX looks through a function's traces one by one."""
+        (H100: 12 to 20 µs of the host's time a launch before; scripts/studies/speed.md). A trace
+        for each set of shapes: MLX looks through a function's traces one by one."""
         if replays(self.machine):
             return memo.launch((self, like), lambda: mx.compile(self._bound()))
         return memo.launch((self,), self._bound)

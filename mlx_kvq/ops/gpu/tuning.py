@@ -42,7 +42,7 @@ class Tuning:
         packs_apart (bool): Tokens of a tail are packed by a kernel of its own, otherwise by that of
             a prompt, which is told at run time. That costs 40 registers on G13 and none on CUDA,
             where it takes a third of the time for a prompt; why is not known (H200, 512 tokens, 2
-            heads of 128, nearest: 13.2 and 4.2 us; docs/performance.md).
+            heads of 128, nearest: 13.2 and 4.2 us; scripts/studies/speed.md).
         fed_at_once (int): Most keys that a SIMD group rounds with feedback side by side; 1, 2 or 4.
         hold_queries (bool): attend keeps the queries' operands and offsets in registers, otherwise
             in threadgroup memory.
@@ -120,7 +120,7 @@ TUNING = {
     ),
     # H200, mlx 0.32.4, the kernel alone (ncu): sweeps over keys, SIMD groups, tiles and splits at
     # D = 64, 128 and 256, a sequence of 512 to 128K tokens, 16 of 8K, 32 of 32K
-    # (docs/performance.md).
+    # (docs/performance.md, scripts/studies/speed.md).
     "cuda": Tuning(
         keys=32,
         simd_groups=8,
