@@ -96,10 +96,7 @@ def patch(module: "ModuleType") -> None:
     """Call the plug-in; whatever fails there, mlx-lm goes on as if mlx_kvq were absent."""
     before = dict(vars(module))
     try:
-        if module.__name__.startswith("mlx_vlm."):
-            from mlx_kvq.commands.plugin_vlm import patch as patch_command
-        else:
-            from mlx_kvq.commands.plugin import patch as patch_command
+        from mlx_kvq.plugin import patch as patch_command
 
         patch_command(module)
     except Exception as error:

@@ -26,7 +26,7 @@ def _short_calibrations():
 
 
 # With -n a file's tests run in one process: the longest files first, none left at the end.
-LONGEST = ["commands/test_server", "model/test_model", "repositories/test_hub", "test_install"]
+LONGEST = ["plugin/test_server", "model/test_model", "repositories/test_hub", "test_install"]
 
 
 def pytest_collection_modifyitems(items):

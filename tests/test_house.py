@@ -26,14 +26,17 @@ BELOW["measure"] = {"model", *BELOW["model"]}
 BELOW["repositories"] = {"measure", *BELOW["measure"]}
 BELOW["commands"] = {"repositories", *BELOW["repositories"]}
 BELOW["cli"] = {"commands", "format", *GROUND}
-BELOW["_startup"] = {"commands"}
+BELOW["plugin"] = {"commands", *BELOW["commands"]}
+BELOW["_startup"] = {"plugin"}
 BELOW["__main__"] = {"cli"}
 BELOW["__init__"] = {
     "_startup",
     *BELOW["commands"],
 }  # for type checkers; names are loaded on first use
 # Run while mlx_lm is half imported, or at every start of the interpreter: they import late.
-LATE = {"_startup", "commands.plugin", "commands.plugin_vlm"}
+LATE = {
+    "_startup", "plugin", "plugin.loading", "plugin.option", "plugin.programs", "plugin.vlm"
+}  # fmt: skip
 OPTIONAL = {"huggingface_hub", "matplotlib", "mlx_lm", "transformers"}
 
 

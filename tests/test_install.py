@@ -201,7 +201,7 @@ def test_kernels_are_found(environment):
 
 
 def test_mlx_lm_has_the_option(environment):
-    """Needs mlx_kvq.commands.plugin."""
+    """Needs mlx_kvq.plugin."""
     text = environment.call("-m", "mlx_lm", "generate", "--help")
     assert re.search(r"^ +--kv-cache\b", text, re.MULTILINE), text
 

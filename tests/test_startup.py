@@ -70,11 +70,11 @@ def fake(tmp_path):
 
 
 def plugin(body):
-    """Code that puts a stand-in for mlx_kvq.commands.plugin in place."""
+    """Code that puts a stand-in for mlx_kvq.plugin in place."""
     return (
         "import sys, types\n"
-        "plugin = types.ModuleType('mlx_kvq.commands.plugin')\n"
-        "sys.modules['mlx_kvq.commands.plugin'] = plugin\n"
+        "plugin = types.ModuleType('mlx_kvq.plugin')\n"
+        "sys.modules['mlx_kvq.plugin'] = plugin\n"
         f"def patch(module):\n    {body}\n"
         "plugin.patch = patch\n"
     )
@@ -86,7 +86,7 @@ PATCHED = plugin("module.main = lambda: print('patched', module.__name__)")
 def test_the_interpreter_of_this_run_has_the_line():
     names = modules(sys.executable)
     assert "mlx_kvq._startup" in names, "install the project first: pip install -e '.[cpu,dev]'"
-    assert not names & {"mlx", "mlx_lm", "numpy", "mlx_kvq.commands.plugin", "mlx_kvq.ops"}
+    assert not names & {"mlx", "mlx_lm", "numpy", "mlx_kvq.plugin", "mlx_kvq.ops"}
 
 
 def test_a_start_imports_two_modules(bare, hooked):
@@ -124,8 +124,8 @@ def test_the_plugin_is_imported_with_the_first_command(hooked, fake, tmp_path):
     shim = tmp_path / "shim" / "mlx_kvq" / "plugin.py"
     shim.write_text("def patch(module):\n    print(module.__name__, hasattr(module, 'main'))\n")
     code = (
-        f"import sys, mlx_kvq.commands; mlx_kvq.commands.__path__.insert(0, {str(shim.parent)!r})\n"
-        "import json; print('mlx_kvq.commands.plugin' in sys.modules)\n"
+        f"import sys, mlx_kvq; mlx_kvq.__path__.insert(0, {str(shim.parent)!r})\n"
+        "import json; print('mlx_kvq.plugin' in sys.modules)\n"
         "import mlx_lm, mlx_lm.utils, mlx_lm.server\n"
     )
     process = start(hooked, code, PYTHONPATH=fake)

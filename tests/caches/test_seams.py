@@ -20,7 +20,8 @@ import mlx_kvq
 from mlx_kvq import stock as kvq_stock
 from mlx_kvq.caches import prompt_file
 from mlx_kvq.calibration import automatic
-from mlx_kvq.commands import plugin
+from mlx_kvq.plugin import programs
+from mlx_kvq.plugin.option import wanted
 from mlx_kvq.stock import identity
 from tests.support.float32 import MODELS
 
@@ -144,15 +145,15 @@ def command(name, *without):
     """A stand-in for a module of mlx-lm with all that we need of it, but for some names."""
     module: Any = types.ModuleType(f"mlx_lm.{name}")
     module.argparse = argparse
-    for wanted in plugin.NEEDED[name]:
-        outer, _, inner = wanted.partition(".")
+    for needed in programs.NEEDED[name]:
+        outer, _, inner = needed.partition(".")
         made = type(outer, (), {inner: lambda self: None}) if inner else (lambda *args: None)
-        if wanted not in without:
+        if needed not in without:
             setattr(module, outer, made)
     return module
 
 
-COMMANDS = [(c, n) for c, names in plugin.NEEDED.items() for n in names if c[0] not in "um"]
+COMMANDS = [(c, n) for c, names in programs.NEEDED.items() for n in names if c[0] not in "um"]
 
 
 @pytest.mark.parametrize("name, gone", COMMANDS)
@@ -160,7 +161,7 @@ def test_a_command_that_lacks_a_name(name, gone, capsys):
     """It goes on untouched without the option, and with it ends in one line."""
     module = command(name, gone)
     before = {k: v for k, v in vars(module).items() if k != "argparse"}
-    plugin.patch(module)
+    programs.patch(module)
     assert {k: v for k, v in vars(module).items() if k != "argparse"} == before
     parser = module.argparse.ArgumentParser()
     parser.parse_args([])
@@ -173,17 +174,17 @@ def test_a_command_that_lacks_a_name(name, gone, capsys):
     assert line.endswith(f"is not supported: {name}.{gone} is missing")
 
 
-@pytest.mark.parametrize("gone", plugin.NEEDED["utils"])
+@pytest.mark.parametrize("gone", programs.NEEDED["utils"])
 def test_utils_that_lack_a_name(gone, capsys, monkeypatch):
     """They are not taken for a command, nor changed by half."""
-    monkeypatch.setattr(plugin, "_lacking", "")
+    monkeypatch.setattr(wanted, "lacking", "")
     module = command("utils", gone)
     codes = {k: v.__code__ for k, v in vars(module).items() if isinstance(v, types.FunctionType)}
-    plugin.patch(module)
+    programs.patch(module)
     assert module.argparse is argparse
     assert all(vars(module)[k].__code__ is code for k, code in codes.items())
     working = command("generate")
-    plugin.patch(working)
+    programs.patch(working)
     with pytest.raises(SystemExit):
         working.argparse.ArgumentParser().parse_args(["--kv-cache", "int4-srft"])
     assert f"is not supported: utils.{gone} is missing" in capsys.readouterr().err
@@ -191,21 +192,21 @@ def test_utils_that_lack_a_name(gone, capsys, monkeypatch):
 
 def test_an_option_that_is_not_ours_is_left_alone(capsys):
     module = command("generate")
-    plugin.patch(module)
+    programs.patch(module)
     parser = module.argparse.ArgumentParser(prog="mlx_lm.generate")
     parser.add_argument("--kv-cache", default="standard")
     assert parser.parse_args([]).kv_cache == "standard"
-    assert plugin._asked is None
+    assert wanted.spec is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("[mlx_kvq] warning: mlx_lm.generate has an option --kv-cache that is no")
     assert parser.parse_args(["--kv-cache", "int4-srft"]).kv_cache == "int4-srft"
-    assert plugin._asked is None
+    assert wanted.spec is None
 
 
 @pytest.mark.parametrize("size", ["0", "-3"])
 def test_max_kv_size_of_a_command(size, capsys):
     module = command("generate")
-    plugin.patch(module)
+    programs.patch(module)
     parser = module.argparse.ArgumentParser()
     parser.add_argument("--max-kv-size", type=int)
     with pytest.raises(SystemExit):
@@ -219,9 +220,9 @@ def test_ctrl_c_while_a_command_enables(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlx_kvq.model.enable.enable", interrupted)
-    monkeypatch.setattr(plugin, "_asked", "int4-srft")
+    monkeypatch.setattr(wanted, "spec", "int4-srft")
     with pytest.raises(SystemExit) as stop:
-        plugin._enabling(lambda: (types.SimpleNamespace(), None), is_server=False)()
+        programs._enabling(lambda: (types.SimpleNamespace(), None), is_server=False)()
     assert (stop.value.code, capsys.readouterr().err) == (130, "[mlx_kvq] interrupted\n")
 
 
@@ -236,10 +237,10 @@ def test_a_prompt_cache_without_the_draft_model(model):
 
 def test_a_command_with_a_prompt_cache_and_a_draft_model(model, monkeypatch):
     caches = mlx_kvq.make_prompt_cache(model, SPEC)
-    monkeypatch.setattr(plugin, "_unchecked", [caches])
-    monkeypatch.setattr(plugin, "_packed_file", False)
-    monkeypatch.setattr(plugin, "_asked", None)
-    load = plugin._enabling(lambda: (model, None), is_server=False)
+    monkeypatch.setattr(programs, "_unchecked", [caches])
+    monkeypatch.setattr(programs, "_packed_file", False)
+    monkeypatch.setattr(wanted, "spec", None)
+    load = programs._enabling(lambda: (model, None), is_server=False)
     load()
     with pytest.raises(SystemExit, match="error: The prompt cache holds nothing of the draft mod"):
         load()

@@ -12,11 +12,11 @@ import mlx_kvq
 from mlx_kvq.calibration import shards
 from mlx_kvq.calibration.exact import attended
 from mlx_kvq.calibration.gradients import _Nudged, attention_over, gradients
-from mlx_kvq.commands.plugin import Loaded
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.measure.quality import kl
 from mlx_kvq.model import bits
+from mlx_kvq.plugin.loading import Loaded
 from mlx_kvq.stock import map_leaves, own_caches, packable
 
 L, RECENT = 40, 7

@@ -5,8 +5,9 @@ import argparse
 import pytest
 
 from mlx_kvq import cli
-from mlx_kvq.commands import options, plugin
+from mlx_kvq.commands import options
 from mlx_kvq.format.spec import OPTIONS, names
+from mlx_kvq.plugin.option import Argparse
 
 KNOWN = """
 Known:
@@ -78,7 +79,7 @@ def test_lengths(text, tokens):
 
 
 def test_lengths_are_taken_for_every_number_of_mlx_lms_commands(capsys):
-    parser = plugin._Argparse().ArgumentParser()
+    parser = Argparse().ArgumentParser()
     parser.add_argument("--max-kv-size", type=int)
     parser.add_argument_group("more").add_argument("--max-tokens", type=int)
     args = parser.parse_args(["--max-kv-size", "32K", "--max-tokens", "1k"])
@@ -93,7 +94,7 @@ def test_lengths_are_taken_for_every_number_of_mlx_lms_commands(capsys):
 
 def test_help_explains_the_options(capsys):
     with pytest.raises(SystemExit):
-        plugin._Argparse().ArgumentParser().parse_args(["--help"])
+        Argparse().ArgumentParser().parse_args(["--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in OPTIONS)
 

@@ -21,8 +21,8 @@ from mlx_kvq.caches.rotating import PackedRotatingKVCache
 from mlx_kvq.caches.single import PackedKVCache
 from mlx_kvq.calibration import shards
 from mlx_kvq.calibration.set import CalibrationSet
-from mlx_kvq.commands import plugin
 from mlx_kvq.format.spec import BITS, Spec
+from mlx_kvq.plugin.option import Parser, wanted
 from mlx_kvq.repositories import repository
 from mlx_kvq.repositories.repository import FILE
 from mlx_kvq.repositories.section import RepositoryError, Section
@@ -105,8 +105,8 @@ def test_calibrate_off_brings_no_file(tmp_path, capsys):
 )
 def test_what_is_asked_for_comes_first(asked, option, folder, capsys, monkeypatch):
     """The command's own load then enables it, or nothing."""
-    monkeypatch.setattr(plugin, "_asked", asked)
-    monkeypatch.setattr(plugin, "_option", option)
+    monkeypatch.setattr(wanted, "spec", asked)
+    monkeypatch.setattr(wanted, "option", option)
     model = load_quietly(folder)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"[mlx_kvq] {option} in place of the repository's int4-srft"
@@ -119,18 +119,18 @@ def test_options_of_a_command_set_what_is_asked(monkeypatch):
         (["--kv-cache", "int8-srft"], "int8-srft", "--kv-cache int8-srft"),
         (["--kv-bits", "4"], "fp16", "--kv-bits 4"),
     ]:
-        monkeypatch.setattr(plugin, "_asked", "before")
-        parser = plugin._Parser()
+        monkeypatch.setattr(wanted, "spec", "before")
+        parser = Parser()
         parser.add_argument("--kv-bits", type=int)
         parser.parse_args(arguments)
-        assert plugin._asked == asked
-        assert option is None or plugin._option == option
+        assert wanted.spec == asked
+        assert option is None or wanted.option == option
 
 
 def test_a_damaged_repository_still_runs_with_fp16(folder, monkeypatch, capsys):
     (folder / FILE).write_bytes(b"")
-    monkeypatch.setattr(plugin, "_asked", "fp16")
-    monkeypatch.setattr(plugin, "_option", "--kv-cache fp16")
+    monkeypatch.setattr(wanted, "spec", "fp16")
+    monkeypatch.setattr(wanted, "option", "--kv-cache fp16")
     load_quietly(folder)
     assert "in place of" in capsys.readouterr().err
 

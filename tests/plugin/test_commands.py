@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_kvq import _startup, ops
-from mlx_kvq.commands import plugin
+from mlx_kvq.plugin.option import wanted
 from tests.support.float32 import MODELS, TEXT, write_float32
 
 LAYERS = 4
@@ -60,7 +60,7 @@ def run(monkeypatch, capsys, folder):
         return out, sum(packed) / LAYERS - (TRIED if packed else 0)
 
     yield command
-    plugin._asked = None
+    wanted.spec = None
 
 
 def test_these_are_all(folder):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mlx_kvq import _startup
-from mlx_kvq.commands import plugin, plugin_vlm
+from mlx_kvq.plugin import vlm
+from mlx_kvq.plugin.option import asked, wanted
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN = ROOT / "examples" / "models" / "tiny-qwen2-8bit"
@@ -26,8 +27,8 @@ def module(name: str, **names: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    for name in ("_asked", "_option", "_lacking"):
-        monkeypatch.setattr(plugin, name, getattr(plugin, name))
+    for name in ("spec", "option", "lacking"):
+        monkeypatch.setattr(wanted, name, getattr(wanted, name))
     monkeypatch.delenv("MLX_KVQ_SPEC", raising=False)
 
 
@@ -35,29 +36,29 @@ def _as_before(monkeypatch):
 def test_a_command_gets_the_option(name, capsys):
     assert f"mlx_vlm.{name}" in _startup.MODULES
     made = module(name, argparse=argparse)
-    plugin_vlm.patch(made)
+    vlm.patch(made)
     parser = made.argparse.ArgumentParser()
     parser.add_argument("--kv-bits", type=float)
     assert parser.parse_args(["--kv-cache", "INT4"]).mlx_kvq_cache == "int4-srft"
-    assert plugin.asked() == "int4-srft"
+    assert asked() == "int4-srft"
     with pytest.raises(SystemExit):
         parser.parse_args(["--kv-cache", "int4", "--kv-bits", "4"])
     assert "two ways to quantize" in capsys.readouterr().err
-    assert parser.parse_args([]).mlx_kvq_cache is None and plugin.asked() is None
+    assert parser.parse_args([]).mlx_kvq_cache is None and asked() is None
 
 
 def test_a_command_of_another_make_is_left_alone(monkeypatch, capsys):
     made = module("server.cli", argparse=None)
-    plugin_vlm.patch(made)
+    vlm.patch(made)
     assert made.argparse is None and capsys.readouterr().err == ""
 
 
 def test_without_load_the_option_is_an_error(monkeypatch, capsys):
     fake = module("__init__", __version__="9.9")
     monkeypatch.setitem(sys.modules, "mlx_vlm", fake)
-    plugin_vlm.patch(module("utils"))
+    vlm.patch(module("utils"))
     made = module("generate.dispatch", argparse=argparse)
-    plugin_vlm.patch(made)
+    vlm.patch(made)
     with pytest.raises(SystemExit):
         made.argparse.ArgumentParser().parse_args(["--kv-cache", "int4"])
     expected = "[mlx_kvq] error: mlx_vlm 9.9 is not supported: utils.load is missing"

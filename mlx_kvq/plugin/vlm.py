@@ -1,4 +1,4 @@
-"""``--kv-cache`` for mlx-vlm's commands, as ``plugin`` adds it to mlx-lm's.
+"""``--kv-cache`` for mlx-vlm's commands, as ``programs`` adds it to mlx-lm's.
 
 ``mlx_vlm.utils.load``, by which all of them load a model, then enables what was asked, and models
 remember their tokenizer for the automatic calibration. mlx-vlm's modules may be half imported
@@ -14,7 +14,9 @@ from typing import Any
 
 from ..caches import trampoline
 from ..stock_names import missing
-from . import plugin
+from .lines import one_line, quiet, say
+from .loading import Loaded, enable_asked
+from .option import Argparse, asked, wanted
 
 # A module of mlx-vlm -> what it must have.
 NEEDED = {"utils": "load", "generate.dispatch": "argparse", "server.cli": "argparse"}
@@ -27,13 +29,13 @@ def patch(module: ModuleType) -> None:
     if name == "utils":
         function = trampoline.function(names.get("load"))
         if function is None:
-            plugin.lacking("utils.load", "mlx_vlm")
+            wanted.lacking = "mlx_vlm:utils.load"
         else:
             trampoline.replace(function, _enabling)
     elif names.get("argparse") is argparse:
-        names["argparse"] = plugin.argparse_with_option()
+        names["argparse"] = Argparse()
     elif any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
-        plugin.say(f"warning: {missing(f'{name}.argparse', 'mlx_vlm')}")
+        say(f"warning: {missing(f'{name}.argparse', 'mlx_vlm')}")
 
 
 def _enabling(load):
@@ -42,18 +44,18 @@ def _enabling(load):
     @functools.wraps(load)
     def wrapper(*args, **kwargs):
         loaded = load(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
+        named = signature.bind(*args, **kwargs).arguments
         tokenizer = getattr(loaded[1], "tokenizer", loaded[1])
         # host.language_model, without importing mlx-lm where nothing is asked for
         model = getattr(loaded[0], "language_model", loaded[0])
-        model._mlx_kvq_loaded = plugin.Loaded(str(next(iter(given.values()))), tokenizer)
-        if plugin.from_option():
+        model._mlx_kvq_loaded = Loaded(str(next(iter(named.values()))), tokenizer)
+        if wanted.spec is not None:
             from ..model.enable import enable
 
-            with plugin.one_line(is_server="mlx_vlm.server.cli" in sys.modules):
-                enable(loaded[0], plugin.asked() or "", verbose=not plugin.quiet())
-        elif plugin.asked() is not None:
-            plugin.enable_asked(loaded[0], tokenizer)
+            with one_line(is_server="mlx_vlm.server.cli" in sys.modules):
+                enable(loaded[0], wanted.spec, verbose=not quiet())
+        elif asked() is not None:
+            enable_asked(loaded[0], tokenizer)
         return loaded
 
     return wrapper

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_kvq.caches.attention import DECODE_QUERIES
-from mlx_kvq.commands import plugin
+from mlx_kvq.plugin import programs
 from mlx_kvq.stock import CacheFactory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,9 +188,9 @@ def test_perplexity_reads_compressed_history():
         seen["logits"] = model(data).shape
 
     fake = Fake()
-    wrapped = plugin._through_the_cache(eval_ppl)
+    wrapped = programs._through_the_cache(eval_ppl)
     wrapped(fake, mx.zeros((2, 20), mx.int32))
-    assert plugin.CHUNK == DECODE_QUERIES
+    assert programs.CHUNK == DECODE_QUERIES
     assert seen["logits"] == (2, 20, 3)
     assert fake.calls == [((2, 8), ["cache"]), ((2, 8), ["cache"]), ((2, 4), ["cache"])]
     del fake.make_cache  # as --kv-cache fp16 does
