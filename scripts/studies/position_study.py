@@ -44,16 +44,21 @@ class Prompt:
         self.state = None
 
     def update_and_fetch(self, k, v):
+        seen = self._before() + k.shape[2]
         if self.state is not None:
             k, v = (mx.concatenate([*a], axis=2) for a in zip(self.state, (k, v), strict=True))
         self.offset, self.state = k.shape[2], (k, v)
-        return k, v
+        return k[:, :, -seen:], v[:, :, -seen:]
+
+    def _before(self):
+        """Tokens that are read with a chunk, before it."""
+        return min(self.offset, self.window - 1) if self.window else self.offset
 
     def make_mask(self, N, return_array=False, window_size=None):
-        window = window_size or self.window
-        if window is not None and self.offset + N > window:
-            return base.create_causal_mask(N, self.offset, window_size=window)
-        return create_attention_mask(N, self.offset, return_array, None)
+        window, before = window_size or self.window, self._before()
+        if window is not None and before + N > window:
+            return base.create_causal_mask(N, before, window_size=window)
+        return create_attention_mask(N, before, return_array, None)
 
 
 class Decoding:
@@ -64,9 +69,12 @@ class Decoding:
     def __init__(self, prompt, length, steps, rounders, first, recent, late=True):
         self.window, self.rounders, self.recent = prompt.window, rounders, recent
         self.offset, self.first, self.late = length, first, late
-        exact = [x[:, :, :length] for x in prompt.state]
-        near = max(first, length - self.window) if self.window else first
-        far = max(near, length - recent + 1)  # the next query reads the tokens from here exactly
+        # What a window no longer sees is not kept: the arrays begin with this token.
+        self.begin = max(0, length - self.window) if self.window else 0
+        near = max(first, self.begin) - self.begin
+        exact = [x[:, :, self.begin : length] for x in prompt.state]
+        # The next query reads the tokens from here exactly.
+        far = max(near, length - recent + 1 - self.begin)
         rows = [[x] for x in exact]
         for rounder in rounders:
             old = rounder([x[:, :, near:far] for x in exact])
@@ -77,16 +85,17 @@ class Decoding:
         mx.eval(self.k, self.v)
 
     def update_and_fetch(self, k, v):
-        at, self.offset = self.offset, self.offset + 1
+        at, self.offset = self.offset - self.begin, self.offset + 1
         self.k[:, :, at : at + 1], self.v[:, :, at : at + 1] = k, v
         old = at - self.recent
-        if self.late and old >= self.first:
+        if self.late and old + self.begin >= self.first and old >= 0:
             for row, rounder in enumerate(self.rounders, 1):
                 new = rounder([x[row : row + 1, :, old : old + 1] for x in (self.k, self.v)])
                 self.k[row : row + 1, :, old : old + 1] = new[0]
                 self.v[row : row + 1, :, old : old + 1] = new[1]
-        begin = max(0, self.offset - self.window) if self.window else 0
-        return self.k[:, :, begin : self.offset], self.v[:, :, begin : self.offset]
+        end = self.offset - self.begin
+        seen = max(0, end - self.window) if self.window else 0
+        return self.k[:, :, seen:end], self.v[:, :, seen:end]
 
     def make_mask(self, N, return_array=False, window_size=None):
         return None  # one token, and what it may not see is not returned
