@@ -29,8 +29,7 @@ def matrix(keys: Transform) -> mx.array:
     # q̃ = A q with A = diag(1/λ) R diag(σ), the transform of the query.
     eye = mx.broadcast_to(mx.eye(D), (1, c.metric.shape[0], D, D))  # type: ignore[union-attr]
     A = np.array(keys.query(eye), dtype=np.float64)[0]  # [Hkv, D, D], row i: A's column i
-    M = A.swapaxes(-1, -2) @ np.array(c.metric, dtype=np.float64) @ A
-    M = M + DAMPING * np.trace(M, axis1=1, axis2=2)[:, None, None] / D * np.eye(D)
+    M = damped(A.swapaxes(-1, -2) @ np.array(c.metric, dtype=np.float64) @ A)
     G = np.zeros_like(M)
     for m, g in zip(M, G, strict=True):
         U = np.linalg.cholesky(m).T
@@ -38,6 +37,12 @@ def matrix(keys: Transform) -> mx.array:
             J, P = slice(j, j + BLOCK), slice(j + BLOCK, D)
             g[J, P] = np.linalg.solve(U[J, J], U[J, P])
     return mx.array(G.astype(np.float32))
+
+
+def damped(M: np.ndarray) -> np.ndarray:
+    """M [Hkv, D, D] with ``DAMPING`` times the mean of its diagonal added to that."""
+    D = M.shape[-1]
+    return M + DAMPING * np.trace(M, axis1=1, axis2=2)[:, None, None] / D * np.eye(D)
 
 
 def whitened(keys: Calibration) -> Calibration:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,11 @@ wanted = Wanted()
 def asked() -> str | None:
     """``--kv-cache`` of this process, or else ``MLX_KVQ_SPEC``, for programs without the option."""
     return wanted.spec if wanted.spec is not None else os.environ.get("MLX_KVQ_SPEC") or None
+
+
+def typed() -> bool:
+    """Whether the option is on the command line, parsed or not."""
+    return any(word.partition("=")[0] == "--kv-cache" for word in sys.argv)
 
 
 class Parser(argparse.ArgumentParser):

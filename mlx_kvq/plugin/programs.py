@@ -13,7 +13,7 @@ from ..caches import trampoline
 from ..stock_names import missing
 from . import loading
 from .lines import PackingError, one_line, quiet, say
-from .option import Argparse, wanted
+from .option import Argparse, typed, wanted
 
 # Tokens per step of what scores a text in one step, where little would be read from the cache:
 # mlx_lm.perplexity, and mlx_lm.evaluate up to 2048 tokens. As many as are read as in decoding
@@ -51,7 +51,7 @@ def patch(module: ModuleType) -> None:
             loading.watch(names)
         return
     if names.get("argparse") is not argparse:
-        if any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
+        if typed():
             say(f"warning: {missing(f'{name}.argparse')}")
         return
     lacks = f"{name}.{absent[0]}" if absent else ""

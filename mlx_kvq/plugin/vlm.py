@@ -16,7 +16,7 @@ from ..caches import trampoline
 from ..stock_names import missing
 from .lines import one_line, quiet, say
 from .loading import Loaded, enable_asked
-from .option import Argparse, asked, wanted
+from .option import Argparse, asked, typed, wanted
 
 # A module of mlx-vlm -> what it must have.
 NEEDED = {"utils": "load", "generate.dispatch": "argparse", "server.cli": "argparse"}
@@ -34,7 +34,7 @@ def patch(module: ModuleType) -> None:
             trampoline.replace(function, _enabling)
     elif names.get("argparse") is argparse:
         names["argparse"] = Argparse()
-    elif any(word.partition("=")[0] == "--kv-cache" for word in sys.argv):
+    elif typed():
         say(f"warning: {missing(f'{name}.argparse', 'mlx_vlm')}")
 
 

@@ -27,18 +27,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_lm import load
+from position_error import LENGTH, moments_of
 from position_study import Decoding, Prompt, decode, geometric, read, rounded
 
 from mlx_kvq.calibration.fit import default_positions, layer_calibration, sample_text
-from mlx_kvq.calibration.moments import collect
 from mlx_kvq.calibration.positions import contexts
-from mlx_kvq.format.feedback import DAMPING
+from mlx_kvq.format.feedback import damped
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.format.transform import Calibration
 from mlx_kvq.stock import packable
 
-LENGTH, TOKENS = 1024, 2048  # of the calibration
+TOKENS = 2048  # of the calibration
 BLOCK = 64
 PIECE = 8  # tokens whose errors are taken for one observation
 
@@ -53,11 +53,6 @@ def power(M, p):
     return (v * np.maximum(w, w.max(axis=-1, keepdims=True) * 1e-9)[:, None] ** p) @ v.swapaxes(
         1, 2
     )
-
-
-def damped(M):
-    D = M.shape[-1]
-    return M + DAMPING * np.trace(M, axis1=1, axis2=2)[:, None, None] / D * np.eye(D)
 
 
 class Full:
@@ -143,11 +138,9 @@ def main() -> None:
     model, tokenizer, *_ = load(args.model)
     model.set_dtype(mx.float32)
     positions = default_positions(model)
-    caches, shapes = packable(model)
     ids = mx.array(tokenizer.encode(sample_text())[:TOKENS])
-    windows = [ids[i : i + LENGTH] for i in range(0, ids.size, LENGTH)]
-    moments = collect(model, caches, shapes, windows)
-    sizes = [getattr(c, "max_size", None) for c in caches()]
+    moments = moments_of(model, ids, LENGTH)
+    sizes = [getattr(c, "max_size", None) for c in packable(model)[0]()]
     layers = [ways(moments[(i,)], positions, size, args.spec) for i, size in enumerate(sizes)]
     found: dict = {}
     for text in args.text:

@@ -36,7 +36,7 @@ class AsRead(moments.LayerMoments):
         super().add(keys, values, offset, None)
 
 
-def read(model, ids, length, kind):
+def moments_of(model, ids, length, kind=moments.LayerMoments):
     """Path of a layer -> its moments from windows of ``length`` tokens."""
     caches, shapes = packable(model)
     windows = [ids[i : i + length] for i in range(0, ids.size, length)]
@@ -83,17 +83,18 @@ def main() -> None:
         return mx.array(tokenizer.encode(text)[: args.tokens])
 
     ids = tokens_of(args.calibration_text)
-    turned = read(model, ids, LENGTH, moments.LayerMoments)
+    turned = moments_of(model, ids, LENGTH)
     layers = [path for path, m in turned.items() if m.rope is not None]
+    text = tokens_of(args.text)
     there: dict[int, list] = {}
     for at in args.at:
-        met = read(model, tokens_of(args.text), at, AsRead) if args.text else turned
+        met = moments_of(model, text, at, AsRead) if args.text else turned
         there[at] = [powers(met[path], [at]) for path in layers]
     print("| made for |", " | ".join(map(str, args.at)), "|")
     print("|---|" + "--:|" * len(args.at))
     for name in args.made:
         kind, _, n = name.rpartition(":")
-        of = read(model, ids, int(n), AsRead) if kind == "read" else turned
+        of = moments_of(model, ids, int(n), AsRead) if kind == "read" else turned
         lengths = contexts(int(n)) if kind == "mix" else [int(n)]
         made = [powers(of[path], lengths) for path in layers]
         errors = [

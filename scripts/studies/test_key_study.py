@@ -13,6 +13,7 @@ from mlx_lm import load
 from mlx_kvq.calibration.fit import layer_calibration, sample_text
 from mlx_kvq.calibration.moments import collect
 from mlx_kvq.calibration.positions import contexts
+from mlx_kvq.format import feedback
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.stock import packable
@@ -44,8 +45,8 @@ def test_the_full_transform_balances_and_comes_back(moments):
     way = key_study.Full(moments, 1024, of.values, Spec("int8", "srft"))
     T = np.array(way.turn, dtype=np.float64)
     inverse = np.linalg.inv(T)
-    K = key_study.damped(moments.key_moments(contexts(1024))[1])
-    Q = key_study.damped(moments.query_square(contexts(1024)))
+    K = feedback.damped(moments.key_moments(contexts(1024))[1])
+    Q = feedback.damped(moments.query_square(contexts(1024)))
     here, there = T @ K @ T.swapaxes(1, 2), inverse.swapaxes(1, 2) @ Q @ inverse
     np.testing.assert_allclose(here, there, atol=1e-3 * np.abs(there).max())
     sides = like(moments, 40)
