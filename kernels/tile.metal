@@ -249,12 +249,14 @@ INLINE tile_lift no_lift() {
 // halves are in the order of these.
 template <int KEYS, int W, int CODES, int FIRST, int COUNT>
 INLINE uint largest_scale(const threadgroup uint* tile, uint lane) {
-  constexpr int LANES = 32 / KEYS;  // of one key
-  const threadgroup uint* row = tile + int(lane) / LANES * W;
+  constexpr int LANES = KEYS < 32 ? 32 / KEYS : 1;  // of one key
   uint largest = 0;
-  UNROLL for (int i = 0; i < (COUNT + LANES - 1) / LANES; i++) {
-    const int index = min(i * LANES + int(lane) % LANES, COUNT - 1);
-    largest = max(largest, uint(as_type<ushort>(scale_at(row + CODES, FIRST + index))));
+  UNROLL for (int first = 0; first < KEYS; first += 32 / LANES) {
+    const threadgroup uint* row = tile + (first + int(lane) / LANES) * W;
+    UNROLL for (int i = 0; i < (COUNT + LANES - 1) / LANES; i++) {
+      const int index = min(i * LANES + int(lane) % LANES, COUNT - 1);
+      largest = max(largest, uint(as_type<ushort>(scale_at(row + CODES, FIRST + index))));
+    }
   }
   return largest;
 }

@@ -22,6 +22,7 @@ HEADS = [(12, 2, 128), (32, 8, 128), (4, 1, 256), (14, 2, 64)]
 SHAPES = [(1, 512), (1, 4096), (1, 32768), (1, 131072), (16, 8192), (32, 32768)]
 CALLS = 5
 FLUSH = 64 << 20  # floats
+PARTS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 33, 44, 66, 96, 132)  # splits of a sweep
 SECOND = ("reduction", "combine")  # kernels of PyTorch's that end a call
 
 
@@ -51,7 +52,7 @@ def ours(spec: str, sweep: bool) -> None:
         q = mx.random.normal((B, Hq, 1, D)).astype(mx.float16)
         mx.eval(rows, tail, first, q)
         packed = Packed(rows, T, fmt, tail, None, First(first, 4))
-        for name, sizes, parts in _sizes(normal, sweep, B * Hkv):
+        for name, sizes, parts in _sizes(normal, sweep, B * Hkv, D, T):
             tuning.TUNING["cuda"] = sizes
             ops.forget()
             for _ in range(CALLS):
@@ -63,15 +64,17 @@ def ours(spec: str, sweep: bool) -> None:
         mx.clear_cache()
 
 
-def _sizes(normal, sweep: bool, parallel: int):
+def _sizes(normal, sweep: bool, parallel: int, D: int, tokens: int):
     """Name, launch sizes and number of splits."""
     yield "ours", normal, None
     if sweep:
-        for keys, groups, tiles, total in itertools.product(
-            (16, 32), (4, 8), (2, 3), (132, 264, 528)
-        ):
-            sizes = replace(normal, keys=keys, simd_groups=groups, own_tiles=tiles, busy=1 << 30)
-            yield f"{keys},{groups},{tiles},{total}", sizes, max(1, total // parallel)
+        all_keys = (32, 64) if D <= 64 else (32,)
+        for keys, groups in itertools.product(all_keys, (4, 8) if D > 128 else (8,)):
+            sizes = replace(normal, keys=keys, short_keys=keys, simd_groups=groups, busy=1 << 30)
+            for parts in PARTS:
+                few = parts == 1 or parts * parallel >= 16
+                if few and parts * parallel <= 560 and parts * keys <= tokens:
+                    yield f"{keys},{groups},{parts}", sizes, parts
 
 
 def torch() -> None:

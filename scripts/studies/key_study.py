@@ -30,8 +30,13 @@ from mlx_lm import load
 from position_error import LENGTH, moments_of
 from position_study import Decoding, Prompt, decode, geometric, read, rounded
 
-from mlx_kvq.calibration.fit import default_positions, layer_calibration, sample_text
-from mlx_kvq.calibration.positions import contexts
+from mlx_kvq.calibration.fit import (
+    balanced_scale,
+    default_positions,
+    layer_calibration,
+    sample_text,
+)
+from mlx_kvq.calibration.positions import LEAST, contexts, mean_turn
 from mlx_kvq.format.feedback import damped
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
@@ -45,6 +50,56 @@ PIECE = 8  # tokens whose errors are taken for one observation
 
 def fp32(a):
     return mx.array(np.asarray(a, dtype=np.float32))
+
+
+class Turned:
+    """Keys without their mean before RoPE, turned to the positions of ranges that begin at
+    ``starts``: it is known from the position alone. σ is that of what is left."""
+
+    def __init__(self, m, positions, values, spec, window, starts):
+        lengths = contexts(positions)
+        mu, K = m.key_moments(lengths)
+        self.starts = np.array(starts)
+        ends = np.append(self.starts[1:], positions)
+        centres = np.stack([turned(m, a, b - a) for a, b in zip(starts, ends, strict=True)], axis=1)
+        # All positions of a context count alike, and so do contexts.
+        inside = [np.clip(n - self.starts, 0, ends - self.starts) / n for n in lengths]
+        square = np.einsum("b,hbd,hbe->hde", np.mean(inside, axis=0), centres, centres)
+        K = K + mu[:, :, None] * mu[:, None] - square
+        Q = m.query_square(lengths)
+        sigma = balanced_scale(*(np.einsum("hdd->hd", M) for M in (K, Q)))
+        keys = Calibration(mu=fp32(np.zeros_like(mu)), sigma=fp32(sigma), metric=fp32(Q))
+        D = mu.shape[-1], values.mu.shape[-1]
+        self.fmt = make_format(spec, *D, keys=keys, values=values, window=window)
+        self.centres = fp32(centres)[None]
+
+    def __call__(self, sides, at=0):
+        k, v = sides
+        place = np.searchsorted(self.starts, at + np.arange(k.shape[2]), side="right") - 1
+        c = self.centres[:, :, mx.array(place)]
+        k, v = rounded([k - c, v], self.fmt)
+        return [k + c, v]
+
+
+def turned(m, start, size):
+    """The mean of keys over ``size`` positions from ``start`` on, [H, D]."""
+    mean = np.asarray(m.keys.mean)
+    if m.rope is None:
+        return mean
+    a, b = m.rope.pairs(mean.shape[-1])
+    angle = np.zeros(len(a))
+    angle[: len(m.rope.frequencies)] = m.rope.frequencies
+    turn = mean_turn(angle, [size]) * np.exp(1j * angle * start)
+    z = (mean[:, a] + 1j * mean[:, b]) * turn
+    out = np.empty_like(mean)
+    out[:, a], out[:, b] = z.real, z.imag
+    return out
+
+
+def octaves(positions, parts):
+    """Beginnings of ranges that grow with the position: 0, then ``parts`` to each doubling."""
+    count = int(np.log2(positions / LEAST) * parts)
+    return [0, *(int(LEAST * 2 ** (i / parts)) for i in range(count))]
 
 
 def power(M, p):
@@ -72,13 +127,13 @@ class Full:
         self.fmt = make_format(spec, D, values.mu.shape[-1], keys=keys, values=values)
         self.mu, self.turn, self.back = fp32(mu)[None, :, None], fp32(T), fp32(inverse)
 
-    def __call__(self, sides):
+    def __call__(self, sides, at=0):
         k, v = sides
         k, v = rounded([(k - self.mu) @ self.turn.swapaxes(1, 2), v], self.fmt)
         return [k @ self.back.swapaxes(1, 2) + self.mu, v]
 
 
-def centred(sides, fmt, mu, before=False):
+def centred(sides, at=0, *, fmt, mu, before=False):
     """Rounded without the mean of each block of keys, from the first token on."""
     k, v = sides
     n = k.shape[2]
@@ -95,22 +150,26 @@ def centred(sides, fmt, mu, before=False):
     return [k + away, v]
 
 
-def ways(m, positions, window, spec):
+def ways(m, positions, window, spec, only=()):
     """Name -> what rounds keys and values of a layer with these moments."""
     of = layer_calibration(m, positions)
     D = m.keys.mean.shape[-1], m.values.mean.shape[-1]
-    found: dict = {}
+    made: dict = {}
     for rounding in ("feedback", "nearest"):
         own = replace(spec, rounding=rounding)
         fmt = make_format(own, *D, keys=of.keys, values=of.values, window=window)
-        centre = partial(centred, fmt=fmt, mu=of.keys.mu)
-        found |= {
-            rounding: partial(rounded, fmt=fmt),
+        by = partial(Turned, m, positions, of.values, own, window)
+        centre = partial(partial, centred, fmt=fmt, mu=of.keys.mu)
+        made |= {
+            rounding: partial(partial, rounded, fmt=fmt),
             f"{rounding}, centre": centre,
             f"{rounding}, before": partial(centre, before=True),
-            f"{rounding}, full": Full(m, positions, of.values, own),
+            f"{rounding}, by position": partial(by, range(0, positions, BLOCK)),
+            f"{rounding}, by octave": partial(by, octaves(positions, 1)),
+            f"{rounding}, by half octave": partial(by, octaves(positions, 2)),
+            f"{rounding}, full": partial(Full, m, positions, of.values, own),
         }
-    return found
+    return {name: make() for name, make in made.items() if name in (only or made)}
 
 
 def log_ratio(values, first):
@@ -128,6 +187,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="All of its layers are packed.")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--spec", type=Spec.parse, default=Spec("int4", "srft"))
+    parser.add_argument(
+        "--only", nargs="+", metavar="WAY", help="these of the ways, feedback first"
+    )
     parser.add_argument("--first", type=int, default=4, help="tokens read exactly")
     parser.add_argument("--recent", type=int, default=64, help="newest tokens read exactly")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192], help="of a prompt")
@@ -141,7 +203,9 @@ def main() -> None:
     ids = mx.array(tokenizer.encode(sample_text())[:TOKENS])
     moments = moments_of(model, ids, LENGTH)
     sizes = [getattr(c, "max_size", None) for c in packable(model)[0]()]
-    layers = [ways(moments[(i,)], positions, size, args.spec) for i, size in enumerate(sizes)]
+    layers = [
+        ways(moments[(i,)], positions, size, args.spec, args.only) for i, size in enumerate(sizes)
+    ]
     found: dict = {}
     for text in args.text:
         ids = mx.array(tokenizer.encode(text.read_text(encoding="utf-8")))
@@ -162,7 +226,7 @@ def main() -> None:
                     print(f"  {text.name} {d}, {length}, {name}: {values.mean():.5f}", flush=True)
     for length, by_name in found.items():
         print(f"\n| {Path(args.model).name}, {length} tokens | KL | × |\n|---|--:|--:|")
-        first = by_name["feedback"]
+        first = next(iter(by_name.values()))
         for name, values in by_name.items():
             mean, error = log_ratio(values, first)
             kl = np.mean(np.concatenate(values))

@@ -77,7 +77,7 @@ class Decoding:
         far = max(near, length - recent + 1 - self.begin)
         rows = [[x] for x in exact]
         for rounder in rounders:
-            old = rounder([x[:, :, near:far] for x in exact])
+            old = rounder([x[:, :, near:far] for x in exact], at=self.begin + near)
             for row, x, y in zip(rows, exact, old, strict=True):
                 row.append(mx.concatenate([x[:, :, :near], y, x[:, :, far:]], axis=2))
         room = [(0, 0), (0, 0), (0, steps), (0, 0)]
@@ -90,7 +90,8 @@ class Decoding:
         old = at - self.recent
         if self.late and old + self.begin >= self.first and old >= 0:
             for row, rounder in enumerate(self.rounders, 1):
-                new = rounder([x[row : row + 1, :, old : old + 1] for x in (self.k, self.v)])
+                one = [x[row : row + 1, :, old : old + 1] for x in (self.k, self.v)]
+                new = rounder(one, at=self.begin + old)
                 self.k[row : row + 1, :, old : old + 1] = new[0]
                 self.v[row : row + 1, :, old : old + 1] = new[1]
         end = self.offset - self.begin
@@ -101,8 +102,9 @@ class Decoding:
         return None  # one token, and what it may not see is not returned
 
 
-def rounded(sides, fmt):
-    """Keys and values [1, H, L, D] as they come out of the packed rows."""
+def rounded(sides, fmt, at=0):
+    """Keys and values [1, H, L, D] from position ``at`` on as they come out of the packed rows,
+    wherever that is."""
     k, v = sides
     if k.size == 0:
         return sides

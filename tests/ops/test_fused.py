@@ -496,8 +496,8 @@ def test_attend_as_on_cuda(emulator, launches, spec, D, spare, own_tiles):
     """Tiles are sent ahead, full ones and a last one, of heads that are aligned to 16 bytes and of
     others; fewer and more tiles than a SIMD group has in memory; queries are in registers."""
     launches(
-        single=0, keys=32, simd_groups=2, threadgroups=2, prefetch=True, own_tiles=own_tiles,
-        hold_queries=True, hold_tables=True, slice_values=False, vector_rows=0,
+        single=0, keys=32, short_keys=64, simd_groups=2, threadgroups=2, prefetch=True,
+        own_tiles=own_tiles, hold_queries=True, hold_tables=True, slice_values=False, vector_rows=0,
     )  # fmt: skip
     fmt = format_of(f"{spec}{',' if ':' in spec else ':'}recent=3", D, what="mu")
     for length in (31, 130, 300):
@@ -507,22 +507,26 @@ def test_attend_as_on_cuda(emulator, launches, spec, D, spare, own_tiles):
         assert_attends(q, rows, length, fmt, tail=tail, first=first, window=length - 7)
 
 
-@pytest.mark.parametrize("late", [3.0, 2e3, 1.2e4])
+@pytest.mark.parametrize("late, first", [(3.0, 260), (2e3, 260), (1.2e4, 260), (1.2e4, 288)])
 @pytest.mark.parametrize("spec", ["int4-srft", "int8-srft", "int4-srft:group_size=16"])
-def test_values_whose_size_changes_late(emulator, launches, spec, late):
-    """Scales of values that are larger from tile to tile, and far larger in the last ones: sums are
-    kept in other units then. A maximum that comes late, and one that grows little by little."""
-    fmt = format_of(spec, 64)
+def test_values_whose_size_changes_late(emulator, launches, spec, late, first):
+    """Scales of values that are larger from tile to tile, and far larger from the ``first`` of the
+    last ones on: sums are kept in other units then. A maximum that comes late, and one that grows
+    little by little."""
+    fmt, T = format_of(spec, 64), 320
     for growth in (0.1, 3.0):
-        k, v = normal(1, 1, 300, 64, seed=1), normal(1, 1, 300, 64, seed=2)
-        size = mx.where(mx.arange(300) < 260, mx.linspace(1e-3, 1, 300), late)[:, None]
-        rows = plain.quantize_pack(k * mx.linspace(0.1, growth, 300)[:, None], v * size, fmt)[0]
+        k, v = normal(1, 1, T, 64, seed=1), normal(1, 1, T, 64, seed=2)
+        size = mx.where(mx.arange(T) < first, mx.linspace(1e-3, 1, T), late)[:, None]
+        rows = plain.quantize_pack(k * mx.linspace(0.1, growth, T)[:, None], v * size, fmt)[0]
         for own_tiles in (1, 2):
-            launches(vector_rows=0, prefetch=own_tiles > 1, own_tiles=own_tiles, simd_groups=2)
+            launches(
+                vector_rows=0, prefetch=own_tiles > 1, own_tiles=own_tiles, simd_groups=2,
+                short_keys=64 if own_tiles > 1 else 16,
+            )  # fmt: skip
             q, tail = transposed(1, 8, 1, 64), late * normal(1, 1, 80, 128, seed=3)
-            assert_attends(q, rows, 300, fmt)
+            assert_attends(q, rows, T, fmt)
             assert_attends(
-                q, rows, 300, fmt, tail=mx.concatenate([tail[..., :64] / late, tail[..., 64:]], -1)
+                q, rows, T, fmt, tail=mx.concatenate([tail[..., :64] / late, tail[..., 64:]], -1)
             )
 
 
@@ -662,7 +666,7 @@ def test_threadgroup_memory_fits_for_every_format(machine):
                 lay = make_format(Spec(bits, "none", group_size=group), D).layout
                 groups, keys, tiles = tuning.attend_shape(lay, sizes)
                 assert groups >= 1
-                assert keys in (16, 32)
+                assert keys in (16, 32, 64)
                 assert 32 * groups <= 512
                 all_of_it = tuning._memory(lay, sizes, keys, groups, tiles)
                 assert all_of_it <= limit

@@ -357,8 +357,12 @@ def tune(spec: str, D: int, Hq: int, Hkv: int, B: int, T: int, machine: str) -> 
 
         return run
 
-    for keys, groups, total in itertools.product((16, 32), (2, 4, 8), (132, 264, 396, 528, 1056)):
-        sizes = replace(normal, keys=keys, simd_groups=groups, threadgroups=total, busy=1 << 30)
+    totals = (132, 264, 396, 528, 1056)
+    for keys, groups, total in itertools.product((16, 32, 64), (2, 4, 8), totals):
+        sizes = replace(
+            normal, keys=keys, short_keys=keys, simd_groups=groups, threadgroups=total, alone=0,
+            busy=1 << 30,
+        )  # fmt: skip
         if tuning.attend_shape(fmt.layout, sizes)[:2] == (groups, keys):
             chains[f"keys={keys} simd_groups={groups} threadgroups={total}"] = chain(sizes)
     times = {name: statistics.median(t) for name, t in interleave(chains).items()}

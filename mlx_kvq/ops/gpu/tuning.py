@@ -13,16 +13,20 @@ class Tuning:
     """Launch sizes on one kind of GPU.
 
     Args:
-        keys (int): Keys of a tile, 16 or 32; a SIMD group works on one tile at a time.
+        keys (int): Keys of a tile, a multiple of 16; a SIMD group works on one tile at a time.
+        short_keys (int): The same where a key and its value have up to 128 channels together.
         simd_groups (int): SIMD groups of an attention threadgroup, fewer where rows are long.
         threadgroups (int): Attention threadgroups that fill the GPU.
+        alone (int): Keys of a split up to which half as many are faster, one for a processor; of
+            two, one works while the other waits. 0 for never.
         single (int): Up to this many keys one split does, and spares a launch on Metal.
+        unsplit (int): The same where there is room for two splits at most.
         least (int): Tiles per SIMD group below which more splits do not pay.
         few (int): Up to so many splits, one tile a split is enough.
         most (int): Splits beyond which merging them costs more than they save.
-        busy (int): From so many threadgroups of one split on (batch times KV heads, about), or an
-            eighth of that where values have more than 128 channels, they have half the SIMD groups:
-            there are enough of them, and up to 128 channels twice as many fit.
+        busy (int): From so many threadgroups of one split on (batch times KV heads, about) they
+            have half the SIMD groups where values have more than 128 channels: by registers, a
+            processor has no room for two with all of them.
         combine_groups (int): SIMD groups of a combine threadgroup, at most 16.
         combine_ahead (int): Splits that each of them loads at once.
         pack_pairs (int): Pairs of SIMD groups of a quantize threadgroup, fewer for few tokens.
@@ -49,7 +53,8 @@ class Tuning:
         slice_values (bool): attend's SIMD groups share probabilities, and each adds up a slice of
             the values' channels of all their tiles; otherwise all channels of its own tiles.
         room_for_exact (bool): Where there are exact tokens, splits whose SIMD groups would all have
-            as many tiles have one tile less, if the GPU has room for more splits.
+            as many tiles have one tile less, if the GPU has room for more splits, or, if these are
+            two at most, half a tile more.
         vector_rows (int): Query heads of a KV head up to which one token is attended to without
             matrix products (``kernels/attend_vector.metal``); 0 for never.
         vector_few (int): Up to so many threadgroups of it, at most 16 splits, a split of two tiles
@@ -62,10 +67,13 @@ class Tuning:
     """
 
     keys: int
+    short_keys: int
     simd_groups: int
     threadgroups: int
     single: int
     least: int
+    alone: int = 0
+    unsplit: int = 0
     few: int = 1
     most: int = 256
     busy: int = 1 << 30
@@ -89,15 +97,12 @@ class Tuning:
     threadgroup_memory: int = 32 * 1024
 
     def when(self, parallel: int, lay: RowLayout) -> "Tuning":
-        """The launch sizes for so many threadgroups of one split."""
-        wide = lay.v_dim > 128
-        if parallel < (self.busy // 8 if wide else self.busy):
+        """The launch sizes for so many threadgroups of one split, and for such rows."""
+        if lay.v_dim <= 128:  # narrow rows are not sent ahead: another threadgroup fills the time
+            return self if lay.wide == lay else replace(self, alone=0)
+        if parallel < self.busy:
             return self
-        half = replace(self, simd_groups=self.simd_groups // 2)
-        if wide:  # by registers: no more of them fit
-            return half
-        memory = self.threadgroup_memory * 9 // 16
-        return replace(half, threadgroups=2 * self.threadgroups, threadgroup_memory=memory)
+        return replace(self, simd_groups=self.simd_groups // 2, alone=self.alone // 4)
 
 
 TUNING = {
@@ -107,6 +112,7 @@ TUNING = {
     # MLX_KVQ_REPLAY=1 one can, and 'mlx_kvq doctor' compares both.
     "metal": Tuning(
         keys=16,
+        short_keys=16,
         simd_groups=8,
         threadgroups=160,
         single=128,
@@ -119,17 +125,19 @@ TUNING = {
         packs_apart=True,
     ),
     # H200, mlx 0.32.4, the kernel alone (ncu): sweeps over keys, SIMD groups, tiles and splits at
-    # D = 64, 128 and 256, a sequence of 512 to 128K tokens, 16 of 8K, 32 of 32K
-    # (docs/performance.md, scripts/studies/speed.md).
+    # D = 64, 128 and 256, 1 to 32 sequences of 512 to 128K tokens (scripts/studies/speed.md).
     "cuda": Tuning(
         keys=32,
+        short_keys=64,
         simd_groups=8,
         threadgroups=264,
+        alone=8192,
         single=128,
+        unsplit=1024,
         least=4,
         few=16,
-        most=64,
-        busy=128,
+        most=96,
+        busy=32,
         pack_threadgroups=528,
         ahead=9,
         replay=True,
@@ -228,7 +236,8 @@ def attend_shape(lay: RowLayout, tuning: Tuning, rows: int = 0) -> tuple[int, in
     memory; ``rows`` from :func:`vector_rows`."""
     if rows:
         return tuning.simd_groups, VECTOR_KEYS, 1
-    keys, groups, tiles = tuning.keys, tuning.simd_groups, tuning.own_tiles
+    groups, tiles = tuning.simd_groups, tuning.own_tiles
+    keys = tuning.short_keys if lay.k_dim + lay.v_dim <= 128 else tuning.keys
     if lay.wide != lay:  # narrow codes come through registers, not more than they have
         keys, tiles = 16, 1
     while _memory(lay, tuning, keys, groups, tiles) > tuning.threadgroup_memory:
@@ -263,7 +272,13 @@ def splits(
     tiles = -(-span // keys)
     if span <= tuning.single:
         return 1
-    wanted = min(tuning.most, tuning.threadgroups // parallel)
+    wanted = tuning.threadgroups // parallel
+    one = tuning.threadgroups // 2 // parallel  # for a processor
+    if one and span <= one * tuning.alone:
+        wanted = one
+    wanted = min(tuning.most, wanted)
+    if wanted <= 2 and span <= tuning.unsplit:
+        return 1
     least = min(tuning.few, tiles)
     if rows:
         least = max(least, min(16, tuning.vector_few // parallel, -(-tiles // 2)))
@@ -271,8 +286,10 @@ def splits(
     share = -(-tiles // parts)
     if exact and tuning.room_for_exact and parts > 1 < share and share % groups == 0:
         # The last SIMD group, which takes exact tokens first, has a tile less than others.
-        more = -(-tiles // (share - 1))
-        alone = tuning.threadgroups // 2  # one to a processor
-        fits = alone if parts * parallel <= alone else tuning.threadgroups
-        parts = more if more * parallel <= fits else parts
+        more, half = -(-tiles // (share - 1)), tuning.threadgroups // 2
+        fits = half if parts * parallel <= half else tuning.threadgroups
+        if more * parallel <= fits:
+            parts = more
+        elif share <= 2 * groups:  # or some have one more, and others none
+            parts = -(-tiles // (share + groups // 2))
     return parts
