@@ -61,10 +61,32 @@ def test_a_block_that_is_its_own_centre_costs_nothing(moments, before):
     assert mu is not None
     fmt = make_format(Spec("int4", "srft"), mu.shape[1], keys=of.keys)
     k = mx.repeat(k, 100, axis=2)
-    got, _ = key_study.centred([k, mx.repeat(v, 100, axis=2)], fmt, mu, before)
+    got, _ = key_study.centred([k, mx.repeat(v, 100, axis=2)], fmt=fmt, mu=mu, before=before)
     assert mx.abs(got - k).max() < 2e-3 * mx.abs(k).max()  # means are kept in fp16
-    other, _ = key_study.centred(like(moments, 100), fmt, mu, before)
+    other, _ = key_study.centred(like(moments, 100), fmt=fmt, mu=mu, before=before)
     assert other.shape == k.shape
+
+
+def test_keys_that_are_their_mean_turned_cost_nothing(moments):
+    """Of a range of one position the centre is the key itself, wherever the first one is."""
+    of = layer_calibration(moments, 1024)
+    way = key_study.Turned(moments, 1024, of.values, Spec("int4", "srft"), None, range(1024))
+    k = key_study.fp32(np.stack([key_study.turned(moments, p, 1) for p in range(300, 340)], 1))[
+        None
+    ]
+    got, _ = way([k, mx.ones_like(k)], at=300)
+    assert mx.abs(got - k).max() < 1e-4 * mx.abs(k).max()
+    elsewhere, _ = way([k, mx.ones_like(k)], at=0)
+    assert mx.abs(elsewhere - k).max() > 1e-3 * mx.abs(k).max()
+    # Turned by nothing, and over a whole range, as the calibration has it.
+    mean = np.asarray(moments.keys.mean)
+    np.testing.assert_allclose(key_study.turned(moments, 0, 1), mean, atol=1e-12)
+    np.testing.assert_allclose(key_study.turned(moments, 0, 1024), moments.key_moments([1024])[0])
+
+
+def test_ranges_grow_with_the_position():
+    assert key_study.octaves(4096, 1) == [0, 512, 1024, 2048]
+    assert key_study.octaves(1024, 2) == [0, 512, 724]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -77,7 +99,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(key_study, "TOKENS", 200)
     key_study.main()
     rows = json.loads(out.read_text())
-    assert len(rows) == 16 and all(len(r["kl"]) == 2 and r["geometric"] > 0 for r in rows)
+    assert len(rows) == 28 and all(len(r["kl"]) == 2 and r["geometric"] > 0 for r in rows)
     printed = capsys.readouterr().out
     assert "| tiny-qwen2-8bit, 200 tokens | KL | × |" in printed
     assert printed.count("| feedback | ") == 2 and "| feedback, full |" in printed
