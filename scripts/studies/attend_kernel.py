@@ -72,8 +72,8 @@ def _sizes(normal, sweep: bool, parallel: int, D: int, tokens: int):
         for keys, groups in itertools.product(all_keys, (4, 8) if D > 128 else (8,)):
             sizes = replace(normal, keys=keys, short_keys=keys, simd_groups=groups, busy=1 << 30)
             for parts in PARTS:
-                few = parts == 1 or parts * parallel >= 16
-                if few and parts * parallel <= 560 and parts * keys <= tokens:
+                enough = parts == 1 or parts * parallel >= 16
+                if enough and parts * parallel <= 560 and parts * keys <= tokens:
                     yield f"{keys},{groups},{parts}", sizes, parts
 
 

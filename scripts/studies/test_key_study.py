@@ -71,9 +71,8 @@ def test_keys_that_are_their_mean_turned_cost_nothing(moments):
     """Of a range of one position the centre is the key itself, wherever the first one is."""
     of = layer_calibration(moments, 1024)
     way = key_study.Turned(moments, 1024, of.values, Spec("int4", "srft"), None, range(1024))
-    k = key_study.fp32(np.stack([key_study.turned(moments, p, 1) for p in range(300, 340)], 1))[
-        None
-    ]
+    places = [key_study.turned(moments, p, 1) for p in range(300, 340)]
+    k = key_study.fp32(np.stack(places, axis=1)[None])
     got, _ = way([k, mx.ones_like(k)], at=300)
     assert mx.abs(got - k).max() < 1e-4 * mx.abs(k).max()
     elsewhere, _ = way([k, mx.ones_like(k)], at=0)

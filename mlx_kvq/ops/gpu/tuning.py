@@ -17,8 +17,8 @@ class Tuning:
         short_keys (int): The same where a key and its value have up to 128 channels together.
         simd_groups (int): SIMD groups of an attention threadgroup, fewer where rows are long.
         threadgroups (int): Attention threadgroups that fill the GPU.
-        alone (int): Keys of a split up to which half as many are faster, one for a processor; of
-            two, one works while the other waits. 0 for never.
+        alone (int): Up to so many keys of a split one threadgroup to a processor, half of these, is
+            faster than two, of which one works while the other waits. 0 for never.
         single (int): Up to this many keys one split does, and spares a launch on Metal.
         unsplit (int): The same where there is room for two splits at most.
         least (int): Tiles per SIMD group below which more splits do not pay.
@@ -273,9 +273,9 @@ def splits(
     if span <= tuning.single:
         return 1
     wanted = tuning.threadgroups // parallel
-    one = tuning.threadgroups // 2 // parallel  # for a processor
-    if one and span <= one * tuning.alone:
-        wanted = one
+    half = tuning.threadgroups // 2  # one threadgroup to a processor
+    if parallel <= half and span <= half // parallel * tuning.alone:
+        wanted = half // parallel
     wanted = min(tuning.most, wanted)
     if wanted <= 2 and span <= tuning.unsplit:
         return 1
@@ -286,7 +286,7 @@ def splits(
     share = -(-tiles // parts)
     if exact and tuning.room_for_exact and parts > 1 < share and share % groups == 0:
         # The last SIMD group, which takes exact tokens first, has a tile less than others.
-        more, half = -(-tiles // (share - 1)), tuning.threadgroups // 2
+        more = -(-tiles // (share - 1))
         fits = half if parts * parallel <= half else tuning.threadgroups
         if more * parallel <= fits:
             parts = more
