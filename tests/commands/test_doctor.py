@@ -348,10 +348,10 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(capsys, monk
 
 
 def test_what_compiles_for_a_token_is_tried_again_for_a_prompt(capsys, monkeypatch):
-    """Many tokens, and batches, are other kernels: other compile-time constants."""
-    fmt = make_format(Spec.parse("int4-srft"), 64)
-    k, v = (mx.random.normal((2, 16, 80, 64)) for _ in "kv")
-    q = mx.random.normal((2, 16, 1, 64))
+    """Many tokens, and batches at D = 256, are other kernels: other compile-time constants."""
+    fmt = make_format(Spec.parse("int4-srft"), 256)
+    k, v = (mx.random.normal((2, 16, 80, 256)) for _ in "kv")
+    q = mx.random.normal((2, 16, 1, 256))
     rows = calls.quantize_pack(ops, k, v, fmt)
     pack, attend = fused.quantize_pack, fused.attend
 
