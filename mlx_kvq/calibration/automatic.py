@@ -171,8 +171,13 @@ def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> Calib
     return found
 
 
-def random_tokens(model: nn.Module) -> mx.array:
-    """The same ids in every run, from all the vocabulary."""
+def vocabulary(model: nn.Module) -> int:
+    """Tokens that the model has an embedding of."""
     modules = [m for _, m in model.named_modules() if "Embedding" in type(m).__name__]
     rows = [m.weight.shape[0] for m in modules if "weight" in m]  # one of positions may have none
-    return mx.array(np.random.RandomState(0).randint(0, max(rows, default=2), RANDOM_TOKENS))
+    return max(rows, default=2)
+
+
+def random_tokens(model: nn.Module) -> mx.array:
+    """The same ids in every run, from all the vocabulary."""
+    return mx.array(np.random.RandomState(0).randint(0, vocabulary(model), RANDOM_TOKENS))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
 
-from ..calibration.automatic import random_tokens
+from ..calibration.automatic import random_tokens, vocabulary
 from ..calibration.fit import calibrate_tokens
 from ..files import failure
 from ..format.spec import Spec
@@ -197,10 +198,16 @@ class Run:
         return self._model(y)[:, -1:].argmax(axis=-1)
 
 
+def prompts(model: nn.Module, B: int, T: int) -> mx.array:
+    """Random tokens [B, T] that the model knows. MLX looks up any number, wherever that is."""
+    tokens = mx.random.randint(0, min(1000, vocabulary(model)), (B, T))
+    mx.eval(tokens)
+    return tokens
+
+
 def _compare(label: str, entries: dict[str, Contender], B: int, T: int, args) -> list[dict]:
     """Rows of all contenders; one that fails gets a row that says why."""
-    tokens = mx.random.randint(0, 1000, (B, T))
-    mx.eval(tokens)
+    tokens = prompts(next(iter(entries.values())).model, B, T)
     runs: dict[str, Run] = {}
     rows = {n: {"model": label, "cache": n, "batch": B, "context": T} for n in entries}
     for name, contender in entries.items():

@@ -21,7 +21,7 @@ import mlx_kvq
 from mlx_kvq.caches import attention
 from mlx_kvq.calibration.automatic import random_tokens
 from mlx_kvq.calibration.fit import calibrate_tokens
-from mlx_kvq.measure import shapes
+from mlx_kvq.measure import model_speed, shapes
 from mlx_kvq.measure.timing import speedup, spread
 
 STEP = 2048  # tokens of a chunk, as in mlx_lm
@@ -54,7 +54,7 @@ def main() -> None:
     print("| tokens | block | fp16, s | first of fp16, s | s | first, s | × fp16 |")
     print("|--:" * 7 + "|")
     for T, block in itertools.product(args.contexts, args.blocks):
-        tokens = mx.random.randint(0, 1000, (T,))
+        tokens = model_speed.prompts(model, 1, T)[0]
         attention.BLOCK = block
         times: dict[str, list[float]] = {"fp16": [], "int4-srft": []}
         for spec in times:

@@ -49,7 +49,7 @@ class Filled(model_speed.Run):
 
 def measure(made: dict, B: int, T: int, rounds: int) -> list[str]:
     """A line for each cache."""
-    tokens = mx.random.randint(0, 1000, (B, T))
+    tokens = model_speed.prompts(next(iter(made.values())).model, B, T)
     runs = {name: Filled(contender, tokens) for name, contender in made.items()}
     for run in runs.values():
         run.prefill()

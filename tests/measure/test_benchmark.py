@@ -348,6 +348,13 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("tokens/s") == 2 and again.stat().st_size
 
 
+def test_prompts_are_of_tokens_that_the_model_knows():
+    """``doctor`` makes a model of 64, and MLX reads past the end of an embedding."""
+    model = shapes.qwen2.Model(shapes.qwen2.ModelArgs(**TINY | {"vocab_size": 64}))
+    tokens = model_speed.prompts(model, 3, 500)
+    assert tokens.shape == (3, 500) and tokens.min() >= 0 and 32 < tokens.max() < 64
+
+
 def test_a_run_goes_back_to_where_it_was(monkeypatch):
     """Chains of the same length measure the same context, and decode as mlx-lm does."""
     args = _arguments("--model", MODEL)
