@@ -34,22 +34,19 @@ class Rope:
         turned = mx.fast.rope(x[..., self.start : stop], **back)
         return mx.concatenate([x[..., : self.start], turned, x[..., stop:]], axis=-1)
 
-    @property
-    def frequencies(self) -> np.ndarray:
-        """Radians per position of each pair, float64 [dims / 2]."""
+    def turns(self, D: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each pair of D channels the first one, the second one, and by how many radians a
+        position turns them (float64): by none beyond ``dims``."""
         dims, freqs = self.options["dims"], self.options.get("freqs")
         if freqs is None:
             freqs = self.options["base"] ** (np.arange(0, dims, 2) / dims)
-        return self.options["scale"] / np.array(freqs, dtype=np.float64)
-
-    def pairs(self, D: int) -> tuple[np.ndarray, np.ndarray]:
-        """Channels of the first and second part of each pair; those beyond ``dims`` do not turn."""
-        dims = self.options["dims"]
         one = np.arange(0, dims, 2) if self.options["traditional"] else np.arange(dims // 2)
         one = one + self.start
         two = one + (1 if self.options["traditional"] else dims // 2)
         rest = np.setdiff1d(np.arange(D), np.concatenate([one, two]))
-        return np.concatenate([one, rest[::2]]), np.concatenate([two, rest[1::2]])
+        angle = np.zeros(D // 2)
+        angle[: dims // 2] = self.options["scale"] / np.array(freqs, dtype=np.float64)
+        return np.concatenate([one, rest[::2]]), np.concatenate([two, rest[1::2]]), angle
 
 
 class RopeWatch:
@@ -136,9 +133,7 @@ def spread(
     angles and E[z zᵀ] by sums, and these two hold all of E[x xᵀ].
     """
     D = mean.shape[-1]
-    a, b = rope.pairs(D)
-    angle = np.zeros(len(a))
-    angle[: len(rope.frequencies)] = rope.frequencies
+    a, b, angle = rope.turns(D)
     z = (mean[:, a] + 1j * mean[:, b]) * mean_turn(angle, lengths)
     aa, bb, ab, ba = (square[:, i[:, None], j] for i, j in ((a, a), (b, b), (a, b), (b, a)))
     one = (aa + bb + 1j * (ba - ab)) * mean_turn(angle[:, None] - angle, lengths)

@@ -1,10 +1,13 @@
-"""Attention of one token on an NVIDIA GPU, kernels alone: ours, PyTorch's in fp16, launch sizes.
+"""Attention of one token on an NVIDIA GPU, kernels alone: ours, PyTorch's in fp16, launch sizes;
+and how long it takes to read as many bytes.
 
     N="ncu --clock-control none --cache-control none --csv --metrics gpu__time_duration.sum"
     $N -k regex:kvq_attend python scripts/studies/attend_kernel.py ours > ours.csv
     $N -k regex:kvq_attend python scripts/studies/attend_kernel.py ours --sweep > sweep.csv
     $N --nvtx --nvtx-include "call/" python scripts/studies/attend_kernel.py torch > torch.csv
     python scripts/studies/attend_kernel.py table before.csv ours.csv torch.csv
+    $N -k regex:plain_read python scripts/studies/attend_kernel.py read > read.csv
+    python scripts/studies/attend_kernel.py table-of-reads read.csv
 
 Each call is preceded by 256 MB written, so that nothing it reads is in the GPU's cache; the first
 one of each shape is left out, and the median of the others counts. ``ours`` runs whatever mlx_kvq
@@ -15,7 +18,9 @@ import argparse
 import csv
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 HEADS = [(12, 2, 128), (32, 8, 128), (4, 1, 256), (14, 2, 64)]
@@ -24,6 +29,27 @@ CALLS = 5
 FLUSH = 64 << 20  # floats
 PARTS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 33, 44, 66, 96, 132)  # splits of a sweep
 SECOND = ("reduction", "combine")  # kernels of PyTorch's that end a call
+# Packed rows of the shapes above, MB, and grids that read them: the fastest one counts.
+READ = (0.3, 1.1, 2.2, 8.9, 17.8, 35.6, 71.3, 142.6, 285.2, 1140.9)
+GRIDS = ((132, 512), (264, 256), (264, 512), (528, 256), (528, 512), (1056, 256))
+PLAIN_READ = """
+const uint4* from = (const uint4*)x;
+const unsigned n = count[0], step = gridDim.x * blockDim.x;
+unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+unsigned sum = 0;
+for (; i + (AT_ONCE - 1) * step < n; i += AT_ONCE * step) {
+  uint4 v[AT_ONCE];
+  #pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) v[j] = __ldcs(from + i + j * step);
+  #pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+}
+for (; i < n; i += step) {
+  const uint4 v = __ldcs(from + i);
+  sum ^= v.x ^ v.y ^ v.z ^ v.w;
+}
+if (sum == 0x9e3779b9u) out[0] = sum;  // so that nothing is left out
+"""
 
 
 def ours(spec: str, sweep: bool) -> None:
@@ -104,6 +130,35 @@ def torch() -> None:
         torch.cuda.empty_cache()
 
 
+def plain_read() -> None:
+    """Read so many bytes and do nothing with them: what no kernel of attention can beat."""
+    import mlx.core as mx
+
+    names = {"input_names": ["x", "count"], "output_names": ["out"]}
+    make: Callable = partial(mx.fast.cuda_kernel, name="plain_read", source=PLAIN_READ)
+    kernel = make(**names)
+    flush = mx.zeros((FLUSH,))
+    for size in READ:
+        n = int(size * 1e6) // 16
+        x = mx.random.randint(0, 1 << 30, (4 * n,)).astype(mx.uint32)
+        count = mx.array([n], mx.uint32)
+        mx.eval(x, count)
+        for (blocks, threads), at_once in itertools.product(GRIDS, (4, 8)):
+            for _ in range(CALLS):
+                mx.eval(flush + 1.0)
+                mx.eval(
+                    kernel(
+                        inputs=[x, count],
+                        output_shapes=[(8,)],
+                        output_dtypes=[mx.uint32],
+                        grid=(blocks * threads, 1, 1),
+                        threadgroup=(threads, 1, 1),
+                        template=[("AT_ONCE", at_once)],
+                    )
+                )
+            print(f"MARK {size} {blocks},{threads},{at_once} {16 * n}", flush=True)
+
+
 def read(text: str) -> dict[tuple[str, ...], tuple[float, float]]:
     """(name, heads, D, batch, tokens) -> µs and bytes, from what ncu and this script printed."""
     marks: list[list[str]] = []
@@ -153,12 +208,24 @@ def table(files: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def table_of_reads(files: list[Path]) -> str:
+    """The fastest grid of each size."""
+    best: dict[str, tuple[float, float]] = {}
+    for file in files:
+        for (size, _), found in read(file.read_text(encoding="utf-8")).items():
+            best[size] = min(found, best.get(size, found))
+    lines = ["| MB | a plain read, µs | TB/s |", "|--:|--:|--:|"]
+    cells = ((size, time, bytes_ / time / 1e6) for size, (time, bytes_) in best.items())
+    lines += [f"| {size} | {time:.1f} | {rate:.2f} |" for size, time, rate in cells]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["ours", "torch", "table"])
-    parser.add_argument("files", nargs="*", type=Path, help="of table: ncu's output")
+    parser.add_argument("what", choices=["ours", "torch", "read", "table", "table-of-reads"])
+    parser.add_argument("files", nargs="*", type=Path, help="of a table: ncu's output")
     parser.add_argument("--kv-cache", default="int4-srft", help="of ours")
     parser.add_argument("--sweep", action="store_true", help="of ours: many launch sizes")
     args = parser.parse_args()
@@ -166,8 +233,10 @@ def main() -> None:
         ours(args.kv_cache, args.sweep)
     elif args.what == "torch":
         torch()
+    elif args.what == "read":
+        plain_read()
     else:
-        print(table(args.files))
+        print((table if args.what == "table" else table_of_reads)(args.files))
 
 
 if __name__ == "__main__":

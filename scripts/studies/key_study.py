@@ -86,9 +86,7 @@ def turned(m, start, size):
     mean = np.asarray(m.keys.mean)
     if m.rope is None:
         return mean
-    a, b = m.rope.pairs(mean.shape[-1])
-    angle = np.zeros(len(a))
-    angle[: len(m.rope.frequencies)] = m.rope.frequencies
+    a, b, angle = m.rope.turns(mean.shape[-1])
     turn = mean_turn(angle, [size]) * np.exp(1j * angle * start)
     z = (mean[:, a] + 1j * mean[:, b]) * turn
     out = np.empty_like(mean)
