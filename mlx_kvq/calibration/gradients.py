@@ -1,12 +1,14 @@
 """How a model's prediction depends on each layer's keys and values: one backward pass over text.
 
-With ``g`` the gradient of the log-likelihood of tokens that the model draws itself, small errors
-``e`` of a key or value cost ½ E[(g · e)²] nats (``docs/mathematics.md``).
+With ``g`` the gradient of the log-likelihood of tokens that the model draws itself, by the outputs
+of a layer's attention, errors of its keys or values that move these by ``d`` cost ½ Σ (g · d)²
+nats, the sum over queries (``docs/mathematics.md``). ``d`` is computed, so errors that tokens have
+in common count as what they are.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,68 +17,94 @@ from ..stock import CachePath, Shapes, map_leaves
 from .exact import ExactCache, attended
 from .moments import fast_on_cpu
 
+Side = int  # 0: keys, 1: values
 
-@dataclass(frozen=True)
+
 class Gradients:
-    """Of one cache and L tokens.
+    """Of one cache and L tokens, by the outputs of mlx-lm's shared attention.
 
     Args:
         keys, values (mx.array): Post-RoPE keys [1, Hkv, L, Dk] and values [1, Hkv, L, Dv].
-        of_keys, of_values (mx.array): Gradients in nats, likewise, fp32.
+        reads (list): Each attention over them: what errors of keys and values, of what a query does
+            not read exactly, make of its output [1, Hq, L, Dv].
+        by (list): Of each, the gradient by its output in nats, likewise, fp32.
     """
 
-    keys: mx.array
-    values: mx.array
-    of_keys: mx.array
-    of_values: mx.array
+    def __init__(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        reads: Sequence[Callable[[mx.array, mx.array], mx.array]],
+        by: list[mx.array],
+    ):
+        self.keys, self.values, self.reads, self.by = keys, values, reads, by
 
-    def after(self, n: int) -> "Gradients":
-        """Without the first ``n`` tokens."""
-        return Gradients(*(x[:, :, n:] for x in self._arrays()))
+    @cached_property
+    def _exact(self) -> list[mx.array]:
+        return [read(*map(mx.zeros_like, (self.keys, self.values))) for read in self.reads]
 
-    @classmethod
-    def joined(cls, windows: "list[Gradients]") -> "Gradients":
-        """Those of one cache and several windows."""
-        parts = zip(*(w._arrays() for w in windows), strict=True)
-        return cls(*(mx.concatenate(list(x), axis=2) for x in parts))
+    def cost(self, side: Side, error: mx.array) -> mx.array:
+        """Nats that these errors of the keys, or of the values, cost in all."""
+        errors = [mx.zeros_like(x) for x in (self.keys, self.values)]
+        errors[side] = error
+        total = mx.array(0.0)
+        for read, exact, by in zip(self.reads, self._exact, self.by, strict=True):
+            total = total + mx.square(((read(*errors) - exact) * by).sum(axis=(1, 3))).sum() / 2
+        return total
 
-    def _arrays(self) -> tuple[mx.array, ...]:
-        return self.keys, self.values, self.of_keys, self.of_values
+
+class GradientsByToken(Gradients):
+    """Where attention is not mlx-lm's shared one: by keys and values themselves, ``by`` [1, Hkv, L,
+    Dk] and [1, Hkv, L, Dv]. Errors of different tokens count as independent."""
+
+    def cost(self, side: Side, error: mx.array) -> mx.array:
+        return mx.square((error * self.by[side]).sum(axis=-1)).sum() / 2
 
 
 class _Nudged(ExactCache):
-    """The cache of one layer during the pass. To the keys and values that a query does not read
-    exactly it adds arrays of zeros, whose gradients are theirs.
+    """The cache of one layer during the pass. To the outputs of its attention it adds arrays of
+    zeros, whose gradients are theirs; where attention is not mlx-lm's shared one, to keys and
+    values.
 
     Args:
-        nudges (list): Zeros, [1, Hkv, L, Dk] and [1, Hkv, L, Dv].
-        recent (int, optional): Newest tokens, its own included, that a query reads exactly;
-            ``None`` where attention is not mlx-lm's shared one, and cannot tell.
+        nudges (list, optional): Zeros, one array [1, Hq, L, Dv] for each attention over it; or [1,
+            Hkv, L, Dk] and [1, Hkv, L, Dv].
+        apart (bool): Whether attention is not mlx-lm's shared one.
+        all (list): Of a pass; a model may name one cache and read the keys of another.
         window (int, optional): Tokens that the model's own cache holds.
     """
 
-    def __init__(self, nudges: list[mx.array], recent: int | None, window: int | None):
+    def __init__(
+        self,
+        nudges: list[mx.array] | None,
+        apart: bool,
+        all: "list[_Nudged]",
+        window: int | None,
+    ):
         super().__init__(window)
-        self.nudges, self.recent = nudges, recent
-        self.came: tuple[mx.array, ...] = ()
+        self.nudges, self.apart, self.all = nudges, apart, all
+        all.append(self)
+        self.came: list[mx.array] = []  # keys, values, and the queries of each attention over them
+        self.options: list[dict] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.came = keys, values
-        if self.recent is None:
+        self.came = [keys, values]
+        if self.apart and self.nudges is not None:
             keys, values = (
                 x + nudge.astype(x.dtype) for x, nudge in zip(self.came, self.nudges, strict=True)
             )
         return super().update_and_fetch(keys, values)
 
     def attention(self, queries, keys, values, **options) -> mx.array:
-        if (recent := self.recent) is None:
-            return super().attention(queries, keys, values, **options)
-
-        def attend(q, k, v, dk, dv):
-            return attention_over(q, k, v, dk, dv, recent, **options)
-
-        # Its matrices of L x L are made again on the way back, not kept.
-        return mx.checkpoint(attend)(queries, keys, values, *self.nudges)
+        out = super().attention(queries, keys, values, **options)
+        of = next((cache for cache in self.all if cache.keys is keys), self)
+        if of.apart:
+            return out
+        of.came.append(queries)
+        of.options.append(options)
+        if of.nudges is None:
+            return out
+        return out + of.nudges[len(of.options) - 1].astype(out.dtype)
 
 
 def attention_over(
@@ -151,33 +179,54 @@ def gradients(
     """
     L, key = tokens.size, mx.random.key(seed)
     exact = dict.fromkeys(shapes, recent) if isinstance(recent, int) else recent
-    zeros = {
-        path: [mx.zeros((1, H, L, D)) for D in (k_dim, v_dim)]
-        for path, (H, k_dim, v_dim) in shapes.items()
-    }
 
-    def likelihood(nudges: list[list[mx.array]]):
-        given = dict(zip(shapes, nudges, strict=True))
+    def run(ids: mx.array, nudges: Mapping[CachePath, list[mx.array]]):
+        """Logits, and the caches."""
         taps: dict[CachePath, _Nudged] = {}
+        every: list[_Nudged] = []
 
         def tapped(path: CachePath, cache):
-            if path not in given:
+            if path not in shapes:
                 return cache
             window = getattr(cache, "max_size", None)
-            taps[path] = _Nudged(given[path], None if path in apart else exact[path], window)
+            taps[path] = _Nudged(nudges.get(path), path in apart, every, window)
             return taps[path]
 
-        logits = model(tokens[None], cache=map_leaves(tapped, make_caches()))
-        said = nn.log_softmax(logits[0].astype(mx.float32))
+        return model(ids[None], cache=map_leaves(tapped, make_caches()))[0], taps
+
+    def likelihood(nudges: list[list[mx.array]]):
+        logits, taps = run(tokens, dict(zip(shapes, nudges, strict=True)))
+        said = nn.log_softmax(logits.astype(mx.float32))
         drawn = mx.random.categorical(mx.stop_gradient(said), key=key)
         total = mx.take_along_axis(said, drawn[:, None], axis=-1).sum()
+        options.update({path: taps[path].options for path in shapes})
         return total, [taps[path].came for path in shapes]
 
+    options: dict[CachePath, list[dict]] = {}
     with attended(), fast_on_cpu(model), _in_training(model):
+        _, first = run(tokens[:2], {})  # says how many heads ask, and how often
+        zeros = [_zeros(first[path], L) for path in shapes]
         try:
-            (_, came), found = mx.value_and_grad(likelihood)(list(zeros.values()))
+            (_, came), found = mx.value_and_grad(likelihood)(zeros)
             mx.eval(came, found)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"This model has no gradient: {reason}") from error
-    return {path: Gradients(*pair, *by) for path, pair, by in zip(shapes, came, found, strict=True)}
+    made: dict[CachePath, Gradients] = {}
+    for path, arrays, by in zip(shapes, came, found, strict=True):
+        keys, values, *queries = (x.astype(mx.float32) for x in arrays)
+        reads = [
+            partial(attention_over, q, keys, values, recent=exact[path], **how)
+            for q, how in zip(queries, options[path], strict=True)
+        ]
+        kind = GradientsByToken if path in apart else Gradients
+        made[path] = kind(keys, values, reads, by)
+    return made
+
+
+def _zeros(tap: _Nudged, L: int) -> list[mx.array]:
+    """The nudges of L tokens for a cache that a few went through."""
+    keys, values, *queries = tap.came
+    if tap.apart:
+        return [mx.zeros((1, x.shape[1], L, x.shape[3])) for x in (keys, values)]
+    return [mx.zeros((1, q.shape[1], L, values.shape[3])) for q in queries]

@@ -2,10 +2,10 @@
 
 For a budget the caches' keys and values of a short text are rounded as each of ``STEPS`` would
 round them. What that costs in KL says one backward pass (``calibration.gradients``): half the mean
-square of error times gradient. It is the same pass for all, and resolves what a trial of each could
-not in half precision. Then the bits with the least cost in all are taken, of two kinds, or of three
-if that is ``WORTH`` it, since each kind is a set of kernels. What the spec or its ``high`` says of
-a cache is not lowered.
+square of what attention's outputs move by, times the gradient. It is the same pass for all, and
+resolves what a trial of each could not in half precision. Then the bits with the least cost in all
+are taken, of two kinds, or of three if that is ``WORTH`` it, since each kind is a set of kernels.
+What the spec or its ``high`` says of a cache is not lowered.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -182,7 +182,7 @@ def costs(
         ids = random_tokens(model)
     else:
         ids = mx.array(tokenizer.encode(sample_text())[:TOKENS])
-    seen: dict[CachePath, list[Gradients]] = {path: [] for path in formats}
+    found = {(path, step): 0.0 for path, steps in formats.items() for step in steps}
     starts = range(0, ids.size, WINDOW)
     for i in tqdm(starts, "budget", unit="window", disable=not progress, leave=False):
         window = ids[i : i + WINDOW]
@@ -191,13 +191,11 @@ def costs(
             for path, steps in formats.items()
         }
         by_cache = gradients(model, make_caches, shapes, window, exact, apart, seed=i)
-        for path, windows in seen.items():
-            windows.append(by_cache[path].after(FIRST))  # caches keep those exactly
+        for path, steps in formats.items():
+            losses = _losses(by_cache.pop(path), steps.values())
+            for step, loss in zip(steps, losses, strict=True):
+                found[path, step] += loss / ids.size
         mx.clear_cache()
-    found: dict[tuple[CachePath, str], float] = {}
-    for p, steps in formats.items():
-        losses = _losses(Gradients.joined(seen.pop(p)), steps.values())
-        found |= {(p, s): loss / ids.size for s, loss in zip(steps, losses, strict=True)}
     if not all(map(np.isfinite, found.values())):
         raise ValueError("The gradients of this model are not finite in its dtype: give a policy.")
     return found
@@ -207,23 +205,24 @@ def _losses(g: Gradients, formats) -> list[float]:
     """Nats that rounding these keys and values costs in all, for each format. What two formats have
     in common is rounded once."""
     sides: dict[tuple, float] = {}
-    for fmt in formats:
-        lay = fmt.layout
-        names = ("keys", lay.k_bits, lay.k_group), ("values", lay.v_bits, lay.v_group)
-        if not all(name in sides for name in names):
-            for name, loss in zip(names, _rounded(g, fmt), strict=True):
-                sides.setdefault(name, float(loss))
-    return [
-        sides["keys", lay.k_bits, lay.k_group] + sides["values", lay.v_bits, lay.v_group]
-        for lay in (fmt.layout for fmt in formats)
+    named = [
+        (fmt, (("keys", lay.k_bits, lay.k_group), ("values", lay.v_bits, lay.v_group)))
+        for fmt in formats
+        for lay in [fmt.layout]
     ]
+    for fmt, names in named:
+        if sides.keys() >= set(names):
+            continue
+        for side, (name, error) in enumerate(zip(names, _errors(g, fmt), strict=True)):
+            if name not in sides:
+                sides[name] = float(g.cost(side, error))
+    return [sum(sides[name] for name in names) for _, names in named]
 
 
-def _rounded(g: Gradients, fmt: Format) -> list[mx.array]:
-    """½ Σ (g · e)² over heads and tokens, of keys and of values."""
-    k, v = g.keys.astype(mx.float32), g.values.astype(mx.float32)
+def _errors(g: Gradients, fmt: Format) -> list[mx.array]:
+    """Of rounded keys and values, but for the first tokens, which caches keep exactly."""
     with ops.reference():  # kernels would be compiled for this alone
-        rows, _ = ops.quantize_pack(k, v, fmt)
-        made = ops.restore(ops.Packed(rows, k.shape[2], fmt))
-    parts = zip((k, v), made, (g.of_keys, g.of_values), strict=True)
-    return [mx.square(((got - x) * by).sum(axis=-1)).sum() / 2 for x, got, by in parts]
+        rows, _ = ops.quantize_pack(g.keys, g.values, fmt)
+        made = ops.restore(ops.Packed(rows, g.keys.shape[2], fmt))
+    rounds = (mx.arange(g.keys.shape[2]) >= FIRST)[:, None]
+    return [mx.where(rounds, got - x, 0.0) for got, x in zip(made, (g.keys, g.values), strict=True)]

@@ -10,8 +10,8 @@ from mlx_lm import load
 
 import mlx_kvq
 from mlx_kvq.calibration import shards
-from mlx_kvq.calibration.exact import attended
-from mlx_kvq.calibration.gradients import _Nudged, attention_over, gradients
+from mlx_kvq.calibration.exact import ExactCache, attended
+from mlx_kvq.calibration.gradients import attention_over, gradients
 from mlx_kvq.format.format import make_format
 from mlx_kvq.format.spec import Spec
 from mlx_kvq.measure.quality import kl
@@ -75,51 +75,91 @@ def tiny():
     return model, mx.array(tokenizer.encode(text)[:96])
 
 
-def test_the_cost_of_errors_is_their_kl(tiny):
-    """Random errors in one layer's keys, or values, of what is further back than 16 tokens: half
-    the mean square of error times gradient is the KL that they cause."""
-    model, tokens = tiny
-    make, shapes = packable(model)
-    found = [gradients(model, make, shapes, tokens, 16, seed=i) for i in range(4)]
+class Wrong(ExactCache):
+    """Attention over errors of keys and values of what is further back than 16 tokens."""
 
-    def log_probabilities(errors):
-        def tap(path, cache):
-            given = errors.get(path, [mx.zeros((1, 1, tokens.size, 256))] * 2)
-            return _Nudged(given, 16, getattr(cache, "max_size", None))
+    def __init__(self, errors, window):
+        super().__init__(window)
+        self.errors = errors
+
+    def attention(self, queries, keys, values, **options):
+        return attention_over(queries, keys, values, *self.errors, 16, **options)
+
+
+def kl_of_errors(model, tokens, path, errors):
+    """Mean KL with these errors in one layer, measured."""
+
+    def log_probabilities(factor):
+        def tap(at, cache):
+            window = getattr(cache, "max_size", None)
+            return Wrong([factor * e for e in errors], window) if at == path else ExactCache(window)
 
         with attended():
             return nn.log_softmax(model(tokens[None], cache=map_leaves(tap, own_caches(model)))[0])
 
-    exact, ratios = log_probabilities({}), []
+    return kl(log_probabilities(0), log_probabilities(1)).mean().item()
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_cost_of_errors_is_their_kl(tiny, alike):
+    """Errors in one layer's keys, or values, of what is further back than 16 tokens: random ones,
+    and one that all tokens have in common. Of values that adds up, of keys it nearly cancels."""
+    model, tokens = tiny
+    make, shapes = packable(model)
+    found = [gradients(model, make, shapes, tokens, 16, seed=i) for i in range(8 if alike else 4)]
+    ratios = []
     for path in list(shapes)[1::2]:  # with a window and without
         for side in range(2):
             seen = found[0][path]
+            pair = [mx.zeros_like(x) for x in (seen.keys, seen.values)]
             x = (seen.keys, seen.values)[side]
-            size = 0.2 * mx.sqrt(mx.square(x).mean(axis=2, keepdims=True))
-            e = mx.random.normal(x.shape, key=mx.random.key(side)) * size
-            pair = [e, mx.zeros_like(seen.values)] if side == 0 else [mx.zeros_like(seen.keys), e]
-            real = kl(exact, log_probabilities({path: pair})).mean().item()
-            by = [(g[path].of_keys, g[path].of_values)[side] for g in found]
-            said = np.mean([mx.square((e * g).sum(-1)).sum().item() for g in by]) / 2 / tokens.size
+            size = (0.05 if alike else 0.2) * mx.sqrt(mx.square(x).mean(axis=2, keepdims=True))
+            shape = (1, 1, 1, x.shape[3]) if alike else x.shape
+            pair[side] = mx.broadcast_to(
+                mx.random.normal(shape, key=mx.random.key(side)) * size, x.shape
+            )
+            real = kl_of_errors(model, tokens, path, pair)
+            said = np.mean([g[path].cost(side, pair[side]).item() for g in found]) / tokens.size
             assert 0.4 < said / real < 2.5, (path, side, said, real)
             ratios.append(said / real)
+            if alike and side:  # errors of tokens that had nothing to do with one another
+                other = mx.random.normal(x.shape, key=mx.random.key(2)) * size
+                apart = np.mean([g[path].cost(side, other).item() for g in found]) / tokens.size
+                assert said > 3 * apart
     assert 0.65 < np.exp(np.mean(np.log(ratios))) < 1.45, ratios
 
 
 def test_what_a_query_reads_exactly_costs_nothing(tiny):
     """With as many exact tokens as there are, no error is read; without the last of them, that of
-    one key alone is."""
+    one key alone is, by the last query."""
     model, tokens = tiny
     make, shapes = packable(model)
     none = gradients(model, make, shapes, tokens[:24], 24)
     one = gradients(model, make, shapes, tokens[:24], 23)
-    for path in shapes:
-        assert not mx.any(none[path].of_values != 0)
-        changed = mx.any(one[path].of_values != 0, axis=(0, 1, 3)).tolist()
-        assert not any(changed[1:]) and (changed[0] or path != max(shapes))
-    each = dict.fromkeys(shapes, 24) | {(path := max(shapes)): 23}
+    each = dict.fromkeys(shapes, 24) | {(last := max(shapes)): 23}
     mixed = gradients(model, make, shapes, tokens[:24], each)
-    assert [p for p in shapes if mx.any(mixed[p].of_values != 0)] == [path]
+    for path in shapes:
+        for side, x in enumerate((none[path].keys, none[path].values)):
+            first = mx.where((mx.arange(24) == 0)[:, None], mx.ones_like(x), 0.0)
+            assert none[path].cost(side, mx.ones_like(x)) == 0
+            assert one[path].cost(side, 1 - first) == 0
+            assert one[path].cost(side, first) > 0 or path != last
+            assert (mixed[path].cost(side, first) > 0).item() == (path == last)
+
+
+def test_attention_that_is_not_shared_counts_token_by_token(tiny):
+    model, tokens = tiny
+    make, shapes = packable(model)
+    path = max(shapes)
+    found = gradients(model, make, shapes, tokens[:24], 24, apart={path})
+    for side, x in enumerate((found[path].keys, found[path].values)):
+        e = mx.random.normal(x.shape)
+        parts = [
+            found[path].cost(side, mx.where((mx.arange(24) == i)[:, None], e, 0)) for i in range(24)
+        ]
+        assert all(part > 0 for part in parts)
+        assert abs(sum(parts) / found[path].cost(side, e) - 1).item() < 1e-4
+    assert all(found[p].cost(1, mx.ones_like(found[p].values)) == 0 for p in shapes if p != path)
 
 
 def test_modules_are_in_training_only_meanwhile(tiny):

@@ -5,6 +5,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_kvq
+from mlx_kvq.calibration import automatic
+from mlx_kvq.model import bits as budgets
 from tests.support import coverage
 from tests.support.families import _module, build, error, examine, families, logits
 from tests.support.family_settings import INEXACT, NO_BATCH, NOT_TRIED, REFUSED
@@ -66,6 +68,17 @@ def test_calibrated(name, spec, tmp_path, monkeypatch):
     expected = logits(model, make_prompt_cache(model))
     mlx_kvq.enable(model, spec, verbose=False)
     assert error(logits(model, make_prompt_cache(model)), expected) < 0.02
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt2", "qwen3_next", "gemma3n", "iquestloopcoder"])
+def test_a_budget(name, monkeypatch):
+    """Sinks, hybrid layers, keys that several layers read, and a cache that is named where another
+    one's keys are read."""
+    for where, least in ((budgets, "TOKENS"), (budgets, "WINDOW"), (automatic, "RANDOM_TOKENS")):
+        monkeypatch.setattr(where, least, 64)
+    report = mlx_kvq.enable(build(name), "int4:budget=8,calibrate=off", verbose=False)
+    assert max(fmt.layout.k_bits for fmt in report.packed.values()) == 8
+    assert report.bits_per_value <= 8
 
 
 def test_sinks_are_attended_to():
