@@ -162,6 +162,17 @@ def test_attention_that_is_not_shared_counts_token_by_token(tiny):
     assert all(found[p].cost(1, mx.ones_like(found[p].values)) == 0 for p in shapes if p != path)
 
 
+def test_first_tokens_have_no_error(tiny):
+    """Caches keep the first four exactly."""
+    model, tokens = tiny
+    make, shapes = packable(model)
+    path = max(shapes)
+    fmt = make_format(Spec.parse("int3-srft:calibrate=off"), 256)
+    for error in bits._errors(gradients(model, make, shapes, tokens[:24])[path], fmt):
+        wrong = mx.any(error != 0, axis=(0, 1, 3)).tolist()
+        assert wrong == [False] * 4 + [True] * 20
+
+
 def test_modules_are_in_training_only_meanwhile(tiny):
     model, tokens = tiny
     make, shapes = packable(model)
