@@ -172,8 +172,12 @@ def _keep(found: CalibrationSet, name: str, say: Callable[[str], None]) -> Calib
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Tokens that the model has an embedding of."""
-    modules = [m for _, m in model.named_modules() if "Embedding" in type(m).__name__]
+    """Tokens that the model has an embedding of. One of positions may have more rows."""
+    modules = [
+        m
+        for name, m in model.named_modules()
+        if "Embedding" in type(m).__name__ and "wpe" not in name and "position" not in name
+    ]
     rows = [m.weight.shape[0] for m in modules if "weight" in m]  # one of positions may have none
     return max(rows, default=2)
 

@@ -81,6 +81,12 @@ def test_a_budget(name, monkeypatch):
     assert report.bits_per_value <= 8
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "gpt_oss"])
+def test_random_tokens_have_an_embedding(name):
+    """Not those of 512 positions, where there are 160 tokens: MLX reads past the end."""
+    assert automatic.vocabulary(build(name)) == 160
+
+
 def test_sinks_are_attended_to():
     """They move the logits, and as far as they do with the model's own cache."""
     model = build("gpt_oss")
