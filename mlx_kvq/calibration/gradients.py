@@ -70,7 +70,7 @@ class _Nudged(ExactCache):
         nudges (list, optional): Zeros, one array [1, Hq, L, Dv] for each attention over it; or [1,
             Hkv, L, Dk] and [1, Hkv, L, Dv].
         apart (bool): Whether attention is not mlx-lm's shared one.
-        all (list): Of a pass; a model may name one cache and read the keys of another.
+        taps (dict): All of a pass; a model may name one cache and read the keys of another.
         window (int, optional): Tokens that the model's own cache holds.
     """
 
@@ -78,12 +78,11 @@ class _Nudged(ExactCache):
         self,
         nudges: list[mx.array] | None,
         apart: bool,
-        all: "list[_Nudged]",
+        taps: "Mapping[CachePath, _Nudged]",
         window: int | None,
     ):
         super().__init__(window)
-        self.nudges, self.apart, self.all = nudges, apart, all
-        all.append(self)
+        self.nudges, self.apart, self.taps = nudges, apart, taps
         self.came: list[mx.array] = []  # keys, values, and the queries of each attention over them
         self.options: list[dict] = []
 
@@ -97,7 +96,7 @@ class _Nudged(ExactCache):
 
     def attention(self, queries, keys, values, **options) -> mx.array:
         out = super().attention(queries, keys, values, **options)
-        of = next((cache for cache in self.all if cache.keys is keys), self)
+        of = next((cache for cache in self.taps.values() if cache.keys is keys), self)
         if of.apart:
             return out
         of.came.append(queries)
@@ -183,13 +182,12 @@ def gradients(
     def run(ids: mx.array, nudges: Mapping[CachePath, list[mx.array]]):
         """Logits, and the caches."""
         taps: dict[CachePath, _Nudged] = {}
-        every: list[_Nudged] = []
 
         def tapped(path: CachePath, cache):
             if path not in shapes:
                 return cache
             window = getattr(cache, "max_size", None)
-            taps[path] = _Nudged(nudges.get(path), path in apart, every, window)
+            taps[path] = _Nudged(nudges.get(path), path in apart, taps, window)
             return taps[path]
 
         return model(ids[None], cache=map_leaves(tapped, make_caches()))[0], taps

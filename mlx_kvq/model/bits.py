@@ -205,18 +205,16 @@ def _losses(g: Gradients, formats) -> list[float]:
     """Nats that rounding these keys and values costs in all, for each format. What two formats have
     in common is rounded once."""
     sides: dict[tuple, float] = {}
-    named = [
-        (fmt, (("keys", lay.k_bits, lay.k_group), ("values", lay.v_bits, lay.v_group)))
-        for fmt in formats
-        for lay in [fmt.layout]
-    ]
-    for fmt, names in named:
-        if sides.keys() >= set(names):
-            continue
-        for side, (name, error) in enumerate(zip(names, _errors(g, fmt), strict=True)):
-            if name not in sides:
-                sides[name] = float(g.cost(side, error))
-    return [sum(sides[name] for name in names) for _, names in named]
+    losses = []
+    for fmt in formats:
+        lay = fmt.layout
+        names = ("keys", lay.k_bits, lay.k_group), ("values", lay.v_bits, lay.v_group)
+        if not sides.keys() >= set(names):
+            for side, (name, error) in enumerate(zip(names, _errors(g, fmt), strict=True)):
+                if name not in sides:
+                    sides[name] = float(g.cost(side, error))
+        losses.append(sum(sides[name] for name in names))
+    return losses
 
 
 def _errors(g: Gradients, fmt: Format) -> list[mx.array]:
